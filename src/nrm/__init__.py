@@ -1,0 +1,21 @@
+"""Normalized relevance measure: relevance of any set of neurons, handled like a probability."""
+
+from nrm import composites, rules
+from nrm.errors import NrmError
+from nrm.explainer import Explainer
+from nrm.measure import Measure
+from nrm.neurons import NeuronSet, channels, mask, neurons, patch
+
+__all__ = [
+    "Explainer",
+    "Measure",
+    "NeuronSet",
+    "NrmError",
+    "channels",
+    "composites",
+    "mask",
+    "neurons",
+    "patch",
+    "rules",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,86 @@
+"""Relevance by channel: summing messages over the neurons of a channel, and splitting them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nrm.errors import QueryError
+from nrm.graph import Variable
+from nrm.neurons import channel_axis
+from nrm.passing import send
+from nrm.program import Pass
+
+
+def sum_by_channel(message: Tensor, variable: Variable) -> Tensor:
+    """`[K, *shape]` summed over all neurons of a channel: `[K, batch, C]`."""
+    axis = _axis(message, variable)
+    first = message.movedim((_batch_axis(variable), axis), (1, 2))
+    return first.reshape(*first.shape[:3], -1).sum(-1)
+
+
+def split_by_channel(message: Tensor, variable: Variable, chosen: Sequence[int]) -> Tensor:
+    """The parts of a message `[K, *shape]` that channels hold: `[K * len(chosen), *shape]`."""
+    axis = _axis(message, variable)
+    split = message.new_zeros((len(chosen), *message.shape))
+    for part, channel in zip(split, chosen, strict=True):
+        part.narrow(axis, channel, 1).copy_(message.narrow(axis, channel, 1))
+    return split.transpose(0, 1).flatten(0, 1)
+
+
+def only_sample(message: Tensor, variable: Variable, sample: int) -> Tensor:
+    """The message of one sample; that of the others becomes zero."""
+    kept = torch.zeros_like(message)
+    axis = _batch_axis(variable)
+    kept.narrow(axis, sample, 1).copy_(message.narrow(axis, sample, 1))
+    return kept
+
+
+def channel_pairs(
+    forward: Pass, message: Tensor, upper: Variable, lower: Variable, memory: int
+) -> Tensor:
+    """`R(channel of upper, channel of lower)` of all pairs, from the message at `upper`.
+
+    One message for each channel of `upper` that holds any relevance, a chunk at a time.
+
+    Returns:
+        `[batch, channels of upper, channels of lower]`.
+    """
+    held = sum_by_channel(message.abs(), upper)[0]
+    alive = torch.nonzero(held.sum(0))[:, 0].tolist()
+    batch, size = held.shape
+    below = sum_by_channel(message.new_zeros((1, *forward.shapes[lower])), lower).shape[-1]
+    pairs = message.new_zeros((batch, size, below))
+    largest = max(
+        forward.shapes[variable].numel()
+        for variable in forward.graph.variables
+        if lower.index <= variable.index <= upper.index
+    )
+    chunk = max(1, memory // (4 * largest * message.element_size()))
+    for begin in range(0, len(alive), chunk):
+        chosen = alive[begin : begin + chunk]
+        split = split_by_channel(message, upper, chosen)
+        arrived = send(forward, {upper: split}, {lower: None})
+        if lower in arrived:
+            pairs[:, chosen] = sum_by_channel(arrived[lower], lower).transpose(0, 1)
+    return pairs
+
+
+def _axis(message: Tensor, variable: Variable) -> int:
+    """Where the channels lie in a message `[K, *shape]`."""
+    batch = _batch_axis(variable)
+    shape = list(message.shape[1:])
+    del shape[batch - 1]
+    axis = channel_axis(variable, torch.Size(shape)) + 1
+    return axis + 1 if axis >= batch else axis
+
+
+def _batch_axis(variable: Variable) -> int:
+    if variable.batch_axis is None:
+        raise QueryError(
+            f"{variable.name!r} mixes the batch with another axis, so it has no channels to "
+            "tell apart. Explain one sample at a time, or choose another layer."
+        )
+    return variable.batch_axis + 1

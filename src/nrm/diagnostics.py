@@ -1,0 +1,134 @@
+"""Whether a measure's numbers can be trusted: totals over cuts, cancellation, failing columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nrm.graph import Variable
+from nrm.operators import Columns
+from nrm.passing import Messages, send
+from nrm.program import Pass
+from nrm.query import per_sample
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What crosses one cut: a variable together with all that bypasses it.
+
+    Attributes:
+        name: the variable that message passing had reached.
+        alone: the variable is a cut by itself; nothing bypasses it.
+        total: `[batch]`, the relevance over the cut, which must be one.
+        variation: `[batch]`, the sum of absolute relevances: what exceeds one cancels.
+    """
+
+    name: str
+    alone: bool
+    total: Tensor
+    variation: Tensor
+
+    @property
+    def deviation(self) -> float:
+        """The largest `|1 - total| / max(1, variation)` over the batch."""
+        return float(((1 - self.total).abs() / self.variation.clamp(min=1)).max())
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """A measure's health.
+
+    Attributes:
+        cuts: from the output down to the leaves.
+        columns: for every weighted sum, how much relevance met columns that nearly fail.
+        leaf_share: share `[batch]` of every leaf; `bias_share` adds up those of biases.
+        tolerance: columns count as nearly zero where `|sum T~| < tolerance * sum |T~|`.
+    """
+
+    cuts: list[Cut]
+    columns: list[Columns]
+    leaf_share: dict[str, Tensor]
+    bias_share: Tensor
+    tolerance: float
+
+    @property
+    def worst_cut_deviation(self) -> float:
+        """The largest deviation of a cut's total from one, relative to max(1, variation)."""
+        return max(cut.deviation for cut in self.cuts)
+
+    @property
+    def total_variation(self) -> Tensor:
+        """`[batch]`: the sum of absolute relevances at the leaves."""
+        return self.cuts[-1].variation
+
+    @property
+    def nearly_zero(self) -> float:
+        """The largest relevance, in absolute size, that met nearly zero columns of one layer."""
+        return max((c.nearly_zero for c in self.columns), default=0.0)
+
+    def __str__(self) -> str:
+        worst = max(self.cuts, key=lambda cut: cut.deviation)
+        lines = [
+            f"worst cut: {worst.name} deviates from 1 by {worst.deviation:.2e}, "
+            f"over {len(self.cuts)} cuts",
+            f"total variation at the leaves: {float(self.total_variation.max()):.4g}",
+            f"share of biases: {float(self.bias_share.max()):.4g}",
+        ]
+        for c in sorted(self.columns, key=lambda c: -c.nearly_zero)[:3]:
+            if c.nearly_zero > 0:
+                lines.append(
+                    f"{c.address}: relevance {c.nearly_zero:.3g} met columns that sum to less "
+                    f"than {self.tolerance:g} of their size (smallest {c.smallest:.1e})"
+                )
+        negative = max(self.columns, key=lambda c: c.negative, default=None)
+        if negative is not None and negative.negative > 0:
+            lines.append(
+                f"{negative.address}: relevance {negative.negative:.3g} met negative columns, "
+                "which flip its sign"
+            )
+        return "\n".join(lines)
+
+
+def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
+    """Send the output relevance to the leaves and look at every cut on the way."""
+    graph, batch = forward.graph, forward.batch
+    alone = set(graph.cuts)
+    cuts: list[Cut] = []
+    columns: list[Columns] = []
+    known: dict[tuple[Variable, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def sums(variable: Variable, message: Tensor) -> tuple[Tensor, Tensor]:
+        key = (variable, id(message))
+        if key not in known:
+            known[key] = (
+                message,  # held, so that its id stays its own
+                per_sample(message, variable, batch)[0],
+                per_sample(message.abs(), variable, batch)[0],
+            )
+        return known[key][1:]
+
+    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
+        crossing = [sums(v, m) for v, m in (*travelling.items(), *arrived.items())]
+        cuts.append(
+            Cut(
+                variable.name,
+                variable in alone,
+                torch.stack([total for total, _ in crossing]).sum(0),
+                torch.stack([size for _, size in crossing]).sum(0),
+            )
+        )
+        if variable.producer is not None:
+            met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
+            if met is not None:
+                columns.append(met)
+        for key in [key for key in known if key[0] is variable]:
+            if not variable.is_leaf:
+                del known[key]
+
+    arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
+    shares = {leaf.name: sums(leaf, message)[0] for leaf, message in arrived.items()}
+    zero = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
+    biases = [sums(leaf, m)[0] for leaf, m in arrived.items() if leaf.kind == "bias"]
+    return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance)

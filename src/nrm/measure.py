@@ -1,0 +1,267 @@
+"""The normalized relevance measure of one input, and its queries (Definitions 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nrm.channels import channel_pairs, only_sample, sum_by_channel
+from nrm.diagnostics import Diagnostics, diagnose
+from nrm.errors import QueryError
+from nrm.graph import Graph, Variable
+from nrm.neurons import NeuronSet, as_set
+from nrm.passing import Messages, send
+from nrm.program import Pass
+from nrm.query import Stops, in_order, joint_messages, per_sample, resolve
+from nrm.search import Flow, Flows, in_depth, top_flows
+
+Given = NeuronSet | str | Sequence[NeuronSet | str] | None
+
+
+class Measure:
+    """Relevance of any set of neurons, for a batch of inputs and what is explained of each.
+
+    `R(A, B)` is the joint relevance: the share of the walks from the output to the leaves that
+    pass A and B. All of them together have relevance one. Every result keeps the batch axis.
+
+    Attributes:
+        target: `[batch]`, the explained output of each sample; `None` where `output_relevance`
+            was given instead.
+        output: the model's output.
+        scale: `[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target
+            its logit: multiply a result by it to have it in the output's units.
+    """
+
+    def __init__(
+        self, forward: Pass, start: Tensor, output_relevance: Tensor, target: Tensor | None
+    ) -> None:
+        self._forward = forward
+        self._start: Messages = {forward.graph.output: start.unsqueeze(0)}
+        self._raw = output_relevance
+        self.target = target
+        self.output = forward.output
+        self.scale = per_sample(output_relevance.unsqueeze(0), forward.graph.output, self.batch)[0]
+
+    # -- queries ---------------------------------------------------------------------------------
+
+    def __call__(
+        self, *sets: NeuronSet | str, given: Given = None, normalized: bool = True
+    ) -> Tensor:
+        """The joint relevance `R(A, B, ...)` (eq. 9), or conditional `R(A, ... | given)` (eq. 11).
+
+        Arguments:
+            sets: neuron sets; the name of a layer stands for all of its neurons.
+            given: a set, or several that hold jointly; where their relevance is 0 so is the
+                result.
+            normalized: `False`: the original walk relevance, a product of unnormalised
+                contributions (eq. 26), summed over the same walks.
+
+        Returns:
+            `[batch]`.
+        """
+        conditions = _conditions(given)
+        joint = self._relevance([*sets, *conditions], normalized)
+        if not conditions:
+            return joint
+        return _divide(joint, self._relevance(conditions, normalized))
+
+    def marginal(
+        self,
+        layer: str,
+        *sets: NeuronSet | str,
+        given: Given = None,
+        normalized: bool = True,
+    ) -> Tensor:
+        """`R(i, A, ...)` for every neuron i of a layer, jointly with sets above or at it (eq. 37).
+
+        Returns:
+            shaped like the layer, batch axis included; without sets, ConRel. It sums to one over
+            a cut, and over a single branch to that branch's share.
+
+        Raises:
+            QueryError: a set lies between the layer and the inputs.
+        """
+        variable = self.graph.variable(layer)
+        conditions = _conditions(given)
+        message = self._at(variable, [*sets, *conditions], normalized)[0]
+        if not conditions:
+            return message
+        known = self._relevance(conditions, normalized)
+        if variable.batch_axis is None:
+            known = known.sum()
+        return _divide(message, _against(known, message, variable))
+
+    def heatmap(
+        self,
+        *sets: NeuronSet | str,
+        given: Given = None,
+        at: str | None = None,
+        normalized: bool = True,
+    ) -> Tensor:
+        """The relevance of every input element, jointly with sets: LRP, CRP and eq. 37.
+
+        Arguments:
+            at: the input, for a model with several.
+
+        Returns:
+            shaped like the input; not summed over colours.
+        """
+        if at is None:
+            if len(self.graph.inputs) > 1:
+                names = ", ".join(repr(v.name) for v in self.graph.inputs)
+                raise QueryError(f"the model has several inputs; name one with at=: {names}.")
+            at = self.graph.inputs[0].name
+        return self.marginal(at, *sets, given=given, normalized=normalized)
+
+    def channels(
+        self,
+        layer: str,
+        *sets: NeuronSet | str,
+        given: Given = None,
+        normalized: bool = True,
+    ) -> Tensor:
+        """The relevance of every channel of a layer, jointly with sets above it: `[batch, C]`."""
+        variable = self.graph.variable(layer)
+        message = self.marginal(layer, *sets, given=given, normalized=normalized)
+        return sum_by_channel(message.unsqueeze(0), variable)[0]
+
+    def joint(self, a: str, b: str, *sets: NeuronSet | str, memory: int = 2**28) -> Tensor:
+        """`R(channel of a, channel of b, A, ...)` for all pairs of channels of two layers.
+
+        Arguments:
+            a, b: two layers, in any order.
+            sets: further sets, above both layers.
+            memory: bytes that the messages travelling at once may take, roughly.
+
+        Returns:
+            `[batch, channels of a, channels of b]`.
+        """
+        upper, lower = self.graph.variable(a), self.graph.variable(b)
+        if upper is lower:
+            raise QueryError(f"{a!r} and {b!r} are the same layer.")
+        swap = upper in self.graph.upstream(lower)
+        if swap:
+            upper, lower = lower, upper
+        message = self._at(upper, sets, True)
+        pairs = channel_pairs(self._forward, message, upper, lower, memory)
+        return pairs.transpose(1, 2) if swap else pairs
+
+    def top(
+        self, *layers: str, k: int = 5, sample: int = 0, beam: int = 64, memory: int = 2**28
+    ) -> Flows:
+        """The combinations of channels, one of each layer, with the largest joint relevance.
+
+        Arguments:
+            layers: in any order, each on a walk with the others.
+            k: how many.
+            sample: which sample of the batch.
+            beam: for more than two layers, how many beginnings to follow (then not exact).
+            memory: bytes that the messages travelling at once may take, roughly.
+        """
+        if not layers:
+            raise QueryError("name at least one layer")
+        if not 0 <= sample < self.batch:
+            raise QueryError(f"sample {sample} is out of range: the batch has {self.batch}")
+        variables = [self.graph.variable(layer) for layer in layers]
+        upstream = {variable: self.graph.upstream(variable) for variable in variables}
+        order = in_depth(variables, upstream)
+        start = only_sample(self._at(order[0], [], True), order[0], sample)
+        found, total, exact = top_flows(self._forward, start, order, k, beam, memory)
+        flows = []
+        for chosen, relevance in found:
+            by_layer = dict(zip(order, chosen, strict=True))
+            flows.append(
+                Flow(
+                    {name: by_layer[v] for name, v in zip(layers, variables, strict=True)},
+                    relevance,
+                    relevance / float(total) if float(total) else 0.0,
+                )
+            )
+        return Flows(flows, exact)
+
+    def biases(self) -> dict[str, Tensor]:
+        """The share `[batch]` of every bias and every other constant at which walks end."""
+        return {leaf.name: self(leaf.name) for leaf in self.graph.leaves if leaf.kind != "input"}
+
+    def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
+        """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
+        return diagnose(self._forward, self._start, tolerance)
+
+    # -- looking at it ---------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that the measure lives on."""
+        return self._forward.graph
+
+    @property
+    def batch(self) -> int:
+        """The number of samples."""
+        return self._forward.batch
+
+    def __repr__(self) -> str:
+        explained = "output relevance" if self.target is None else f"target {self.target.tolist()}"
+        return f"Measure({explained}, {len(self.graph.variables)} variables, batch {self.batch})"
+
+    # -- the engine behind -----------------------------------------------------------------------
+
+    def _begin(self, normalized: bool) -> Messages:
+        return self._start if normalized else {self.graph.output: self._raw.unsqueeze(0)}
+
+    def _relevance(self, sets: Sequence[NeuronSet | str], normalized: bool) -> Tensor:
+        """`[batch]`: the sum over the walks that pass all sets (eqs. 25, 27)."""
+        stops = [resolve(as_set(chosen), self._forward) for chosen in sets]
+        messages = joint_messages(self._forward, self._begin(normalized), stops, normalized)
+        if not normalized:  # columns do not sum to one: follow the walks to their ends
+            ends: Stops = dict.fromkeys(self.graph.leaves)
+            messages = send(self._forward, messages, ends, normalized)
+        total = self.output.new_zeros(self.batch)
+        for variable, message in messages.items():
+            total = total + per_sample(message, variable, self.batch)[0]
+        return total
+
+    def _at(self, variable: Variable, sets: Sequence[NeuronSet | str], normalized: bool) -> Tensor:
+        """`[1, *shape]`: the message at a variable of the walks that passed `sets` above it."""
+        stops = [resolve(as_set(chosen), self._forward) for chosen in sets]
+        whole: Stops = {variable: None}
+        order = in_order(self.graph, stops)
+        leaf_last = variable.is_leaf and order is None
+        for chosen in stops:
+            if not leaf_last and in_order(self.graph, [chosen, whole]) != [chosen, whole]:
+                raise QueryError(
+                    f"{variable.name!r} does not lie below every neuron set of the query: a set "
+                    f"lies between it and the inputs. Ask for R(neuron, set) one by one, or for "
+                    "the relevance of the lower layer."
+                )
+        messages = joint_messages(self._forward, self._begin(normalized), stops, normalized)
+        arrived = send(self._forward, messages, whole, normalized)
+        if variable in arrived:
+            message = arrived[variable]
+        else:
+            message = self.output.new_zeros((1, *self._forward.shapes[variable]))
+        if not normalized and not variable.is_leaf:
+            raise QueryError(
+                "unnormalised relevance of single neurons is only given at the inputs, where "
+                "walks end; ask R(set, normalized=False) for sets anywhere."
+            )
+        return message
+
+
+def _conditions(given: Given) -> list[NeuronSet | str]:
+    if given is None:
+        return []
+    return [given] if isinstance(given, (NeuronSet, str)) else list(given)
+
+
+def _divide(joint: Tensor, known: Tensor) -> Tensor:
+    """Conditional relevance, 0 where the condition has none (eq. 11)."""
+    return torch.where(known == 0, 0.0, joint / torch.where(known == 0, 1.0, known))
+
+
+def _against(value: Tensor, tensor: Tensor, variable: Variable) -> Tensor:
+    """`[batch]` shaped so that it broadcasts against a variable's tensor."""
+    if variable.batch_axis is None:
+        return value
+    return value.view((-1,) + (1,) * (tensor.dim() - 1 - variable.batch_axis))

@@ -1,0 +1,190 @@
+"""Neuron sets: which neurons of which variables a query is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nrm.errors import NeuronSetError
+from nrm.graph import Variable
+
+Index = int | slice | Sequence[int]
+Selector = Callable[[Variable, torch.Size], Tensor]
+"""Gives the mask of a variable's neurons, shaped like the variable without its batch axis (or
+with it, for a set that differs from sample to sample)."""
+
+
+@dataclass(frozen=True)
+class NeuronSet:
+    """Neurons of one or several variables: a walk passes the set if it visits any of them.
+
+    Made by `neurons`, `channels`, `patch` and `mask`; united by `|`.
+    """
+
+    members: tuple[tuple[str, Selector, str], ...]
+
+    def __or__(self, other: NeuronSet | str) -> NeuronSet:
+        return NeuronSet(self.members + as_set(other).members)
+
+    __ror__ = __or__
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The addresses of the variables, each once."""
+        return tuple(dict.fromkeys(layer for layer, _, _ in self.members))
+
+    def __repr__(self) -> str:
+        return " | ".join(text for _, _, text in self.members)
+
+
+def neurons(layer: str, *indices: Any) -> NeuronSet:
+    """Neurons of a layer by index, without the batch axis; all of them if none is given.
+
+    Arguments:
+        layer: address of a variable, e.g. `"features.28"`, `"input"`, `"output"`.
+        indices: each one neuron: an int for a layer of one axis, otherwise a tuple with one
+            entry per axis, where slices take several (`(12, slice(None), slice(None))`).
+    """
+    chosen = [index if isinstance(index, tuple) else (index,) for index in indices]
+
+    def select(variable: Variable, shape: torch.Size) -> Tensor:
+        picked = torch.zeros(shape, dtype=torch.bool)
+        if not chosen:
+            return picked.logical_not()
+        for index in chosen:
+            if len(index) != len(shape):
+                raise NeuronSetError(
+                    f"{layer!r} has neurons of shape {tuple(shape)}, so an index needs "
+                    f"{len(shape)} entries, not {index}."
+                )
+            picked |= _block(index, shape, layer)
+        return picked
+
+    return NeuronSet(((layer, select, f"neurons({layer!r}{_list(indices)})"),))
+
+
+def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
+    """All neurons of some channels of a layer.
+
+    Arguments:
+        layer: address of a variable.
+        indices: channel numbers.
+        axis: the channel axis, not counting the batch; by default that of the layer (the first
+            for convolutions, the last for linear layers).
+
+    Raises:
+        NeuronSetError: no channels given.
+    """
+    if not indices:
+        raise NeuronSetError(f"channels({layer!r}) names no channel: the set is empty.")
+
+    def select(variable: Variable, shape: torch.Size) -> Tensor:
+        index: list[Any] = [slice(None)] * len(shape)
+        index[channel_axis(variable, shape) if axis is None else axis] = list(indices)
+        return _block(index, shape, layer)
+
+    return NeuronSet(((layer, select, f"channels({layer!r}{_list(indices)})"),))
+
+
+def patch(layer: str, *spatial: Index) -> NeuronSet:
+    """All channels of a spatial patch: one index or slice for each axis but the channels'.
+
+    Example:
+        >>> patch("features.28", slice(0, 7), slice(0, 7))  # upper left quarter of 14 x 14
+    """
+
+    def select(variable: Variable, shape: torch.Size) -> Tensor:
+        along = channel_axis(variable, shape)
+        if len(spatial) != len(shape) - 1:
+            raise NeuronSetError(
+                f"{layer!r} has {len(shape) - 1} spatial axes (neurons of shape {tuple(shape)}), "
+                f"but the patch has {len(spatial)}."
+            )
+        index: list[Any] = list(spatial)
+        index.insert(along, slice(None))
+        return _block(index, shape, layer)
+
+    return NeuronSet(((layer, select, f"patch({layer!r}{_list(spatial)})"),))
+
+
+def mask(layer: str, chosen: Tensor) -> NeuronSet:
+    """The neurons where a boolean mask is true.
+
+    Arguments:
+        chosen: boolean, shaped like the layer without its batch axis; with it, each sample has
+            a set of its own.
+    """
+    if chosen.dtype is not torch.bool:
+        raise NeuronSetError(f"a mask is boolean, got {chosen.dtype}.")
+
+    def select(variable: Variable, shape: torch.Size) -> Tensor:
+        if chosen.shape != shape and chosen.shape[1:] != shape:
+            raise NeuronSetError(
+                f"the mask has shape {tuple(chosen.shape)}, the neurons of {layer!r} have "
+                f"{tuple(shape)} (without the batch)."
+            )
+        return chosen
+
+    return NeuronSet(((layer, select, f"mask({layer!r}, {int(chosen.sum())} neurons)"),))
+
+
+def as_set(chosen: NeuronSet | str) -> NeuronSet:
+    """A neuron set as it is; the name of a layer means all of its neurons."""
+    if isinstance(chosen, str):
+        return neurons(chosen)
+    if isinstance(chosen, NeuronSet):
+        return chosen
+    raise NeuronSetError(
+        f"expected a neuron set or the name of a layer, got {type(chosen).__name__}."
+    )
+
+
+def channel_axis(variable: Variable, shape: torch.Size) -> int:
+    """The channel axis of a variable's neurons, not counting the batch."""
+    if not shape:
+        raise NeuronSetError(f"{variable.name!r} has one neuron per sample and no channels.")
+    if variable.channel_axis is None:
+        return 0
+    return len(shape) + variable.channel_axis
+
+
+def _block(index: Sequence[Any], shape: torch.Size, layer: str) -> Tensor:
+    """The mask of a block of neurons: one index, slice or list of indices for each axis."""
+    picked = torch.ones(shape, dtype=torch.bool)
+    for axis, (entry, size) in enumerate(zip(index, shape, strict=True)):
+        along = torch.zeros(size, dtype=torch.bool)
+        along[_entry(entry, size, layer)] = True
+        picked &= along.view((-1,) + (1,) * (len(shape) - 1 - axis))
+    return picked
+
+
+def _entry(entry: Any, size: int, layer: str) -> slice | list[int]:
+    """One axis of an index, checked against the axis' size."""
+    if isinstance(entry, slice):
+        if not range(size)[entry]:
+            raise NeuronSetError(f"{entry} takes nothing of an axis of {size} of {layer!r}.")
+        return entry
+    if isinstance(entry, (Sequence, Tensor)) and not isinstance(entry, str):
+        if not len(entry):
+            raise NeuronSetError(f"an index of {layer!r} is empty.")
+        return [i for one in entry for i in _integer(one, size, layer)]
+    return _integer(entry, size, layer)
+
+
+def _integer(index: Any, size: int, layer: str) -> list[int]:
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise NeuronSetError(f"{index!r} is no index of {layer!r}.")
+    position = index.__index__()
+    if not -size <= position < size:
+        raise NeuronSetError(
+            f"index {position} is out of range: {layer!r} has {size} there (0 to {size - 1})."
+        )
+    return [position % size]
+
+
+def _list(indices: Sequence[Any]) -> str:
+    return "".join(f", {index!r}" for index in indices)

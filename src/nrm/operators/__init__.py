@@ -1,0 +1,19 @@
+"""How relevance passes each kind of operator, and the table that says which kind each one is."""
+
+from nrm.operators.base import Columns, Operator, Propagation, Setting, Slot, fill
+from nrm.operators.call import Call
+from nrm.operators.table import carries_none, functional, lookup, register
+
+__all__ = [
+    "Call",
+    "Columns",
+    "Operator",
+    "Propagation",
+    "Setting",
+    "Slot",
+    "carries_none",
+    "fill",
+    "functional",
+    "lookup",
+    "register",
+]

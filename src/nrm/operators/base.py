@@ -1,0 +1,180 @@
+"""What every kind of operator can do: run forward, and let messages pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.errors import UnsupportedOperatorError
+from nrm.operators.call import Call
+from nrm.rules import Rule, Weight
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands in a call's arguments for the k-th operand, which carries relevance."""
+
+    index: int
+
+
+@dataclass
+class Setting:
+    """How one operation propagates: its rule, and the model-wide choices it needs."""
+
+    address: str
+    rule: Rule
+    bias_is_input: bool
+    strict: bool
+    output_dim: int
+    batch_axes: tuple[int, int] | None
+    """Where the batch lies in the first operand and in the output; `None` without a batch."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+    def weight(self, name: str, value: Tensor) -> Weight:
+        """The weight, with what rules made of it before as long as it is the same tensor."""
+        known = self.weights.get(name)
+        if known is None or known.value is not value:
+            known = self.weights[name] = Weight(value)
+        return known
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a message met at the columns of one operation.
+
+    Attributes:
+        address: the operation.
+        nearly_zero: |message| at columns with `|sum T~| < tolerance * sum |T~|`.
+        negative: |message| at columns with a negative sum.
+        vanished: |message| at columns whose contributions all vanish (split uniformly).
+        smallest: the smallest `|sum T~| / sum |T~|` that any relevance met.
+    """
+
+    address: str
+    nearly_zero: float
+    negative: float
+    vanished: float
+    smallest: float
+
+
+class Propagation(ABC):
+    """One operation prepared for one input: messages pass it, linearly, any number of times."""
+
+    @abstractmethod
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        """`m(i) = sum_j R(i|j) m(j)` for the operands wanted (eq. 24).
+
+        Arguments:
+            message: `[K, *output shape]`, K messages at once.
+            wanted: for each operand, whether its message is needed.
+            normalized: `False` multiplies by `T~_ij` itself (eq. 26).
+
+        Returns:
+            for each operand `[K, *operand shape]`, or `None` where not wanted.
+        """
+
+    def operand_shape(self, index: int) -> torch.Size:
+        """The shape of the operand after the last, the bias, where biases are inputs."""
+        raise NotImplementedError
+
+    def columns(self, message: Tensor, tolerance: float) -> Columns | None:
+        """What `message` meets at this operation's columns; `None` where they cannot fail."""
+        return None
+
+
+class Operator(ABC):
+    """A row of the operator table: how relevance passes one kind of operator."""
+
+    passes: ClassVar[tuple[str, ...] | None] = None
+    """The arguments that relevance may pass to; `None`: every tensor argument."""
+    adopts_constants: ClassVar[bool] = False
+    """A constant among `passes` is a leaf: it is the only parent of some neurons."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def operands(
+        self, call: Call, carries: Callable[[Node], bool], address: str
+    ) -> list[tuple[str, Node]]:
+        """The arguments (of a call on graph nodes) that carry relevance, or an error by name."""
+        found = []
+        for name, node in call.nodes():
+            passes = self.passes is None or name in self.passes
+            if carries(node) and not passes:
+                raise UnsupportedOperatorError(
+                    f"{call.target} at {address!r}: its argument {name!r} depends on the input, "
+                    f"and no rule says how relevance passes to it."
+                )
+            if passes and (carries(node) or (self.adopts_constants and _is_float(node))):
+                found.append((name, node))
+        return found
+
+    def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
+        """Refuse, by raising, a call that this row does not cover; the default refuses none."""
+        return
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+        """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
+        return False
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        """The output's channel axis, given that of its first operand."""
+        return inherited
+
+    @abstractmethod
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        """Run the operator on values and get ready for messages.
+
+        Arguments:
+            call: the call, with tensors for nodes and `Slot(k)` for the k-th operand.
+            values: the operands' values.
+
+        Returns:
+            the output (detached), and its propagation. Where biases are inputs and the call has
+            one, the bias is the operand after the last.
+        """
+
+
+def fill(call: Call, values: Sequence[Any]) -> Call:
+    """The call with its slots replaced by values."""
+    return call.map(lambda leaf: values[leaf.index] if isinstance(leaf, Slot) else leaf)
+
+
+def pull_back(output: Tensor, leaves: Sequence[Tensor], message: Tensor) -> list[Tensor]:
+    """Vector-Jacobian products `[K, *leaf shape]` of K messages `[K, *output shape]`."""
+    if message.shape[0] == 1:
+        gradients = torch.autograd.grad(
+            output,
+            leaves,
+            message[0],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return [gradient.unsqueeze(0) for gradient in gradients]
+    return list(
+        torch.autograd.grad(
+            output,
+            leaves,
+            message,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+            is_grads_batched=True,
+        )
+    )
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()

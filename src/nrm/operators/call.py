@@ -1,0 +1,82 @@
+"""One operator call with its arguments bound to their names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator and its arguments by schema name.
+
+    The arguments are graph nodes while the graph is built and tensors while it runs; a row of the
+    operator table reads the same names in both.
+    """
+
+    target: torch._ops.OpOverload
+    arguments: dict[str, Any]
+    item: int | None = None
+    """Which of several results is meant, for operators that return a tuple."""
+
+    @classmethod
+    def of(cls, node: Node) -> Call:
+        """Bind the arguments of a graph node, defaults included.
+
+        A `getitem` node is a call of the operator whose results it picks from.
+        """
+        if node.target is operator.getitem:
+            producer, item = node.args
+            assert isinstance(producer, Node)
+            assert isinstance(item, int)
+            return replace(cls.of(producer), item=item)
+        target = node.target
+        assert isinstance(target, torch._ops.OpOverload)
+        bound: dict[str, Any] = {}
+        for position, argument in enumerate(target._schema.arguments):
+            if position < len(node.args) and not argument.kwarg_only:
+                bound[argument.name] = node.args[position]
+            elif argument.name in node.kwargs:
+                bound[argument.name] = node.kwargs[argument.name]
+            else:
+                bound[argument.name] = argument.default_value
+        return cls(target, bound)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    def __call__(self, /, **changed: Any) -> Any:
+        """Run the operator, with some arguments replaced."""
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for argument in self.target._schema.arguments:
+            value = changed.get(argument.name, self.arguments[argument.name])
+            if argument.kwarg_only:
+                named[argument.name] = value
+            else:
+                positional.append(value)
+        result = self.target(*positional, **named)
+        return result if self.item is None else result[self.item]
+
+    def nodes(self) -> Iterator[tuple[str, Node]]:
+        """Every graph node among the arguments, lists included, with its argument's name."""
+        for name, value in self.arguments.items():
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, Node):
+                    yield name, leaf
+
+    def map(self, substitute: Callable[[Any], Any]) -> Call:
+        """The same call with every leaf of its arguments replaced."""
+        mapped = {
+            name: pytree.tree_map(substitute, value) for name, value in self.arguments.items()
+        }
+        return replace(self, arguments=mapped)

@@ -1,0 +1,62 @@
+"""Operators with one parent per neuron: the message passes unchanged, at no cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.errors import UnsupportedOperatorError
+from nrm.operators.base import Operator, Propagation, Setting, fill
+from nrm.operators.call import Call
+
+
+class Identity(Operator):
+    """Elementwise operators: activations, dropout in evaluation mode, multiplication by constants.
+
+    Where the operator broadcasts its operand, the message is summed over the copies.
+    """
+
+    def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
+        if len(operands) > 1:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} combines several tensors that depend on the input. "
+                "A product of two of them needs an alpha rule, which nrm does not have yet."
+            )
+        if call.get("train") is True or call.get("training") is True:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} is random (its training flag is set). "
+                "Pass training=self.training in the model's code."
+            )
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        with torch.no_grad():
+            output = fill(call, values)()
+        return output, Unchanged(values[0].shape, output.shape)
+
+
+class Unchanged(Propagation):
+    """The message as it is, summed over the copies where the operand was broadcast."""
+
+    def __init__(self, operand: torch.Size, output: torch.Size) -> None:
+        self.operand, self.broadcast = operand, operand != output
+
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        if self.broadcast:
+            added = message.dim() - 1 - len(self.operand)
+            if added:
+                message = message.sum(tuple(range(1, 1 + added)))
+            stretched = [
+                axis
+                for axis, size in enumerate(self.operand, start=1)
+                if size == 1 and message.shape[axis] != 1
+            ]
+            if stretched:
+                message = message.sum(stretched, keepdim=True)
+        return [message]

@@ -1,0 +1,138 @@
+"""The weighted sums of convolutional and fully connected networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.operators.base import Propagation, Setting, Slot, fill
+from nrm.operators.call import Call
+from nrm.operators.identity import Unchanged
+from nrm.operators.weighted_sum import Contribution, WeightedSum
+from nrm.rules import Activation
+
+
+class Layer(WeightedSum):
+    """Convolutions and linear layers: an input, a weight with output channels first, a bias."""
+
+    passes: ClassVar[tuple[str, ...] | None] = ("input",)
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+        return call["bias"] is not None
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        return -self._channel_from_end(call["weight"].meta["val"])
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        weight = call["weight"]
+        channel_axis = -self._channel_from_end(weight)
+        groups = call.get("groups", 1)
+
+        def apply(factor: Tensor, weight: Tensor) -> Tensor:
+            return call(input=factor, weight=weight, bias=None)
+
+        def uniform(factor: Tensor) -> Tensor:
+            # All output channels of a group get the same: compute one of them.
+            ones = weight.new_ones((groups, *weight.shape[1:]))
+            one_each = apply(factor, ones)
+            if groups > 1:
+                return one_each.repeat_interleave(weight.shape[0] // groups, channel_axis)
+            shape = list(one_each.shape)
+            shape[channel_axis] = weight.shape[0]
+            return one_each.expand(shape)
+
+        return [
+            Contribution(Activation(values[0]), setting.weight("weight", weight), apply, uniform)
+        ]
+
+    def bias(self, call: Call, dim: int) -> Tensor | None:
+        bias = call["bias"]
+        if bias is None:
+            return None
+        after = self._channel_from_end(call["weight"]) - 1
+        return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
+
+    @staticmethod
+    def _channel_from_end(weight: Tensor) -> int:
+        return max(weight.dim() - 1, 1)
+
+
+class Averaging(WeightedSum):
+    """Average pooling, mean and sum: every parent has the same fixed positive weight."""
+
+    def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
+        super().__init__(kind)
+        self.argument, self.keeps_channels = argument, keeps_channels
+        self.passes = (argument,)  # type: ignore[misc]
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        return inherited if self.keeps_channels else None
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        def uniform(factor: Tensor) -> Tensor:
+            return call(**{self.argument: factor})
+
+        def apply(factor: Tensor, weight: Tensor) -> Tensor:
+            return uniform(factor) * weight
+
+        one = torch.ones((), dtype=values[0].dtype, device=values[0].device)
+        return [Contribution(Activation(values[0]), setting.weight("one", one), apply, uniform)]
+
+
+class Elementwise(WeightedSum):
+    """A weighted sum with at most one parent per neuron and operand; alone it is an identity."""
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        if len(values) == 1 and not setting.bias_is_input:
+            with torch.no_grad():
+                output = fill(call, values)()
+            return output, Unchanged(values[0].shape, output.shape)
+        return super().prepare(call, values, setting)
+
+
+class Sum(Elementwise):
+    """Addition and subtraction of tensors; all operands are normalised jointly."""
+
+    passes: ClassVar[tuple[str, ...] | None] = ("self", "other")
+
+    def __init__(self, kind: str, signs: Callable[[Call], tuple[float, float]]) -> None:
+        super().__init__(kind)
+        self.signs = signs
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+        return len(operands) == 1
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        parts = []
+        for name, sign in zip(("self", "other"), self.signs(call), strict=True):
+            if isinstance(call[name], Slot):
+                x = values[call[name].index]
+                weight = torch.tensor(sign, dtype=x.dtype, device=x.device)
+                parts.append(
+                    Contribution(
+                        Activation(x),
+                        setting.weight(name, weight),
+                        torch.mul,
+                        lambda factor: factor,
+                    )
+                )
+        return parts
+
+    def bias(self, call: Call, dim: int) -> Tensor | None:
+        for name, sign in zip(("self", "other"), self.signs(call), strict=True):
+            if not isinstance(call[name], Slot):
+                constant = torch.as_tensor(call[name]) * sign
+                return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
+        return None

@@ -1,0 +1,162 @@
+"""A graph with its rules, ready to run: the forward pass that messages will travel back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.composites import Composite
+from nrm.graph import Graph, Operation, Variable
+from nrm.operators import Call, Propagation, Setting, Slot
+
+
+@dataclass
+class Pass:
+    """One forward pass: what messages need to travel back through it.
+
+    Attributes:
+        graph: the graph it ran on.
+        propagations: every operation, prepared for this input.
+        shapes: the shape of every variable, batch included.
+        output: the explained tensor's values.
+        batch: the number of samples.
+    """
+
+    graph: Graph
+    propagations: dict[Operation, Propagation]
+    shapes: dict[Variable, torch.Size]
+    output: Tensor
+    batch: int
+
+
+class Program:
+    """Runs a graph forward and prepares every operation with the rule that a composite gives it.
+
+    Constants (folded weights) and what rules make of weights are computed once and kept.
+    """
+
+    def __init__(self, graph: Graph, composite: Composite, strict: bool) -> None:
+        self.graph = graph
+        self.settings = {
+            operation: _setting(operation, composite, graph, strict)
+            for operation in graph.operations
+        }
+        self._constants, self._nodes = self._split_constants()
+        self._last_use = self._plan_release()
+
+    def run(self, inputs: Sequence[Tensor]) -> Pass:
+        """The forward pass, keeping only what propagation needs."""
+        graph = self.graph
+        values: dict[Node, Any] = dict(self._constants)
+        values.update(zip(graph.captured.inputs, inputs, strict=True))
+        propagations: dict[Operation, Propagation] = {}
+        shapes = {v: values[v.node].shape for v in graph.leaves if v.node in values}
+        for node in self._nodes:
+            variable = graph.by_node.get(node)
+            operation = variable.producer if variable else None
+            if operation is None:
+                values[node] = _evaluate(node, values)
+            else:
+                values[node], propagation = operation.operator.prepare(
+                    _with_values(operation, values),
+                    [values[slot] for slot in operation.slots],
+                    self.settings[operation],
+                )
+                propagations[operation] = propagation
+                if operation.bias is not None:
+                    shapes[operation.bias] = propagation.operand_shape(-1)
+            if variable is not None:
+                shapes[variable] = values[node].shape
+            for dead in self._last_use[node]:
+                values.pop(dead, None)
+        output = values[graph.captured.output].detach()
+        return Pass(graph, propagations, shapes, output, _batch_size(graph, shapes))
+
+    def _split_constants(self) -> tuple[dict[Node, Any], list[Node]]:
+        """The values that no input changes, and the nodes to run for every input."""
+        graph, captured = self.graph, self.graph.captured
+        needed = {captured.output}
+        for node in reversed(captured.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        values: dict[Node, Any] = dict(captured.constants)
+        varying = set(captured.inputs)
+        to_run = []
+        for node in captured.graph.nodes:
+            if node not in needed or node.op != "call_function":
+                continue
+            if not any(parent in varying for parent in node.all_input_nodes):
+                values[node] = _evaluate(node, values)
+                continue
+            varying.add(node)
+            carried = [user in graph.by_node for user in node.users]
+            if node in graph.by_node or not carried or not all(carried) or not _is_tuple(node):
+                to_run.append(node)  # a tuple that only operations pick from is never needed
+        read = {parent for node in to_run for parent in _reads(node)} | {captured.output}
+        return {node: value for node, value in values.items() if node in read}, to_run
+
+    def _plan_release(self) -> dict[Node, list[Node]]:
+        """After which node each value is needed no more."""
+        last: dict[Node, Node] = {}
+        for node in self._nodes:
+            for parent in _reads(node):
+                last[parent] = node
+        release: dict[Node, list[Node]] = {node: [] for node in self._nodes}
+        for value, node in last.items():
+            if value is not self.graph.captured.output:
+                release[node].append(value)
+        return release
+
+
+def _setting(operation: Operation, composite: Composite, graph: Graph, strict: bool) -> Setting:
+    at_operand = operation.operands[0].batch_axis
+    at_output = operation.output.batch_axis
+    return Setting(
+        address=operation.address,
+        rule=composite.rule(operation, graph),
+        bias_is_input=graph.bias_is_input,
+        strict=strict,
+        output_dim=len(operation.output.shape),
+        batch_axes=None if at_operand is None or at_output is None else (at_operand, at_output),
+    )
+
+
+def _with_values(operation: Operation, values: dict[Node, Any]) -> Call:
+    slots = {slot: Slot(index) for index, slot in enumerate(operation.slots)}
+
+    def substitute(leaf: Any) -> Any:
+        if not isinstance(leaf, Node):
+            return leaf
+        return slots[leaf] if leaf in slots else values[leaf]
+
+    return operation.call.map(substitute)
+
+
+def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
+    assert callable(node.target)
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda leaf: values[leaf])
+    with torch.no_grad():
+        return node.target(*args, **kwargs)
+
+
+def _reads(node: Node) -> Sequence[Node]:
+    """The values a node needs; a picked result runs its producer again."""
+    if "getitem" in str(node.target) and isinstance(node.args[0], Node):
+        return [*_reads(node.args[0]), node.args[0]]
+    return node.all_input_nodes
+
+
+def _is_tuple(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (tuple, list))
+
+
+def _batch_size(graph: Graph, shapes: dict[Variable, torch.Size]) -> int:
+    for variable in graph.inputs:
+        if variable.batch_axis is not None:
+            return shapes[variable][variable.batch_axis]
+    return 1

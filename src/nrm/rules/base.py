@@ -1,0 +1,114 @@
+"""What a propagation rule is: how much each parent contributes to a neuron (section 3.3).
+
+Every rule here is a sum of *groups of terms*. A term is a factor at the parent neurons and a
+weight on the connections; the unnormalised propagation matrix (eq. 14) is
+
+    T~_ij = sum over groups g of  gate_g(j) * sum over terms t in g of  factor_t(i) * weight_t(i, j)
+
+and `R(i|j) = T~_ij / sum_i T~_ij` (eq. 17). Because each term is linear in its factor, one
+vector-Jacobian product of the operator itself propagates a message through it, whatever the
+operator is. A new rule says what its terms are, and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Term = tuple[Tensor, Tensor | None]
+"""Factor at the parents (shape of the operand) and weight (shape of the operator's weight);
+weight `None` means that every connection counts one."""
+
+Gate = Tensor | float
+"""Factor at the neurons j (shape of the operator's output), or one number for all of them."""
+
+
+class Activation:
+    """The parent neurons of one operand, with their values.
+
+    `constant` marks a neuron whose value never changes: a bias seen as an input of value one.
+    """
+
+    def __init__(self, value: Tensor, constant: bool = False) -> None:
+        self.value = value
+        self.constant = constant
+
+    @cached_property
+    def _signed(self) -> bool:
+        return bool((self.value.amin() < 0).item()) if self.value.numel() else False
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """max(x, 0); x itself where nothing is negative."""
+        return self.value.clamp(min=0) if self._signed else self.value
+
+    @cached_property
+    def negative(self) -> Tensor | None:
+        """min(x, 0); `None` where nothing is negative, so that its terms can be left out."""
+        return self.value.clamp(max=0) if self._signed else None
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """One at every neuron, at no memory."""
+        return torch.ones((), dtype=self.value.dtype, device=self.value.device).expand(
+            self.value.shape
+        )
+
+
+class Weight:
+    """A weight and what rules make of it, computed once and kept as long as the weight lives."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._derived: dict[Hashable, Tensor] = {}
+
+    def derive(self, key: Hashable, modify: Callable[[Tensor], Tensor]) -> Tensor:
+        """`modify(weight)`, remembered under `key`."""
+        if key not in self._derived:
+            self._derived[key] = modify(self.value)
+        return self._derived[key]
+
+    @property
+    def positive(self) -> Tensor:
+        return self.derive("positive", lambda w: w.clamp(min=0))
+
+    @property
+    def negative(self) -> Tensor:
+        return self.derive("negative", lambda w: w.clamp(max=0))
+
+
+class Rule(ABC):
+    """A contribution rule. Subclasses are small frozen dataclasses that say their terms."""
+
+    reuses_sum: ClassVar[bool] = False
+    """The single group is the operator's own sum, so that the forward pass already computed it."""
+    needs_sum: ClassVar[bool] = False
+    """`gates` and `total` look at the operator's own sum `sum_i z_ij`."""
+    nonnegative: ClassVar[bool] = False
+    """No `T~_ij` is ever negative: the positive-sum condition (15) fails only where all vanish."""
+    stabilizer: float = 0.0
+    """Columns with `|sum_i T~_ij|` no larger than this count as vanished."""
+
+    @abstractmethod
+    def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
+        """The terms of one operand, group by group. A term that is zero may be left out."""
+
+    def gates(self, sums: Sequence[Tensor], own_sum: Tensor | None) -> Sequence[Gate]:
+        """One gate per group; `sums[g]` is group g's sum over all operands, evaluated on demand."""
+        return [1.0] * len(sums)
+
+    def total(
+        self, sums: Sequence[Tensor], gates: Sequence[Gate], own_sum: Tensor | None
+    ) -> Tensor:
+        """The column sums `sum_i T~_ij`."""
+        total = sums[0]
+        if not isinstance(gates[0], float) or gates[0] != 1.0:
+            total = total * gates[0]
+        for group, gate in enumerate(gates[1:], start=1):
+            total = total + sums[group] * gate
+        return total

@@ -1,0 +1,130 @@
+"""The most relevant flows: which combination of channels, one for each layer, carries most."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nrm.channels import channel_pairs, split_by_channel, sum_by_channel
+from nrm.errors import QueryError
+from nrm.graph import Variable
+from nrm.neurons import NeuronSet, channels
+from nrm.passing import send
+from nrm.program import Pass
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One combination of channels, and the relevance that flows through all of them.
+
+    Attributes:
+        channels: the channel of each layer, in the order that the layers were given.
+        relevance: the joint relevance; all walks together have one.
+        share: the relevance as a fraction of what passes the layers at all. Equal to the
+            relevance where every layer is a cut.
+    """
+
+    channels: dict[str, int]
+    relevance: float
+    share: float
+
+    @property
+    def sets(self) -> list[NeuronSet]:
+        """The neuron sets, to query on with."""
+        return [channels(layer, channel) for layer, channel in self.channels.items()]
+
+
+@dataclass(frozen=True)
+class Flows:
+    """The flows found, the largest relevance first.
+
+    Attributes:
+        exact: whether no other combination has a larger relevance than those listed. `False`
+            for more than two layers, where only the `beam` best beginnings were followed.
+    """
+
+    flows: list[Flow]
+    exact: bool
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.flows)
+
+    def __len__(self) -> int:
+        return len(self.flows)
+
+    def __getitem__(self, index: int) -> Flow:
+        return self.flows[index]
+
+
+def top_flows(
+    forward: Pass, start: Tensor, layers: Sequence[Variable], k: int, beam: int, memory: int
+) -> tuple[list[tuple[list[int], float]], Tensor, bool]:
+    """The `k` most relevant channel combinations of one sample.
+
+    Arguments:
+        start: the message at the first of `layers`.
+        layers: from the output down, each upstream of the one before.
+
+    Returns:
+        channels and relevance of each, the relevance of all combinations together, and whether
+        the search was exact.
+    """
+    if len(layers) == 1:
+        single = sum_by_channel(start, layers[0])[0, 0]
+        return _best(single[:, None], [[]], k), single.sum(), True
+    pairs = channel_pairs(forward, start, layers[0], layers[1], memory)[0]
+    if len(layers) == 2:
+        found = _best(pairs.T, [[c] for c in range(pairs.shape[0])], k)
+        return found, pairs.sum(), True
+    whole = start
+    for upper, lower in itertools.pairwise(layers):
+        whole = send(forward, {upper: whole}, {lower: None}).get(
+            lower, start.new_zeros((1, *forward.shapes[lower]))
+        )
+    prefixes = [c for c, _ in _best(pairs.T, [[c] for c in range(pairs.shape[0])], beam)]
+    for depth in range(2, len(layers)):
+        rows = []
+        for prefix in prefixes:
+            message = start
+            for position, channel in enumerate(prefix):
+                message = split_by_channel(message, layers[position], [channel])
+                lower = layers[position + 1]
+                message = send(forward, {layers[position]: message}, {lower: None}).get(
+                    lower, message.new_zeros((1, *forward.shapes[lower]))
+                )
+            rows.append(sum_by_channel(message, layers[depth])[0, 0])
+        table = torch.stack(rows)
+        last = depth == len(layers) - 1
+        found = _best(table.T, prefixes, k if last else beam)
+        prefixes = [c for c, _ in found]
+    return found, whole.sum(), False
+
+
+def _best(table: Tensor, prefixes: list[list[int]], k: int) -> list[tuple[list[int], float]]:
+    """The largest entries of `[channel, prefix]`, as channels of all layers so far."""
+    values, places = table.flatten().topk(min(k, table.numel()))
+    width = table.shape[1]
+    return [
+        ([*prefixes[place % width], place // width], value)
+        for value, place in zip(values.tolist(), places.tolist(), strict=True)
+    ]
+
+
+def in_depth(layers: Sequence[Variable], upstream: dict[Variable, set[Variable]]) -> list[Variable]:
+    """Layers from the output down.
+
+    Raises:
+        QueryError: two of them lie side by side, so that no walk passes both.
+    """
+    ordered = sorted(layers, key=lambda variable: -variable.index)
+    for upper, lower in itertools.pairwise(ordered):
+        if lower not in upstream[upper]:
+            raise QueryError(
+                f"no walk passes both {upper.name!r} and {lower.name!r}: they are the same layer "
+                "or lie side by side."
+            )
+    return ordered
