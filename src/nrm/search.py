@@ -66,7 +66,7 @@ def top_flows(
     """The `k` most relevant channel combinations of one sample.
 
     Arguments:
-        start: the message at the first of `layers`.
+        start: the message at the first of `layers`, of one sample alone.
         layers: from the output down, each upstream of the one before.
 
     Returns:
@@ -74,9 +74,9 @@ def top_flows(
         the search was exact.
     """
     if len(layers) == 1:
-        single = sum_by_channel(start, layers[0])[0, 0]
+        single = sum_by_channel(start, layers[0])[0].sum(0)
         return _best(single[:, None], [[]], k), single.sum(), True
-    pairs = channel_pairs(forward, start, layers[0], layers[1], memory)[0]
+    pairs = channel_pairs(forward, start, layers[0], layers[1], memory).sum(0)
     if len(layers) == 2:
         found = _best(pairs.T, [[c] for c in range(pairs.shape[0])], k)
         return found, pairs.sum(), True
@@ -96,7 +96,7 @@ def top_flows(
                 message = send(forward, {layers[position]: message}, {lower: None}).get(
                     lower, message.new_zeros((1, *forward.shapes[lower]))
                 )
-            rows.append(sum_by_channel(message, layers[depth])[0, 0])
+            rows.append(sum_by_channel(message, layers[depth])[0].sum(0))
         table = torch.stack(rows)
         last = depth == len(layers) - 1
         found = _best(table.T, prefixes, k if last else beam)

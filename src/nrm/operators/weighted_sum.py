@@ -62,7 +62,7 @@ class WeightedSum(Operator):
         if setting.bias_is_input:
             bias = self.bias(call, setting.output_dim)
             if bias is not None:
-                parts.append(_bias_as_input(bias, values[0], setting))
+                parts.append(_bias_as_input(bias.to(values[0]), values[0], setting))
         shared = SharedOut(parts, setting)
         if not reads_sum:
             with torch.no_grad():
