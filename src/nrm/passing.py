@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from nrm.graph import Variable
@@ -42,6 +43,17 @@ def send(
     Returns:
         what arrived, by variable. Nothing arrives where no message came.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        return _send(forward, messages, stops, normalized, observe)
+
+
+def _send(
+    forward: Pass,
+    messages: Messages,
+    stops: Mapping[Variable, Mask],
+    normalized: bool,
+    observe: Observer | None,
+) -> Messages:
     graph = forward.graph
     leading = graph.leading_to(stops)
     travelling = {v: m for v, m in messages.items() if v in leading}

@@ -44,8 +44,11 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Traced:
     }
     graph = traced.graph
     constants: dict[Node, Tensor] = {}
+    first_call = next(node for node in graph.nodes if node.op != "placeholder")
     for node in list(graph.nodes):
         if node.op == "get_attr":
+            if node is not first_call:
+                first_call.prepend(node)  # constants first, as export has them
             tensor = getattr(traced, node.target)
             node.meta["val"] = tensor
             node.meta["parameter"] = names.get(id(tensor), node.name)

@@ -90,6 +90,7 @@ register(
         "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
     ),
 )
+register(Routing("maxpool", ("self",)), *_names("max.dim min.dim"))
 register(Layer("conv"), *_names("conv1d conv2d conv3d"))
 register(Layer("linear"), *_names("linear"))
 register(
