@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from nrm.composites import Everywhere
 RULES = ["zero", "gamma", "zplus", "alpha2beta1", "flat", "wsquare"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _measure(network, rule, bias, seed):
     case = make(network, rule, bias == "input", seed)
     return nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=seed % 2)

@@ -74,12 +74,16 @@ def test_queries_equal_the_sum_over_walks(network, rule, bias):
         found = R(*sets)
         conditional = R(sets[0], given=sets[1:] or None)
         heat = R.heatmap(*sets, at=net.leaves[0])
+        inside = R(*sets[1:], within=sets[0])
+        closed = {(n, i) for n, mask in descriptions[0][0] for i in range(len(mask))} - picked[0]
         for sample in range(2):
             w = walks[sample]
             joint = o.relevance(w, *picked)
             _check(found[sample], joint, w)
             expected = o.marginal(w, net.leaves[0], len(net.values[net.leaves[0]]), *picked)
             _check(heat[sample].flatten(), expected, w)
+            allowed = [(v, r) for v, r in w if not v & closed]
+            _check(inside[sample], o.relevance(allowed, *picked[1:]), w)
             known = o.relevance(w, *picked[1:]) if picked[1:] else 1.0
             if abs(known) > 1e-6:
                 assert abs(float(conditional[sample]) * known - joint) < 1e-8 * max(
@@ -149,4 +153,6 @@ def test_biases_and_vanished_columns(bias):
         if leaf != "input":
             expected = o.relevance(walks, {(leaf, i) for i in range(200)})
             _check(shares[leaf][0], expected, walks)
-    torch.testing.assert_close(R.diagnostics().bias_share, sum(shares.values(), torch.zeros(2).double()))
+    torch.testing.assert_close(
+        R.diagnostics().bias_share, sum(shares.values(), torch.zeros(2).double())
+    )

@@ -51,12 +51,14 @@ def channel_pairs(
     held = sum_by_channel(message.abs(), upper)[0]
     alive = torch.nonzero(held.sum(0))[:, 0].tolist()
     batch, size = held.shape
+    if lower not in forward.graph.upstream(upper):
+        alive = []  # side by side: no walk passes both
     below = sum_by_channel(message.new_zeros((1, *forward.shapes[lower])), lower).shape[-1]
     pairs = message.new_zeros((batch, size, below))
     largest = max(
         forward.shapes[variable].numel()
         for variable in forward.graph.variables
-        if lower.index <= variable.index <= upper.index
+        if min(lower.index, upper.index) <= variable.index <= upper.index
     )
     chunk = max(1, memory // (4 * largest * message.element_size()))
     for begin in range(0, len(alive), chunk):

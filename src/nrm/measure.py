@@ -14,7 +14,7 @@ from nrm.graph import Graph, Variable
 from nrm.neurons import NeuronSet, as_set
 from nrm.passing import Messages, send
 from nrm.program import Pass
-from nrm.query import Stops, in_order, joint_messages, per_sample, resolve
+from nrm.query import Stops, joint_messages, per_sample, resolve
 from nrm.search import Flow, Flows, in_depth, top_flows
 
 Given = NeuronSet | str | Sequence[NeuronSet | str] | None
@@ -47,14 +47,23 @@ class Measure:
     # -- queries ---------------------------------------------------------------------------------
 
     def __call__(
-        self, *sets: NeuronSet | str, given: Given = None, normalized: bool = True
+        self,
+        *sets: NeuronSet | str,
+        given: Given = None,
+        within: NeuronSet | None = None,
+        normalized: bool = True,
     ) -> Tensor:
         """The joint relevance `R(A, B, ...)` (eq. 9), or conditional `R(A, ... | given)` (eq. 11).
+
+        A walk passes a set if it visits any of its neurons; what flows past the set over a skip
+        connection does not count. To keep what bypasses it, say `within` instead.
 
         Arguments:
             sets: neuron sets; the name of a layer stands for all of its neurons.
             given: a set, or several that hold jointly; where their relevance is 0 so is the
                 result.
+            within: count only walks that visit no other neurons of the variables of this set:
+                they pass the set, or bypass these variables altogether.
             normalized: `False`: the original walk relevance, a product of unnormalised
                 contributions (eq. 26), summed over the same walks.
 
@@ -62,19 +71,22 @@ class Measure:
             `[batch]`.
         """
         conditions = _conditions(given)
-        joint = self._relevance([*sets, *conditions], normalized)
+        joint = self._relevance([*sets, *conditions], within, normalized)
         if not conditions:
             return joint
-        return _divide(joint, self._relevance(conditions, normalized))
+        return _divide(joint, self._relevance(conditions, None, normalized))
 
     def marginal(
         self,
         layer: str,
         *sets: NeuronSet | str,
         given: Given = None,
+        within: NeuronSet | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """`R(i, A, ...)` for every neuron i of a layer, jointly with sets above or at it (eq. 37).
+
+        Arguments: as for a call of the measure.
 
         Returns:
             shaped like the layer, batch axis included; without sets, ConRel. It sums to one over
@@ -85,10 +97,10 @@ class Measure:
         """
         variable = self.graph.variable(layer)
         conditions = _conditions(given)
-        message = self._at(variable, [*sets, *conditions], normalized)[0]
+        message = self._at(variable, [*sets, *conditions], within, normalized)[0]
         if not conditions:
             return message
-        known = self._relevance(conditions, normalized)
+        known = self._relevance(conditions, None, normalized)
         if variable.batch_axis is None:
             known = known.sum()
         return _divide(message, _against(known, message, variable))
@@ -96,14 +108,15 @@ class Measure:
     def heatmap(
         self,
         *sets: NeuronSet | str,
-        given: Given = None,
         at: str | None = None,
+        given: Given = None,
+        within: NeuronSet | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """The relevance of every input element, jointly with sets: LRP, CRP and eq. 37.
 
         Arguments:
-            at: the input, for a model with several.
+            at: the input, for a model with several. Others as for a call of the measure.
 
         Returns:
             shaped like the input; not summed over colours.
@@ -113,18 +126,19 @@ class Measure:
                 names = ", ".join(repr(v.name) for v in self.graph.inputs)
                 raise QueryError(f"the model has several inputs; name one with at=: {names}.")
             at = self.graph.inputs[0].name
-        return self.marginal(at, *sets, given=given, normalized=normalized)
+        return self.marginal(at, *sets, given=given, within=within, normalized=normalized)
 
     def channels(
         self,
         layer: str,
         *sets: NeuronSet | str,
         given: Given = None,
+        within: NeuronSet | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """The relevance of every channel of a layer, jointly with sets above it: `[batch, C]`."""
         variable = self.graph.variable(layer)
-        message = self.marginal(layer, *sets, given=given, normalized=normalized)
+        message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
         return sum_by_channel(message.unsqueeze(0), variable)[0]
 
     def joint(self, a: str, b: str, *sets: NeuronSet | str, memory: int = 2**28) -> Tensor:
@@ -144,7 +158,7 @@ class Measure:
         swap = upper in self.graph.upstream(lower)
         if swap:
             upper, lower = lower, upper
-        message = self._at(upper, sets, True)
+        message = self._at(upper, sets)
         pairs = channel_pairs(self._forward, message, upper, lower, memory)
         return pairs.transpose(1, 2) if swap else pairs
 
@@ -167,7 +181,7 @@ class Measure:
         variables = [self.graph.variable(layer) for layer in layers]
         upstream = {variable: self.graph.upstream(variable) for variable in variables}
         order = in_depth(variables, upstream)
-        start = only_sample(self._at(order[0], [], True), order[0], sample)
+        start = only_sample(self._at(order[0], []), order[0], sample)
         found, total, exact = top_flows(self._forward, start, order, k, beam, memory)
         flows = []
         for chosen, relevance in found:
@@ -210,43 +224,61 @@ class Measure:
     def _begin(self, normalized: bool) -> Messages:
         return self._start if normalized else {self.graph.output: self._raw.unsqueeze(0)}
 
-    def _relevance(self, sets: Sequence[NeuronSet | str], normalized: bool) -> Tensor:
+    def _relevance(
+        self, sets: Sequence[NeuronSet | str], within: NeuronSet | None, normalized: bool
+    ) -> Tensor:
         """`[batch]`: the sum over the walks that pass all sets (eqs. 25, 27)."""
-        stops = [resolve(as_set(chosen), self._forward) for chosen in sets]
-        messages = joint_messages(self._forward, self._begin(normalized), stops, normalized)
-        if not normalized:  # columns do not sum to one: follow the walks to their ends
+        forward = self._forward
+        stops = [resolve(as_set(chosen), forward) for chosen in sets]
+        open_to = resolve(within, forward) if within else {}
+        messages = joint_messages(forward, self._begin(normalized), stops, normalized, open_to)
+        if not normalized or open_to:
+            # Columns do not sum to one, or some walks end here: follow the others to their ends.
             ends: Stops = dict.fromkeys(self.graph.leaves)
-            messages = send(self._forward, messages, ends, normalized)
+            messages = send(forward, messages, ends, normalized, open_to)
         total = self.output.new_zeros(self.batch)
         for variable, message in messages.items():
             total = total + per_sample(message, variable, self.batch)[0]
-        return total
+        return _finite(total)
 
-    def _at(self, variable: Variable, sets: Sequence[NeuronSet | str], normalized: bool) -> Tensor:
+    def _at(
+        self,
+        variable: Variable,
+        sets: Sequence[NeuronSet | str],
+        within: NeuronSet | None = None,
+        normalized: bool = True,
+    ) -> Tensor:
         """`[1, *shape]`: the message at a variable of the walks that passed `sets` above it."""
-        stops = [resolve(as_set(chosen), self._forward) for chosen in sets]
-        whole: Stops = {variable: None}
-        order = in_order(self.graph, stops)
-        leaf_last = variable.is_leaf and order is None
-        for chosen in stops:
-            if not leaf_last and in_order(self.graph, [chosen, whole]) != [chosen, whole]:
-                raise QueryError(
-                    f"{variable.name!r} does not lie below every neuron set of the query: a set "
-                    f"lies between it and the inputs. Ask for R(neuron, set) one by one, or for "
-                    "the relevance of the lower layer."
-                )
-        messages = joint_messages(self._forward, self._begin(normalized), stops, normalized)
-        arrived = send(self._forward, messages, whole, normalized)
-        if variable in arrived:
-            message = arrived[variable]
-        else:
-            message = self.output.new_zeros((1, *self._forward.shapes[variable]))
+        forward = self._forward
+        stops = [resolve(as_set(chosen), forward) for chosen in sets]
+        open_to = resolve(within, forward) if within else {}
+        below = self.graph.upstream(variable)
+        lower = [v.name for chosen in (*stops, open_to) for v in chosen if v in below]
+        if lower:
+            raise QueryError(
+                f"{lower[0]!r} lies between {variable.name!r} and the inputs, and neurons are "
+                "only given jointly with sets above or beside them. Ask for the relevance of "
+                "each set of neurons by itself, R(neurons, set)."
+            )
         if not normalized and not variable.is_leaf:
             raise QueryError(
-                "unnormalised relevance of single neurons is only given at the inputs, where "
-                "walks end; ask R(set, normalized=False) for sets anywhere."
+                "unnormalised relevance of single neurons is only given where walks end, at the "
+                "inputs; ask R(set, normalized=False) for sets anywhere."
             )
-        return message
+        messages = joint_messages(forward, self._begin(normalized), stops, normalized, open_to)
+        arrived = send(forward, messages, {variable: None}, normalized, open_to)
+        if variable not in arrived:
+            return self.output.new_zeros((1, *forward.shapes[variable]))
+        return _finite(arrived[variable])
+
+
+def _finite(result: Tensor) -> Tensor:
+    if not bool(torch.isfinite(result).all()):
+        raise QueryError(
+            "relevance overflowed: nearly zero columns amplified it without bound (see "
+            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
+        )
+    return result
 
 
 def _conditions(given: Given) -> list[NeuronSet | str]:

@@ -29,6 +29,7 @@ def send(
     messages: Messages,
     stops: Mapping[Variable, Mask],
     normalized: bool = True,
+    open_to: Mapping[Variable, Mask] | None = None,
     observe: Observer | None = None,
 ) -> Messages:
     """Send messages towards the inputs until they first meet a stop (eqs. 24, 25).
@@ -39,12 +40,13 @@ def send(
         stops: the neurons at which messages arrive and stop. A walk arrives at the first it
             meets, also where one stop lies upstream of another.
         normalized: `False` multiplies unnormalised contributions (eq. 26).
+        open_to: masks of the neurons that walks may visit, at variables where others are closed.
 
     Returns:
         what arrived, by variable. Nothing arrives where no message came.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return _send(forward, messages, stops, normalized, observe)
+        return _send(forward, messages, stops, normalized, open_to or {}, observe)
 
 
 def _send(
@@ -52,6 +54,7 @@ def _send(
     messages: Messages,
     stops: Mapping[Variable, Mask],
     normalized: bool,
+    open_to: Mapping[Variable, Mask],
     observe: Observer | None,
 ) -> Messages:
     graph = forward.graph
@@ -64,6 +67,9 @@ def _send(
         if observe is not None:
             observe(variable, travelling, arrived)
         message = travelling.pop(variable)
+        way = open_to.get(variable)
+        if way is not None:
+            message = message * way
         if variable in stops:
             mask = stops[variable]
             arrived[variable] = message if mask is None else message * mask

@@ -59,7 +59,11 @@ def neuron_shape(variable: Variable, forward: Pass) -> torch.Size:
 
 
 def joint_messages(
-    forward: Pass, start: Messages, sets: Sequence[Stops], normalized: bool = True
+    forward: Pass,
+    start: Messages,
+    sets: Sequence[Stops],
+    normalized: bool = True,
+    open_to: Stops | None = None,
 ) -> Messages:
     """The messages of the walks that pass all `sets`, at the neurons where they complete.
 
@@ -71,15 +75,15 @@ def joint_messages(
     if order is not None:
         messages = start
         for stops in order:
-            messages = send(forward, messages, stops, normalized)
+            messages = send(forward, messages, stops, normalized, open_to)
         return messages
     total: Messages = {}
     ends: Stops = dict.fromkeys(forward.graph.leaves)
     for size in range(1, len(sets) + 1):
         for chosen in combinations(sets, size):
-            arrived = send(forward, start, union(chosen), normalized)
+            arrived = send(forward, start, union(chosen), normalized, open_to)
             # Walks complete at different neurons for different unions: add up at the leaves.
-            for leaf, message in send(forward, arrived, ends, normalized).items():
+            for leaf, message in send(forward, arrived, ends, normalized, open_to).items():
                 signed = message if size % 2 else -message
                 total[leaf] = total[leaf] + signed if leaf in total else signed
     return total

@@ -93,7 +93,7 @@ class Propagation(ABC):
 class Operator(ABC):
     """A row of the operator table: how relevance passes one kind of operator."""
 
-    passes: ClassVar[tuple[str, ...] | None] = None
+    passes: tuple[str, ...] | None = None
     """The arguments that relevance may pass to; `None`: every tensor argument."""
     adopts_constants: ClassVar[bool] = False
     """A constant among `passes` is a leaf: it is the only parent of some neurons."""

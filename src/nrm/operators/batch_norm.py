@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from nrm.rules import Activation
 class BatchNorm(Elementwise):
     """Batch norm that no layer before it could take in (see `nrm.graph.folding`)."""
 
-    passes: ClassVar[tuple[str, ...] | None] = ("input",)
+    passes = ("input",)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
         return True
@@ -51,7 +51,7 @@ class BatchNorm(Elementwise):
         return _per_channel(shift, dim)
 
 
-def statistics(call: Call) -> dict[str, object]:
+def statistics(call: Call) -> dict[str, Any]:
     """What decides scale and shift, by the names that `scale_and_shift` takes."""
     return {
         "gain": call["weight"],

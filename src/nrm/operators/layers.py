@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from nrm.rules import Activation
 class Layer(WeightedSum):
     """Convolutions and linear layers: an input, a weight with output channels first, a bias."""
 
-    passes: ClassVar[tuple[str, ...] | None] = ("input",)
+    passes = ("input",)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
         return call["bias"] is not None
@@ -35,7 +34,8 @@ class Layer(WeightedSum):
         groups = call.get("groups", 1)
 
         def apply(factor: Tensor, weight: Tensor) -> Tensor:
-            return call(input=factor, weight=weight, bias=None)
+            output: Tensor = call(input=factor, weight=weight, bias=None)
+            return output
 
         def uniform(factor: Tensor) -> Tensor:
             # All output channels of a group get the same: compute one of them.
@@ -52,7 +52,7 @@ class Layer(WeightedSum):
         ]
 
     def bias(self, call: Call, dim: int) -> Tensor | None:
-        bias = call["bias"]
+        bias: Tensor | None = call["bias"]
         if bias is None:
             return None
         after = self._channel_from_end(call["weight"]) - 1
@@ -69,7 +69,7 @@ class Averaging(WeightedSum):
     def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
         super().__init__(kind)
         self.argument, self.keeps_channels = argument, keeps_channels
-        self.passes = (argument,)  # type: ignore[misc]
+        self.passes = (argument,)
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
@@ -78,7 +78,8 @@ class Averaging(WeightedSum):
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
         def uniform(factor: Tensor) -> Tensor:
-            return call(**{self.argument: factor})
+            output: Tensor = call(**{self.argument: factor})
+            return output
 
         def apply(factor: Tensor, weight: Tensor) -> Tensor:
             return uniform(factor) * weight
@@ -103,7 +104,7 @@ class Elementwise(WeightedSum):
 class Sum(Elementwise):
     """Addition and subtraction of tensors; all operands are normalised jointly."""
 
-    passes: ClassVar[tuple[str, ...] | None] = ("self", "other")
+    passes = ("self", "other")
 
     def __init__(self, kind: str, signs: Callable[[Call], tuple[float, float]]) -> None:
         super().__init__(kind)

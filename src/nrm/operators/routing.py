@@ -22,7 +22,7 @@ class Routing(Operator):
 
     def __init__(self, kind: str, passes: tuple[str, ...], keeps_channels: bool = False) -> None:
         super().__init__(kind)
-        self.passes = passes  # type: ignore[misc]
+        self.passes = passes
         self.keeps_channels = keeps_channels
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:

@@ -188,7 +188,7 @@ class SharedOut(Propagation):
                     for operand, part in enumerate(self.parts)
                     for factor, weight in self.terms[operand][index]
                 )
-                magnitude = magnitude + size * abs(gate)
+                magnitude = magnitude + size * torch.as_tensor(gate).abs().to(size)
             assert isinstance(magnitude, Tensor)
             return magnitude
 

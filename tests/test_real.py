@@ -1,0 +1,81 @@
+"""The pretrained SqueezeNet on real pictures: every cut from output to pixels sums to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import nrm
+from nrm import composites, rules
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(
+    not (DATA / "squeezenet").exists(), reason="needs the pretrained SqueezeNet in ../shared/data"
+)
+
+COMPOSITES = {
+    "GammaFlat": composites.GammaFlat(),
+    "EpsilonPlus": composites.EpsilonPlus(),
+    "EpsilonPlusFlat": composites.EpsilonPlusFlat(),
+    "EpsilonGammaFlat": composites.EpsilonGammaFlat(),
+    "EpsilonGammaBox": composites.EpsilonGammaBox(-2.2, 2.7),
+    "EpsilonAlpha2Beta1Flat": composites.EpsilonAlpha2Beta1Flat(),
+    "Gamma everywhere": composites.Everywhere(rules.Gamma()),
+    "Epsilon everywhere": composites.Everywhere(rules.Epsilon()),
+}
+PICTURES = ["n01440764_tench", "n02129604_tiger", "n03452741_grand_piano"]
+
+
+@pytest.fixture(scope="module")
+def squeezenet(torchvision_models):
+    from safetensors.torch import load_file
+
+    model = torchvision_models.squeezenet1_0()
+    model.load_state_dict(load_file(DATA / "squeezenet" / "squeezenet1_0.safetensors"))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    from PIL import Image
+    from torchvision.transforms._presets import ImageClassification
+
+    read = ImageClassification(crop_size=224)
+    found = [Image.open(DATA / "imagenet" / f"{name}.JPEG").convert("RGB") for name in PICTURES]
+    return torch.stack([read(picture) for picture in found])
+
+
+@needs_data
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_every_cut_sums_to_one(squeezenet, pictures, name, bias):
+    explainer = nrm.Explainer(squeezenet.float(), COMPOSITES[name], bias=bias)
+    health = explainer(pictures[:2]).diagnostics()
+    assert len(health.cuts) >= 66
+    assert max(float((1 - cut.total).abs().max()) for cut in health.cuts) < 1e-4
+    assert health.total_variation.max() < 1e4
+
+
+@needs_data
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_every_cut_sums_to_one_in_double_precision(squeezenet, pictures, name):
+    explainer = nrm.Explainer(squeezenet.double(), COMPOSITES[name])
+    health = explainer(pictures[2:].double()).diagnostics()
+    assert max(float((1 - cut.total).abs().max()) for cut in health.cuts) < 1e-10
+
+
+@needs_data
+def test_relevance_of_a_fire_module_flows_through_its_branches(squeezenet, pictures):
+    R = nrm.Explainer(squeezenet.float())(pictures)
+    assert R.target.tolist() == [0, 292, 579]
+    small, large = "features.9.expand1x1", "features.9.expand3x3"
+    torch.testing.assert_close(R(small) + R(large), torch.ones(3))
+    assert (R(small) > 0.05).all()
+    assert (R(large) > 0.05).all()
+    assert R("features.9.squeeze", small).sub(R(small)).abs().max() < 1e-5
+    flows = R.top("features.9", "features.10", k=3, sample=1)
+    for flow in flows:
+        assert R(*flow.sets)[1].item() == pytest.approx(flow.relevance, rel=1e-4)
+        assert R.heatmap(*flow.sets)[1].sum().item() == pytest.approx(flow.relevance, rel=1e-4)
