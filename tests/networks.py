@@ -202,7 +202,9 @@ class Case:
         return Everywhere(self.rule)
 
 
-def make(network: str, rule: str, bias_is_input: bool, seed: int, nonnegative: bool = False) -> Case:
+def make(
+    network: str, rule: str, bias_is_input: bool, seed: int, nonnegative: bool = False
+) -> Case:
     torch.manual_seed(seed)
     model = NETWORKS[network]().double().eval()
     inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in model.inputs]

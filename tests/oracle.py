@@ -73,9 +73,7 @@ def wsquare(parents: list[Parent]) -> list[float]:
 
 def zbox(low: float, high: float) -> ColumnRule:
     return lambda parents: [
-        0.0
-        if p.constant
-        else p.value * p.weight - low * max(p.weight, 0) - high * min(p.weight, 0)
+        0.0 if p.constant else p.value * p.weight - low * max(p.weight, 0) - high * min(p.weight, 0)
         for p in parents
     ]
 

@@ -1,0 +1,661 @@
+"""The command line: what it writes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("typer", reason="the command line's packages are not installed")
+
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import nrm
+from nrm.cli import app as commands
+from nrm.cli import demo, folder, labels, pictures, report
+from nrm.cli.errors import CommandError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+MODEL = f"{__name__}:tiny"
+COLOURS = ["red", "Green", "blue", "blue", "sky, heaven"]
+
+
+def tiny() -> nn.Module:
+    """A classifier of five classes for colour pictures of 28 x 28."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5),
+        )  # fmt: skip
+
+
+ready = tiny()  # `module:instance`
+
+
+class Unready(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        raise LookupError("no\nluck")
+
+
+def number() -> int:
+    return 3
+
+
+def two_outputs() -> nn.Module:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    return Two()
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+
+
+def grey(image: Image.Image) -> Tensor:
+    """A transform to one channel of 28 x 28."""
+    return torch.from_numpy(np.array(image.convert("L").resize((28, 28)))).float()[None] / 255
+
+
+def grey_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
+
+
+def flat(image: Image.Image) -> Tensor:
+    return grey(image).flatten()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a picture, weights and labels."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    torch.manual_seed(1)
+    state = {name: torch.randn_like(value) * 0.3 for name, value in tiny().state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    torch.save(state, tmp_path / "weights.pt")
+    (tmp_path / "labels.txt").write_text("\n".join(COLOURS) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(commands.app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def explain(*more: str, image: str = "picture.png", model: str = MODEL) -> Any:
+    return run("explain", image, "--model", model, "--size", "28", "--out", "out", *more)
+
+
+def refused(result: Any, *parts: str) -> None:
+    """One line on stderr that says these things, exit code 2, nothing on stdout or on disk."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if not line.endswith("…")]
+    notes = [line for line in lines if line.startswith("no --weights")]
+    assert len(lines) - len(notes) == 1, lines
+    assert lines[-1].startswith("error: ")
+    for part in parts:
+        assert part in lines[-1]
+    assert "Traceback" not in result.stderr
+    assert not Path("out").exists()
+    assert not list(Path().glob(".out*"))
+
+
+# -- explain -------------------------------------------------------------------------------------
+
+
+def test_explain_writes_everything(here: Path) -> None:
+    result = explain(
+        "--weights", "weights.safetensors", "--layers", "0, 2", "--target", "3", "--top", "3"
+    )
+    assert result.exit_code == 0, result.output
+    assert "flow_3.png" in result.stdout
+    assert "out/overview.png" in result.stdout.replace("\\", "/")
+    assert "searching" in result.stderr
+    drawn = ["flow_1.png", "flow_2.png", "flow_3.png", "heatmap.png", "input.png", "overview.png"]
+    assert sorted(p.name for p in Path("out").iterdir()) == sorted([*drawn, "result.json"])
+    for name in drawn:
+        with Image.open(Path("out") / name) as image:
+            assert min(image.size) >= 200
+    assert not list(here.glob(".out*"))
+
+
+@pytest.mark.parametrize("weights", ["weights.safetensors", "weights.pt"])
+def test_the_json_is_what_the_library_says(here: Path, weights: str) -> None:
+    result = explain(
+        "--weights", weights, "--layers", "2,0", "--target", "green", "--top", "2",
+        "--labels", "labels.txt", "--bias", "input", "--composite", "epsilonplus", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert result.stdout == Path("out/result.json").read_text(encoding="utf-8")
+    found = json.loads(result.stdout)
+    assert list(found) == [
+        "image", "model", "target", "label", "probability", "logit", "layers", "composite",
+        "bias", "worst_cut_deviation", "total_variation", "search", "flows", "pictures",
+    ]  # fmt: skip
+
+    model = tiny()
+    model.load_state_dict(torch.load("weights.pt"))
+    x = pictures.imagenet(pictures.read_image(Path("picture.png")), 28).x
+    R = nrm.Explainer(model.eval(), nrm.composites.EpsilonPlus(), bias="input")(x, target=1)
+    flows = R.top("2", "0", k=2)
+    assert found["target"] == 1
+    assert found["label"] == "Green"
+    assert found["logit"] == pytest.approx(float(R.output[0, 1]))
+    assert found["probability"] == pytest.approx(float(R.output[0].softmax(0)[1]))
+    assert found["layers"] == ["2", "0"]
+    assert found["composite"] == repr(nrm.composites.EpsilonPlus())
+    assert found["bias"] == "input"
+    assert found["worst_cut_deviation"] < 1e-5
+    assert found["total_variation"] >= 1 - 1e-5
+    assert found["search"] == "exact"
+    for k, (entry, flow) in enumerate(zip(found["flows"], flows, strict=True), start=1):
+        assert entry["sets"] == {layer: [channel] for layer, channel in flow.channels.items()}
+        assert entry["relevance"] == pytest.approx(flow.relevance, rel=1e-4)
+        assert entry["share"] == pytest.approx(flow.share, rel=1e-4)
+        assert entry["picture"] == f"flow_{k}.png"
+    assert set(found["pictures"]) == {p.name for p in Path("out").glob("*.png")}
+
+
+def test_without_layers_there_is_the_heatmap_only(here: Path) -> None:
+    found = json.loads(explain("--json").stdout)
+    assert found["flows"] == []
+    assert found["search"] is None
+    assert found["label"] is None
+    assert found["pictures"] == ["heatmap.png", "input.png", "overview.png"]
+
+
+@pytest.mark.parametrize(("layers", "search"), [("2", "exact"), ("0,2,6", "beam")])
+def test_one_layer_or_three(here: Path, layers: str, search: str) -> None:
+    found = json.loads(explain("--layers", layers, "--top", "2", "--json").stdout)
+    assert found["search"] == search
+    assert [list(flow["sets"]) for flow in found["flows"]] == [layers.split(",")] * 2
+
+
+def test_more_flows_than_the_overview_has_columns(here: Path) -> None:
+    most = report.MOST_COLUMNS
+    found = json.loads(explain("--layers", "2,0", "--top", str(most + 1), "--json").stdout)
+    assert len(found["flows"]) == most + 1
+    assert f"flow_{most + 1}.png" in found["pictures"]
+
+
+def test_fewer_combinations_than_asked_for(here: Path) -> None:
+    found = json.loads(explain("--layers", "2", "--top", "100", "--json").stdout)
+    assert len(found["flows"]) == 4
+    assert sum(flow["relevance"] for flow in found["flows"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_model_may_be_an_instance(here: Path) -> None:
+    assert explain("--json", model=f"{__name__}:ready").exit_code == 0
+
+
+def test_a_transform_of_ones_own(here: Path) -> None:
+    result = explain(
+        "--transform", f"{__name__}:grey", "--layers", "0", "--json", model=f"{__name__}:grey_model"
+    )
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", commands.composite_names.NAMES)
+def test_every_composite_has_its_name(here: Path, name: str) -> None:
+    result = explain("--weights", "weights.pt", "--composite", name, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["composite"].startswith(name)
+
+
+def test_a_module_of_the_working_folder(here: Path) -> None:
+    (here / "a_model_of_ones_own.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten())\n"
+    )
+    command = [sys.executable, "-m", "nrm", "layers", "--model", "a_model_of_ones_own:make"]
+    done = subprocess.run(
+        [*command, "--input-shape", "1,3,9,9"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Conv2d" in done.stdout
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"this is text", "not a picture"),
+        (b"", "not a picture"),
+        ("truncated", "truncated"),
+    ],
+)
+def test_bad_pictures(here: Path, content: bytes | str | None, message: str) -> None:
+    if content == "truncated":
+        whole = io.BytesIO()
+        pixels = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(whole, "JPEG")
+        content = whole.getvalue()[:5000]
+    if isinstance(content, bytes):
+        Path("bad.jpg").write_bytes(content)
+    refused(explain(image="bad.jpg"), "bad.jpg", message)
+
+
+@pytest.mark.parametrize("name", ["bad.safetensors", "bad.pt", "bad.pth"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all, but some more bytes", "cut"])
+def test_corrupt_weights(here: Path, name: str, content: bytes | str) -> None:
+    if isinstance(content, str):
+        whole = here / f"weights.{'safetensors' if 'safe' in name else 'pt'}"
+        content = whole.read_bytes()[:900]
+    Path(name).write_bytes(content)
+    refused(explain("--weights", name), name)
+
+
+def test_missing_weights_and_unknown_kinds(here: Path) -> None:
+    refused(explain("--weights", "none.pt"), "none.pt", "no such file")
+    Path("weights.bin").write_bytes(b"")
+    refused(explain("--weights", "weights.bin"), "expected a .safetensors, .pt or .pth file")
+
+
+def test_weights_that_do_not_fit(here: Path) -> None:
+    state = torch.load("weights.pt")
+    state["6.weight"] = torch.zeros(7, 16)
+    state["extra"] = state.pop("0.bias")
+    torch.save(state, "other.pt")
+    refused(
+        explain("--weights", "other.pt"),
+        "missing keys: 0.bias", "unknown keys: extra", "6.weight is (7, 16) instead of (5, 16)",
+    )  # fmt: skip
+
+
+def test_pickles_are_not_run(here: Path) -> None:
+    torch.save(tiny(), "model.pt")
+    refused(explain("--weights", "model.pt"), "model.pt", "not a state dict")
+    torch.save([1, 2], "list.pt")
+    refused(explain("--weights", "list.pt"), "list.pt", "not a state dict")
+
+
+def test_a_state_dict_as_training_scripts_save_it(here: Path) -> None:
+    torch.save({"state_dict": tiny().state_dict(), "epoch": 3}, "checkpoint.pth")
+    assert explain("--weights", "checkpoint.pth").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("tiny", "not of the form module:name"),
+        ("no_such_module_anywhere:tiny", "no module 'no_such_module_anywhere'"),
+        ("torch.nn.nowhere:tiny", "no module 'torch.nn.nowhere'"),
+        (f"{__name__}:tny", "nearest names: tiny"),
+        (f"{__name__}:COLOURS", "is a list"),
+        (f"{__name__}:number", "made a int"),
+        (f"{__name__}:Unready", "LookupError: no"),
+        (f"{__name__}:lazy", "no shape before its first use: 1.weight, 1.bias"),
+        (f"{__name__}:two_outputs", "must be [1, classes]"),
+        (f"{__name__}:grey_model", "fails on a picture"),
+        ("broken_model:make", "broken_model cannot be imported: SyntaxError"),
+        ("needy_model:make", "needy_model cannot be imported: it needs 'no_such_thing'"),
+    ],
+)
+def test_bad_models(here: Path, model: str, message: str) -> None:
+    Path("broken_model.py").write_text("def make(:\n")
+    Path("needy_model.py").write_text("import no_such_thing\n")
+    refused(explain(model=model), message)
+
+
+def test_unknown_layers(here: Path) -> None:
+    refused(explain("--layers", "0,22"), "no layer is called '22'", "Nearest names: 2")
+    refused(explain("--layers", "0,0"), "same layer")
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("5", ["out of range", "0 to 4"]),
+        ("-1", ["out of range"]),
+        ("blue", ["ambiguous", "blue (2)", "blue (3)"]),
+        ("gren", ["no class is called 'gren'", "Green (1)"]),
+        ("sk", ["no class is called 'sk'", "sky, heaven (4)"]),
+        ("", ["no class"]),
+    ],
+)
+def test_bad_targets(here: Path, target: str, parts: list[str]) -> None:
+    refused(explain("--target", target, "--labels", "labels.txt"), *parts)
+
+
+def test_names_need_labels(here: Path) -> None:
+    refused(explain("--target", "green"), "no names", "--labels")
+
+
+def test_bad_labels(here: Path) -> None:
+    refused(explain("--labels", "none.txt"), "none.txt", "no such file")
+    Path("few.txt").write_text("one\ntwo\n")
+    refused(explain("--labels", "few.txt"), "2 names", "5 outputs")
+    Path("empty.txt").write_text("\n")
+    refused(explain("--labels", "empty.txt"), "empty")
+    refused(explain("--labels", "picture.png"), "not a text file")
+
+
+def test_other_refusals(here: Path) -> None:
+    refused(explain("--composite", "GammaFlt"), "did you mean GammaFlat?")
+    refused(explain("--device", "nowhere"), "device 'nowhere'")
+    refused(explain("--transform", f"{__name__}:flat"), "[C, H, W]", "(784,)")
+    refused(explain("--transform", f"{__name__}:COLOURS"), "fails")
+    box = ["--composite", "EpsilonGammaBox", "--transform", f"{__name__}:grey"]
+    refused(explain(*box, model=f"{__name__}:grey_model"), "bounds")
+
+
+def test_a_folder_that_is_a_file(here: Path) -> None:
+    for out in ("picture.png", "picture.png/below"):
+        result = run("explain", "picture.png", "--model", MODEL, "--out", out)
+        assert result.exit_code == 2
+        assert "is not a folder" in result.stderr
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    with pytest.raises(CommandError, match="no such file"):
+        explain("--debug", image="none.png")
+
+
+def test_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.plot, "overview", interrupt)
+    result = explain()
+    assert result.exit_code == 130
+    assert "Traceback" not in result.stderr
+    assert not Path("out").exists()
+    assert not list(here.glob(".out*"))
+
+
+def test_strangers_errors_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "report", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explain()
+
+
+# -- results appear complete or not at all -------------------------------------------------------
+
+
+def test_a_failure_leaves_the_folder_as_it_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert explain("--layers", "0", "--top", "2").exit_code == 0
+    before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.plot, "overview", fail)
+    result = explain("--layers", "2", "--top", "3", "--target", "2")
+    assert result.exit_code == 2
+    assert "error: No space left on device" in result.stderr
+    assert {p.name: p.read_bytes() for p in Path("out").iterdir()} == before
+    assert not list(here.glob(".out*"))
+
+
+def test_results_replace_earlier_ones_and_nothing_else(here: Path) -> None:
+    assert explain("--layers", "0", "--top", "3").exit_code == 0
+    Path("out/notes.txt").write_text("mine")
+    Path("out/flow_9.png").write_text("mine too: no earlier result names it")
+    assert explain("--layers", "0", "--top", "1").exit_code == 0
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        "flow_1.png", "flow_9.png", "heatmap.png", "input.png", "notes.txt", "overview.png",
+        "result.json",
+    ]  # fmt: skip
+
+
+def test_a_folder_in_the_way_of_a_file(here: Path) -> None:
+    Path("out/overview.png").mkdir(parents=True)
+    result = explain()
+    assert result.exit_code == 2
+    assert "overview.png is a folder" in result.stderr
+    assert [p.name for p in Path("out").iterdir()] == ["overview.png"]
+
+
+def test_the_folder_is_made_with_those_above_it(here: Path) -> None:
+    with folder.filled_at_once(Path("a/b/c"), last="z") as staging:
+        (staging / "x").write_text("x")
+        assert not Path("a").exists()
+    assert Path("a/b/c/x").read_text() == "x"
+    with pytest.raises(RuntimeError), folder.filled_at_once(Path("d/e"), last="z") as staging:
+        raise RuntimeError
+    assert not Path("d").exists()
+
+
+def test_a_folder_whose_parent_is_not_ours(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "_movable", lambda *_: False)
+    Path("out").mkdir()
+    assert explain().exit_code == 0
+    assert sorted(p.name for p in Path("out").iterdir()) == [
+        "heatmap.png", "input.png", "overview.png", "result.json",
+    ]  # fmt: skip
+
+
+# -- labels and pictures -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [("top1", 3), ("TOP1", 3), ("0", 0), ("RED", 0), (" green ", 1), ("Heaven", 4), ("sky", 4)],
+)
+def test_targets(wanted: str, index: int) -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 9.0, 3.0])
+    assert labels.find_target(wanted, COLOURS, logits) == index
+
+
+def test_wordnet_ids_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("n01440764 tench\nn01443537 goldfish\n\n")
+    assert labels.read_labels(tmp_path / "classes.txt") == ["tench", "goldfish"]
+
+
+def test_imagenet_names_come_with_torchvision(torchvision_models: ModuleType) -> None:
+    names = labels.find_labels(None, 1000)
+    assert names is not None
+    assert labels.find_target("tench", names, torch.zeros(1000)) == 0
+    with pytest.raises(CommandError, match="ambiguous"):
+        labels.find_target("Cardigan", names, torch.zeros(1000))
+    assert labels.find_labels(None, 10) is None
+
+
+@pytest.mark.parametrize("size", [(300, 500), (641, 480), (224, 224), (30, 31), (1000, 257)])
+@pytest.mark.parametrize("side", [224, 299])
+def test_the_imagenet_transform_is_torchvisions(
+    torchvision_models: ModuleType, size: tuple[int, int], side: int
+) -> None:
+    from torchvision import transforms
+
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(side * 256 // 224),
+            transforms.CenterCrop(side),
+            transforms.ToTensor(),
+            transforms.Normalize(pictures.IMAGENET_MEAN, pictures.IMAGENET_STD),
+        ]
+    )(image)
+    ours = pictures.imagenet(image, side)
+    torch.testing.assert_close(ours.x[0], theirs, rtol=0, atol=1e-6)
+    assert ours.bounds is not None
+    assert bool((ours.x[0] >= ours.bounds[0]).all() & (ours.x[0] <= ours.bounds[1]).all())
+
+
+def test_pictures_of_any_mode(tmp_path: Path) -> None:
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (20, 10)).save(path)
+        assert pictures.read_image(path).mode == "RGB"
+
+
+# -- layers, demo and the rest -------------------------------------------------------------------
+
+
+def test_layers(here: Path) -> None:
+    result = run("layers", "--model", MODEL, "--input-shape", "1,3,28,28", "--json")
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert rows["2"]["kind"] == "conv"
+    assert rows["2"]["shape"] == [4, 11, 11]
+    assert rows["2"]["channel_axis"] == 0
+    assert rows["2"]["cut"] is True
+    table = run("layers", "--model", MODEL, "--input-shape", "1,3,28,28").stdout
+    for name, row in rows.items():
+        (line,) = [line for line in table.splitlines() if line.split()[:1] == [name]]
+        assert row["module"] in line
+        assert " x ".join(map(str, row["shape"])) in line
+
+
+def deep() -> nn.Module:
+    """A model with a long name."""
+    model = tiny()
+    for part in ("block" * 9, "branch" * 9):
+        model = nn.Sequential()
+        model.add_module(part, tiny())
+    outer = nn.Sequential()
+    outer.add_module("stage" * 12, model)
+    return outer
+
+
+def test_long_names_are_not_cut_off(here: Path) -> None:
+    options = ["--model", f"{__name__}:deep", "--input-shape", "1,3,28,28"]
+    names = [row["name"] for row in json.loads(run("layers", *options, "--json").stdout)]
+    assert max(map(len, names)) > 100
+    table = run("layers", *options).stdout
+    assert all(f"{name} " in table for name in names)
+
+
+def test_layers_refuses(here: Path) -> None:
+    for shape in ("1,3,x", "", "1,0,3"):
+        refused(run("layers", "--model", MODEL, "--input-shape", shape), "positive integers")
+    refused(run("layers", "--model", MODEL, "--input-shape", "1,1,28,28"), "fails on inputs")
+
+
+def test_demo(here: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    result = run("demo", "--out", "shown", "--epochs", "4")
+    assert result.exit_code == 0, result.output
+    assert "recognises" in result.stdout
+    for digit in demo.DIGITS:
+        found = json.loads(Path(f"shown/digit_{digit}/result.json").read_text())
+        assert found["target"] == digit
+        assert found["worst_cut_deviation"] < 1e-5
+        assert len(found["flows"]) == 4
+        assert {p.name for p in Path(f"shown/digit_{digit}").iterdir()} == {
+            *found["pictures"], "result.json"
+        }  # fmt: skip
+
+
+def test_the_demo_learns_the_same_every_time() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    before = torch.get_rng_state()
+    one, two = demo.train(1), demo.train(1)
+    assert torch.equal(one.model.conv1.weight, two.model.conv1.weight)  # type: ignore[arg-type]
+    assert one.accuracy > 0.5
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_without_the_extras() -> None:
+    code = (
+        "import sys\n"
+        "from nrm.cli import main\n"
+        "for package in ('typer', 'rich', 'matplotlib', 'PIL', 'safetensors'):\n"
+        "    for name in list(sys.modules):\n"
+        "        if name.startswith(('nrm.cli.', 'nrm.plot')) or name.split('.')[0] == package:\n"
+        "            del sys.modules[name]\n"
+        "    sys.modules[package] = None\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as ended:\n"
+        "        assert ended.code == 2\n"
+        "    del sys.modules[package]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"error: {package} is not installed: pip install 'nrm[cli]'"
+        for package in ("typer", "rich", "matplotlib", "PIL", "safetensors")
+    ]
+
+
+def test_the_demo_without_scikit_learn(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    refused(run("demo", "--out", "out"), "pip install 'nrm[demo]'")
+
+
+def test_models_of_torchvision_without_torchvision(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    refused(explain(model="torchvision.models:squeezenet1_0"), "pip install 'nrm[vision]'")
+
+
+def test_torchvision_that_does_not_fit_is_mended_with_a_warning() -> None:
+    code = (
+        "import sys, warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    try:\n"
+        "        import torchvision\n"
+        "    except ModuleNotFoundError:\n"
+        "        sys.exit(3)\n"
+        "    except RuntimeError:\n"
+        "        fits = False\n"
+        "    else:\n"
+        "        fits = True\n"
+        "    from nrm.cli.torchvision_mismatch import MISMATCH, import_torchvision\n"
+        "    first, second = import_torchvision(), import_torchvision()\n"
+        "said = [w for w in seen if str(w.message) == MISMATCH]\n"
+        "assert len(said) == (0 if fits else 1), seen\n"
+        "assert first is second is sys.modules['torchvision']\n"
+        "first.models.squeezenet1_0()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 3:
+        pytest.skip("torchvision is not installed")
+    assert done.returncode == 0, done.stderr
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"nrm {nrm.__version__}\n"
+
+
+# -- the real thing ------------------------------------------------------------------------------
+
+
+def test_squeezenet_sees_a_tench(
+    torchvision_models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = DATA / "squeezenet" / "squeezenet1_0.safetensors"
+    picture = DATA / "imagenet" / "n01440764_tench.JPEG"
+    if not (weights.exists() and picture.exists()):
+        pytest.skip("../shared/data does not hold SqueezeNet's weights and ImageNet's pictures")
+    monkeypatch.chdir(tmp_path)
+    result = run(
+        "explain", picture, "--model", "torchvision.models:squeezenet1_0", "--weights", weights,
+        "--target", "tench", "--layers", "features.9,features.10", "--top", "1", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["target"] == 0
+    assert found["label"] == "tench"
+    assert found["probability"] > 0.99
+    assert found["worst_cut_deviation"] < 1e-5
+    assert found["flows"][0]["relevance"] > 0.005
+    assert Path("out/overview.png").stat().st_size > 100_000
