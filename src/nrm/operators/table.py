@@ -59,7 +59,7 @@ register(
     Identity("activation"),
     *_names(
         "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish sigmoid tanh "
-        "softplus softsign hardswish hardsigmoid hardshrink softshrink tanhshrink threshold "
+        "softplus hardswish hardsigmoid hardshrink softshrink tanhshrink threshold "
         "log_sigmoid clamp clamp_min clamp_max exp neg abs square sqrt pow.Tensor_Scalar"
     ),
 )
