@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from nrm.composites import Composite, GammaFlat
-from nrm.errors import InputError, PositiveSumError, TargetError
+from nrm.errors import InputError, TargetError
 from nrm.graph import Graph, capture
 from nrm.listing import Listing
 from nrm.measure import Measure
-from nrm.program import Pass, Program
-from nrm.query import per_sample
-
-Target = int | Sequence[int] | Sequence[tuple[int, ...]] | tuple[int, ...] | Tensor | None
+from nrm.program import Program
+from nrm.targets import Target, explain_relevance, explain_target
 
 
 class Explainer:
@@ -80,22 +78,13 @@ class Explainer:
             forward = self._program(inputs).run(
                 [x.detach().clone() if x.is_inference() else x.detach() for x in inputs]
             )
-            if output_relevance is not None:
-                if target is not None:
-                    raise TargetError("give either a target or an output_relevance, not both")
-                start = _normalise(output_relevance, forward, self.strict)
-                return Measure(forward, start, output_relevance.detach(), None)
-            index = _target_index(target, forward)
-            start = torch.zeros_like(forward.output)
-            start[tuple(index)] = 1.0
-            raw = forward.output * start
-            if self.strict and bool((forward.output[tuple(index)] <= 0).any()):
-                raise PositiveSumError(
-                    "strict: the explained output is zero or negative for some sample (eq. 16). "
-                    "Explain another output, or drop strict: the relevance is normalised anyway."
-                )
-            chosen = torch.stack(index[1:], 1) if len(index) > 1 else torch.stack(index, 1)
-            return Measure(forward, start, raw, chosen[:, 0] if chosen.shape[1] == 1 else chosen)
+            if output_relevance is None:
+                explained = explain_target(target, forward, self.strict)
+            elif target is None:
+                explained = explain_relevance(output_relevance, forward, self.strict)
+            else:
+                raise TargetError("give either a target or an output_relevance, not both")
+            return Measure(forward, explained)
 
     def layers(self, *inputs: Tensor) -> Listing:
         """Every addressable variable: its name, operator, shape, channels, and whether a cut."""
@@ -173,64 +162,3 @@ def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """Changes when any weight does, in place or by replacement."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
-
-
-def _target_index(target: Target, forward: Pass) -> list[Tensor]:
-    """The explained neurons as an index into the output, one per sample."""
-    output, variable = forward.output, forward.graph.output
-    if variable.batch_axis not in (0, None) or (variable.batch_axis is None and forward.batch > 1):
-        raise TargetError(f"the output {tuple(output.shape)} does not have the batch first")
-    if not bool(torch.isfinite(output).all()):
-        raise TargetError("the model's output holds NaN or infinite values")
-    batch = forward.batch
-    neurons = output.shape[1:] if variable.batch_axis == 0 else output.shape
-    rows = [torch.arange(batch, device=output.device)] if variable.batch_axis == 0 else []
-    if target is None:
-        flat = output.reshape(batch, -1).argmax(1)
-        return [*rows, *torch.unravel_index(flat, neurons)]
-    wanted = torch.as_tensor(target, device=output.device)
-    if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype is torch.bool:
-        raise TargetError(f"a target is an integer, got {wanted.dtype}")
-    if len(neurons) == 0:
-        wanted = wanted.reshape(-1)[:, None][:, :0] if bool((wanted == 0).all()) else wanted
-    elif len(neurons) == 1 and wanted.dim() < 2:
-        wanted = wanted.reshape(-1, 1)
-    elif wanted.dim() == 1:
-        wanted = wanted.reshape(1, -1)
-    if wanted.dim() != 2 or wanted.shape[1] != len(neurons) or wanted.shape[0] not in (1, batch):
-        raise TargetError(
-            f"the output has neurons of shape {tuple(neurons)} and {batch} samples: a target is "
-            f"{'an int' if len(neurons) == 1 else f'a tuple of {len(neurons)} ints'}, or one for "
-            f"each sample; got {target!r}."
-        )
-    for axis, size in enumerate(neurons):
-        bad = wanted[:, axis][(wanted[:, axis] < 0) | (wanted[:, axis] >= size)]
-        if bad.numel():
-            raise TargetError(
-                f"target {int(bad[0])} is out of range: the output has {size} neurons "
-                f"(0 to {size - 1})" + (f" along axis {axis}." if len(neurons) > 1 else ".")
-            )
-    wanted = wanted.expand(batch, -1)
-    return [*rows, *wanted.unbind(1)]
-
-
-def _normalise(relevance: Tensor, forward: Pass, strict: bool) -> Tensor:
-    """Output relevance divided by its sum over each sample (eq. 18)."""
-    output, variable = forward.output, forward.graph.output
-    if relevance.shape != output.shape or relevance.dtype != output.dtype:
-        raise TargetError(
-            f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
-            f"output {tuple(output.shape)} and {output.dtype}"
-        )
-    relevance = relevance.detach()
-    if not bool(torch.isfinite(relevance).all()):
-        raise TargetError("output_relevance holds NaN or infinite values")
-    total = per_sample(relevance.unsqueeze(0), variable, forward.batch)[0]
-    size = per_sample(relevance.abs().unsqueeze(0), variable, forward.batch)[0]
-    if bool((total.abs() <= 1e-6 * size).any()) or bool((size == 0).any()):
-        raise TargetError("output_relevance sums to zero for some sample: nothing to normalise by")
-    if strict and bool((total <= 0).any()):
-        raise PositiveSumError("strict: output_relevance sums to less than zero (eq. 16)")
-    if variable.batch_axis is None:
-        return relevance / total
-    return relevance / total.view((-1,) + (1,) * (relevance.dim() - 1))

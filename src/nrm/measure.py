@@ -16,6 +16,7 @@ from nrm.passing import Messages, send
 from nrm.program import Pass
 from nrm.query import Stops, joint_messages, per_sample, resolve
 from nrm.search import Flow, Flows, in_depth, top_flows
+from nrm.targets import Explained
 
 Given = NeuronSet | str | Sequence[NeuronSet | str] | None
 
@@ -34,15 +35,15 @@ class Measure:
             its logit: multiply a result by it to have it in the output's units.
     """
 
-    def __init__(
-        self, forward: Pass, start: Tensor, output_relevance: Tensor, target: Tensor | None
-    ) -> None:
+    def __init__(self, forward: Pass, explained: Explained) -> None:
         self._forward = forward
-        self._start: Messages = {forward.graph.output: start.unsqueeze(0)}
-        self._raw = output_relevance
-        self.target = target
+        self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
+        self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
+        self.target = explained.target
         self.output = forward.output
-        self.scale = per_sample(output_relevance.unsqueeze(0), forward.graph.output, self.batch)[0]
+        self.scale = per_sample(
+            explained.unnormalized.unsqueeze(0), forward.graph.output, self.batch
+        )[0]
 
     # -- queries ---------------------------------------------------------------------------------
 
@@ -222,7 +223,7 @@ class Measure:
     # -- the engine behind -----------------------------------------------------------------------
 
     def _begin(self, normalized: bool) -> Messages:
-        return self._start if normalized else {self.graph.output: self._raw.unsqueeze(0)}
+        return self._start if normalized else self._unnormalized
 
     def _relevance(
         self, sets: Sequence[NeuronSet | str], within: NeuronSet | None, normalized: bool

@@ -1,0 +1,108 @@
+"""What is explained: the relevance of the output neurons (eqs. 13, 16, 18)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nrm.errors import PositiveSumError, TargetError
+from nrm.program import Pass
+from nrm.query import per_sample
+
+Target = int | Sequence[int] | Sequence[tuple[int, ...]] | tuple[int, ...] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Output relevance, shaped like the output.
+
+    Attributes:
+        relevance: normalised: it sums to one over each sample (eq. 18).
+        unnormalized: R~ (eq. 13): for a target, its output and zero elsewhere.
+        target: `[batch]` (or `[batch, axes]`); `None` where output relevance was given.
+    """
+
+    relevance: Tensor
+    unnormalized: Tensor
+    target: Tensor | None
+
+
+def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
+    """One output neuron of each sample."""
+    index = _index(target, forward)
+    relevance = torch.zeros_like(forward.output)
+    relevance[tuple(index)] = 1.0
+    if strict and bool((forward.output[tuple(index)] <= 0).any()):
+        raise PositiveSumError(
+            "strict: the explained output is zero or negative for some sample (eq. 16). "
+            "Explain another output, or drop strict: the relevance is normalised anyway."
+        )
+    chosen = torch.stack(index[1:] or index, 1)
+    if chosen.shape[1] == 1:
+        chosen = chosen[:, 0]
+    return Explained(relevance, forward.output * relevance, chosen)
+
+
+def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
+    """Output relevance as given, divided by its sum over each sample (eq. 18)."""
+    output, variable = forward.output, forward.graph.output
+    if relevance.shape != output.shape or relevance.dtype != output.dtype:
+        raise TargetError(
+            f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
+            f"output {tuple(output.shape)} and {output.dtype}"
+        )
+    relevance = relevance.detach()
+    if not bool(torch.isfinite(relevance).all()):
+        raise TargetError("output_relevance holds NaN or infinite values")
+    total = per_sample(relevance.unsqueeze(0), variable, forward.batch)[0]
+    size = per_sample(relevance.abs().unsqueeze(0), variable, forward.batch)[0]
+    if bool((total.abs() <= 1e-6 * size).any()) or bool((size == 0).any()):
+        raise TargetError("output_relevance sums to zero for some sample: nothing to normalise by")
+    if strict and bool((total <= 0).any()):
+        raise PositiveSumError("strict: output_relevance sums to less than zero (eq. 16)")
+    divisor = total
+    if variable.batch_axis is not None:
+        divisor = total.view((-1,) + (1,) * (relevance.dim() - 1))
+    return Explained(relevance / divisor, relevance, None)
+
+
+def _index(target: Target, forward: Pass) -> list[Tensor]:
+    """The explained neurons as an index into the output, one per sample."""
+    output, variable = forward.output, forward.graph.output
+    if variable.batch_axis not in (0, None) or (variable.batch_axis is None and forward.batch > 1):
+        raise TargetError(f"the output {tuple(output.shape)} does not have the batch first")
+    if not bool(torch.isfinite(output).all()):
+        raise TargetError("the model's output holds NaN or infinite values")
+    batch = forward.batch
+    neurons = output.shape[1:] if variable.batch_axis == 0 else output.shape
+    rows = [torch.arange(batch, device=output.device)] if variable.batch_axis == 0 else []
+    if target is None:
+        flat = output.reshape(batch, -1).argmax(1)
+        return [*rows, *torch.unravel_index(flat, neurons)]
+    wanted = torch.as_tensor(target, device=output.device)
+    if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype is torch.bool:
+        raise TargetError(f"a target is an integer, got {wanted.dtype}")
+    if len(neurons) == 0:
+        wanted = wanted.reshape(-1)[:, None][:, :0] if bool((wanted == 0).all()) else wanted
+    elif len(neurons) == 1 and wanted.dim() < 2:
+        wanted = wanted.reshape(-1, 1)
+    elif wanted.dim() == 1:
+        wanted = wanted.reshape(1, -1)
+    if wanted.dim() != 2 or wanted.shape[1] != len(neurons) or wanted.shape[0] not in (1, batch):
+        raise TargetError(
+            f"the output has neurons of shape {tuple(neurons)} and {batch} samples: a target is "
+            f"{'an int' if len(neurons) == 1 else f'a tuple of {len(neurons)} ints'}, or one for "
+            f"each sample; got {target!r}."
+        )
+    for axis, size in enumerate(neurons):
+        bad = wanted[:, axis][(wanted[:, axis] < 0) | (wanted[:, axis] >= size)]
+        if bad.numel():
+            raise TargetError(
+                f"target {int(bad[0])} is out of range: the output has {size} neurons "
+                f"(0 to {size - 1})" + (f" along axis {axis}." if len(neurons) > 1 else ".")
+            )
+    wanted = wanted.expand(batch, -1)
+    return [*rows, *wanted.unbind(1)]
