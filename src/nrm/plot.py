@@ -1,8 +1,8 @@
 """Pictures of relevance, on matplotlib figures that need no display.
 
-Red is relevance for what is explained, blue against it, white none. A colour scale is symmetric
-about zero and ends at a high percentile of |R| (`SCALE_PERCENTILE`), so that a few pixels do not
-decide how all others look.
+Red is positive relevance, for what is explained, blue negative, against it, and white none. A
+colour scale is symmetric about zero and ends at a high percentile of |R| (`SCALE_PERCENTILE`), so
+that a few pixels do not decide how all others look.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ OUTLINE = 0.35
 """How dark the picture's outlines are under its relevance, from 0 to 1."""
 FEW_PIXELS = 64
 """Pictures with a shorter side have a line for outline, thinner than their pixels."""
+
+ENDS = ("against", "for")
+"""What the blue and the red end of the scale mean."""
 
 _PANEL = 1.9  # inches, the side of a picture in an overview
 _GREY = "0.35"
@@ -110,14 +113,20 @@ def save_photo(picture: Array, path: Path, smallest: int = 224) -> None:
     image.imsave(path, enlarged, cmap="gray", vmin=0, vmax=1)
 
 
-def single(relevance: Tensor | Array, *, picture: Array | None = None, title: str = "") -> Figure:
+def single(
+    relevance: Tensor | Array,
+    *,
+    picture: Array | None = None,
+    title: str = "",
+    ends: tuple[str, str] = ENDS,
+) -> Figure:
     """One heatmap with its colour bar."""
     figure = Figure(figsize=(4.6, 4.3), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     colours = heatmap(relevance, ax, picture=picture)
     ax.set_title(title, fontsize=9)
     bar = figure.colorbar(colours, ax=ax, shrink=0.85, pad=0.02, extend="both")
-    bar.set_label("relevance of a pixel (red for, blue against)", fontsize=8, color=_GREY)
+    bar.set_label(f"relevance of a pixel: red {ends[1]}, blue {ends[0]}", fontsize=8, color=_GREY)
     bar.ax.ticklabel_format(scilimits=(-2, 2))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
     bar.ax.tick_params(labelsize=7)
@@ -131,6 +140,7 @@ def overview(
     columns: Sequence[Sequence[Panel]] = (),
     rows: Sequence[str] = (),
     facts: Sequence[str] = (),
+    ends: tuple[str, str] = ENDS,
 ) -> Figure:
     """A picture, its heatmap and what is known of them; below, a column of heatmaps per flow.
 
@@ -139,6 +149,7 @@ def overview(
         columns: for every flow its panels from the top down.
         rows: what stands left of each row of panels.
         facts: lines of text; the first is the headline.
+        ends: what blue and red mean.
     """
     width = max(len(columns), 4)
     height = 1 + len(rows)
@@ -156,7 +167,7 @@ def overview(
     photo(picture, figure.add_subplot(grid[0, 0]), title="input")
     ax = figure.add_subplot(grid[0, 1])
     colours = heatmap(total.relevance, ax, picture=picture, title=total.title)
-    _describe(figure, figure.add_subplot(grid[0, 2:]), facts, colours)
+    _describe(figure, figure.add_subplot(grid[0, 2:4]), facts, colours, ends)
     for column, panels in enumerate(columns):
         for row, panel in enumerate(panels, start=1):
             ax = figure.add_subplot(grid[row, column])
@@ -166,7 +177,13 @@ def overview(
     return figure
 
 
-def _describe(figure: Figure, ax: Axes, facts: Sequence[str], colours: ScalarMappable) -> None:
+def _describe(
+    figure: Figure,
+    ax: Axes,
+    facts: Sequence[str],
+    colours: ScalarMappable,
+    ends: tuple[str, str],
+) -> None:
     """Facts, and what the colours mean, in a place of their own."""
     ax.set_axis_off()
     if facts:
@@ -178,9 +195,9 @@ def _describe(figure: Figure, ax: Axes, facts: Sequence[str], colours: ScalarMap
         orientation="horizontal",
         ticks=[-1, 0, 1],
     )
-    names = bar.ax.set_xticklabels(["against", "no relevance", "for"], fontsize=8)
-    for name, side in zip(names, ("left", "center", "right"), strict=True):
-        name.set_horizontalalignment(side)
+    names = bar.ax.set_xticklabels([ends[0], "no relevance", ends[1]], fontsize=8)
+    names[0].set_horizontalalignment("left")
+    names[-1].set_horizontalalignment("right")
     bar.ax.tick_params(length=0)
     _thin(bar)
     note = f"each picture on its own scale: its {SCALE_PERCENTILE:g}th percentile of |R|"

@@ -1,0 +1,269 @@
+"""The commands: explain, layers, demo."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+import nrm
+from nrm.cli import composite_names, demo
+from nrm.cli.composite_names import find_composite
+from nrm.cli.errors import CommandError, one_line, one_line_errors
+from nrm.cli.folder import check_folder
+from nrm.cli.labels import TOP, find_labels, find_target
+from nrm.cli.models import find_attribute, find_device, load_model
+from nrm.cli.pictures import Picture, imagenet, read_image, transformed
+from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
+from nrm.explainer import Explainer
+
+app = typer.Typer(
+    help="Relevance of any set of neurons of a PyTorch model, handled like a probability.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+IMAGENET = "imagenet"
+
+
+class Bias(StrEnum):
+    """What becomes of biases (see `nrm.Explainer`)."""
+
+    drop = "drop"
+    input = "input"
+
+
+ModelName = Annotated[
+    str,
+    typer.Option("--model", help="module:factory of the model, called without arguments."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="State dict to load: .safetensors, .pt or .pth."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nrm {nrm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="The picture to explain.")],
+    model: ModelName,
+    weights: Weights = None,
+    target: Annotated[
+        str, typer.Option(help=f"Class to explain: its name, its index, or {TOP}.")
+    ] = TOP,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers, with commas between, whose most relevant channel combinations to find."
+        ),
+    ] = "",
+    top: Annotated[int, typer.Option(min=1, help="How many combinations.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and result.json.")] = Path(
+        "out"
+    ),
+    as_json: AsJson = False,
+    composite: Annotated[
+        str, typer.Option(help=f"Which rules apply: {', '.join(composite_names.NAMES)}.")
+    ] = composite_names.DEFAULT,
+    bias: Annotated[
+        Bias, typer.Option(help="Biases neither emit nor take relevance, or are inputs.")
+    ] = Bias.drop,
+    labels: Annotated[
+        Path | None, typer.Option(help="Names of the classes; line k (from 0) names class k.")
+    ] = None,
+    size: Annotated[
+        int, typer.Option(min=7, help="Side of the model's input, for the ImageNet transform.")
+    ] = 224,
+    transform: Annotated[
+        str,
+        typer.Option(help=f"{IMAGENET}, or module:name of what makes a picture a tensor."),
+    ] = IMAGENET,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Explain a model's output for a picture: heatmaps, and which channels work together."""
+    with one_line_errors(debug):
+        say = _say(quiet=as_json)
+        check_folder(out)
+        where = find_device(device)
+        opened = read_image(image)
+        if transform == IMAGENET:
+            picture = imagenet(opened, size)
+        else:
+            picture = transformed(opened, find_attribute(transform), transform)
+        bounds = picture.bounds and (picture.bounds[0].to(where), picture.bounds[1].to(where))
+        rules = find_composite(composite, bounds)
+        say(f"loading {model}")
+        network = load_model(model, weights, where)
+        if weights is None:
+            say("no --weights: the model is used with the weights that its factory gives it")
+        picture = Picture(picture.x.to(where), picture.shown, picture.bounds)
+        logits = _logits(network, picture.x)
+        names = find_labels(labels, len(logits))
+        index = find_target(target, names, logits)
+        subject = Subject(str(image), model, index, names[index] if names else None)
+        explainer = Explainer(network, rules, bias=bias.value)
+        named = [name.strip() for name in layers.split(",") if name.strip()]
+        result = report(explainer, picture, subject, named, out, top=top, say=say)
+        if as_json:
+            typer.echo(to_json(result), nl=False)
+        else:
+            _summarise(result, out)
+
+
+@app.command("layers")
+def list_layers(
+    model: ModelName,
+    weights: Weights = None,
+    input_shape: Annotated[
+        str, typer.Option(help="Shape of the input, batch axis first.")
+    ] = "1,3,224,224",
+    as_json: AsJson = False,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """List every layer that can be named, with its shape, and whether all relevance crosses it."""
+    with one_line_errors(debug):
+        where = find_device(device)
+        x = torch.rand(_shape(input_shape), generator=torch.Generator().manual_seed(0))
+        listing = Explainer(load_model(model, weights, where)).layers(x.to(where))
+        if as_json:
+            rows = [
+                {
+                    "name": layer.name,
+                    "aliases": list(layer.aliases),
+                    "kind": layer.kind,
+                    "module": layer.module,
+                    "shape": list(layer.shape),
+                    "channel_axis": layer.channel_axis,
+                    "cut": layer.cut,
+                }
+                for layer in listing
+            ]
+            typer.echo(to_json(rows), nl=False)
+            return
+        heads = ("layer", "kind", "module", "shape", "cut", "also called")
+        _print(_table(heads, listing.rows()))
+
+
+@app.command("demo")
+def run_demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = demo.EPOCHS,
+    debug: Debug = False,
+) -> None:
+    """Train a small network on handwritten digits and explain what it makes of some."""
+    with one_line_errors(debug):
+        check_folder(out)
+        say = _say(quiet=False)
+        say("training a small network on scikit-learn's digits")
+        trained = demo.train(epochs)
+        typer.echo(
+            f"Trained on {trained.seen} digits in {trained.seconds:.1f} s; of {len(trained.y)} "
+            f"others it recognises {trained.accuracy:.1%}."
+        )
+        explainer = Explainer(trained.model)
+        for digit in demo.DIGITS:
+            picture, subject = demo.example(trained, digit)
+            folder = out / f"digit_{digit}"
+            result = report(explainer, picture, subject, demo.LAYERS, folder, top=4, say=say)
+            _summarise(result, folder)
+
+
+def _say(quiet: bool) -> Say:
+    """Progress, on stderr."""
+    return lambda text: None if quiet else typer.echo(f"{text} …", err=True)
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    """`[classes]`: what the model makes of the picture."""
+    try:
+        with torch.no_grad():
+            output = model(x)
+    except Exception as error:  # any code may stand behind a model
+        raise CommandError(
+            f"the model fails on a picture of shape {tuple(x.shape)}: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != 1:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CommandError(f"the model's output must be [1, classes] for one picture, not {what}")
+    return output[0]
+
+
+def _shape(text: str) -> list[int]:
+    try:
+        shape = [int(part) for part in text.split(",")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise CommandError(f"--input-shape {text!r}: give positive integers, e.g. 1,3,224,224")
+    return shape
+
+
+def _summarise(result: dict[str, Any], out: Path) -> None:
+    """The short result for people."""
+    what = f"class {result['target']}"
+    if result["label"] is not None:
+        what = f"{result['label']} ({what})"
+    typer.echo(f"{result['image']}: {what}, probability {probability(result)}")
+    if result["flows"]:
+        layers = result["layers"]
+        rows = [
+            (
+                str(k),
+                *(str(flow["sets"][layer][0]) for layer in layers),
+                f"{flow['relevance']:.4g}",
+                f"{flow['share']:.2%}",
+                flow["picture"],
+            )
+            for k, flow in enumerate(result["flows"], start=1)
+        ]
+        heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
+        _print(_table(heads, rows))
+    typer.echo(f"Worst cut deviation {result['worst_cut_deviation']:.1e}.")
+    typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / 'overview.png'}.")
+
+
+def _table(heads: tuple[str, ...], rows: list[Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(Text(head), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # text as it is: names may hold brackets
+    return table
+
+
+def _print(table: Table) -> None:
+    """On a terminal as wide as that is, elsewhere as wide as the table, so that nothing breaks."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000
+        console.width = console.measure(table).maximum
+    console.print(table)

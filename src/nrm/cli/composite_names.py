@@ -1,0 +1,46 @@
+"""Composites by name, as `--composite` takes them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from torch import Tensor
+
+from nrm import composites
+from nrm.cli.errors import CommandError
+from nrm.composites import Composite
+
+DEFAULT = "GammaFlat"
+_NAMED: dict[str, Callable[[], Composite]] = {
+    DEFAULT: composites.GammaFlat,
+    "EpsilonPlus": composites.EpsilonPlus,
+    "EpsilonPlusFlat": composites.EpsilonPlusFlat,
+    "EpsilonGammaFlat": composites.EpsilonGammaFlat,
+    "EpsilonAlpha2Beta1Flat": composites.EpsilonAlpha2Beta1Flat,
+    "LRPZero": composites.LRPZero,
+}
+_BOX = "EpsilonGammaBox"
+NAMES = (*_NAMED, _BOX)
+
+
+def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite:
+    """A composite with its default parameters.
+
+    Arguments:
+        name: in whatever case.
+        bounds: smallest and largest input, which the box rule needs.
+    """
+    known = {one.casefold(): one for one in NAMES}
+    if name.casefold() not in known:
+        near = difflib.get_close_matches(name.casefold(), known, n=1)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        raise CommandError(f"no composite is called {name!r}; {hint}there are {', '.join(NAMES)}")
+    chosen = known[name.casefold()]
+    if chosen != _BOX:
+        return _NAMED[chosen]()
+    if bounds is None:
+        raise CommandError(
+            f"{_BOX} needs the bounds of the inputs, which are known without --transform only"
+        )
+    return composites.EpsilonGammaBox(*bounds)

@@ -1,0 +1,174 @@
+"""Models by name: `module:factory` and a file of weights."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nrm.cli.errors import CommandError, one_line, some
+from nrm.cli.torchvision_mismatch import import_torchvision, is_mismatch
+
+
+def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Module:
+    """The model in evaluation mode on a device.
+
+    Arguments:
+        spec: `module:factory`; the factory is called without arguments, a module is taken as
+            it is.
+        weights: a state dict as `.safetensors`, `.pt` or `.pth`; without it the model keeps the
+            weights that its factory gives it.
+    """
+    model = build(spec)
+    if weights is not None:
+        load_weights(model, weights)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise CommandError(
+            f"{spec} has parameters with no shape before its first use: {some(lazy)}"
+        )
+    return model.eval().to(device)
+
+
+def find_device(name: str) -> torch.device:
+    """A device that this torch can put a tensor on."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def build(spec: str) -> nn.Module:
+    """What `module:factory` makes."""
+    found = find_attribute(spec)
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise CommandError(f"{spec} is a {type(found).__name__}, not a model or a factory of one")
+    try:
+        model = found()
+    except Exception as error:  # any code may stand behind a name
+        raise CommandError(
+            f"{spec} called without arguments fails: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"{spec} made a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def find_attribute(spec: str) -> Any:
+    """The object that `module:name` names; the folder that `nrm` runs in is searched too."""
+    module_name, colon, attribute = spec.partition(":")
+    if not (colon and module_name and attribute):
+        raise CommandError(
+            f"{spec!r} is not of the form module:name, e.g. torchvision.models:squeezenet1_0"
+        )
+    found: Any = _import(module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), n=4)
+            hint = f"; nearest names: {', '.join(near)}" if near else ""
+            raise CommandError(f"{module_name} has no {attribute!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict that fits the model key by key."""
+    state = _read_weights(path)
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and not is_lazy(value) and state[key].shape != value.shape
+    ]
+    wrong = [
+        f"{what}: {some(keys, 3)}"
+        for what, keys in (
+            ("missing keys", missing),
+            ("unknown keys", unexpected),
+            ("other shapes", shapes),
+        )
+        if keys
+    ]
+    if wrong:
+        raise CommandError(f"{path} does not fit the model. {'; '.join(wrong)}.")
+    model.load_state_dict(state)
+
+
+def _read_weights(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise CommandError(f"weights {path}: no such file")
+    kind = path.suffix.lower()
+    if kind not in (".safetensors", ".pt", ".pth"):
+        raise CommandError(f"weights {path}: expected a .safetensors, .pt or .pth file")
+    try:
+        if kind == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CommandError(
+            f"weights {path}: not a state dict that can be read safely (weights only): "
+            f"{_first_line(error)}"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise CommandError(f"weights {path}: cannot be read: {_first_line(error)}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # as training scripts save it
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CommandError(f"weights {path}: not a state dict (names and their tensors)")
+    return state
+
+
+def _import(name: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path:  # the script `nrm` does not have it, `python -m nrm` does
+        sys.path.insert(0, here)
+    try:
+        if name.partition(".")[0] == "torchvision":
+            import_torchvision()
+        try:
+            return importlib.import_module(name)
+        except RuntimeError as error:
+            if not is_mismatch(error):
+                raise
+            import_torchvision()
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing == "torchvision":
+            raise CommandError(
+                f"{name} needs torchvision, which is not installed: pip install 'nrm[vision]'"
+            ) from error
+        if name == missing or name.startswith(f"{missing}."):
+            raise CommandError(f"there is no module {missing!r} to import") from error
+        raise CommandError(f"{name} cannot be imported: it needs {missing!r}") from error
+    except Warning:
+        raise  # a warning that the user has made an error
+    except Exception as error:  # importing runs any code
+        raise CommandError(
+            f"{name} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,233 @@
+"""One explanation as a folder of pictures and a `result.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nrm
+from nrm import plot
+from nrm.cli.errors import CommandError
+from nrm.cli.folder import check_folder, filled_at_once
+from nrm.cli.pictures import Picture
+from nrm.explainer import Explainer
+from nrm.measure import Measure
+from nrm.search import Flow, Flows
+
+RESULT = "result.json"
+MOST_COLUMNS = 8
+"""How many flows the overview shows; every flow has a picture of its own."""
+
+Say = Callable[[str], None]
+"""Tells the user what is being done."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is explained, by name."""
+
+    image: str
+    model: str
+    target: int
+    label: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"class {self.target}" if self.label is None else self.label
+
+
+def report(
+    explainer: Explainer,
+    picture: Picture,
+    subject: Subject,
+    layers: Sequence[str],
+    out: Path,
+    *,
+    top: int = 5,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Explain one picture and write everything to a folder, complete or not at all.
+
+    Returns:
+        what `result.json` holds.
+    """
+    check_folder(out)
+    say("capturing the model and passing the picture through it")
+    R = explainer(picture.x, target=subject.target)
+    for layer in layers:
+        R.graph.variable(layer)  # unknown names are refused before the long steps
+    say("the heatmap of all relevance")
+    everything = R.heatmap()[0]
+    flows = None
+    if layers:
+        say(f"searching the most relevant channel combinations of {', '.join(layers)}")
+        flows = R.top(*layers, k=top)
+    say("checking the totals over all cuts")
+    checks = R.diagnostics()
+    result = _result(explainer, R, subject, layers, flows)
+    result["worst_cut_deviation"] = checks.worst_cut_deviation
+    result["total_variation"] = float(checks.total_variation[0])
+    with filled_at_once(out, last=RESULT) as folder:
+        say("drawing")
+        _draw(R, picture, everything, flows, subject, result, folder)
+        result["pictures"] = sorted(file.name for file in folder.iterdir())
+        (folder / RESULT).write_text(to_json(result), encoding="utf-8")
+        outdated = _outdated(out, result["pictures"])
+    for file in outdated:
+        file.unlink(missing_ok=True)
+    return result
+
+
+def to_json(result: Any) -> str:
+    """As it stands in `result.json` and on stdout."""
+    return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+
+
+def probability(result: dict[str, Any]) -> str:
+    """The probability, for people."""
+    value = result["probability"]
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
+
+
+def _result(
+    explainer: Explainer,
+    R: Measure,
+    subject: Subject,
+    layers: Sequence[str],
+    flows: Flows | None,
+) -> dict[str, Any]:
+    logits = R.output[0]
+    return {
+        "image": subject.image,
+        "model": subject.model,
+        "target": subject.target,
+        "label": subject.label,
+        "probability": float(torch.softmax(logits.double(), 0)[subject.target]),
+        "logit": float(logits[subject.target]),
+        "layers": list(layers),
+        "composite": repr(explainer.composite),
+        "bias": explainer.bias,
+        "worst_cut_deviation": None,
+        "total_variation": None,
+        "search": None if flows is None else "exact" if flows.exact else "beam",
+        "flows": [
+            {
+                "sets": {layer: [channel] for layer, channel in flow.channels.items()},
+                "relevance": flow.relevance,
+                "share": flow.share,
+                "picture": f"flow_{k}.png",
+            }
+            for k, flow in enumerate(flows or (), start=1)
+        ],
+        "pictures": [],
+    }
+
+
+def _draw(
+    R: Measure,
+    picture: Picture,
+    everything: Tensor,
+    flows: Flows | None,
+    subject: Subject,
+    result: dict[str, Any],
+    folder: Path,
+) -> None:
+    """All pictures of one explanation."""
+    if everything.dim() != 3:
+        raise CommandError(f"the input is no picture: its shape is {tuple(everything.shape)}")
+    seen = picture.shown
+    plot.save_photo(seen, folder / "input.png")
+    # Relevance is normalised by the logit: where that is negative, red is what made it so.
+    ends = plot.ENDS if result["logit"] >= 0 else ("raises the logit", "lowers the logit")
+    title = f"relevance for “{subject.title}”"
+    figure = plot.single(everything, picture=seen, title=title, ends=ends)
+    plot.save(figure, folder / "heatmap.png")
+    singles = _Singles(R)
+    columns: list[list[plot.Panel]] = []
+    for flow, entry in zip(flows or (), result["flows"], strict=True):
+        joint = R.heatmap(*flow.sets)[0]
+        named = " & ".join(f"{layer} channel {c}" for layer, c in flow.channels.items())
+        amount = _amount(flow.relevance, flow.share)
+        figure = plot.single(joint, picture=seen, title=f"{named}\n{amount}", ends=ends)
+        plot.save(figure, folder / entry["picture"])
+        if len(columns) < MOST_COLUMNS:
+            columns.append(_column(flow, joint, amount, singles))
+    rows = [*result["layers"], "jointly"] if len(result["layers"]) > 1 else result["layers"]
+    figure = plot.overview(
+        seen,
+        plot.Panel("LRP heatmap", everything),
+        columns,
+        rows,
+        _facts(result, subject),
+        ends,
+    )
+    plot.save(figure, folder / "overview.png")
+
+
+def _column(flow: Flow, joint: Tensor, amount: str, singles: _Singles) -> list[plot.Panel]:
+    """A flow in the overview: its channels one by one, then all of them jointly."""
+    if len(flow.channels) == 1:
+        (channel,) = flow.channels.values()
+        return [plot.Panel(f"channel {channel}\n{amount}", joint)]
+    panels = [singles.panel(layer, channel) for layer, channel in flow.channels.items()]
+    together = " & ".join(str(channel) for channel in flow.channels.values())
+    return [*panels, plot.Panel(f"{together}\n{amount}", joint)]
+
+
+class _Singles:
+    """Panels of single channels, each computed once."""
+
+    def __init__(self, R: Measure) -> None:
+        self._R = R
+        self._relevances: dict[str, Tensor] = {}
+        self._panels: dict[tuple[str, int], plot.Panel] = {}
+
+    def panel(self, layer: str, channel: int) -> plot.Panel:
+        """The heatmap of one channel."""
+        if layer not in self._relevances:
+            self._relevances[layer] = self._R.channels(layer)[0]
+        if (layer, channel) not in self._panels:
+            relevance = float(self._relevances[layer][channel])
+            total = float(self._relevances[layer].sum())
+            amount = _amount(relevance, relevance / total if total else 0.0)
+            heatmap = self._R.heatmap(nrm.channels(layer, channel))[0]
+            self._panels[layer, channel] = plot.Panel(f"channel {channel}\n{amount}", heatmap)
+        return self._panels[layer, channel]
+
+
+def _amount(relevance: float, share: float) -> str:
+    return f"R = {relevance:#.3g}, share {share:.2%}"
+
+
+def _facts(result: dict[str, Any], subject: Subject) -> list[str]:
+    """What stands beside the pictures of the overview."""
+    facts = [
+        subject.title,
+        f"class {result['target']}, probability {probability(result)}, logit {result['logit']:.2f}",
+        f"{result['model']}, {result['composite']}",
+        f"worst cut deviation {result['worst_cut_deviation']:.1e}, "
+        f"total variation {result['total_variation']:.4g}",
+    ]
+    if result["flows"]:
+        shown = min(len(result["flows"]), MOST_COLUMNS)
+        how = "most relevant" if result["search"] == "exact" else "most relevant found (beam)"
+        of = "channels" if len(result["layers"]) == 1 else "channel combinations"
+        facts.append(f"below: the {shown} {how} {of}")
+    return facts
+
+
+def _outdated(out: Path, pictures: Sequence[str]) -> list[Path]:
+    """Pictures of flows that an earlier result in the folder had and this one has not."""
+    try:
+        earlier = json.loads((out / RESULT).read_text(encoding="utf-8"))["pictures"]
+        names = {name for name in earlier if re.fullmatch(r"flow_\d+\.png", name)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no earlier result, or none of ours
+    return [out / name for name in sorted(names.difference(pictures))]
