@@ -60,6 +60,7 @@ def _send(
     graph = forward.graph
     leading = graph.leading_to(stops)
     travelling = {v: m for v, m in messages.items() if v in leading}
+    callers = set(map(id, travelling.values()))  # not to be overwritten
     arrived: Messages = {}
     for variable in reversed(graph.variables):  # children before parents
         if variable not in travelling:
@@ -82,6 +83,8 @@ def _send(
         wanted = [operand in leading for operand in operation.operands]
         if not any(wanted):
             continue
+        if id(message) in callers:
+            message = message.clone()
         pulled = forward.propagations[operation].pull(message, wanted, normalized)
         del message
         for operand, part in zip(operation.operands, pulled, strict=True):

@@ -73,12 +73,13 @@ class Propagation(ABC):
         """`m(i) = sum_j R(i|j) m(j)` for the operands wanted (eq. 24).
 
         Arguments:
-            message: `[K, *output shape]`, K messages at once.
+            message: `[K, *output shape]`, K messages at once; it may be overwritten.
             wanted: for each operand, whether its message is needed.
             normalized: `False` multiplies by `T~_ij` itself (eq. 26).
 
         Returns:
-            for each operand `[K, *operand shape]`, or `None` where not wanted.
+            for each operand `[K, *operand shape]`, or `None` where not wanted. No two share
+            memory, so that each may be overwritten in turn.
         """
 
     def operand_shape(self, index: int) -> torch.Size:

@@ -131,9 +131,9 @@ class SharedOut(Propagation):
             total = self.rule.total(sums, gates, self._own_sum)
             self._own_sum = None
             floor = max(self.rule.stabilizer, torch.finfo(total.dtype).tiny)
-            vanished = total.abs() <= floor
-            if not bool(vanished.any()):
+            if float(torch.linalg.vector_norm(total, ord=-float("inf"))) > floor:  # the smallest
                 return gates, total, None
+            vanished = total.abs() <= floor
             return gates, total.masked_fill(vanished, float("inf")), vanished
 
     def pull(
@@ -143,25 +143,36 @@ class SharedOut(Propagation):
         if self.setting.strict:
             self._refuse_failing_columns(message, total, vanished)
         pulled: list[Tensor | None] = [None] * len(self.parts)
-        share = message / total if normalized else message
-        for index, gate in enumerate(gates):
-            if isinstance(gate, float):
-                if gate == 0.0:
-                    continue
-                gated = share if gate == 1.0 else share * gate
-            else:
-                gated = share * gate
-                if not bool(gated.any()):
-                    continue
-            self.group(index).pull(gated, wanted, pulled)
-        if normalized and vanished is not None:
-            stranded = message * vanished
-            if bool(stranded.any()):
-                self._split_uniformly(stranded, wanted, pulled)
+        if normalized:
+            if vanished is not None:
+                stranded = message * vanished
+                if bool(stranded.any()):
+                    self._split_uniformly(stranded, wanted, pulled)
+            message = _divide(message, total)
+        for index, share in self._gated(message, gates).items():
+            self.group(index).pull(share, wanted, pulled)
         for operand, part in enumerate(self.parts):
             if wanted[operand] and pulled[operand] is None:
                 pulled[operand] = message.new_zeros((message.shape[0], *part.x.value.shape))
         return pulled
+
+    def _gated(self, message: Tensor, gates: Sequence[Gate]) -> dict[int, Tensor]:
+        """Each group's part of a message, where there is any."""
+        shares: dict[int, Tensor] = {}
+        for index, gate in enumerate(gates[1:], start=1):
+            if isinstance(gate, Tensor) or gate != 0.0:
+                share = message * gate
+                if bool(share.any()):
+                    shares[index] = share
+        first = gates[0]
+        if isinstance(first, float):
+            if first != 0.0:
+                shares[0] = message if first == 1.0 else message * first
+        elif self.rule.exclusive_gates and not shares:
+            shares[0] = message  # nothing for the other groups: all of it is the first one's
+        else:
+            shares[0] = message * first
+        return shares
 
     def _split_uniformly(
         self, stranded: Tensor, wanted: Sequence[bool], pulled: list[Tensor | None]
@@ -249,9 +260,16 @@ class _Group:
         if not chosen:
             return
         gradients = pull_back(self.output, [self.leaves[t] for t in chosen], share)
+        # The gradients of a plain sum are one and the same tensor.
+        shared = len(chosen) > 1 or _same_memory(gradients[0], share)
         for term, gradient in zip(chosen, gradients, strict=True):
             operand, factor = self.operand[term], self.factors[term]
-            product = gradient if factor is None else gradient * factor
+            if factor is None:
+                product = gradient.clone() if shared else gradient
+            elif shared or not gradient.is_contiguous():
+                product = gradient * factor
+            else:
+                product = gradient.mul_(factor)
             before = pulled[operand]
             pulled[operand] = product if before is None else before + product
 
@@ -269,6 +287,15 @@ class _SumsOnDemand(Sequence[Tensor]):
         if not -self._length <= index < self._length:
             raise IndexError(index)
         return self._owner.group(index).output.detach()
+
+
+def _divide(message: Tensor, total: Tensor) -> Tensor:
+    """`message / total`, in place where its elements are its own."""
+    return message.div_(total) if message.is_contiguous() else message / total
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _total(summands: Iterator[Tensor]) -> Tensor:

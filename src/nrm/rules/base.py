@@ -89,6 +89,8 @@ class Rule(ABC):
     """The single group is the operator's own sum, so that the forward pass already computed it."""
     needs_sum: ClassVar[bool] = False
     """`gates` and `total` look at the operator's own sum `sum_i z_ij`."""
+    exclusive_gates: ClassVar[bool] = False
+    """At every neuron exactly one group's gate is not zero, where gates are tensors."""
     nonnegative: ClassVar[bool] = False
     """No `T~_ij` is ever negative: the positive-sum condition (15) fails only where all vanish."""
     stabilizer: float = 0.0

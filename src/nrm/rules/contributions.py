@@ -72,6 +72,7 @@ class Gamma(Rule):
 
     gamma: float = 0.25
     needs_sum: ClassVar[bool] = True
+    exclusive_gates: ClassVar[bool] = True
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         if self.gamma == 0:
@@ -98,7 +99,9 @@ class Gamma(Rule):
     ) -> Tensor:
         # Both groups' terms add up to (2 + gamma) z: the second sum needs no computation.
         assert own_sum is not None
-        return torch.where(own_sum < 0, sums[0] - (2 + self.gamma) * own_sum, sums[0])
+        if isinstance(gates[0], float):  # no column has a negative sum
+            return sums[0]
+        return torch.sub(sums[0], own_sum.clamp(max=0), alpha=2 + self.gamma)
 
 
 @dataclass(frozen=True)
