@@ -274,6 +274,8 @@ def test_bad_models_and_inputs_are_refused(net, x):
     net.blocks[1].train()
     with pytest.raises(InputError, match=r"'blocks\.1'.*model\.eval"):
         explainer(x, target=0)
+    with pytest.raises(InputError, match="no shape yet"):
+        nrm.Explainer(nn.LazyLinear(2).eval())(x, target=0)
     with pytest.raises(TypeError, match="Module"):
         nrm.Explainer(lambda x: x)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nrm.composites import Composite, GammaFlat
 from nrm.errors import InputError, TargetError
@@ -124,6 +125,11 @@ def _check_model(model: nn.Module) -> None:
             raise InputError(
                 f"the model must be in evaluation mode, but {where} is in training mode "
                 "(dropout would be random, batch norm would mix samples). Call model.eval()."
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"parameter {name!r} has no shape yet. Run the model once before explaining it."
             )
 
 
