@@ -270,7 +270,7 @@ class Measure:
         arrived = send(forward, messages, {variable: None}, normalized, open_to)
         if variable not in arrived:
             return self.output.new_zeros((1, *forward.shapes[variable]))
-        return _finite(arrived[variable])
+        return _finite(arrived[variable]).contiguous()
 
 
 def _finite(result: Tensor) -> Tensor:

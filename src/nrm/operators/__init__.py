@@ -2,11 +2,13 @@
 
 from nrm.operators.base import Columns, Operator, Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
-from nrm.operators.table import carries_none, functional, lookup, register
+from nrm.operators.identity import Identity
+from nrm.operators.table import carries_none, functional, in_place, lookup, register
 
 __all__ = [
     "Call",
     "Columns",
+    "Identity",
     "Operator",
     "Propagation",
     "Setting",
@@ -14,6 +16,7 @@ __all__ = [
     "carries_none",
     "fill",
     "functional",
+    "in_place",
     "lookup",
     "register",
 ]

@@ -66,6 +66,9 @@ class Columns:
 class Propagation(ABC):
     """One operation prepared for one input: messages pass it, linearly, any number of times."""
 
+    output_is_free: bool = False
+    """The operation's output is a tensor of its own that nothing here keeps."""
+
     @abstractmethod
     def pull(
         self, message: Tensor, wanted: Sequence[bool], normalized: bool = True

@@ -12,8 +12,8 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Setting
 from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
 from nrm.operators.layers import Elementwise
-from nrm.operators.weighted_sum import Contribution
 from nrm.rules import Activation
 
 

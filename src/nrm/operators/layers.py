@@ -10,8 +10,10 @@ from torch.fx import Node
 
 from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Unchanged
-from nrm.operators.weighted_sum import Contribution, WeightedSum
+from nrm.operators.memory import plain_strides
+from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation
 
 
@@ -38,17 +40,23 @@ class Layer(WeightedSum):
             return output
 
         def uniform(factor: Tensor) -> Tensor:
-            # All output channels of a group get the same: compute one of them.
-            ones = weight.new_ones((groups, *weight.shape[1:]))
-            one_each = apply(factor, ones)
-            if groups > 1:
-                return one_each.repeat_interleave(weight.shape[0] // groups, channel_axis)
-            shape = list(one_each.shape)
-            shape[channel_axis] = weight.shape[0]
-            return one_each.expand(shape)
+            # All channels of a group give and get the same: add them up, and compute one.
+            shape = (groups, 1, *weight.shape[2:])
+            if groups == 1:
+                return apply(factor.sum(channel_axis, keepdim=True), weight.new_ones(shape))
+            added = torch.unflatten(factor, channel_axis, (groups, -1)).sum(channel_axis)
+            return apply(added, weight.new_ones(shape)).repeat_interleave(
+                weight.shape[0] // groups, channel_axis
+            )
 
         return [
-            Contribution(Activation(values[0]), setting.weight("weight", weight), apply, uniform)
+            Contribution(
+                Activation(values[0]),
+                setting.weight("weight", weight),
+                apply,
+                uniform,
+                _transpose(call, values[0], weight),
+            )
         ]
 
     def bias(self, call: Call, dim: int) -> Tensor | None:
@@ -61,6 +69,41 @@ class Layer(WeightedSum):
     @staticmethod
     def _channel_from_end(weight: Tensor) -> int:
         return max(weight.dim() - 1, 1)
+
+
+def _transpose(call: Call, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The layer's transpose, all messages as one batch."""
+    axes = weight.dim() - 2
+    if axes <= 0:
+        return torch.matmul
+    if isinstance(call["padding"], str) or x.dim() != weight.dim():
+        return None
+    stride, padding, dilation = (
+        list(call[name]) * (axes if len(call[name]) == 1 else 1)
+        for name in ("stride", "padding", "dilation")
+    )
+
+    def transpose(message: Tensor, weight: Tensor) -> Tensor:
+        many = len(message)
+        shaped_like = x if many == 1 else x.new_empty(()).expand(many * len(x), *x.shape[1:])
+        gradient, _, _ = torch.ops.aten.convolution_backward(
+            message.flatten(0, 1) if many > 1 else message[0],
+            shaped_like,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * axes,
+            call["groups"],
+            [True, False, False],
+        )
+        if many == 1:
+            return plain_strides(gradient).unsqueeze(0)
+        return torch.unflatten(gradient, 0, (many, len(x)))
+
+    return transpose
 
 
 class Averaging(WeightedSum):
@@ -116,17 +159,18 @@ class Sum(Elementwise):
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
+        alike = all(value.shape == values[0].shape for value in values)
         parts = []
         for name, sign in zip(("self", "other"), self.signs(call), strict=True):
             if isinstance(call[name], Slot):
                 x = values[call[name].index]
-                weight = torch.tensor(sign, dtype=x.dtype, device=x.device)
                 parts.append(
                     Contribution(
                         Activation(x),
-                        setting.weight(name, weight),
-                        torch.mul,
-                        lambda factor: factor,
+                        setting.weight(name, torch.tensor(sign, dtype=x.dtype, device=x.device)),
+                        apply=torch.mul,
+                        uniform=lambda factor: factor,
+                        transpose=torch.mul if alike and len(values) > 1 else None,
                     )
                 )
         return parts

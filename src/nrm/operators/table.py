@@ -35,13 +35,26 @@ def carries_none(target: OpOverload) -> bool:
 
 
 def functional(target: OpOverload) -> OpOverload:
-    """The plain operator for an in-place one (`relu_` -> `relu`); others as they are."""
+    """The plain operator for one that minds memory: `relu` for `relu_`, `reshape` for `view`.
+
+    Others as they are.
+    """
+    if target is torch.ops.aten.view.default:
+        return torch.ops.aten.reshape.default
     packet, _, overload = str(target).rpartition(".")
     namespace, _, name = packet.partition(".")
     if not name.endswith("_") or name.endswith("__"):
         return target
     plain = getattr(getattr(torch.ops, namespace), name[:-1], None)
     return getattr(plain, overload, target)
+
+
+def in_place(target: OpOverload) -> OpOverload:
+    """The in-place variant of an elementwise operator that has a safe one; others as they are."""
+    return _IN_PLACE.get(target, target)
+
+
+_IN_PLACE = {torch.ops.aten.relu.default: torch.ops.aten.relu_.default}
 
 
 def _names(text: str) -> list[str]:

@@ -87,10 +87,9 @@ class Rule(ABC):
 
     reuses_sum: ClassVar[bool] = False
     """The single group is the operator's own sum, so that the forward pass already computed it."""
-    needs_sum: ClassVar[bool] = False
-    """`gates` and `total` look at the operator's own sum `sum_i z_ij`."""
-    exclusive_gates: ClassVar[bool] = False
-    """At every neuron exactly one group's gate is not zero, where gates are tensors."""
+    by_sign: ClassVar[bool] = False
+    """Group 0 takes the neurons j whose own sum `sum_i z_ij` is not negative; group 1 takes the
+    others, with gate -1."""
     nonnegative: ClassVar[bool] = False
     """No `T~_ij` is ever negative: the positive-sum condition (15) fails only where all vanish."""
     stabilizer: float = 0.0
@@ -101,16 +100,18 @@ class Rule(ABC):
         """The terms of one operand, group by group. A term that is zero may be left out."""
 
     def gates(self, sums: Sequence[Tensor], own_sum: Tensor | None) -> Sequence[Gate]:
-        """One gate per group; `sums[g]` is group g's sum over all operands, evaluated on demand."""
-        return [1.0] * len(sums)
+        """One gate per group.
 
-    def total(
-        self, sums: Sequence[Tensor], gates: Sequence[Gate], own_sum: Tensor | None
-    ) -> Tensor:
-        """The column sums `sum_i T~_ij`."""
-        total = sums[0]
-        if not isinstance(gates[0], float) or gates[0] != 1.0:
-            total = total * gates[0]
-        for group, gate in enumerate(gates[1:], start=1):
-            total = total + sums[group] * gate
-        return total
+        Arguments:
+            sums: each group's sum over all operands, evaluated on demand.
+            own_sum: the operator's own sum, for rules that go `by_sign`.
+        """
+        if not self.by_sign:
+            return [1.0] * len(sums)
+        assert own_sum is not None
+        below = (own_sum < 0).to(torch.int8)  # small: there are as many as neurons
+        return [1 - below, -below]
+
+    def opposed_sum(self, first: Tensor, own_sum: Tensor) -> Tensor | None:
+        """Group 1's sum `by_sign`, where it follows from that of group 0 and the own sum."""
+        return None

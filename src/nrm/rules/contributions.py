@@ -71,8 +71,7 @@ class Gamma(Rule):
     """
 
     gamma: float = 0.25
-    needs_sum: ClassVar[bool] = True
-    exclusive_gates: ClassVar[bool] = True
+    by_sign: ClassVar[bool] = True
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         if self.gamma == 0:
@@ -86,22 +85,9 @@ class Gamma(Rule):
             oppose.append((x.negative, raise_positive))
         return [agree, oppose]
 
-    def gates(self, sums: Sequence[Tensor], own_sum: Tensor | None) -> Sequence[Gate]:
-        assert own_sum is not None
-        below = own_sum < 0
-        if not bool(below.any()):
-            return [1.0, 0.0]
-        below = below.to(torch.int8)  # small: there are as many as neurons
-        return [1 - below, -below]
-
-    def total(
-        self, sums: Sequence[Tensor], gates: Sequence[Gate], own_sum: Tensor | None
-    ) -> Tensor:
-        # Both groups' terms add up to (2 + gamma) z: the second sum needs no computation.
-        assert own_sum is not None
-        if isinstance(gates[0], float):  # no column has a negative sum
-            return sums[0]
-        return torch.sub(sums[0], own_sum.clamp(max=0), alpha=2 + self.gamma)
+    def opposed_sum(self, first: Tensor, own_sum: Tensor) -> Tensor:
+        # The terms of both groups add up to (2 + gamma) z_ij.
+        return torch.sub((2 + self.gamma) * own_sum, first)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What operands add to a weighted sum, and how a message travels back through what they add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nrm.operators.base import pull_back
+from nrm.operators.memory import dense, same_memory, sum_to
+from nrm.rules import Activation, Weight
+
+
+@dataclass
+class Contribution:
+    """What one operand adds to the sum.
+
+    Attributes:
+        x: the parents and their values.
+        w: the weight that a rule may modify.
+        apply: `(factor, weight) -> output`, linear in each; broadcasts to the output.
+        uniform: `factor -> output` with weight one on every connection.
+        transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
+            factor; without it autograd finds it, at the cost of running `apply` once.
+    """
+
+    x: Activation
+    w: Weight
+    apply: Callable[[Tensor, Tensor], Tensor]
+    uniform: Callable[[Tensor], Tensor]
+    transpose: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
+        return self.uniform(factor) if weight is None else self.apply(factor, weight)
+
+
+Summand = tuple[int, Contribution, Tensor, Tensor | None]
+"""A term of a rule for one operand: the operand's number, what it adds, factor and weight."""
+
+
+class TermSum:
+    """The terms of one group added up, over all operands."""
+
+    def __init__(self, summands: Sequence[Summand]) -> None:
+        self.summands = summands
+        self.direct = all(
+            part.transpose is not None and weight is not None for _, part, _, weight in summands
+        )
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The sum; it may broadcast to the operator's output."""
+        if not self.direct:
+            return self._graph[1].detach()
+        with torch.no_grad():
+            return total(part.add(factor, weight) for _, part, factor, weight in self.summands)
+
+    @cached_property
+    def _graph(self) -> tuple[list[Tensor], Tensor]:
+        """The factors and the sum, with a local autograd graph between them."""
+        leaves = [factor.detach().requires_grad_() for _, _, factor, _ in self.summands]
+        with torch.enable_grad():
+            return leaves, total(
+                part.add(leaf, weight)
+                for leaf, (_, part, _, weight) in zip(leaves, self.summands, strict=True)
+            )
+
+    def pull(self, share: Tensor, wanted: Sequence[bool], pulled: list[Tensor | None]) -> None:
+        """Add `factor * (transposed weight) share`, term by term, to what operands get."""
+        chosen = [t for t, (operand, *_) in enumerate(self.summands) if wanted[operand]]
+        if not chosen:
+            return
+        gradients = self._transposed(chosen, share)
+        # The gradients of a plain sum are one and the same tensor.
+        lent = len(chosen) > 1 or same_memory(gradients[0], share)
+        for t, gradient in zip(chosen, gradients, strict=True):
+            operand, part, factor, _ = self.summands[t]
+            if factor is part.x.ones:
+                product = gradient.clone() if lent else gradient
+            elif lent or not dense(gradient):
+                product = gradient * factor
+            else:
+                product = gradient.mul_(factor)
+            before = pulled[operand]
+            if before is None:
+                pulled[operand] = product
+            else:
+                pulled[operand] = product.add_(before) if dense(product) else before + product
+
+    def _transposed(self, chosen: Sequence[int], share: Tensor) -> Sequence[Tensor]:
+        if not self.direct:
+            leaves, output = self._graph
+            return pull_back(output, [leaves[t] for t in chosen], sum_to(share, output.shape))
+        found = []
+        for t in chosen:
+            _, part, _, weight = self.summands[t]
+            assert part.transpose is not None
+            assert weight is not None
+            found.append(part.transpose(share, weight))
+        return found
+
+
+def total(summands: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    first, *others = summands
+    for summand in others:
+        first = first + summand
+    return first

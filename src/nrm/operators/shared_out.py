@@ -1,0 +1,260 @@
+"""A weighted sum prepared for one input: each message is shared out by the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nrm.errors import PositiveSumError, QueryError
+from nrm.operators.base import Columns, Propagation, Setting
+from nrm.operators.contribution import Contribution, TermSum
+from nrm.operators.contribution import total as add_up
+from nrm.operators.memory import (
+    Coordinates,
+    any_below,
+    dense,
+    smaller_than,
+    sum_to,
+    where_not_below,
+)
+from nrm.rules import Gate
+
+Sums = tuple[Tensor, Coordinates | None]
+"""Sums over parents, which may broadcast to the output, and where they vanish."""
+
+
+class SharedOut(Propagation):
+    """A weighted sum prepared for one input: each message is shared out by the rule.
+
+    Groups of terms (see `nrm.rules.base`) are evaluated when the first message that needs them
+    arrives, and kept, so that further messages cost one transposed product per group.
+    """
+
+    def __init__(self, parts: list[Contribution], setting: Setting) -> None:
+        self.parts, self.setting, self.rule = parts, setting, setting.rule
+        self._groups: dict[int, TermSum] = {}
+        self._group_sums: dict[int, Sums] = {}
+        self._own_sum: Tensor | None = None
+
+    def own_sum(self) -> Tensor:
+        """`sum_i z_ij` over all operands: what the operator itself adds up."""
+        if self.rule.reuses_sum:
+            return self.group(0).output.detach()
+        with torch.no_grad():
+            self._own_sum = add_up(part.apply(part.x.value, part.w.value) for part in self.parts)
+        return self._own_sum
+
+    def operand_shape(self, index: int) -> torch.Size:
+        return self.parts[index].x.value.shape
+
+    @cached_property
+    def terms(self) -> list[list[list[tuple[Tensor, Tensor | None]]]]:
+        """Operand -> group -> terms."""
+        return [[list(group) for group in self.rule.groups(part.x, part.w)] for part in self.parts]
+
+    def group(self, index: int) -> TermSum:
+        if index not in self._groups:
+            self._groups[index] = TermSum(
+                [
+                    (operand, part, factor, weight)
+                    for operand, part in enumerate(self.parts)
+                    for factor, weight in self.terms[operand][index]
+                ]
+            )
+        return self._groups[index]
+
+    @cached_property
+    def uniform(self) -> TermSum:
+        """Every parent counts the same: what a vanished column falls back to."""
+        return TermSum(
+            [(operand, part, part.x.ones, None) for operand, part in enumerate(self.parts)]
+        )
+
+    # -- sharing a message out -------------------------------------------------------------------
+
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        if self.setting.strict:
+            self._refuse_failing_columns(message)
+        pulled: list[Tensor | None] = [None] * len(self.parts)
+        if normalized and self.rule.by_sign:
+            for index, taken in self._taken_by_sign(message):
+                share = self._divide(taken, self._sum_of(index), wanted, pulled)
+                self.group(index).pull(share, wanted, pulled)
+        else:
+            share = message
+            if normalized:
+                share = self._divide(message, self._column_sums, wanted, pulled)
+            for index, gate in enumerate(self._gates):
+                self.group(index).pull(_gated(share, gate), wanted, pulled)
+        for operand, part in enumerate(self.parts):
+            if wanted[operand] and pulled[operand] is None:
+                pulled[operand] = message.new_zeros((message.shape[0], *part.x.value.shape))
+        return pulled
+
+    def _taken_by_sign(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What group 0 takes of a message, and group 1 where there is any for it."""
+        assert self._own_sum is not None
+        opposed = None
+        if any_below(message, self._own_sum):
+            agreeing = where_not_below(message, self._own_sum)
+            opposed, message = message - agreeing, agreeing
+        yield 0, message
+        if opposed is not None:
+            yield 1, opposed
+
+    def _divide(
+        self, message: Tensor, sums: Sums, wanted: Sequence[bool], pulled: list[Tensor | None]
+    ) -> Tensor:
+        """A message divided by column sums; what is at vanished columns is split uniformly."""
+        total, vanished = sums
+        message = sum_to(message, total.shape)  # columns with one sum: one for all of them
+        if vanished is None:
+            return message.div_(total) if dense(message) else message / total
+        at: Any = (slice(None), *vanished)
+        stranded = message[at]
+        share = message.div_(total) if dense(message) else message / total
+        share[at] = 0.0
+        if bool(stranded.any()):
+            self._split_uniformly(stranded, vanished, wanted, pulled)
+        return share
+
+    @cached_property
+    def _gates(self) -> Sequence[Gate]:
+        with torch.no_grad():
+            return self.rule.gates(_SumsOnDemand(self, len(self.terms[0])), self._own_sum)
+
+    @cached_property
+    def _column_sums(self) -> Sums:
+        """`sum_i T~_ij`, and where it vanishes."""
+        with torch.no_grad():
+            total = add_up(_gated(self._sum(g), gate) for g, gate in enumerate(self._gates))
+            return self._with_vanished(total)
+
+    def _sum_of(self, index: int) -> Sums:
+        """The sum of one group, and where it vanishes."""
+        if index not in self._group_sums:
+            with torch.no_grad():
+                self._group_sums[index] = self._with_vanished(self._sum(index))
+        return self._group_sums[index]
+
+    def _sum(self, index: int) -> Tensor:
+        derived = None
+        if index == 1 and self._own_sum is not None:
+            derived = self.rule.opposed_sum(self.group(0).output, self._own_sum)
+        return self.group(index).output if derived is None else derived
+
+    def _with_vanished(self, total: Tensor) -> Sums:
+        floor = max(self.rule.stabilizer, torch.finfo(total.dtype).tiny)
+        return total, smaller_than(total, floor)
+
+    def _split_uniformly(
+        self,
+        stranded: Tensor,
+        vanished: Coordinates,
+        wanted: Sequence[bool],
+        pulled: list[Tensor | None],
+    ) -> None:
+        """Split what met vanished columns: `[K, columns]` at the coordinates `vanished`."""
+        parents = self.uniform.output.detach()
+        at = tuple(
+            axis if size > 1 else torch.zeros_like(axis)
+            for axis, size in zip(vanished, parents.shape, strict=True)
+        )
+        count = parents[at]
+        if bool(((count == 0) & (stranded != 0)).any()):
+            raise QueryError(
+                f"relevance reached neurons of {self.setting.address!r} that have no parents "
+                "(their whole receptive field is padding), so it has nowhere to go. Use "
+                "bias='input', or a composite whose upper rules give such neurons none."
+            )
+        share = stranded.new_zeros((len(stranded), *parents.shape))
+        every = torch.arange(len(stranded), device=stranded.device)[:, None]
+        share.index_put_((every, *at), stranded / count.clamp(min=1e-30), accumulate=True)
+        self.uniform.pull(share, wanted, pulled)
+
+    # -- looking at columns ----------------------------------------------------------------------
+
+    def magnitude(self) -> Tensor:
+        """`sum_i |T~_ij|` of every column."""
+        if self.rule.nonnegative:
+            return self._column_sums[0]
+        with torch.no_grad():
+            return add_up(
+                _gated(
+                    add_up(
+                        part.add(factor.abs(), None if weight is None else weight.abs())
+                        for operand, part in enumerate(self.parts)
+                        for factor, weight in self.terms[operand][index]
+                    ),
+                    gate,
+                ).abs()
+                for index, gate in enumerate(self._gates)
+            )
+
+    def columns(self, message: Tensor, tolerance: float) -> Columns:
+        mass = message.abs().sum(0)
+        total, magnitude, vanished = self._columns_like(mass)
+        empty = vanished & (magnitude <= torch.finfo(total.dtype).tiny)
+        ratio = torch.where(vanished, 0.0, total.abs() / magnitude)
+        reached = ratio[(mass > 0) & ~empty]
+        return Columns(
+            address=self.setting.address,
+            nearly_zero=float(mass[(ratio < tolerance) & ~empty].sum()),
+            negative=float(mass[(total < 0) & ~vanished].sum()),
+            vanished=float(mass[empty].sum()),
+            smallest=float(reached.min()) if reached.numel() else 1.0,
+        )
+
+    def _columns_like(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Column sums, their magnitudes and whether they vanish, all of the output's shape."""
+        total, where = self._column_sums
+        vanished = torch.zeros_like(total, dtype=torch.bool)
+        if where is not None:
+            vanished[where] = True
+        return (
+            total.expand(output.shape),
+            self.magnitude().expand(output.shape),
+            vanished.expand(output.shape),
+        )
+
+    def _refuse_failing_columns(self, message: Tensor) -> None:
+        if self.rule.nonnegative:
+            return
+        mass = message.abs().sum(0)
+        total, magnitude, vanished = self._columns_like(mass)
+        # Contributions that all vanish are no violation: the uniform split defines them.
+        cancelled = vanished & (magnitude > torch.finfo(total.dtype).tiny)
+        failing = (total < 0) & ~vanished | cancelled
+        met = mass[failing]
+        if bool(met.any()):
+            raise PositiveSumError(
+                f"strict: at {self.setting.address!r} relevance of absolute size "
+                f"{float(met.sum()):.3g} met {int((met > 0).sum())} neurons whose contributions "
+                f"under {self.rule} sum to zero or less (eq. 15). The Gamma, ZPlus and Flat rules "
+                "cannot fail so."
+            )
+
+
+def _gated(share: Tensor, gate: Gate) -> Tensor:
+    return share if isinstance(gate, float) and gate == 1.0 else share * gate
+
+
+class _SumsOnDemand(Sequence[Tensor]):
+    """Group sums, each evaluated only if a rule reads it."""
+
+    def __init__(self, owner: SharedOut, length: int) -> None:
+        self._owner, self._length = owner, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        return self._owner.group(index).output.detach()
