@@ -38,7 +38,12 @@ Pass = Callable[[Tensor], Tensor]
 Row = dict[str, Any]
 
 METHODS = ("forward+backward", "nrm", "zennit", "captum")
-COMPOSITES = ("flat/gamma/epsilon", "epsilon")
+OURS = {
+    "flat/gamma/epsilon": composites.EpsilonGammaFlat(),
+    "flat/z+/epsilon": composites.EpsilonPlusFlat(),
+    "epsilon": composites.Everywhere(rules.Epsilon(1e-6)),
+}
+COMPOSITES = tuple(OURS)
 MODELS = ("vgg16", "resnet18")
 TARGET = 0
 MIB = 2**20
@@ -88,11 +93,7 @@ def forward_backward(model: nn.Module, composite: str) -> Pass:
 
 
 def nrm_pass(model: nn.Module, composite: str) -> Pass:
-    flat_first = composite == "flat/gamma/epsilon"
-    chosen = (
-        composites.EpsilonGammaFlat() if flat_first else composites.Everywhere(rules.Epsilon(1e-6))
-    )
-    explainer = nrm.Explainer(model, chosen)
+    explainer = nrm.Explainer(model, OURS[composite])
 
     def run(x: Tensor) -> Tensor:
         return explainer(x, target=TARGET).heatmap()
@@ -109,16 +110,18 @@ def zennit_pass(model: nn.Module, composite: str, stabilizer: float = 1e-6) -> P
         SpecialFirstLayerMapComposite,
         layer_map_base,
     )
-    from zennit.rules import Epsilon, Flat, Gamma
+    from zennit.rules import Epsilon, Flat, Gamma, ZPlus
     from zennit.torchvision import ResNetCanonizer, VGGCanonizer
     from zennit.types import Convolution, Linear
 
     canonizer = ResNetCanonizer() if type(model).__name__ == "ResNet" else VGGCanonizer()
     epsilon = Epsilon(epsilon=stabilizer, zero_params=["bias"])
-    if composite == "flat/gamma/epsilon":
+    if composite != "epsilon":
+        options = {"stabilizer": stabilizer, "zero_params": ["bias"]}
+        convolution = Gamma(gamma=0.25, **options) if "gamma" in composite else ZPlus(**options)
         layers = [
             *layer_map_base(stabilizer),
-            (Convolution, Gamma(gamma=0.25, stabilizer=stabilizer, zero_params=["bias"])),
+            (Convolution, convolution),
             (nn.Linear, epsilon),
         ]
         first = [(Linear, Flat(stabilizer=stabilizer, zero_params=["bias"]))]
