@@ -16,7 +16,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 bench: .venv/dev
-	$(BIN)/python benchmarks/lrp_pass.py --json benchmarks/lrp_pass.json
+	$(BIN)/python benchmarks/lrp_pass.py --json lrp_pass.json
 
 .venv/python:
 	$(PYTHON) -m venv .venv

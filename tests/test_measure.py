@@ -287,3 +287,53 @@ def test_repr(R):
     assert (
         repr(nrm.channels("1", 2) | nrm.patch("1", 0, 0)) == "channels('1', 2) | patch('1', 0, 0)"
     )
+
+
+def test_results_and_queries_do_not_disturb_each_other(R):
+    """Messages are overwritten on the way; neither results nor the next query may notice."""
+    a, b = nrm.channels("1", 1), nrm.channels("3", 1)
+    first = [R.heatmap(), R.heatmap(a), R.marginal("output"), R.marginal("3"), R.joint("1", "3")]
+    kept = [result.clone() for result in first]
+    R.diagnostics()
+    R(a, b)
+    again = [R.heatmap(), R.heatmap(a), R.marginal("output"), R.marginal("3"), R.joint("1", "3")]
+    for before, result, after in zip(kept, first, again, strict=True):
+        assert torch.equal(before, result)
+        assert torch.equal(before, after)
+    first[2].zero_()  # what a user does to a result is no business of the measure's
+    assert torch.equal(R.marginal("output"), kept[2])
+
+
+def test_memory_is_used_again_only_where_nothing_keeps_it():
+    """Convolutions whose output several operations read, in all orders, relu among them."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            kept = h + x  # keeps the values of h
+            pooled = nn.functional.max_pool2d(h, 2).repeat(1, 1, 2, 2)
+            k = self.b(torch.relu(h) + kept)
+            return self.head((torch.relu(k) + nn.functional.dropout(k, training=False)
+                              + pooled).flatten(1))  # fmt: skip
+
+    torch.manual_seed(0)
+    model = Shared().double().eval()
+    x = torch.randn(2, 2, 2, 2).double()
+    before = x.clone()
+    for rule in (rules.Zero(), rules.Gamma(), rules.ZPlus()):
+        for bias in ("drop", "input"):
+            R = nrm.Explainer(model, Everywhere(rule), bias=bias)(x, target=1)
+            torch.testing.assert_close(R.output, model(x).detach())
+            assert R.diagnostics().worst_cut_deviation < 1e-10
+            if rule == rules.Zero() and bias == "input":
+                # LRP-0 with biases as inputs, through relu and max: gradient x input, exactly
+                leaf = x.clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+                expected = gradient * x / R.scale[:, None, None, None]
+                torch.testing.assert_close(R.heatmap(), expected)
+    assert torch.equal(x, before)

@@ -71,6 +71,8 @@ def _send(
         way = open_to.get(variable)
         if way is not None:
             message = message * way
+        if id(message) in callers:
+            message = message.clone()
         if variable in stops:
             mask = stops[variable]
             arrived[variable] = message if mask is None else message * mask
@@ -83,8 +85,6 @@ def _send(
         wanted = [operand in leading for operand in operation.operands]
         if not any(wanted):
             continue
-        if id(message) in callers:
-            message = message.clone()
         pulled = forward.propagations[operation].pull(message, wanted, normalized)
         del message
         for operand, part in zip(operation.operands, pulled, strict=True):

@@ -55,6 +55,7 @@ class Program:
         values: dict[Node, Any] = dict(self._constants)
         values.update(zip(graph.captured.inputs, map(_laid_out, inputs), strict=True))
         propagations: dict[Operation, Propagation] = {}
+        free: set[Node] = set()  # values that nothing keeps: their memory may be used again
         shapes = {v: values[v.node].shape for v in graph.leaves if v.node in values}
         for node in self._nodes:
             variable = graph.by_node.get(node)
@@ -63,12 +64,17 @@ class Program:
                 values[node] = _evaluate(node, values)
             else:
                 call = _with_values(operation, values)
-                if self._may_overwrite(operation, node, propagations):
+                source = operation.slots[0]
+                alone = source in free and len(source.users) == 1
+                overwrites = alone and isinstance(operation.operator, Identity)
+                if overwrites:
                     call = replace(call, target=in_place(call.target))
                 values[node], propagation = operation.operator.prepare(
                     call, [values[slot] for slot in operation.slots], self.settings[operation]
                 )
                 propagations[operation] = propagation
+                if propagation.output_is_free or overwrites:
+                    free.add(node)
                 if operation.bias is not None:
                     shapes[operation.bias] = propagation.operand_shape(-1)
             if variable is not None:
@@ -77,18 +83,6 @@ class Program:
                 values.pop(dead, None)
         output = values[graph.captured.output].detach()
         return Pass(graph, propagations, shapes, output, _batch_size(graph, shapes))
-
-    def _may_overwrite(
-        self, operation: Operation, node: Node, propagations: dict[Operation, Propagation]
-    ) -> bool:
-        """Whether an elementwise operation is the last to need its operand's memory."""
-        source = operation.operands[0].producer
-        return (
-            isinstance(operation.operator, Identity)
-            and source is not None
-            and propagations[source].output_is_free
-            and operation.slots[0] in self._last_use[node]
-        )
 
     def _split_constants(self) -> tuple[dict[Node, Any], list[Node]]:
         """The values that no input changes, and the nodes to run for every input."""
