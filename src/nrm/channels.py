@@ -82,7 +82,7 @@ def _axis(message: Tensor, variable: Variable) -> int:
 def _batch_axis(variable: Variable) -> int:
     if variable.batch_axis is None:
         raise QueryError(
-            f"{variable.name!r} mixes the batch with another axis, so it has no channels to "
-            "tell apart. Explain one sample at a time, or choose another layer."
+            f"{variable.name!r} has no batch axis of its own, so its channels cannot be told "
+            "apart by sample. Choose another layer, or add up R.marginal of it yourself."
         )
     return variable.batch_axis + 1

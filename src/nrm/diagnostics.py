@@ -45,6 +45,8 @@ class Diagnostics:
         columns: for every weighted sum, how much relevance met columns that nearly fail.
         leaf_share: share `[batch]` of every leaf; `bias_share` adds up those of biases.
         tolerance: columns count as nearly zero where `|sum T~| < tolerance * sum |T~|`.
+        mixed: variables whose cuts are not listed, because they mix the samples of the batch in
+            one axis: explain one sample to see them.
     """
 
     cuts: list[Cut]
@@ -52,6 +54,7 @@ class Diagnostics:
     leaf_share: dict[str, Tensor]
     bias_share: Tensor
     tolerance: float
+    mixed: list[str]
 
     @property
     def worst_cut_deviation(self) -> float:
@@ -97,6 +100,7 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
     alone = set(graph.cuts)
     cuts: list[Cut] = []
     columns: list[Columns] = []
+    mixed: list[str] = []
     known: dict[tuple[Variable, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def sums(variable: Variable, message: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,15 +114,19 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
         return known[key][1:]
 
     def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
-        crossing = [sums(v, m) for v, m in (*travelling.items(), *arrived.items())]
-        cuts.append(
-            Cut(
-                variable.name,
-                variable in alone,
-                torch.stack([total for total, _ in crossing]).sum(0),
-                torch.stack([size for _, size in crossing]).sum(0),
+        crossed = (*travelling.items(), *arrived.items())
+        if batch > 1 and any(v.batch_axis is None for v, _ in crossed):
+            mixed.append(variable.name)
+        else:
+            crossing = [sums(v, m) for v, m in crossed]
+            cuts.append(
+                Cut(
+                    variable.name,
+                    variable in alone,
+                    torch.stack([total for total, _ in crossing]).sum(0),
+                    torch.stack([size for _, size in crossing]).sum(0),
+                )
             )
-        )
         if variable.producer is not None:
             met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
             if met is not None:
@@ -131,4 +139,4 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
     shares = {leaf.name: sums(leaf, message)[0] for leaf, message in arrived.items()}
     zero = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
     biases = [sums(leaf, m)[0] for leaf, m in arrived.items() if leaf.kind == "bias"]
-    return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance)
+    return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance, mixed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nrm.errors import UnknownLayerError
 from nrm.graph import Graph, Variable
 
 
@@ -47,7 +48,7 @@ class Listing:
         for layer in self.layers:
             if name == layer.name or name in layer.aliases:
                 return layer
-        raise KeyError(name)
+        raise UnknownLayerError(name, [layer.name for layer in self.layers])
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """Name, kind, module, shape, cut, aliases: as text."""

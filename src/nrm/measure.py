@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from nrm.diagnostics import Diagnostics, diagnose
 from nrm.errors import QueryError
 from nrm.graph import Graph, Variable
 from nrm.neurons import NeuronSet, as_set
-from nrm.passing import Messages, send
+from nrm.passing import Messages
 from nrm.program import Pass
 from nrm.query import Stops, joint_messages, per_sample, resolve
 from nrm.search import Flow, Flows, in_depth, top_flows
@@ -35,8 +35,11 @@ class Measure:
             its logit: multiply a result by it to have it in the output's units.
     """
 
-    def __init__(self, forward: Pass, explained: Explained) -> None:
-        self._forward = forward
+    def __init__(
+        self, forward: Pass, explained: Explained, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._forward_pass = forward
+        self._check = check  # that the weights are still those of the forward pass
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
         self.target = explained.target
@@ -51,7 +54,7 @@ class Measure:
         self,
         *sets: NeuronSet | str,
         given: Given = None,
-        within: NeuronSet | None = None,
+        within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """The joint relevance `R(A, B, ...)` (eq. 9), or conditional `R(A, ... | given)` (eq. 11).
@@ -64,7 +67,8 @@ class Measure:
             given: a set, or several that hold jointly; where their relevance is 0 so is the
                 result.
             within: count only walks that visit no other neurons of the variables of this set:
-                they pass the set, or bypass these variables altogether.
+                they pass the set, or bypass these variables altogether. The condition's own
+                relevance, by which `given` divides, counts all walks.
             normalized: `False`: the original walk relevance, a product of unnormalised
                 contributions (eq. 26), summed over the same walks.
 
@@ -82,7 +86,7 @@ class Measure:
         layer: str,
         *sets: NeuronSet | str,
         given: Given = None,
-        within: NeuronSet | None = None,
+        within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """`R(i, A, ...)` for every neuron i of a layer, jointly with sets above or at it (eq. 37).
@@ -102,8 +106,11 @@ class Measure:
         if not conditions:
             return message
         known = self._relevance(conditions, None, normalized)
-        if variable.batch_axis is None:
-            known = known.sum()
+        if variable.batch_axis is None and self.batch > 1:
+            raise QueryError(
+                f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be "
+                "conditioned sample by sample. Explain one sample at a time."
+            )
         return _divide(message, _against(known, message, variable))
 
     def heatmap(
@@ -111,7 +118,7 @@ class Measure:
         *sets: NeuronSet | str,
         at: str | None = None,
         given: Given = None,
-        within: NeuronSet | None = None,
+        within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """The relevance of every input element, jointly with sets: LRP, CRP and eq. 37.
@@ -134,7 +141,7 @@ class Measure:
         layer: str,
         *sets: NeuronSet | str,
         given: Given = None,
-        within: NeuronSet | None = None,
+        within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """The relevance of every channel of a layer, jointly with sets above it: `[batch, C]`."""
@@ -177,8 +184,11 @@ class Measure:
         """
         if not layers:
             raise QueryError("name at least one layer")
-        if not 0 <= sample < self.batch:
-            raise QueryError(f"sample {sample} is out of range: the batch has {self.batch}")
+        for what, number in (("k", k), ("beam", beam)):
+            if not isinstance(number, int) or number < 1:
+                raise QueryError(f"{what} is a positive integer, not {number!r}")
+        if not isinstance(sample, int) or not 0 <= sample < self.batch:
+            raise QueryError(f"sample {sample!r} is out of range: the batch has {self.batch}")
         variables = [self.graph.variable(layer) for layer in layers]
         upstream = {variable: self.graph.upstream(variable) for variable in variables}
         order = in_depth(variables, upstream)
@@ -209,16 +219,21 @@ class Measure:
     @property
     def graph(self) -> Graph:
         """The graph that the measure lives on."""
-        return self._forward.graph
+        return self._forward_pass.graph
 
     @property
     def batch(self) -> int:
         """The number of samples."""
-        return self._forward.batch
+        return self._forward_pass.batch
 
     def __repr__(self) -> str:
         explained = "output relevance" if self.target is None else f"target {self.target.tolist()}"
         return f"Measure({explained}, {len(self.graph.variables)} variables, batch {self.batch})"
+
+    @property
+    def _forward(self) -> Pass:
+        self._check()
+        return self._forward_pass
 
     # -- the engine behind -----------------------------------------------------------------------
 
@@ -226,17 +241,18 @@ class Measure:
         return self._start if normalized else self._unnormalized
 
     def _relevance(
-        self, sets: Sequence[NeuronSet | str], within: NeuronSet | None, normalized: bool
+        self, sets: Sequence[NeuronSet | str], within: NeuronSet | str | None, normalized: bool
     ) -> Tensor:
         """`[batch]`: the sum over the walks that pass all sets (eqs. 25, 27)."""
         forward = self._forward
         stops = [resolve(as_set(chosen), forward) for chosen in sets]
-        open_to = resolve(within, forward) if within else {}
-        messages = joint_messages(forward, self._begin(normalized), stops, normalized, open_to)
+        open_to = resolve(as_set(within), forward) if within is not None else {}
+        ends: Stops | None = None
         if not normalized or open_to:
-            # Columns do not sum to one, or some walks end here: follow the others to their ends.
-            ends: Stops = dict.fromkeys(self.graph.leaves)
-            messages = send(forward, messages, ends, normalized, open_to)
+            # Columns do not sum to one, or some walks are cut off: follow all to their ends.
+            ends = dict.fromkeys(self.graph.leaves)
+        start = self._begin(normalized)
+        messages = joint_messages(forward, start, stops, normalized, open_to, ends)
         total = self.output.new_zeros(self.batch)
         for variable, message in messages.items():
             total = total + per_sample(message, variable, self.batch)[0]
@@ -246,13 +262,13 @@ class Measure:
         self,
         variable: Variable,
         sets: Sequence[NeuronSet | str],
-        within: NeuronSet | None = None,
+        within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """`[1, *shape]`: the message at a variable of the walks that passed `sets` above it."""
         forward = self._forward
         stops = [resolve(as_set(chosen), forward) for chosen in sets]
-        open_to = resolve(within, forward) if within else {}
+        open_to = resolve(as_set(within), forward) if within is not None else {}
         below = self.graph.upstream(variable)
         lower = [v.name for chosen in (*stops, open_to) for v in chosen if v in below]
         if lower:
@@ -266,8 +282,9 @@ class Measure:
                 "unnormalised relevance of single neurons is only given where walks end, at the "
                 "inputs; ask R(set, normalized=False) for sets anywhere."
             )
-        messages = joint_messages(forward, self._begin(normalized), stops, normalized, open_to)
-        arrived = send(forward, messages, {variable: None}, normalized, open_to)
+        start = self._begin(normalized)
+        ends: Stops = {variable: None}
+        arrived = joint_messages(forward, start, stops, normalized, open_to, ends)
         if variable not in arrived:
             return self.output.new_zeros((1, *forward.shapes[variable]))
         return _finite(arrived[variable]).contiguous()
@@ -285,7 +302,9 @@ def _finite(result: Tensor) -> Tensor:
 def _conditions(given: Given) -> list[NeuronSet | str]:
     if given is None:
         return []
-    return [given] if isinstance(given, (NeuronSet, str)) else list(given)
+    if isinstance(given, (list, tuple)):
+        return list(given)
+    return [as_set(given)]  # type: ignore[arg-type] # refuses anything else by name
 
 
 def _divide(joint: Tensor, known: Tensor) -> Tensor:

@@ -27,6 +27,11 @@ class NeuronSet:
 
     members: tuple[tuple[str, Selector, str], ...]
 
+    def __post_init__(self) -> None:
+        for layer, _, _ in self.members:
+            if not isinstance(layer, str):
+                raise NeuronSetError(f"a layer is named by a string, not {layer!r}.")
+
     def __or__(self, other: NeuronSet | str) -> NeuronSet:
         return NeuronSet(self.members + as_set(other).members)
 
@@ -84,7 +89,10 @@ def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         index: list[Any] = [slice(None)] * len(shape)
-        index[channel_axis(variable, shape) if axis is None else axis] = list(indices)
+        along = channel_axis(variable, shape) if axis is None else axis
+        if not -len(shape) <= along < len(shape):
+            raise NeuronSetError(f"{layer!r} has no axis {axis}: its neurons are {tuple(shape)}.")
+        index[along] = list(indices)
         return _block(index, shape, layer)
 
     return NeuronSet(((layer, select, f"channels({layer!r}{_list(indices)})"),))
@@ -115,11 +123,12 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
     """The neurons where a boolean mask is true.
 
     Arguments:
-        chosen: boolean, shaped like the layer without its batch axis; with it, each sample has
-            a set of its own.
+        chosen: boolean, shaped like the layer without its batch axis; with a batch axis in
+            front, each sample has a set of its own.
     """
-    if chosen.dtype is not torch.bool:
-        raise NeuronSetError(f"a mask is boolean, got {chosen.dtype}.")
+    if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
+        what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         if chosen.shape != shape and chosen.shape[1:] != shape:
@@ -162,22 +171,27 @@ def _block(index: Sequence[Any], shape: torch.Size, layer: str) -> Tensor:
     return picked
 
 
-def _entry(entry: Any, size: int, layer: str) -> slice | list[int]:
+def _entry(entry: Any, size: int, layer: str) -> list[int]:
     """One axis of an index, checked against the axis' size."""
     if isinstance(entry, slice):
-        if not range(size)[entry]:
+        taken = list(range(size))[entry]
+        if not taken:
             raise NeuronSetError(f"{entry} takes nothing of an axis of {size} of {layer!r}.")
-        return entry
-    if isinstance(entry, (Sequence, Tensor)) and not isinstance(entry, str):
-        if not len(entry):
+        return taken
+    if hasattr(entry, "tolist"):  # tensors and arrays
+        entry = entry.tolist()
+    if isinstance(entry, Sequence) and not isinstance(entry, str):
+        if not entry:
             raise NeuronSetError(f"an index of {layer!r} is empty.")
         return [i for one in entry for i in _integer(one, size, layer)]
     return _integer(entry, size, layer)
 
 
 def _integer(index: Any, size: int, layer: str) -> list[int]:
+    index = index.tolist() if hasattr(index, "tolist") else index
     if isinstance(index, bool) or not hasattr(index, "__index__"):
-        raise NeuronSetError(f"{index!r} is no index of {layer!r}.")
+        hint = " Use nrm.mask for booleans." if isinstance(index, bool) else ""
+        raise NeuronSetError(f"{index!r} is no index of {layer!r}.{hint}")
     position = index.__index__()
     if not -size <= position < size:
         raise NeuronSetError(

@@ -37,10 +37,12 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
                 f"{variable.name!r} mixes the batch with another axis, so sets of its neurons "
                 "can only be given for one sample at a time."
             )
-        elif mask.dim() > len(shape) and mask.shape[0] != forward.batch:
-            raise NeuronSetError(
-                f"a mask of {layer!r} has {mask.shape[0]} samples, the batch {forward.batch}."
-            )
+        elif mask.dim() > len(shape):
+            if mask.shape[0] != forward.batch:
+                raise NeuronSetError(
+                    f"a mask of {layer!r} has {mask.shape[0]} samples, the batch {forward.batch}."
+                )
+            mask = mask.movedim(0, variable.batch_axis or 0)
         picked[variable] = picked[variable] | mask if variable in picked else mask
     if not any(bool(mask.any()) for mask in picked.values()):
         raise NeuronSetError(f"the neuron set {chosen} is empty.")
@@ -64,11 +66,13 @@ def joint_messages(
     sets: Sequence[Stops],
     normalized: bool = True,
     open_to: Stops | None = None,
+    ends: Stops | None = None,
 ) -> Messages:
-    """The messages of the walks that pass all `sets`, at the neurons where they complete.
+    """The messages of the walks that pass all `sets`, at `ends`.
 
-    Where the sets can be put in an order in which every walk meets them, one run does it. Where
-    they interleave, the walks that pass all are those of inclusion and exclusion over unions:
+    Without `ends` they stay where the walks complete the sets, or travel on to the leaves: their
+    sum is the same. Where the sets can be put in an order in which every walk meets them, one run
+    does it. Where they interleave, the walks that pass all are those of inclusion and exclusion:
     `1[all] = sum over nonempty T of (-1)^(|T|+1) 1[any of T]`.
     """
     order = in_order(forward.graph, sets)
@@ -76,16 +80,16 @@ def joint_messages(
         messages = start
         for stops in order:
             messages = send(forward, messages, stops, normalized, open_to)
-        return messages
+        return messages if ends is None else send(forward, messages, ends, normalized, open_to)
     total: Messages = {}
-    ends: Stops = dict.fromkeys(forward.graph.leaves)
+    ends = ends or dict.fromkeys(forward.graph.leaves)
     for size in range(1, len(sets) + 1):
         for chosen in combinations(sets, size):
             arrived = send(forward, start, union(chosen), normalized, open_to)
-            # Walks complete at different neurons for different unions: add up at the leaves.
-            for leaf, message in send(forward, arrived, ends, normalized, open_to).items():
+            # Walks complete at different neurons for different unions: add up at the ends.
+            for end, message in send(forward, arrived, ends, normalized, open_to).items():
                 signed = message if size % 2 else -message
-                total[leaf] = total[leaf] + signed if leaf in total else signed
+                total[end] = total[end] + signed if end in total else signed
     return total
 
 

@@ -12,6 +12,8 @@ from nrm.errors import PositiveSumError, TargetError
 from nrm.program import Pass
 from nrm.query import per_sample
 
+_ONE = {0: "0, the only neuron", 1: "an int"}
+
 Target = int | Sequence[int] | Sequence[tuple[int, ...]] | tuple[int, ...] | Tensor | None
 
 
@@ -40,8 +42,9 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
             "strict: the explained output is zero or negative for some sample (eq. 16). "
             "Explain another output, or drop strict: the relevance is normalised anyway."
         )
-    chosen = torch.stack(index[1:] or index, 1)
-    if chosen.shape[1] == 1:
+    axes = index[len(_rows(forward)) :]
+    chosen = torch.stack(axes, 1) if axes else torch.zeros_like(index[0])
+    if len(axes) == 1:
         chosen = chosen[:, 0]
     return Explained(relevance, forward.output * relevance, chosen)
 
@@ -49,6 +52,8 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
 def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
     """Output relevance as given, divided by its sum over each sample (eq. 18)."""
     output, variable = forward.output, forward.graph.output
+    if not isinstance(relevance, Tensor):
+        raise TargetError(f"output_relevance is a tensor, not a {type(relevance).__name__}")
     if relevance.shape != output.shape or relevance.dtype != output.dtype:
         raise TargetError(
             f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
@@ -78,11 +83,14 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
         raise TargetError("the model's output holds NaN or infinite values")
     batch = forward.batch
     neurons = output.shape[1:] if variable.batch_axis == 0 else output.shape
-    rows = [torch.arange(batch, device=output.device)] if variable.batch_axis == 0 else []
+    rows = _rows(forward)
     if target is None:
         flat = output.reshape(batch, -1).argmax(1)
         return [*rows, *torch.unravel_index(flat, neurons)]
-    wanted = torch.as_tensor(target, device=output.device)
+    try:
+        wanted = torch.as_tensor(target, device=output.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TargetError(f"a target is an int, or ints for each sample; got {target!r}") from None
     if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype is torch.bool:
         raise TargetError(f"a target is an integer, got {wanted.dtype}")
     if len(neurons) == 0:
@@ -94,8 +102,8 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
     if wanted.dim() != 2 or wanted.shape[1] != len(neurons) or wanted.shape[0] not in (1, batch):
         raise TargetError(
             f"the output has neurons of shape {tuple(neurons)} and {batch} samples: a target is "
-            f"{'an int' if len(neurons) == 1 else f'a tuple of {len(neurons)} ints'}, or one for "
-            f"each sample; got {target!r}."
+            f"{_ONE.get(len(neurons), f'a tuple of {len(neurons)} ints')}, or one for each "
+            f"sample; got {target!r}."
         )
     for axis, size in enumerate(neurons):
         bad = wanted[:, axis][(wanted[:, axis] < 0) | (wanted[:, axis] >= size)]
@@ -106,3 +114,10 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
             )
     wanted = wanted.expand(batch, -1)
     return [*rows, *wanted.unbind(1)]
+
+
+def _rows(forward: Pass) -> list[Tensor]:
+    """The index of the output's batch axis, if it has one."""
+    if forward.graph.output.batch_axis is None:
+        return []
+    return [torch.arange(forward.batch, device=forward.output.device)]

@@ -176,25 +176,37 @@ def _use_functional_operators(graph: FxGraph) -> None:
             node.target = functional(node.target)
 
 
+def reproduces(captured: Captured, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether the captured graph gives the model's own output, to rounding."""
+    return _difference(captured, inputs, _run_model(model, inputs)) is None
+
+
 def _check_reproduces(
     captured: Captured, inputs: Sequence[Tensor], expected: Tensor, name: str
 ) -> None:
-    found = run(captured, inputs)
-    scale = float(expected.abs().max()) or 1.0
+    detail = _difference(captured, inputs, expected)
+    if detail is not None:
+        raise CaptureError(
+            f"the captured graph's output of {name} {detail}. The likely causes are a random "
+            "operator, or an in-place operator on a view of a tensor that is used again."
+        )
+
+
+def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) -> str | None:
+    """How the captured graph's output differs from what is expected; `None`: by rounding."""
+    try:
+        found = run(captured, inputs)
+    except (RuntimeError, TypeError, ValueError) as failure:
+        return f"cannot be computed ({_first_line(failure)})"
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)}, the model's {tuple(expected.shape)}"
+    if not bool(torch.isfinite(expected).all()):
+        return "cannot be compared: the model's output holds NaN or infinite values"
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(expected.dtype, 3e-2)
-    if found.shape == expected.shape and bool(torch.isfinite(expected).all()):
-        error = float((found - expected).abs().max()) / scale
-        if error <= tolerance:
-            return
-        detail = f"differs from the model's by {error:.2g} of its largest value"
-    elif found.shape != expected.shape:
-        detail = f"has shape {tuple(found.shape)}, the model's {tuple(expected.shape)}"
-    else:
-        detail = "cannot be compared: the model's output holds NaN or infinite values"
-    raise CaptureError(
-        f"the captured graph's output of {name} {detail}. The likely causes are a random "
-        "operator, or an in-place operator on a view of a tensor that is used again."
-    )
+    error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+    if error > tolerance:
+        return f"differs from the model's by {error:.2g} of its largest value"
+    return None
 
 
 def _first_line(failure: BaseException) -> str:

@@ -31,6 +31,8 @@ def fold_batch_norms(graph: FxGraph) -> None:
         if norm["training"] or norm["running_mean"] is None:
             continue  # refused by name when the graph is built
         call = Call.of(layer)
+        if layer.meta["val"].dim() - max(call["weight"].meta["val"].dim() - 1, 1) != 1:
+            continue  # the norm's channels are another axis than the layer's
         with graph.inserting_before(layer):
             weight = _constant(graph, folded_weight, call, norm)
             bias = _constant(graph, folded_bias, call, norm)

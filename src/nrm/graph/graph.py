@@ -122,8 +122,8 @@ class Graph:
         """
         try:
             return self._names[name]
-        except KeyError:
-            raise UnknownLayerError(name, self._names) from None
+        except (KeyError, TypeError):
+            raise UnknownLayerError(str(name), self._names) from None
 
     @cached_property
     def cuts(self) -> list[Variable]:

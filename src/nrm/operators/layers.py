@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
@@ -24,6 +25,13 @@ class Layer(WeightedSum):
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
         return call["bias"] is not None
+
+    def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
+        if call["weight"].meta["val"].dim() < 2:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} has a weight of one axis. Give it a weight "
+                "[1, inputs] and drop the axis afterwards."
+            )
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return -self._channel_from_end(call["weight"].meta["val"])
