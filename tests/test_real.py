@@ -22,6 +22,7 @@ COMPOSITES = {
     "EpsilonGammaFlat": composites.EpsilonGammaFlat(),
     "EpsilonGammaBox": composites.EpsilonGammaBox(-2.2, 2.7),
     "EpsilonAlpha2Beta1Flat": composites.EpsilonAlpha2Beta1Flat(),
+    "LRPZero": composites.LRPZero(),
     "Gamma everywhere": composites.Everywhere(rules.Gamma()),
     "Epsilon everywhere": composites.Everywhere(rules.Epsilon()),
 }

@@ -64,6 +64,9 @@ def test_variables_that_mix_samples():
         torch.testing.assert_close(
             alone.marginal("a", given=given).sum(), torch.tensor(1.0).double()
         )
+        one = torch.rand(3, 5) > 0.5  # also with a batch axis of one in front
+        found = alone.marginal("a", nrm.mask("a", one[None]))
+        torch.testing.assert_close(found, alone.marginal("a") * one)
 
 
 class Transposed(nn.Module):

@@ -167,7 +167,7 @@ class Measure:
         if swap:
             upper, lower = lower, upper
         message = self._at(upper, sets)
-        pairs = channel_pairs(self._forward, message, upper, lower, memory)
+        pairs = _finite(channel_pairs(self._forward, message, upper, lower, memory))
         return pairs.transpose(1, 2) if swap else pairs
 
     def top(

@@ -42,7 +42,8 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
                 raise NeuronSetError(
                     f"a mask of {layer!r} has {mask.shape[0]} samples, the batch {forward.batch}."
                 )
-            mask = mask.movedim(0, variable.batch_axis or 0)
+            axis = variable.batch_axis
+            mask = mask[0] if axis is None else mask.movedim(0, axis)
         picked[variable] = picked[variable] | mask if variable in picked else mask
     if not any(bool(mask.any()) for mask in picked.values()):
         raise NeuronSetError(f"the neuron set {chosen} is empty.")
