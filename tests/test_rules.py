@@ -9,7 +9,7 @@ from torch import nn
 import nrm
 from nrm import rules
 from nrm.composites import Everywhere
-from nrm.errors import InputError, PositiveSumError, QueryError
+from nrm.errors import InputError, PositiveSumError
 
 
 def neuron(weights, bias=0.0):
@@ -156,14 +156,16 @@ def test_rules_refuse_bad_parameters():
         explain(rules.ZBox(0.0, 1.0), [1.0], [3.0]).heatmap()
 
 
-def test_relevance_with_nowhere_to_go_is_refused():
+@pytest.mark.parametrize("bias", ["drop", "input"])
+def test_neurons_without_parents_end_in_a_leaf(bias):
     """A 1x1 convolution with padding has neurons whose whole receptive field is padding."""
     model = nn.Sequential(nn.Conv2d(1, 1, 1, padding=1), nn.Flatten(), nn.Linear(9, 1))
     for layer in (model[0], model[2]):
         nn.init.constant_(layer.weight, 1.0)
         nn.init.constant_(layer.bias, 1.0)
     x = torch.ones(1, 1, 1, 1)
-    with pytest.raises(QueryError, match="no parents"):
-        nrm.Explainer(model.eval(), Everywhere(rules.Zero()))(x, target=0).heatmap()
-    R = nrm.Explainer(model, Everywhere(rules.Zero()), bias="input")(x, target=0)
+    R = nrm.Explainer(model.eval(), Everywhere(rules.Zero()), bias=bias)(x, target=0)
     assert R.diagnostics().worst_cut_deviation < 1e-6
+    if bias == "drop":  # eight of ten parts: the neuron that sees the picture has two
+        torch.testing.assert_close(R("0.padding"), torch.tensor([0.8]))
+        torch.testing.assert_close(R.heatmap().sum(), torch.tensor(0.2))

@@ -17,7 +17,10 @@ from nrm.program import Pass
 def sum_by_channel(message: Tensor, variable: Variable) -> Tensor:
     """`[K, *shape]` summed over all neurons of a channel: `[K, batch, C]`."""
     axis = _axis(message, variable)
-    first = message.movedim((_batch_axis(variable), axis), (1, 2))
+    if variable.batch_axis is None:  # all of it is one sample
+        first = message.movedim(axis, 1).unsqueeze(1)
+    else:
+        first = message.movedim((variable.batch_axis + 1, axis), (1, 2))
     return first.reshape(*first.shape[:3], -1).sum(-1)
 
 
@@ -32,10 +35,21 @@ def split_by_channel(message: Tensor, variable: Variable, chosen: Sequence[int])
 
 def only_sample(message: Tensor, variable: Variable, sample: int) -> Tensor:
     """The message of one sample; that of the others becomes zero."""
+    if variable.batch_axis is None:
+        return message
     kept = torch.zeros_like(message)
-    axis = _batch_axis(variable)
+    axis = variable.batch_axis + 1
     kept.narrow(axis, sample, 1).copy_(message.narrow(axis, sample, 1))
     return kept
+
+
+def require_samples_apart(variable: Variable, batch: int) -> None:
+    """Refuse a variable that mixes the samples of a batch in one axis."""
+    if variable.batch_axis is None and batch > 1:
+        raise QueryError(
+            f"{variable.name!r} has no batch axis of its own, so its channels cannot be told "
+            "apart by sample. Choose another layer, or explain one sample at a time."
+        )
 
 
 def channel_pairs(
@@ -48,6 +62,8 @@ def channel_pairs(
     Returns:
         `[batch, channels of upper, channels of lower]`.
     """
+    for variable in (upper, lower):
+        require_samples_apart(variable, forward.batch)
     held = sum_by_channel(message.abs(), upper)[0]
     alive = torch.nonzero(held.sum(0))[:, 0].tolist()
     batch, size = held.shape
@@ -72,17 +88,10 @@ def channel_pairs(
 
 def _axis(message: Tensor, variable: Variable) -> int:
     """Where the channels lie in a message `[K, *shape]`."""
-    batch = _batch_axis(variable)
     shape = list(message.shape[1:])
+    if variable.batch_axis is None:
+        return channel_axis(variable, torch.Size(shape)) + 1
+    batch = variable.batch_axis + 1
     del shape[batch - 1]
     axis = channel_axis(variable, torch.Size(shape)) + 1
     return axis + 1 if axis >= batch else axis
-
-
-def _batch_axis(variable: Variable) -> int:
-    if variable.batch_axis is None:
-        raise QueryError(
-            f"{variable.name!r} has no batch axis of its own, so its channels cannot be told "
-            "apart by sample. Choose another layer, or add up R.marginal of it yourself."
-        )
-    return variable.batch_axis + 1

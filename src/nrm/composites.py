@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import Tensor, nn
 
-from nrm.graph import Graph, Operation
+from nrm.graph import Captured, Graph, Operation
 from nrm.rules import (
+    Alpha,
     AlphaBeta,
     Epsilon,
     Flat,
     Gamma,
+    Identity,
     Rule,
+    Uniform,
+    ValueTakesAll,
     ZBox,
     Zero,
     ZPlus,
@@ -27,7 +32,7 @@ _WEIGHTED = ("conv", "linear")
 
 
 def kind(*names: str) -> Selector:
-    """Operations of these kinds: conv, linear, sum, avgpool, batchnorm."""
+    """Operations of these kinds: conv, linear, sum, product, layernorm, softmax, ..."""
     return lambda operation, graph: operation.kind in names
 
 
@@ -73,22 +78,41 @@ def head(operation: Operation, graph: Graph) -> bool:
 
 @dataclass(frozen=True)
 class Composite:
-    """A rule for every weighted sum: the first selector that applies decides, else `default`.
+    """A rule for every weighted sum and an alpha for every product.
+
+    The first selector that applies decides, else the default.
+
+    Attributes:
+        choices: selectors with a rule or an alpha; products that are sums too (matrix products)
+            take one of each.
+        default: the rule of weighted sums. Softmax is an identity unless a choice says otherwise.
+        alpha_default: how the factors of products share (eqs. 19-23).
+        bias: what the composite assumes of biases, unless `Explainer(bias=...)` says otherwise.
 
     Example:
         >>> composite = Composite([(first, Flat()), (kind("conv"), Gamma(0.25))], Epsilon())
+        >>> composite = Composite([(path("*.attention.*"), Uniform())], Zero(), bias="input")
     """
 
-    choices: list[tuple[Selector, Rule]]
+    choices: list[tuple[Selector, Rule | Alpha]]
     default: Rule
     name: str = "Composite"
+    alpha_default: Alpha = field(default_factory=ValueTakesAll)
+    bias: Literal["drop", "input"] = "drop"
 
     def rule(self, operation: Operation, graph: Graph) -> Rule:
         """The rule of one operation."""
         for selector, rule in self.choices:
-            if selector(operation, graph):
+            if isinstance(rule, Rule) and selector(operation, graph):
                 return rule
-        return self.default
+        return operation.operator.default_rule or self.default
+
+    def alpha(self, operation: Operation, graph: Graph) -> Alpha:
+        """How the factors of one product share."""
+        for selector, alpha in self.choices:
+            if isinstance(alpha, Alpha) and selector(operation, graph):
+                return alpha
+        return self.alpha_default
 
     def __repr__(self) -> str:
         return self.name
@@ -159,3 +183,69 @@ def EpsilonAlpha2Beta1Flat(epsilon: float = 1e-6) -> Composite:
 def LRPZero() -> Composite:
     """LRP-0 everywhere."""
     return Composite([], Zero(), name="LRPZero()")
+
+
+_NORMS = ("layernorm", "groupnorm", "instancenorm")
+
+
+def CPLRP(epsilon: float = 0.0) -> Composite:
+    """The default for transformers: LRP-0 that counts biases, with attention and scales frozen.
+
+    Assumes that attention weights, gates and the scale of normalisation layers only steer the
+    flow: values take all, and a layer norm is the linear map it is at this input. Every
+    operation divides by what it added up, so slopes telescope along the depth and totals stay
+    small; it equals gradient x input with those parts detached (CP-LRP, Ali et al. 2022).
+    """
+    rule = Epsilon(epsilon) if epsilon else Zero()
+    return Composite([], rule, name=f"CPLRP({epsilon or ''})", bias="input")
+
+
+def AttnLRP(epsilon: float = 1e-9) -> Composite:
+    """AttnLRP (Achtibat et al. 2024): products share evenly, softmax by Taylor, norms as identity.
+
+    Assumes that attention weights are features as much as values are: queries and keys take
+    relevance. The softmax's Taylor expansion has a bias, so biases count as inputs. The sign of
+    what cancels there is not bounded: look at `diagnostics().total_variation`.
+    """
+    rule = Epsilon(epsilon)
+    return Composite(
+        [(kind(*_NORMS), Identity()), (kind("softmax"), rule)],
+        rule,
+        name=f"AttnLRP({epsilon})",
+        alpha_default=Uniform(),
+        bias="input",
+    )
+
+
+def LRPAll(rule: Rule | None = None) -> Composite:
+    """LRP for recurrent networks (Arras et al. 2017): the value takes all, the gate none.
+
+    Assumes that gates only steer. By default LRP-0 that counts biases; with
+    `Gamma(0.25)` the sign-aware rule, which cannot explode however many steps there are.
+    """
+    return Composite([], rule or Zero(), name=f"LRPAll({rule or ''})", bias="input")
+
+
+_SIGNED = (
+    "embedding",
+    "layer_norm",
+    "native_layer_norm",
+    "group_norm",
+    "instance_norm",
+    "rms_norm",
+    "rsqrt",
+)
+
+
+def suggested(captured: Captured) -> Composite:
+    """What `Explainer` uses where it is told nothing.
+
+    `CPLRP` for networks with embeddings, normalisation layers (but for batch norm) or recurrent
+    layers: their activations are signed and smooth. `GammaFlat` for the others, whose
+    activations are mostly rectified.
+    """
+    for node in captured.graph.nodes:
+        name = str(node.target).partition(".")[2].partition(".")[0]
+        if name in _SIGNED or "label" in node.meta:
+            return CPLRP()
+    return GammaFlat()

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
-from nrm.composites import Composite, Everywhere, GammaFlat
+from nrm.composites import Composite, Everywhere, suggested
 from nrm.errors import InputError, QueryError, TargetError
-from nrm.graph import Graph, capture, reproduces
+from nrm.graph import Graph, ModelCall, Output, capture, reproduces
 from nrm.listing import Listing
 from nrm.measure import Measure
+from nrm.operators import Operator
 from nrm.program import Program
 from nrm.rules import Rule
 from nrm.targets import Target, explain_relevance, explain_target
@@ -29,17 +31,28 @@ class Explainer:
     the model branches on, a single number written through `.data`), call `refresh()`.
 
     Arguments:
-        model: in evaluation mode; called with positional tensors, returns one tensor.
-        composite: which rule applies where, or one rule for all; the default is
-            `composites.GammaFlat(0.25)`.
+        model: in evaluation mode.
+        composite: which rule applies where, or one rule for all. By default
+            `composites.GammaFlat(0.25)`, and `composites.CPLRP()` for networks with embeddings,
+            normalisation layers or recurrent layers (`composites.suggested`).
         bias: `"drop"`: biases neither emit nor take relevance, and contributions are normalised
             without them. `"input"`: each is a late input neuron of value one, at which walks end.
+            By default what the composite assumes.
         strict: refuse to send relevance through a column that violates a positive-sum condition
             (eqs. 15, 16).
+        output: which output is explained, where the model returns several: a name (`"logits"`),
+            an index, a path of them (`("hidden_states", -1)`), or a function of what the model
+            returns that gives a tensor.
+        batch_axis: where the samples lie in every input; `None`: all of a call is one sample, as
+            for a graph. By default 0, or `None` where the inputs' first axes differ.
+        fallback: the row of operators that have none, e.g. `operators.LocalLinear()`; by default
+            they are refused.
 
     Example:
         >>> R = Explainer(model)(image, target=3)
         >>> R.heatmap(), R(nrm.channels("features.28", 12))
+        >>> R = Explainer(gpt2, output="logits")(input_ids=ids, target=(-1, token))
+        >>> R.tokens()
     """
 
     def __init__(
@@ -47,10 +60,13 @@ class Explainer:
         model: nn.Module,
         composite: Composite | Rule | None = None,
         *,
-        bias: Literal["drop", "input"] = "drop",
+        bias: Literal["drop", "input"] | None = None,
         strict: bool = False,
+        output: Output = None,
+        batch_axis: int | Literal["auto"] | None = "auto",
+        fallback: Operator | None = None,
     ) -> None:
-        if bias not in ("drop", "input"):
+        if bias not in ("drop", "input", None):
             raise ValueError(f"bias is 'drop' or 'input', not {bias!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
@@ -61,25 +77,31 @@ class Explainer:
             raise TypeError(
                 f"the composite must be a nrm.composites.Composite or a rule, not {composite!r}"
             )
-        self.composite = composite or GammaFlat()
+        self.composite = composite
         self.bias = bias
         self.strict = strict
+        self.output = output
+        self.batch_axis = batch_axis
+        self.fallback = fallback
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._verified: set[tuple[Any, ...]] = set()
         self._weights: tuple[Any, ...] = ()
 
     def __call__(
         self,
-        *inputs: Tensor,
+        *inputs: Any,
         target: Target = None,
         output_relevance: Tensor | None = None,
+        **named: Any,
     ) -> Measure:
         """The measure of a batch of inputs.
 
         Arguments:
-            inputs: the model's positional arguments; the first axis is the batch.
+            inputs, named: the model's arguments. Real-valued tensors are leaves, where walks end;
+                of integer inputs, their embeddings are. Inputs called masks carry no relevance.
             target: the output neuron to explain: one for all samples or one for each, ints for an
-                output `[batch, C]`, tuples for more axes. By default each sample's largest output.
+                output `[batch, C]`, tuples for more axes (`(position, token)`, where negative
+                numbers count from the end). By default each sample's largest output.
             output_relevance: instead of a target, the unnormalised relevance of all outputs,
                 shaped like the output (eq. 13): `f(x)` itself, a softmax, a difference of logits.
 
@@ -87,8 +109,8 @@ class Explainer:
             InputError, TargetError, CaptureError, UnsupportedOperatorError, PositiveSumError
         """
         with torch.inference_mode(False):
-            inputs = _own(inputs)
-            forward = self._program(inputs).run(inputs)
+            call = self._bind(inputs, named)
+            forward = self._program(call).run(call.tensors)
             if output_relevance is None:
                 explained = explain_target(target, forward, self.strict)
             elif target is None:
@@ -97,57 +119,89 @@ class Explainer:
                 raise TargetError("give either a target or an output_relevance, not both")
             return Measure(forward, explained, partial(_refuse_changed, self.model, self._weights))
 
-    def layers(self, *inputs: Tensor) -> Listing:
+    def layers(self, *inputs: Any, **named: Any) -> Listing:
         """Every addressable variable: its name, operator, shape, channels, and whether a cut."""
-        return Listing(self.graph(*inputs))
+        return Listing(self.graph(*inputs, **named))
 
-    def graph(self, *inputs: Tensor) -> Graph:
+    def graph(self, *inputs: Any, **named: Any) -> Graph:
         """The graph that these inputs are explained on."""
         with torch.inference_mode(False):
-            return self._program(_own(inputs)).graph
+            return self._program(self._bind(inputs, named)).graph
 
     def refresh(self) -> None:
         """Forget the captured model, so that the next call captures it as it is then."""
         self._weights = ()
 
-    def _program(self, inputs: Sequence[Tensor]) -> Program:
+    def _bind(self, inputs: Sequence[Any], named: dict[str, Any]) -> ModelCall:
         _check_model(self.model)
-        _check_inputs(inputs, self.model)
+        # Copies, because a measure reads its inputs when it is asked, and callers reuse theirs.
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.detach().clone(), (tuple(inputs), named)
+        )
+        call = ModelCall(self.model, args, kwargs, self.output)
+        _check_inputs(call, self.model)
+        return call
+
+    def _program(self, call: ModelCall) -> Program:
+        inputs, along = call.tensors, self._batch_axis(call)
         weights = _fingerprint(self.model)
         if weights != self._weights:
             self._programs.clear()
             self._verified.clear()
             self._weights = weights
-        any_batch = tuple((x.shape[1:], x.dtype, x.device) for x in inputs)
-        this_batch = (inputs[0].shape[0], *any_batch)
+        samples = 1 if along is None else inputs[0].shape[along]
+        shapes = tuple((_without(x.shape, along), x.dtype, x.device) for x in inputs)
+        any_batch = (along, *call.key, *shapes)
+        this_batch = (samples, *any_batch)
         if this_batch in self._programs:
             return self._programs[this_batch]
         if any_batch in self._programs:
             program = self._programs[any_batch]
             # Python code may have branched on the batch size: compare once for every size.
-            if this_batch in self._verified or reproduces(
-                program.graph.captured, self.model, inputs
-            ):
+            if this_batch in self._verified or reproduces(program.graph.captured, call):
                 self._verified.add(this_batch)
                 return program
-        captured = capture(self.model, inputs)
-        if not captured.batched and inputs[0].shape[0] > 1:
+        captured = capture(call, along)
+        if not captured.batched and samples > 1:
             raise InputError(
                 f"{type(self.model).__name__} can only be captured for one batch at a time (its "
                 "Python code branches on values, or fixes the batch size), and then samples "
-                "cannot be told apart. Explain one sample at a time."
+                "cannot be told apart. Explain one sample at a time; or, if all of the call is "
+                "one sample (a graph, a sequence), say Explainer(..., batch_axis=None)."
             )
-        program = Program(Graph(captured, self.bias == "input"), self.composite, self.strict)
+        composite = self.composite or suggested(captured)
+        bias = self.bias or composite.bias
+        graph = Graph(captured, composite, bias == "input", self.fallback)
+        program = Program(graph, self.strict)
         if captured.reusable:
             key = this_batch if any_batch in self._programs or not captured.batched else any_batch
             self._programs[key] = program
             self._verified.add(this_batch)
         return program
 
+    def _batch_axis(self, call: ModelCall) -> int | None:
+        """Where the batch lies in every input.
 
-def _own(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies, because a measure reads its inputs when it is asked, and callers reuse theirs."""
-    return tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in inputs)
+        Raises:
+            InputError: the inputs do not have the same number of samples there.
+        """
+        sizes = {x.shape[0] if x.dim() else 1 for x in call.tensors}
+        if self.batch_axis == "auto":
+            return 0 if len(sizes) == 1 else None
+        axis = self.batch_axis
+        if axis is None:
+            return None
+        for name, x in zip(call.names, call.tensors, strict=True):
+            if x.dim() <= axis or x.shape[axis] != call.tensors[0].shape[axis]:
+                raise InputError(
+                    f"input {name!r} {tuple(x.shape)} does not hold as many samples along axis "
+                    f"{axis} as {call.names[0]!r} {tuple(call.tensors[0].shape)}"
+                )
+        return axis
+
+
+def _without(shape: torch.Size, axis: int | None) -> tuple[int, ...]:
+    return tuple(size for place, size in enumerate(shape) if place != axis)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -165,35 +219,28 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_inputs(inputs: Sequence[Tensor], model: nn.Module) -> None:
-    if not inputs:
-        raise InputError("give the model's inputs as positional arguments")
+def _check_inputs(call: ModelCall, model: nn.Module) -> None:
+    if not call.tensors:
+        raise InputError("give the model's inputs: none of the arguments is or holds a tensor")
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    for position, x in enumerate(inputs):
-        name = f"input {position}" if len(inputs) > 1 else "the input"
-        if not isinstance(x, Tensor):
-            raise InputError(f"{name} is a {type(x).__name__}, not a tensor")
+    for name, x in zip(call.names, call.tensors, strict=True):
+        what = f"input {name!r}" if len(call.tensors) > 1 else "the input"
         if x.dim() == 0 or x.numel() == 0:
-            raise InputError(f"{name} has shape {tuple(x.shape)}: no sample along its first axis")
-        if x.shape[0] != inputs[0].shape[0]:
+            raise InputError(f"{what} has shape {tuple(x.shape)}: no sample along its first axis")
+        if parameters and x.device not in {p.device for p in parameters}:
             raise InputError(
-                f"{name} holds {x.shape[0]} samples, the first input {inputs[0].shape[0]}"
+                f"{what} is on {x.device}, the model on {parameters[0].device}. "
+                f"Move one of them, e.g. x.to({str(parameters[0].device)!r})."
             )
-        if parameters and x.is_floating_point():
-            if x.dtype not in {p.dtype for p in parameters}:
-                raise InputError(
-                    f"{name} is {x.dtype} but the model's parameters are {parameters[0].dtype}. "
-                    f"Convert one of them, e.g. x.to({parameters[0].dtype})."
-                )
-            if x.device not in {p.device for p in parameters}:
-                raise InputError(
-                    f"{name} is on {x.device}, the model on {parameters[0].device}. "
-                    f"Move one of them, e.g. x.to({str(parameters[0].device)!r})."
-                )
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-            raise InputError(f"{name} holds NaN or infinite values")
-    if not any(x.is_floating_point() for x in inputs):
-        raise InputError("no input is real-valued, so none can carry relevance")
+        if not x.is_floating_point():
+            continue
+        if parameters and x.dtype not in {p.dtype for p in parameters}:
+            raise InputError(
+                f"{what} is {x.dtype} but the model's parameters are {parameters[0].dtype}. "
+                f"Convert one of them, e.g. x.to({parameters[0].dtype})."
+            )
+        if not bool(torch.isfinite(x).all()):
+            raise InputError(f"{what} holds NaN or infinite values")
 
 
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:

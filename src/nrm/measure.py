@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nrm.channels import channel_pairs, only_sample, sum_by_channel
+from nrm.channels import channel_pairs, only_sample, require_samples_apart, sum_by_channel
 from nrm.diagnostics import Diagnostics, diagnose
 from nrm.errors import QueryError
-from nrm.graph import Graph, Variable
+from nrm.graph import Graph, Variable, first_tokens
 from nrm.neurons import NeuronSet, as_set
 from nrm.passing import Messages
 from nrm.program import Pass
@@ -136,6 +136,27 @@ class Measure:
             at = self.graph.inputs[0].name
         return self.marginal(at, *sets, given=given, within=within, normalized=normalized)
 
+    def tokens(
+        self,
+        *sets: NeuronSet | str,
+        at: str | None = None,
+        given: Given = None,
+        within: NeuronSet | str | None = None,
+        normalized: bool = True,
+    ) -> Tensor:
+        """The relevance of every token: that of its embedding's neurons together.
+
+        Arguments:
+            at: the embeddings (or any layer with one vector for each token); by default those
+                that the first integer input is looked up in. Others as for a call of the measure.
+
+        Returns:
+            `[batch, tokens]`; the input's shape where the model takes only tokens.
+        """
+        layer = first_tokens(self.graph) if at is None else at
+        message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
+        return message.sum(-1)
+
     def channels(
         self,
         layer: str,
@@ -146,6 +167,7 @@ class Measure:
     ) -> Tensor:
         """The relevance of every channel of a layer, jointly with sets above it: `[batch, C]`."""
         variable = self.graph.variable(layer)
+        require_samples_apart(variable, self.batch)
         message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
         return sum_by_channel(message.unsqueeze(0), variable)[0]
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.composites import Composite
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Call, Identity, Propagation, Setting, Slot, in_place
 
@@ -35,17 +34,14 @@ class Pass:
 
 
 class Program:
-    """Runs a graph forward and prepares every operation with the rule that a composite gives it.
+    """Runs a graph forward and prepares every operation with its rule.
 
     Constants (folded weights) and what rules make of weights are computed once and kept.
     """
 
-    def __init__(self, graph: Graph, composite: Composite, strict: bool) -> None:
+    def __init__(self, graph: Graph, strict: bool) -> None:
         self.graph = graph
-        self.settings = {
-            operation: _setting(operation, composite, graph, strict)
-            for operation in graph.operations
-        }
+        self.settings = {operation: _setting(operation, strict) for operation in graph.operations}
         self._constants, self._nodes = self._split_constants()
         self._last_use = self._plan_release()
 
@@ -75,8 +71,8 @@ class Program:
                 propagations[operation] = propagation
                 if propagation.output_is_free or overwrites:
                     free.add(node)
-                if operation.bias is not None:
-                    shapes[operation.bias] = propagation.operand_shape(-1)
+                if operation.late is not None:
+                    shapes[operation.late] = propagation.late_shape()
             if variable is not None:
                 shapes[variable] = values[node].shape
             for dead in self._last_use[node]:
@@ -120,16 +116,17 @@ class Program:
         return release
 
 
-def _setting(operation: Operation, composite: Composite, graph: Graph, strict: bool) -> Setting:
+def _setting(operation: Operation, strict: bool) -> Setting:
     at_operand = operation.operands[0].batch_axis
     at_output = operation.output.batch_axis
     return Setting(
         address=operation.address,
-        rule=composite.rule(operation, graph),
-        bias_is_input=graph.bias_is_input,
+        rule=operation.rule,
         strict=strict,
         output_dim=len(operation.output.shape),
         batch_axes=None if at_operand is None or at_output is None else (at_operand, at_output),
+        alphas=operation.alphas,
+        late_leaf=operation.late_leaf,
     )
 
 
@@ -173,7 +170,7 @@ def _is_tuple(node: Node) -> bool:
 
 
 def _batch_size(graph: Graph, shapes: dict[Variable, torch.Size]) -> int:
-    for variable in graph.inputs:
+    for variable in (graph.output, *graph.inputs):
         if variable.batch_axis is not None:
             return shapes[variable][variable.batch_axis]
     return 1

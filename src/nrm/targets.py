@@ -42,7 +42,7 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
             "strict: the explained output is zero or negative for some sample (eq. 16). "
             "Explain another output, or drop strict: the relevance is normalised anyway."
         )
-    axes = index[len(_rows(forward)) :]
+    axes = [a for place, a in enumerate(index) if place != forward.graph.output.batch_axis]
     chosen = torch.stack(axes, 1) if axes else torch.zeros_like(index[0])
     if len(axes) == 1:
         chosen = chosen[:, 0]
@@ -70,23 +70,23 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
         raise PositiveSumError("strict: output_relevance sums to less than zero (eq. 16)")
     divisor = total
     if variable.batch_axis is not None:
-        divisor = total.view((-1,) + (1,) * (relevance.dim() - 1))
+        divisor = total.view((-1,) + (1,) * (relevance.dim() - 1 - variable.batch_axis))
     return Explained(relevance / divisor, relevance, None)
 
 
 def _index(target: Target, forward: Pass) -> list[Tensor]:
     """The explained neurons as an index into the output, one per sample."""
     output, variable = forward.output, forward.graph.output
-    if variable.batch_axis not in (0, None) or (variable.batch_axis is None and forward.batch > 1):
-        raise TargetError(f"the output {tuple(output.shape)} does not have the batch first")
+    if variable.batch_axis is None and forward.batch > 1:
+        raise TargetError(f"the output {tuple(output.shape)} does not keep the samples apart")
     if not bool(torch.isfinite(output).all()):
         raise TargetError("the model's output holds NaN or infinite values")
     batch = forward.batch
-    neurons = output.shape[1:] if variable.batch_axis == 0 else output.shape
-    rows = _rows(forward)
+    by_sample = output.movedim(variable.batch_axis, 0) if variable.batch_axis else output
+    neurons = output.shape if variable.batch_axis is None else by_sample.shape[1:]
     if target is None:
-        flat = output.reshape(batch, -1).argmax(1)
-        return [*rows, *torch.unravel_index(flat, neurons)]
+        flat = by_sample.reshape(batch, -1).argmax(1)
+        return _with_rows(list(torch.unravel_index(flat, neurons)), forward)
     try:
         wanted = torch.as_tensor(target, device=output.device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -106,18 +106,21 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
             f"sample; got {target!r}."
         )
     for axis, size in enumerate(neurons):
-        bad = wanted[:, axis][(wanted[:, axis] < 0) | (wanted[:, axis] >= size)]
+        lowest = -size if len(neurons) > 1 else 0  # positions count from the end, classes do not
+        bad = wanted[:, axis][(wanted[:, axis] < lowest) | (wanted[:, axis] >= size)]
         if bad.numel():
             raise TargetError(
                 f"target {int(bad[0])} is out of range: the output has {size} neurons "
                 f"(0 to {size - 1})" + (f" along axis {axis}." if len(neurons) > 1 else ".")
             )
-    wanted = wanted.expand(batch, -1)
-    return [*rows, *wanted.unbind(1)]
+    sizes = torch.tensor(list(neurons), device=output.device, dtype=wanted.dtype)
+    wanted = torch.where(wanted < 0, wanted + sizes, wanted).expand(batch, -1)
+    return _with_rows(list(wanted.unbind(1)), forward)
 
 
-def _rows(forward: Pass) -> list[Tensor]:
-    """The index of the output's batch axis, if it has one."""
-    if forward.graph.output.batch_axis is None:
-        return []
-    return [torch.arange(forward.batch, device=forward.output.device)]
+def _with_rows(index: list[Tensor], forward: Pass) -> list[Tensor]:
+    """An index of neurons with that of the samples put in, where the output has them."""
+    axis = forward.graph.output.batch_axis
+    if axis is not None:
+        index.insert(axis, torch.arange(forward.batch, device=forward.output.device))
+    return index

@@ -1,6 +1,17 @@
 """A PyTorch model as a graph of variables and operations with module paths as addresses."""
 
 from nrm.graph.capture import Captured, capture, reproduces
-from nrm.graph.graph import Graph, Operation, Variable
+from nrm.graph.graph import Graph, Operation, Variable, first_tokens
+from nrm.graph.model_call import ModelCall, Output
 
-__all__ = ["Captured", "Graph", "Operation", "Variable", "capture", "reproduces"]
+__all__ = [
+    "Captured",
+    "Graph",
+    "ModelCall",
+    "Operation",
+    "Output",
+    "Variable",
+    "capture",
+    "first_tokens",
+    "reproduces",
+]

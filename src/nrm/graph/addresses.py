@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
+from nrm.graph.model_call import ModelCall
+
 _ROOT = "L__self__"
 
 
@@ -19,7 +21,9 @@ def scopes(node: Node) -> list[tuple[str, str]]:
     for key, (_, kind) in node.meta.get("nn_module_stack", {}).items():
         if "_empty_nn_module_stack" in key:
             continue
-        address = key[len(_ROOT) :] if key.startswith(_ROOT) else key
+        address = _below_the_call(key[len(_ROOT) :] if key.startswith(_ROOT) else key)
+        if address is None:
+            continue
         name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
         found.append((address, name))
     return found
@@ -50,7 +54,20 @@ def assign(nodes: Iterable[Node]) -> dict[Node, list[str]]:
         plain = f"{calls[-1][0] if calls else ''}:{_operator_name(node)}"
         again = taken[plain] = taken.get(plain, -1) + 1
         names[node] = [plain + (f"@{again}" if again else "")]
+        label = node.meta.get("label")  # a hidden state of a recurrent layer
+        if label is not None:
+            names[node].insert(0, f"{calls[-1][0]}.{label}" if calls else label)
     return names
+
+
+def _below_the_call(path: str) -> str | None:
+    """A module's path in the user's model; `None` for the call around it."""
+    prefix = ModelCall.PREFIX
+    if path == prefix:
+        return ""
+    if path.startswith(f"{prefix}@"):
+        return ""
+    return path.removeprefix(f"{prefix}.") if path.startswith(f"{prefix}.") else None
 
 
 def _leaves(node: Node, address: str) -> bool:

@@ -6,21 +6,23 @@ the model's own before anyone relies on it.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim, export
+from torch import Tensor
+from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from nrm.errors import CaptureError, InputError
 from nrm.graph.eager import trace
+from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_batch_norms
+from nrm.graph.model_call import ModelCall
 from nrm.operators import functional
 
 
@@ -31,18 +33,22 @@ class Captured:
     Attributes:
         graph: operators only; parameters, buffers and inputs are placeholders.
         inputs: the placeholders of the tensors that the model is called with, in order.
+        names: what the inputs are called.
         constants: the parameters, buffers and constants behind the other placeholders, by node.
-        output: the node of the model's output.
+        output: the node of the explained output.
         method: `"export"`, or `"eager"` for a trace that holds for one input only.
         batched: whether the graph holds for any batch size.
+        batch_axis: where the batch lies in every input; `None`: all of it is one sample.
     """
 
     graph: FxGraph
     inputs: list[Node]
+    names: list[str]
     constants: dict[Node, Tensor]
     output: Node
     method: str
     batched: bool
+    batch_axis: int | None
 
     @property
     def reusable(self) -> bool:
@@ -50,28 +56,41 @@ class Captured:
         return self.method == "export"
 
 
-def capture(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
-    """Capture `model` as called with `inputs`.
+def capture(call: ModelCall, batch_axis: int | None) -> Captured:
+    """Capture a model as called.
 
     Raises:
         InputError: the model itself refuses the inputs.
         CaptureError: no graph reproduces the model's output.
     """
-    expected = _run_model(model, inputs)
-    try:
-        captured = _export(model, inputs)
-    except Exception as export_failure:  # torch.export raises many kinds
+    expected = _run_model(call, call.tensors)
+    name = type(call.model).__name__
+    with _by_parts():
         try:
-            captured = trace_eagerly(model, inputs)
-        except Exception as trace_failure:
-            raise CaptureError(
-                f"{type(model).__name__} could be captured neither by torch.export "
-                f"({_first_line(export_failure)}) nor by an eager trace "
-                f"({_first_line(trace_failure)})."
-            ) from export_failure
-    _use_functional_operators(captured.graph)
-    fold_batch_norms(captured.graph)
-    _check_reproduces(captured, inputs, expected, type(model).__name__)
+            program, batched = _export(call, batch_axis)
+        except Exception as export_failure:  # torch.export raises many kinds
+            try:
+                captured = _rewritten(trace_eagerly(call, batch_axis))
+            except Exception as trace_failure:
+                raise CaptureError(
+                    f"{name} could be captured neither by torch.export "
+                    f"({_first_line(export_failure)}) nor by an eager trace "
+                    f"({_first_line(trace_failure)})."
+                ) from export_failure
+            detail = _difference(captured, call.tensors, expected)
+        else:
+            captured = _rewritten(_of_program(program, call, batched, batch_axis))
+            detail = _difference(captured, call.tensors, expected)
+            if detail is not None:  # something relied on writing in place
+                program, batched = _export(call, batch_axis)
+                program = program.run_decompositions({})
+                captured = _rewritten(_of_program(program, call, batched, batch_axis))
+                detail = _difference(captured, call.tensors, expected)
+    if detail is not None:
+        raise CaptureError(
+            f"the captured graph's output of {name} {detail}. The likely causes are a random "
+            "operator, or an in-place operator on a view of a tensor that is used again."
+        )
     return captured
 
 
@@ -90,75 +109,110 @@ def run(captured: Captured, inputs: Sequence[Tensor]) -> Tensor:
     return output
 
 
-def _run_model(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+@contextmanager
+def _by_parts() -> Iterator[None]:
+    """Transformer layers by their parts, not as one fused operator; and no gradients."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            output = model(*inputs)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
+    name = type(call.model).__name__
+    try:
+        with torch.no_grad():
+            output: Tensor = call(*inputs)
+    except CaptureError:
+        raise
     except Exception as failure:
         shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype)[6:]}" for x in inputs)
-        raise InputError(
-            f"{type(model).__name__} fails on inputs {shapes}: {_first_line(failure)}"
-        ) from failure
-    if not isinstance(output, Tensor):
-        raise CaptureError(
-            f"{type(model).__name__} returns a {type(output).__name__}, and nrm explains one "
-            "tensor. Wrap the model in a module that returns the tensor to explain."
-        )
+        raise InputError(f"{name} fails on inputs {shapes}: {_first_line(failure)}") from failure
     if not output.is_floating_point():
-        raise CaptureError(f"{type(model).__name__} returns {output.dtype}, not real numbers.")
+        raise CaptureError(f"{name} returns {output.dtype}, not real numbers.")
     return output
 
 
-def _export(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
-    # Two copies of the batch, so that export does not take a batch of one for a constant.
-    examples = tuple(torch.cat([x, x]) if x.dim() else x for x in inputs)
-    try:
-        return _exported(model, examples, batched=True)
-    except Exception:
-        return _exported(model, tuple(inputs), batched=False)
+def _export(call: ModelCall, batch_axis: int | None) -> tuple[ExportedProgram, bool]:
+    """The exported program, and whether it holds for any batch size."""
+    inputs = tuple(call.tensors)
+    if batch_axis is not None:
+        # At least two samples, so that export does not take a batch of one for a constant.
+        examples = tuple(
+            torch.cat([x, x], batch_axis) if x.shape[batch_axis] == 1 else x for x in inputs
+        )
+        try:
+            dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
+            program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
+            if all(
+                isinstance(node.meta["val"].shape[batch_axis], torch.SymInt)
+                for node in _arguments(program)
+            ):
+                return program, True
+        except Exception:  # the model fixes its batch size: try that
+            pass
+    return export(call, inputs, strict=False), False
 
 
-def _exported(model: nn.Module, inputs: tuple[Tensor, ...], batched: bool) -> Captured:
-    shapes = None
-    if batched:
-        names = list(inspect.signature(model.forward).parameters.values())
-        variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in names[: len(inputs)])
-        per_input: tuple[Any, ...] = tuple({0: Dim.AUTO} if x.dim() else None for x in inputs)
-        shapes = (per_input,) if variadic else per_input
-    program = export(model, inputs, dynamic_shapes=shapes, strict=False)
+def _arguments(program: ExportedProgram) -> list[Node]:
     nodes = {node.name: node for node in program.graph.nodes}
-    arguments: list[Node] = []
+    return [
+        nodes[spec.arg.name]
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.USER_INPUT
+    ]
+
+
+def _of_program(
+    program: ExportedProgram, call: ModelCall, batched: bool, batch_axis: int | None
+) -> Captured:
+    nodes = {node.name: node for node in program.graph.nodes}
     constants: dict[Node, Tensor] = {}
     for spec in program.graph_signature.input_specs:
-        node = nodes[spec.arg.name]
         if spec.kind is InputKind.USER_INPUT:
-            arguments.append(node)
-        else:
-            assert spec.target is not None
-            holder = program.constants if spec.target in program.constants else program.state_dict
-            constants[node] = holder[spec.target].detach()
-            node.meta["parameter"] = spec.target
-    output = _only_output(program.graph)
-    if batched and not all(
-        isinstance(node.meta["val"].shape[0], torch.SymInt)
-        for node in arguments
-        if node.meta["val"].dim()
-    ):
-        raise CaptureError("the graph holds for one batch size only")
-    return Captured(program.graph, arguments, constants, output, "export", batched)
+            continue
+        node = nodes[spec.arg.name]
+        assert spec.target is not None
+        holder = program.constants if spec.target in program.constants else program.state_dict
+        constants[node] = holder[spec.target].detach()
+        node.meta["parameter"] = spec.target.removeprefix(f"{ModelCall.PREFIX}.")
+    return Captured(
+        program.graph,
+        _arguments(program),
+        call.names,
+        constants,
+        _only_output(program.graph),
+        "export",
+        batched,
+        batch_axis,
+    )
 
 
-def trace_eagerly(model: nn.Module, inputs: Sequence[Tensor]) -> Captured:
+def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
     """An eager trace: right for this input only, because Python may branch on values."""
-    traced = trace(model, inputs)
+    traced = trace(call, call.tensors)
     return Captured(
         traced.graph,
         traced.inputs,
+        call.names,
         traced.constants,
         _only_output(traced.graph),
         "eager",
         batched=False,
+        batch_axis=batch_axis,
     )
+
+
+def _rewritten(captured: Captured) -> Captured:
+    """The graph as rules see it: no writing in place, no operators that hide a network."""
+    _use_functional_operators(captured.graph)
+    expand(captured.graph)
+    fold_batch_norms(captured.graph)
+    captured.output = _only_output(captured.graph)
+    return captured
 
 
 def _only_output(graph: FxGraph) -> Node:
@@ -176,20 +230,9 @@ def _use_functional_operators(graph: FxGraph) -> None:
             node.target = functional(node.target)
 
 
-def reproduces(captured: Captured, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+def reproduces(captured: Captured, call: ModelCall) -> bool:
     """Whether the captured graph gives the model's own output, to rounding."""
-    return _difference(captured, inputs, _run_model(model, inputs)) is None
-
-
-def _check_reproduces(
-    captured: Captured, inputs: Sequence[Tensor], expected: Tensor, name: str
-) -> None:
-    detail = _difference(captured, inputs, expected)
-    if detail is not None:
-        raise CaptureError(
-            f"the captured graph's output of {name} {detail}. The likely causes are a random "
-            "operator, or an in-place operator on a view of a tensor that is used again."
-        )
+    return _difference(captured, call.tensors, _run_model(call, call.tensors)) is None
 
 
 def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) -> str | None:

@@ -51,7 +51,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Traced:
                 first_call.prepend(node)  # constants first, as export has them
             tensor = getattr(traced, node.target)
             node.meta["val"] = tensor
-            node.meta["parameter"] = names.get(id(tensor), node.name)
+            node.meta["parameter"] = names.get(id(tensor), node.name).removeprefix("model.")
             constants[node] = tensor.detach()
         elif node.op == "call_function":
             node.meta["nn_module_stack"] = scopes.stack_of(node.name)

@@ -28,7 +28,7 @@ def fold_batch_norms(graph: FxGraph) -> None:
         norm = Call.of(node)
         if not (isinstance(layer, Node) and _has_row(layer, Layer) and len(layer.users) == 1):
             continue
-        if norm["training"] or norm["running_mean"] is None:
+        if norm.get("training") or norm["running_mean"] is None:
             continue  # refused by name when the graph is built
         call = Call.of(layer)
         if layer.meta["val"].dim() - max(call["weight"].meta["val"].dim() - 1, 1) != 1:

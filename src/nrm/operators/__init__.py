@@ -2,17 +2,31 @@
 
 from nrm.operators.base import Columns, Operator, Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Identity
+from nrm.operators.layers import Sum
+from nrm.operators.local_linear import LocalLinear
+from nrm.operators.products import MatrixProduct, Product, Quotient
+from nrm.operators.routing import Routing
 from nrm.operators.table import carries_none, functional, in_place, lookup, register
+from nrm.operators.weighted_sum import WeightedSum
 
 __all__ = [
     "Call",
     "Columns",
+    "Contribution",
     "Identity",
+    "LocalLinear",
+    "MatrixProduct",
     "Operator",
+    "Product",
     "Propagation",
+    "Quotient",
+    "Routing",
     "Setting",
     "Slot",
+    "Sum",
+    "WeightedSum",
     "carries_none",
     "fill",
     "functional",

@@ -25,15 +25,22 @@ class Slot:
 
 @dataclass
 class Setting:
-    """How one operation propagates: its rule, and the model-wide choices it needs."""
+    """How one operation propagates: its rule, and the model-wide choices it needs.
+
+    Attributes:
+        alphas: for a product, the share of each operand (eqs. 19-23).
+        late_leaf: what the operand after the last stands for: `"bias"`, or a name of the
+            operator's own; `None` without one.
+    """
 
     address: str
     rule: Rule
-    bias_is_input: bool
     strict: bool
     output_dim: int
     batch_axes: tuple[int, int] | None
     """Where the batch lies in the first operand and in the output; `None` without a batch."""
+    alphas: tuple[float, ...] = ()
+    late_leaf: str | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def weight(self, name: str, value: Tensor) -> Weight:
@@ -81,12 +88,12 @@ class Propagation(ABC):
             normalized: `False` multiplies by `T~_ij` itself (eq. 26).
 
         Returns:
-            for each operand `[K, *operand shape]`, or `None` where not wanted. No two share
-            memory, so that each may be overwritten in turn.
+            for each operand, the late leaf last, `[K, *operand shape]`, or `None` where not
+            wanted. No two share memory, so that each may be overwritten in turn.
         """
 
-    def operand_shape(self, index: int) -> torch.Size:
-        """The shape of the operand after the last, the bias, where biases are inputs."""
+    def late_shape(self) -> torch.Size:
+        """The shape of the operand after the last (see `Operator.late_leaf`), if there is one."""
         raise NotImplementedError
 
     def columns(self, message: Tensor, tolerance: float) -> Columns | None:
@@ -101,9 +108,23 @@ class Operator(ABC):
     """The arguments that relevance may pass to; `None`: every tensor argument."""
     adopts_constants: ClassVar[bool] = False
     """A constant among `passes` is a leaf: it is the only parent of some neurons."""
+    is_product: ClassVar[bool] = False
+    """Several operands are factors, among which a composite's alpha splits the relevance."""
+    accepts_identity: ClassVar[bool] = False
+    """`rules.Identity` may stand for a contribution rule."""
+    default_rule: ClassVar[Rule | None] = None
+    """The rule where a composite chooses none for this very operation; `None`: its default."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def specialize(self, call: Call) -> Operator:
+        """The row that covers this very call; by default this one."""
+        return self
+
+    def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
+        """The kind to show and to choose rules by."""
+        return self.kind
 
     def operands(
         self, call: Call, carries: Callable[[Node], bool], address: str
@@ -117,7 +138,7 @@ class Operator(ABC):
                     f"{call.target} at {address!r}: its argument {name!r} depends on the input, "
                     f"and no rule says how relevance passes to it."
                 )
-            if passes and (carries(node) or (self.adopts_constants and _is_float(node))):
+            if passes and (carries(node) or (self.adopts_constants and _has_neurons(node))):
                 found.append((name, node))
         return found
 
@@ -125,9 +146,24 @@ class Operator(ABC):
         """Refuse, by raising, a call that this row does not cover; the default refuses none."""
         return
 
-    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
         return False
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        """What stands in for the parents of neurons that no operand reaches, if there may be any.
+
+        Such neurons are constant. The relevance they receive ends in a leaf of this name.
+        """
+        return None
+
+    def late_leaf(
+        self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule, bias_is_input: bool
+    ) -> str | None:
+        """The leaf that enters here, beside the operands: `"bias"`, what `orphans` says, none."""
+        if bias_is_input and self.has_bias(call, operands, rule):
+            return "bias"
+        return self.orphans(call, operands)
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         """The output's channel axis, given that of its first operand."""
@@ -144,8 +180,8 @@ class Operator(ABC):
             values: the operands' values.
 
         Returns:
-            the output (detached), and its propagation. Where biases are inputs and the call has
-            one, the bias is the operand after the last.
+            the output (detached), and its propagation. Where `setting.late_leaf` names a leaf, it
+            is the operand after the last.
         """
 
 
@@ -179,6 +215,8 @@ def pull_back(output: Tensor, leaves: Sequence[Tensor], message: Tensor) -> list
     )
 
 
-def _is_float(node: Node) -> bool:
+def _has_neurons(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return not any(isinstance(size, int) and size == 0 for size in value.shape)

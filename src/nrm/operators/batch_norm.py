@@ -14,7 +14,7 @@ from nrm.operators.base import Setting
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
 from nrm.operators.layers import Elementwise
-from nrm.rules import Activation
+from nrm.rules import Activation, Rule
 
 
 class BatchNorm(Elementwise):
@@ -22,11 +22,11 @@ class BatchNorm(Elementwise):
 
     passes = ("input",)
 
-    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return True
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
-        if call["training"] or call["running_mean"] is None:
+        if call.get("training") or call["running_mean"] is None:
             raise UnsupportedOperatorError(
                 f"batch norm at {address!r} uses the statistics of the batch, which ties the "
                 "samples of a batch together. Call model.eval(), and keep track_running_stats."
@@ -46,7 +46,7 @@ class BatchNorm(Elementwise):
             )
         ]
 
-    def bias(self, call: Call, dim: int) -> Tensor | None:
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         _, shift = scale_and_shift(**statistics(call))
         return _per_channel(shift, dim)
 

@@ -25,6 +25,7 @@ class Contribution:
         uniform: `factor -> output` with weight one on every connection.
         transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
             factor; without it autograd finds it, at the cost of running `apply` once.
+        operand: which operand this is; one may contribute in several ways.
     """
 
     x: Activation
@@ -32,52 +33,57 @@ class Contribution:
     apply: Callable[[Tensor, Tensor], Tensor]
     uniform: Callable[[Tensor], Tensor]
     transpose: Callable[[Tensor, Tensor], Tensor] | None = None
+    operand: int = 0
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
         return self.uniform(factor) if weight is None else self.apply(factor, weight)
 
 
-Summand = tuple[int, Contribution, Tensor, Tensor | None]
-"""A term of a rule for one operand: the operand's number, what it adds, factor and weight."""
+Summand = tuple[Contribution, Tensor, Tensor | None]
+"""A term of a rule: what it adds, factor and weight."""
 
 
 class TermSum:
     """The terms of one group added up, over all operands."""
 
-    def __init__(self, summands: Sequence[Summand]) -> None:
+    def __init__(self, summands: Sequence[Summand], output: Tensor | None = None) -> None:
         self.summands = summands
+        self._known = output
         self.direct = all(
-            part.transpose is not None and weight is not None for _, part, _, weight in summands
+            part.transpose is not None and weight is not None for part, _, weight in summands
         )
 
     @cached_property
     def output(self) -> Tensor:
         """The sum; it may broadcast to the operator's output."""
+        if self._known is not None:
+            return self._known
         if not self.direct:
             return self._graph[1].detach()
         with torch.no_grad():
-            return total(part.add(factor, weight) for _, part, factor, weight in self.summands)
+            return total(part.add(factor, weight) for part, factor, weight in self.summands)
 
     @cached_property
     def _graph(self) -> tuple[list[Tensor], Tensor]:
         """The factors and the sum, with a local autograd graph between them."""
-        leaves = [factor.detach().requires_grad_() for _, _, factor, _ in self.summands]
+        leaves = [factor.detach().requires_grad_() for _, factor, _ in self.summands]
         with torch.enable_grad():
             return leaves, total(
                 part.add(leaf, weight)
-                for leaf, (_, part, _, weight) in zip(leaves, self.summands, strict=True)
+                for leaf, (part, _, weight) in zip(leaves, self.summands, strict=True)
             )
 
     def pull(self, share: Tensor, wanted: Sequence[bool], pulled: list[Tensor | None]) -> None:
         """Add `factor * (transposed weight) share`, term by term, to what operands get."""
-        chosen = [t for t, (operand, *_) in enumerate(self.summands) if wanted[operand]]
+        chosen = [t for t, (part, *_) in enumerate(self.summands) if wanted[part.operand]]
         if not chosen:
             return
         gradients = self._transposed(chosen, share)
         # The gradients of a plain sum are one and the same tensor.
         lent = len(chosen) > 1 or same_memory(gradients[0], share)
         for t, gradient in zip(chosen, gradients, strict=True):
-            operand, part, factor, _ = self.summands[t]
+            part, factor, _ = self.summands[t]
+            operand = part.operand
             if factor is part.x.ones:
                 product = gradient.clone() if lent else gradient
             elif lent or not dense(gradient):
@@ -96,7 +102,7 @@ class TermSum:
             return pull_back(output, [leaves[t] for t in chosen], sum_to(share, output.shape))
         found = []
         for t in chosen:
-            _, part, _, weight = self.summands[t]
+            part, _, weight = self.summands[t]
             assert part.transpose is not None
             assert weight is not None
             found.append(part.transpose(share, weight))

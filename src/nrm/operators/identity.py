@@ -22,8 +22,8 @@ class Identity(Operator):
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:
             raise UnsupportedOperatorError(
-                f"{call.target} at {address!r} combines several tensors that depend on the input. "
-                "A product of two of them needs an alpha rule, which nrm does not have yet."
+                f"{call.target} at {address!r} combines several tensors that depend on the input, "
+                "and no rule says how they share the relevance."
             )
         if call.get("train") is True or call.get("training") is True:
             raise UnsupportedOperatorError(

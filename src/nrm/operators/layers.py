@@ -15,7 +15,7 @@ from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Unchanged
 from nrm.operators.memory import plain_strides
 from nrm.operators.weighted_sum import WeightedSum
-from nrm.rules import Activation
+from nrm.rules import Activation, Rule
 
 
 class Layer(WeightedSum):
@@ -23,8 +23,11 @@ class Layer(WeightedSum):
 
     passes = ("input",)
 
-    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "padding" if _sees_only_padding(call) else None
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if call["weight"].meta["val"].dim() < 2:
@@ -67,7 +70,7 @@ class Layer(WeightedSum):
             )
         ]
 
-    def bias(self, call: Call, dim: int) -> Tensor | None:
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         bias: Tensor | None = call["bias"]
         if bias is None:
             return None
@@ -114,8 +117,29 @@ def _transpose(call: Call, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tenso
     return transpose
 
 
+def _sees_only_padding(call: Call) -> bool:
+    """Whether some neuron of a convolution has its whole receptive field in the padding."""
+    weight, x = call["weight"].meta["val"], call["input"].meta["val"]
+    axes = weight.dim() - 2
+    if axes <= 0 or isinstance(call["padding"], str):
+        return False
+    for axis in range(axes):
+        size, kernel = x.shape[axis - axes], weight.shape[axis - axes]
+        stride, padding, dilation = (
+            call[name][axis if len(call[name]) > 1 else 0]
+            for name in ("stride", "padding", "dilation")
+        )
+        if padding == 0 or not isinstance(size, int):
+            continue
+        last = size + 2 * padding - dilation * (kernel - 1) - 1
+        for begin in range(-padding, last - padding + 1, stride):
+            if not any(0 <= begin + dilation * k < size for k in range(kernel)):
+                return True
+    return False
+
+
 class Averaging(WeightedSum):
-    """Average pooling, mean and sum: every parent has the same fixed positive weight."""
+    """Average pooling, mean, sum, interpolation: fixed weights, none of them negative."""
 
     def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
         super().__init__(kind)
@@ -145,7 +169,7 @@ class Elementwise(WeightedSum):
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
-        if len(values) == 1 and not setting.bias_is_input:
+        if len(values) == 1 and setting.late_leaf is None:
             with torch.no_grad():
                 output = fill(call, values)()
             return output, Unchanged(values[0].shape, output.shape)
@@ -161,7 +185,7 @@ class Sum(Elementwise):
         super().__init__(kind)
         self.signs = signs
 
-    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]]) -> bool:
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return len(operands) == 1
 
     def contributions(
@@ -179,11 +203,12 @@ class Sum(Elementwise):
                         apply=torch.mul,
                         uniform=lambda factor: factor,
                         transpose=torch.mul if alike and len(values) > 1 else None,
+                        operand=call[name].index,
                     )
                 )
         return parts
 
-    def bias(self, call: Call, dim: int) -> Tensor | None:
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         for name, sign in zip(("self", "other"), self.signs(call), strict=True):
             if not isinstance(call[name], Slot):
                 constant = torch.as_tensor(call[name]) * sign

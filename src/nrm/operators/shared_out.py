@@ -34,45 +34,61 @@ class SharedOut(Propagation):
     arrives, and kept, so that further messages cost one transposed product per group.
     """
 
-    def __init__(self, parts: list[Contribution], setting: Setting) -> None:
+    def __init__(self, parts: list[Contribution], setting: Setting, operands: int) -> None:
         self.parts, self.setting, self.rule = parts, setting, setting.rule
+        self.shapes = [torch.Size()] * operands
+        for part in parts:
+            self.shapes[part.operand] = part.x.value.shape
+        self.adopts_orphans = False
         self._groups: dict[int, TermSum] = {}
         self._group_sums: dict[int, Sums] = {}
         self._own_sum: Tensor | None = None
 
-    def own_sum(self) -> Tensor:
-        """`sum_i z_ij` over all operands: what the operator itself adds up."""
+    def adopt_orphans(self, output: torch.Size) -> None:
+        """Neurons without parents give their relevance to the late leaf, if that is for them."""
+        if self.setting.late_leaf not in (None, "bias"):
+            self.adopts_orphans = True
+            self.shapes.append(output)
+
+    def own_sum(self, known: Tensor | None = None) -> Tensor:
+        """`sum_i z_ij` over all operands: what the operator itself adds up.
+
+        Arguments:
+            known: the sum, where the operator's output is that.
+        """
         if self.rule.reuses_sum:
-            return self.group(0).output.detach()
+            return self.group(0, known).output.detach()
+        if known is not None:
+            self._own_sum = known
+            return known
         with torch.no_grad():
             self._own_sum = add_up(part.apply(part.x.value, part.w.value) for part in self.parts)
         return self._own_sum
 
-    def operand_shape(self, index: int) -> torch.Size:
-        return self.parts[index].x.value.shape
+    def late_shape(self) -> torch.Size:
+        return self.shapes[-1]
 
     @cached_property
     def terms(self) -> list[list[list[tuple[Tensor, Tensor | None]]]]:
-        """Operand -> group -> terms."""
+        """Contribution -> group -> terms."""
         return [[list(group) for group in self.rule.groups(part.x, part.w)] for part in self.parts]
 
-    def group(self, index: int) -> TermSum:
+    def group(self, index: int, known: Tensor | None = None) -> TermSum:
         if index not in self._groups:
             self._groups[index] = TermSum(
                 [
-                    (operand, part, factor, weight)
-                    for operand, part in enumerate(self.parts)
-                    for factor, weight in self.terms[operand][index]
-                ]
+                    (part, factor, weight)
+                    for part, groups in zip(self.parts, self.terms, strict=True)
+                    for factor, weight in groups[index]
+                ],
+                known,
             )
         return self._groups[index]
 
     @cached_property
     def uniform(self) -> TermSum:
         """Every parent counts the same: what a vanished column falls back to."""
-        return TermSum(
-            [(operand, part, part.x.ones, None) for operand, part in enumerate(self.parts)]
-        )
+        return TermSum([(part, part.x.ones, None) for part in self.parts])
 
     # -- sharing a message out -------------------------------------------------------------------
 
@@ -81,7 +97,7 @@ class SharedOut(Propagation):
     ) -> list[Tensor | None]:
         if self.setting.strict:
             self._refuse_failing_columns(message)
-        pulled: list[Tensor | None] = [None] * len(self.parts)
+        pulled: list[Tensor | None] = [None] * len(self.shapes)
         if normalized and self.rule.by_sign:
             for index, taken in self._taken_by_sign(message):
                 share = self._divide(taken, self._sum_of(index), wanted, pulled)
@@ -92,9 +108,9 @@ class SharedOut(Propagation):
                 share = self._divide(message, self._column_sums, wanted, pulled)
             for index, gate in enumerate(self._gates):
                 self.group(index).pull(_gated(share, gate), wanted, pulled)
-        for operand, part in enumerate(self.parts):
+        for operand, shape in enumerate(self.shapes):
             if wanted[operand] and pulled[operand] is None:
-                pulled[operand] = message.new_zeros((message.shape[0], *part.x.value.shape))
+                pulled[operand] = message.new_zeros((message.shape[0], *shape))
         return pulled
 
     def _taken_by_sign(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -167,14 +183,20 @@ class SharedOut(Propagation):
             for axis, size in zip(vanished, parents.shape, strict=True)
         )
         count = parents[at]
-        if bool(((count == 0) & (stranded != 0)).any()):
+        every = torch.arange(len(stranded), device=stranded.device)[:, None]
+        if self.adopts_orphans:
+            orphaned = torch.where(count == 0, stranded, 0.0)
+            if wanted[-1]:
+                adopted = stranded.new_zeros((len(stranded), *self.shapes[-1]))
+                pulled[-1] = adopted.index_put_((every, *vanished), orphaned)
+            stranded = stranded - orphaned
+        elif bool(((count == 0) & (stranded != 0)).any()):
             raise QueryError(
                 f"relevance reached neurons of {self.setting.address!r} that have no parents "
                 "(their whole receptive field is padding), so it has nowhere to go. Use "
                 "bias='input', or a composite whose upper rules give such neurons none."
             )
         share = stranded.new_zeros((len(stranded), *parents.shape))
-        every = torch.arange(len(stranded), device=stranded.device)[:, None]
         share.index_put_((every, *at), stranded / count.clamp(min=1e-30), accumulate=True)
         self.uniform.pull(share, wanted, pulled)
 
@@ -189,8 +211,8 @@ class SharedOut(Propagation):
                 _gated(
                     add_up(
                         part.add(factor.abs(), None if weight is None else weight.abs())
-                        for operand, part in enumerate(self.parts)
-                        for factor, weight in self.terms[operand][index]
+                        for part, groups in zip(self.parts, self.terms, strict=True)
+                        for factor, weight in groups[index]
                     ),
                     gate,
                 ).abs()

@@ -10,9 +10,21 @@ from torch._ops import OpOverload
 
 from nrm.operators.base import Operator
 from nrm.operators.batch_norm import BatchNorm
+from nrm.operators.filling import Filling
 from nrm.operators.identity import Identity
 from nrm.operators.layers import Averaging, Layer, Sum
+from nrm.operators.normalization import (
+    Normalization,
+    channel_groups,
+    last_axes,
+    single_channels,
+)
+from nrm.operators.one_of import OneOf
+from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
+from nrm.operators.scattering import ScatterSum
+from nrm.operators.softmax import Softmax
+from nrm.operators.transposed import TransposedConvolution
 
 _TABLE: dict[str, Operator] = {}
 
@@ -64,38 +76,82 @@ def _names(text: str) -> list[str]:
 _CARRIES_NONE = frozenset(
     _names(
         "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones "
-        "new_full new_empty"
+        "new_full new_empty fill zero"
     )
 )
 
+# One parent for each neuron.
 register(
     Identity("activation"),
     *_names(
         "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish sigmoid tanh "
-        "softplus hardswish hardsigmoid hardshrink softshrink tanhshrink threshold "
-        "log_sigmoid clamp clamp_min clamp_max exp neg abs square sqrt pow.Tensor_Scalar"
+        "softplus hardswish hardsigmoid hardshrink softshrink tanhshrink threshold log_sigmoid "
+        "clamp clamp_min clamp_max exp expm1 erf neg abs square sqrt rsqrt reciprocal "
+        "log log1p log2 log10 sin cos atan logit nan_to_num log_softmax "
+        "pow.Tensor_Scalar pow.Scalar"
     ),
 )
 register(
     Identity("scaling"),
     *_names(
-        "mul div dropout feature_dropout alpha_dropout feature_alpha_dropout clone alias "
-        "contiguous to _to_copy detach lift_fresh_copy positive"
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout clone alias contiguous to "
+        "_to_copy type_as detach lift_fresh_copy positive"
     ),
 )
+register(Identity("rmsnorm"), *_names("rms_norm"))
+
+# The message follows the indices.
 register(
     Routing("view", ("self",)),
     *_names(
         "view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T swapaxes "
-        "movedim expand expand_as view_as reshape_as select unbind broadcast_to"
+        "swapdims movedim moveaxis expand expand_as view_as reshape_as select unbind broadcast_to "
+        "diagonal unfold as_strided _unsafe_view"
     ),
 )
 register(
     Routing("view", ("self",), keeps_channels=True),
-    *_names("slice narrow split split_with_sizes chunk flip roll repeat channel_shuffle"),
+    *_names(
+        "slice narrow split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk flip "
+        "roll rot90 repeat tile repeat_interleave.self_int repeat_interleave.self_Tensor "
+        "channel_shuffle pixel_shuffle pixel_unshuffle index index_select gather take_along_dim"
+    ),
 )
-register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat"))
-register(Routing("view", ("tensors",)), *_names("stack"))
+register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat concatenate"))
+register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
+register(
+    Routing("view", ("self", "src"), keeps_channels=True),
+    *_names("scatter.src select_scatter slice_scatter diagonal_scatter copy"),
+)
+register(
+    OneOf(
+        (lambda call: bool(call["accumulate"]), ScatterSum("scatter", "values")),
+        (lambda call: True, Routing("view", ("self", "values"), keeps_channels=True)),
+    ),
+    *_names("index_put"),
+)
+register(Routing("where", ("self", "other"), keeps_channels=True), *_names("where.self"))
+register(Filling("where", ("self",), "other"), *_names("where.ScalarOther"))
+register(Filling("where", ("other",), "self"), *_names("where.ScalarSelf"))
+register(Filling("where", ("self",), "value"), *_names("masked_fill.Scalar scatter.value"))
+register(Routing("where", ("self", "value"), keeps_channels=True), *_names("masked_fill.Tensor"))
+register(Filling("where", ("self",)), *_names("tril triu"))
+register(Filling("view", ("self",)), *_names("im2col"))
+register(Filling("pad", ("self",), "value"), *_names("constant_pad_nd"))
+register(
+    OneOf(
+        (lambda call: call["mode"] == "constant", Filling("pad", ("self",), "value")),
+        (lambda call: True, Routing("pad", ("self",), keeps_channels=True)),
+    ),
+    *_names("pad"),
+)
+register(
+    Routing("pad", ("self",), keeps_channels=True),
+    *_names(
+        "reflection_pad1d reflection_pad2d reflection_pad3d "
+        "replication_pad1d replication_pad2d replication_pad3d"
+    ),
+)
 register(
     Routing("maxpool", ("self",), keeps_channels=True),
     *_names(
@@ -103,8 +159,26 @@ register(
         "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
     ),
 )
-register(Routing("maxpool", ("self",)), *_names("max.dim min.dim"))
+register(
+    Routing("maxpool", ("self",)), *_names("max.dim min.dim max min amax amin topk sort cummax")
+)
+register(
+    Routing("maxpool", ("self", "other"), keeps_channels=True),
+    *_names("maximum minimum fmax fmin max.other min.other"),
+)
+register(
+    Routing("interpolation", ("input", "self"), keeps_channels=True),
+    *_names(
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+        "_upsample_nearest_exact2d _upsample_nearest_exact3d"
+    ),
+)
+
+# Weighted sums of one operand.
 register(Layer("conv"), *_names("conv1d conv2d conv3d"))
+register(
+    TransposedConvolution("conv"), *_names("conv_transpose1d conv_transpose2d conv_transpose3d")
+)
 register(Layer("linear"), *_names("linear"))
 register(
     Averaging("avgpool", "self", keeps_channels=True),
@@ -117,7 +191,64 @@ register(
     Averaging("avgpool", "self", keeps_channels=False),
     *_names("mean.default mean.dim sum.default sum.dim_IntList"),
 )
-register(BatchNorm("batchnorm"), *_names("batch_norm"))
+register(Averaging("sum", "self", keeps_channels=True), *_names("cumsum col2im"))
+for _overload, _argument in (("vec", "input"), ("default", "self")):
+    register(
+        Averaging("interpolation", _argument, keeps_channels=True),
+        *(
+            f"aten.{name}.{_overload}"
+            for name in (
+                "upsample_linear1d",
+                "upsample_bilinear2d",
+                "upsample_trilinear3d",
+                "_upsample_bilinear2d_aa",
+            )
+        ),
+    )
+register(BatchNorm("batchnorm"), *_names("batch_norm _native_batch_norm_legit_no_training"))
+register(Normalization("layernorm", last_axes, by_channel=False), *_names("layer_norm"))
+register(Normalization("groupnorm", channel_groups, by_channel=True), *_names("group_norm"))
+register(
+    OneOf(
+        (
+            lambda call: bool(call["use_input_stats"]),
+            Normalization("instancenorm", single_channels, by_channel=True),
+        ),
+        (lambda call: True, BatchNorm("batchnorm")),
+    ),
+    *_names("instance_norm"),
+)
+register(Softmax("softmax"), *_names("softmax _softmax"))
+
+# Sums of several operands.
 register(Sum("sum", lambda call: (1.0, float(call["alpha"]))), *_names("add"))
 register(Sum("sum", lambda call: (1.0, -float(call["alpha"]))), *_names("sub"))
 register(Sum("sum", lambda call: (-float(call["alpha"]), 1.0)), *_names("rsub"))
+register(ScatterSum("scatter", "src"), *_names("scatter_add"))
+register(ScatterSum("scatter", "source", lambda call: float(call["alpha"])), *_names("index_add"))
+register(
+    OneOf(
+        (
+            lambda call: call["reduce"] in ("amax", "amin"),
+            Routing("maxpool", ("self", "src"), keeps_channels=True),
+        ),
+        (
+            lambda call: (
+                call["reduce"] == "sum" or (call["reduce"] == "mean" and not call["include_self"])
+            ),
+            ScatterSum("scatter", "src"),
+        ),
+    ),
+    *_names("scatter_reduce"),
+)
+
+# Products.
+register(Product("product"), *_names("mul multiply"))
+register(Quotient("scaling"), *_names("div divide true_divide"))
+register(MatrixProduct("product", ("self", "other")), *_names("matmul"))
+register(MatrixProduct("product", ("self", "mat2")), *_names("mm bmm"))
+register(MatrixProduct("product", ("self", "vec")), *_names("mv"))
+register(MatrixProduct("product", ("self", "tensor")), *_names("dot"))
+register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("addmm"))
+register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
+register(MatrixProduct("product", "tensors"), *_names("einsum"))

@@ -27,7 +27,7 @@ class WeightedSum(Operator):
     ) -> list[Contribution]:
         """What each operand contributes."""
 
-    def bias(self, call: Call, dim: int) -> Tensor | None:
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         """The constant that is added, with `dim` axes as the output has, or `None`."""
         return None
 
@@ -36,28 +36,43 @@ class WeightedSum(Operator):
     ) -> tuple[Tensor, Propagation]:
         values = [value.detach() for value in values]
         parts = self.contributions(call, values, setting)
-        rule = setting.rule
-        reads_sum = rule.reuses_sum or rule.by_sign
-        if setting.bias_is_input:
-            bias = self.bias(call, setting.output_dim)
-            if bias is not None:
-                parts.append(_bias_as_input(bias.to(values[0]), values[0], setting))
-        shared = SharedOut(parts, setting)
-        if not reads_sum:
+        operands = len(values)
+        constant = self.bias(call, values, setting.output_dim)
+        if setting.late_leaf == "bias":
+            assert constant is not None
+            parts.append(_bias_as_input(constant.to(values[0]), values[0], setting, operands))
+            operands += 1
+        shared = SharedOut(parts, setting, operands)
+        if not (setting.rule.reuses_sum or setting.rule.by_sign):
+            output = _run(call, values)
             shared.output_is_free = True
-            with torch.no_grad():
-                return fill(call, values)(), shared
-        output = shared.own_sum()
-        if not setting.bias_is_input:
-            bias = self.bias(call, setting.output_dim)
-            if bias is not None:
-                shared.output_is_free = True
-                output = output + bias
+        elif constant is None or (
+            setting.late_leaf == "bias" and bool(torch.isfinite(constant).all())
+        ):
+            # The output is what all contributions add up to: no need to do so again.
+            output = _run(call, values)
+            shared.own_sum(output)
+        elif setting.late_leaf == "bias":  # a mask that holds -inf
+            output = _run(call, values)
+            shared.own_sum()
+        else:
+            output = shared.own_sum() + constant
+            shared.output_is_free = True
+        shared.adopt_orphans(output.shape)
         return output, shared
 
 
-def _bias_as_input(bias: Tensor, operand: Tensor, setting: Setting) -> Contribution:
+def _run(call: Call, values: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = fill(call, values)()
+    return output
+
+
+def _bias_as_input(bias: Tensor, operand: Tensor, setting: Setting, number: int) -> Contribution:
     """A bias as a late input neuron of value one and weight b_j, for every sample."""
+    # A mask adds -inf. No relevance gets there, and nothing times a finite weight is nothing.
+    limit = torch.finfo(bias.dtype).max / 8
+    bias = bias.clamp(-limit, limit)
     shape = list(bias.shape)
     if setting.batch_axes is not None:
         at_operand, at_output = setting.batch_axes
@@ -68,4 +83,5 @@ def _bias_as_input(bias: Tensor, operand: Tensor, setting: Setting) -> Contribut
         setting.weight("bias", bias),
         apply=torch.mul,
         uniform=lambda factor: factor,
+        operand=number,
     )

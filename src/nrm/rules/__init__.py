@@ -1,11 +1,13 @@
 """Walk specification (section 3.3): the rules that say how much each parent contributes."""
 
+from nrm.rules.alphas import Alpha, InOrder, Shares, Uniform, ValueTakesAll
 from nrm.rules.base import Activation, Gate, Rule, Term, Weight
 from nrm.rules.contributions import (
     AlphaBeta,
     Epsilon,
     Flat,
     Gamma,
+    Identity,
     PlainGamma,
     WSquare,
     ZBox,
@@ -15,14 +17,20 @@ from nrm.rules.contributions import (
 
 __all__ = [
     "Activation",
+    "Alpha",
     "AlphaBeta",
     "Epsilon",
     "Flat",
     "Gamma",
     "Gate",
+    "Identity",
+    "InOrder",
     "PlainGamma",
     "Rule",
+    "Shares",
     "Term",
+    "Uniform",
+    "ValueTakesAll",
     "WSquare",
     "Weight",
     "ZBox",

@@ -31,6 +31,17 @@ from nrm.rules.base import Activation, Gate, Rule, Term, Weight
 
 
 @dataclass(frozen=True)
+class Identity(Rule):
+    """The message passes unchanged, each neuron to the one it stands at.
+
+    For operators that can be seen so: normalisation layers and softmax.
+    """
+
+    def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
+        return [[(x.ones, w.derive("ones", torch.ones_like))]]
+
+
+@dataclass(frozen=True)
 class Zero(Rule):
     """LRP-0: `T~_ij = a_i w_ij`."""
 

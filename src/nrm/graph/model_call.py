@@ -1,0 +1,160 @@
+"""A model as a function from tensors to the one tensor that is explained.
+
+Keyword arguments, nested inputs and nested outputs all end here: what is captured has tensors
+alone on both sides.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nrm.errors import CaptureError, InputError
+
+Output = str | int | Sequence[str | int] | Callable[[Any], Tensor] | None
+"""Which of a model's outputs is explained: a name, an index, a path of them, or a function of the
+output that returns a tensor; `None` where there is only one."""
+
+
+class ModelCall(nn.Module):
+    """The model with everything but tensors fixed; its parameters and modules are the model's.
+
+    Attributes:
+        tensors: the tensors among the arguments.
+        names: a name for each, after the model's parameters.
+    """
+
+    PREFIX = "model"
+
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Output
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        self.training = False
+        leaves, self._layout = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors: list[Tensor] = [leaves[i] for i in self._places]
+        self._fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.names = _names(model, args, kwargs)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What else but the tensors decides the graph."""
+        return (str(self._layout), tuple(map(repr, self._fixed)))
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        leaves = list(self._fixed)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self._layout)
+        return choose(self.model(*args, **kwargs), self.output, type(self.model).__name__)
+
+
+def choose(result: Any, output: Output, model: str) -> Tensor:
+    """The tensor to explain among what a model returned.
+
+    Raises:
+        CaptureError: there are several, or not the one asked for; lists those there are.
+    """
+    found = result
+    if callable(output):
+        found = output(result)
+        if not isinstance(found, Tensor):
+            raise CaptureError(
+                f"the function given as output= returned a {type(found).__name__}, not a tensor."
+            )
+        return found
+    if output is None:
+        if isinstance(result, Tensor):
+            return result
+        tensors = _tensors(result)
+        if len(tensors) == 1:
+            return next(iter(tensors.values()))
+        raise CaptureError(
+            f"{model} returns a {type(result).__name__}, and one tensor is explained. Choose one "
+            f"with Explainer(..., output=...): {_listed(tensors)}; or give a function of the "
+            "output that returns a tensor."
+        )
+    path = [output] if isinstance(output, str | int) else list(output)
+    for step in path:
+        try:
+            found = getattr(found, str(step)) if _has(found, step) else found[step]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise CaptureError(
+                f"{model} has no output {output!r}. There are: {_listed(_tensors(result))}."
+            ) from None
+    if not isinstance(found, Tensor):
+        raise CaptureError(
+            f"output {output!r} of {model} is a {type(found).__name__}, not a tensor. "
+            f"There are: {_listed(_tensors(result))}."
+        )
+    return found
+
+
+def _has(found: Any, step: str | int) -> bool:
+    return isinstance(step, str) and not isinstance(found, Mapping) and hasattr(found, step)
+
+
+def _tensors(result: Any) -> dict[str, Tensor]:
+    """Every tensor in a nested output, by its path."""
+    if hasattr(result, "__dataclass_fields__") and not isinstance(result, Mapping):
+        result = {
+            name: getattr(result, name)
+            for name in result.__dataclass_fields__
+            if getattr(result, name, None) is not None
+        }
+    if isinstance(result, Mapping):
+        items = [(str(key), value) for key, value in result.items()]
+    elif isinstance(result, list | tuple):
+        items = [(str(i), value) for i, value in enumerate(result)]
+    elif isinstance(result, Tensor):
+        return {"": result}
+    else:
+        return {}
+    return {
+        ".".join(part for part in (name, inner) if part): tensor
+        for name, value in items
+        for inner, tensor in _tensors(value).items()
+    }
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> str:
+    if not tensors:
+        return "no tensors at all"
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+
+
+def _names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors among the arguments, after the parameters they are given for."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    named: dict[str, Any] = {}
+    for position, value in enumerate(args):
+        parameter = parameters[min(position, len(parameters) - 1)] if parameters else None
+        if parameter is None or parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            before = 0 if parameter is None else parameters.index(parameter)
+            stem = "input" if parameter is None else parameter.name
+            named[f"{stem}_{position - before}"] = value
+        else:
+            named[parameter.name] = value
+    named.update(kwargs)
+    found = []
+    for name, value in named.items():
+        tensors = _tensors(value)
+        found += [f"{name}.{inner}" if inner else name for inner in tensors]
+    return found
+
+
+def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that hold tensors where nrm cannot see them."""
+    for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
+        if hasattr(leaf, "edge_index"):
+            raise InputError(
+                f"a {type(leaf).__name__} cannot be looked into: give its tensors, e.g. "
+                "explainer(data.x, data.edge_index)."
+            )

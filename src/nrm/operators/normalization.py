@@ -1,0 +1,132 @@
+"""Layer, group and instance norm: a linear map whose scale is held constant.
+
+`y_j = (x_j - mean x) g_j / sigma + b_j` has the contributions of x, of its centring and of the
+bias. Seen so, each operation divides by what it really added up, and slopes telescope along the
+depth; as an identity (`rules.Identity`) the shift breaks that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.operators.base import Propagation, Setting, fill
+from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
+from nrm.operators.identity import Unchanged
+from nrm.operators.weighted_sum import WeightedSum
+from nrm.rules import Activation, Identity, Rule
+
+
+class Centring(WeightedSum):
+    """Operators with `y_j = own_j x_j + shared_j sum_i weight_i x_i + b_j`, i in the group of j.
+
+    The two parts of a neuron's own contribution count as two parents.
+    """
+
+    accepts_identity: ClassVar[bool] = True
+
+    @abstractmethod
+    def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`own`, `shared`, and `weight` (`None`: one), broadcastable to x."""
+
+    @abstractmethod
+    def add_up(self, call: Call, x: Tensor) -> Tensor:
+        """The sum over each group, for each of its neurons: broadcastable to x."""
+
+    def values(self, x: Tensor) -> Tensor:
+        """The values of x that contribute."""
+        return x
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        x = Activation(self.values(values[0]))
+        own, shared, weight = self.coefficients(call, values[0])
+
+        def gather(factor: Tensor, weight_of_group: Tensor) -> Tensor:
+            weighted = factor if weight is None else factor * weight
+            return self.add_up(call, weighted) * weight_of_group
+
+        return [
+            Contribution(x, setting.weight("own", own), torch.mul, lambda factor: factor),
+            Contribution(
+                x,
+                setting.weight("shared", shared),
+                gather,
+                lambda factor: self.add_up(call, factor).expand(x.value.shape),
+            ),
+        ]
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        if isinstance(setting.rule, Identity):
+            with torch.no_grad():
+                output = fill(call, values)()
+            return output, Unchanged(values[0].shape, output.shape)
+        return super().prepare(call, values, setting)
+
+
+class Normalization(Centring):
+    """A norm over groups of neurons of one sample.
+
+    Arguments:
+        groups: `(call, x) -> x` with the neurons of a group in the last axis.
+        by_channel: whether gain and bias have one entry for each channel (axis 1), or for each
+            neuron of the last axes.
+    """
+
+    passes = ("input",)
+
+    def __init__(
+        self, kind: str, groups: Callable[[Call, Tensor], Tensor], by_channel: bool
+    ) -> None:
+        super().__init__(kind)
+        self.groups, self.by_channel = groups, by_channel
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return call["bias"] is not None and not isinstance(rule, Identity)
+
+    def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.no_grad():
+            grouped = self.groups(call, x)
+            variance = grouped.var(-1, keepdim=True, correction=0)
+            scale = torch.rsqrt(variance + call["eps"]).expand_as(grouped).reshape(x.shape)
+            gain = call["weight"]
+            if gain is not None:
+                scale = scale * self._aligned(gain, x.dim())
+            return scale, -scale / grouped.shape[-1], None
+
+    def add_up(self, call: Call, x: Tensor) -> Tensor:
+        grouped = self.groups(call, x)
+        return grouped.sum(-1, keepdim=True).expand_as(grouped).reshape(x.shape)
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        bias = call["bias"]
+        return None if bias is None else self._aligned(bias, dim)
+
+    def _aligned(self, value: Tensor, dim: int) -> Tensor:
+        if self.by_channel:
+            return value.view((1, -1) + (1,) * (dim - 2))
+        return value.view((1,) * (dim - value.dim()) + tuple(value.shape))
+
+
+def last_axes(call: Call, x: Tensor) -> Tensor:
+    """Layer norm: all neurons of the last axes are one group."""
+    return x.flatten(x.dim() - len(call["normalized_shape"]))
+
+
+def channel_groups(call: Call, x: Tensor) -> Tensor:
+    """Group norm: some channels with all their positions are one group."""
+    return x.reshape(x.shape[0], call["num_groups"], -1)
+
+
+def single_channels(call: Call, x: Tensor) -> Tensor:
+    """Instance norm: each channel is a group."""
+    return x.flatten(2)

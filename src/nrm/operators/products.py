@@ -1,0 +1,177 @@
+"""Products of tensors: gates, attention, similarities; their factors share by alpha (eqs. 19-23).
+
+Where only one factor carries relevance, the other is a constant or a weight: an elementwise
+product passes the message unchanged, a matrix product is a weighted sum like a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.errors import UnsupportedOperatorError
+from nrm.operators.base import Operator, Propagation, Setting, Slot, fill
+from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
+from nrm.operators.identity import Unchanged
+from nrm.operators.weighted_sum import WeightedSum
+from nrm.rules import Activation, Rule
+
+
+class Product(Operator):
+    """Elementwise products: `y_j = a_j b_j` gives each factor its alpha."""
+
+    passes = ("self", "other")
+    is_product: ClassVar[bool] = True
+
+    def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
+        return self.kind if len(operands) > 1 else "scaling"
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        with torch.no_grad():
+            output = fill(call, values)()
+        if len(values) == 1:
+            return output, Unchanged(values[0].shape, output.shape)
+        return output, Split(values, output.shape, setting.alphas)
+
+
+class Split(Propagation):
+    """A fixed share of the message for every factor."""
+
+    def __init__(
+        self, factors: Sequence[Tensor], output: torch.Size, alphas: Sequence[float]
+    ) -> None:
+        self.parts = [Unchanged(factor.shape, output) for factor in factors]
+        self.alphas = alphas
+
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        return [
+            part.pull(alpha * message, [True])[0] if want else None
+            for part, alpha, want in zip(self.parts, self.alphas, wanted, strict=True)
+        ]
+
+
+class Quotient(Product):
+    """Division: the numerator takes all; what it is divided by is a scale."""
+
+    is_product: ClassVar[bool] = False
+
+    def operands(
+        self, call: Call, carries: Callable[[Node], bool], address: str
+    ) -> list[tuple[str, Node]]:
+        return super().operands(call, carries, address)[:1]
+
+
+class MatrixProduct(WeightedSum):
+    """Matrix products and einsum: `y_j = sum_k a_jk b_kj`, perhaps plus a constant.
+
+    Each factor is a variable whose weights are the other's values.
+
+    Arguments:
+        factors: the two factors of a call.
+        replaced: the call's arguments with other factors.
+        addend: the argument that is added, if there is one.
+    """
+
+    is_product: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        kind: str,
+        factors: tuple[str, str] | str,
+        addend: str | None = None,
+    ) -> None:
+        super().__init__(kind)
+        self.factors, self.addend = factors, addend
+        self.passes = (factors,) if isinstance(factors, str) else factors
+
+    def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
+        if isinstance(self.factors, str) and len(call[self.factors]) != 2:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} multiplies {len(call[self.factors])} tensors. "
+                "Write it as products of two."
+            )
+
+    def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
+        return self.kind if len(operands) > 1 else "linear"
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return self.addend is not None
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        return -1
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        pair = self._pair(call)
+        scale = 1.0 if self.addend is None else float(call["alpha"])
+        both = [values[f.index] if isinstance(f, Slot) else f for f in pair]
+        parts = []
+        for side, factor in enumerate(pair):
+            if not isinstance(factor, Slot):
+                continue
+            weight: Tensor = both[1 - side]
+            share = scale * (setting.alphas[factor.index] if setting.alphas else 1.0)
+            parts.append(
+                self._contribution(
+                    call,
+                    side,
+                    factor.index,
+                    both[side],
+                    setting.weight(str(side), weight if share == 1 else share * weight),
+                )
+            )
+        return parts
+
+    def _contribution(self, call: Call, side: int, operand: int, x: Tensor, w: Any) -> Contribution:
+        def apply(factor: Tensor, weight: Tensor) -> Tensor:
+            pair = (factor, weight) if side == 0 else (weight, factor)
+            return self._multiply(call, *pair)
+
+        def transpose(message: Tensor, weight: Tensor) -> Tensor:
+            return message @ weight.mT if side == 0 else weight.mT @ message
+
+        plain = not isinstance(self.factors, str) and _stacks_alike(x, w.value, side)
+        return Contribution(
+            Activation(x),
+            w,
+            apply,
+            uniform=lambda factor: apply(factor, torch.ones_like(w.value)),
+            transpose=transpose if plain else None,
+            operand=operand,
+        )
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        if self.addend is None:
+            return None
+        constant: Tensor = call[self.addend] * float(call["beta"])
+        return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
+
+    def _pair(self, call: Call) -> Sequence[Any]:
+        if isinstance(self.factors, str):
+            pair: Sequence[Any] = call[self.factors]
+            return pair
+        return [call[name] for name in self.factors]
+
+    def _multiply(self, call: Call, a: Tensor, b: Tensor) -> Tensor:
+        if isinstance(self.factors, str):
+            return torch.functional.einsum(call["equation"], a, b)
+        return torch.matmul(a, b)
+
+
+def _stacks_alike(x: Tensor, weight: Tensor, side: int) -> bool:
+    """Whether the transposed product has the shape of `x` without a sum over copies."""
+    if min(x.dim(), weight.dim()) < 2:
+        return False
+    if x.dim() == weight.dim():
+        return x.shape[:-2] == weight.shape[:-2]
+    return side == 0 and weight.dim() == 2

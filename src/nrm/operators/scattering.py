@@ -1,0 +1,99 @@
+"""Sums over indices: scatter and index add, as message passing on graphs uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.errors import UnsupportedOperatorError
+from nrm.operators.base import Setting, Slot
+from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
+from nrm.operators.weighted_sum import WeightedSum
+from nrm.rules import Activation, Rule
+
+
+class ScatterSum(WeightedSum):
+    """`self` plus what is added at indices.
+
+    A neuron to which nothing is added is the constant `self`, mostly zero: a node without
+    neighbours. What reaches it ends in a leaf.
+
+    Arguments:
+        added: the argument that is added.
+        scale: factor of what is added.
+    """
+
+    def __init__(
+        self, kind: str, added: str, scale: Callable[[Call], float] = lambda call: 1.0
+    ) -> None:
+        super().__init__(kind)
+        self.added, self.scale = added, scale
+        self.passes = ("self", added)
+
+    def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
+        if call.get("include_self") is False and "self" in [name for name, _ in operands]:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} writes over a tensor that depends on the input. "
+                "Scatter into zeros, and add."
+            )
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return "self" not in [name for name, _ in operands]
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "empty" if "self" not in [name for name, _ in operands] else None
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        base, added = (
+            values[argument.index] if isinstance(argument, Slot) else argument
+            for argument in (call["self"], call[self.added])
+        )
+        scale = self.scale(call)
+
+        plain: dict[str, Any] = {"alpha": 1} if "alpha" in call.arguments else {}
+
+        def scatter(factor: Tensor) -> Tensor:
+            blank = base.new_zeros(base.shape)
+            summed: Tensor = call(**plain, **{"self": blank, self.added: factor})
+            return summed
+
+        parts = []
+        if isinstance(call["self"], Slot):
+            one = base.new_ones(())
+            parts.append(
+                Contribution(
+                    Activation(base),
+                    setting.weight("self", one),
+                    torch.mul,
+                    lambda factor: factor,
+                    operand=call["self"].index,
+                )
+            )
+        if isinstance(call[self.added], Slot):
+            parts.append(
+                Contribution(
+                    Activation(added),
+                    setting.weight("added", added.new_tensor(scale)),
+                    lambda factor, weight: scatter(factor) * weight,
+                    scatter,
+                    operand=call[self.added].index,
+                )
+            )
+        return parts
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        if isinstance(call["self"], Slot):
+            return None
+        base: Tensor = call["self"]
+        if call.get("include_self") is False:  # kept only where nothing is added
+            added = call[self.added]
+            blank = torch.zeros_like(values[added.index] if isinstance(added, Slot) else added)
+            base = call(**{self.added: blank})
+        return base

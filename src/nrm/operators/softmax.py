@@ -1,0 +1,48 @@
+"""Softmax, where relevance reaches it: as an identity, or linearised at its input (Taylor).
+
+Most attention gives it none: against a softmax, the value takes all (`rules.ValueTakesAll`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.operators.call import Call
+from nrm.operators.normalization import Centring
+from nrm.rules import Identity, Rule
+
+
+class Softmax(Centring):
+    """`s_j ~ sum_i s_j (delta_ij - s_i) x_i + b_j`: any contribution rule on that is a Taylor rule.
+
+    Without a choice by the composite it is an identity: each neuron has the logit it stands at
+    for its only parent.
+    """
+
+    passes = ("self",)
+    default_rule: ClassVar[Rule | None] = Identity()
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return not isinstance(rule, Identity)
+
+    def values(self, x: Tensor) -> Tensor:
+        # Logits masked with -inf have no share, whatever they are.
+        return x.masked_fill(x == -torch.inf, 0.0)
+
+    def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        share = call(self=x)
+        return share, -share, share
+
+    def add_up(self, call: Call, x: Tensor) -> Tensor:
+        return x.sum(call["dim"], keepdim=True)
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        """What the softmax is beyond its linear part."""
+        share, x = call(self=values[0]), self.values(values[0])
+        rest: Tensor = share * (1 - x + (share * x).sum(call["dim"], keepdim=True))
+        return rest

@@ -1,0 +1,55 @@
+"""Transposed convolutions: weighted sums whose weight has the input channels first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.operators.base import Setting
+from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
+from nrm.operators.weighted_sum import WeightedSum
+from nrm.rules import Activation, Rule
+
+
+class TransposedConvolution(WeightedSum):
+    """`conv_transpose1d` to `3d`. Where strides leave gaps, neurons have no parent but the bias."""
+
+    passes = ("input",)
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return call["bias"] is not None
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "gaps"
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        weight: Tensor = call["weight"].meta["val"]
+        return 1 - weight.dim()
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        weight = call["weight"]
+
+        def apply(factor: Tensor, weight: Tensor) -> Tensor:
+            output: Tensor = call(input=factor, weight=weight, bias=None)
+            return output
+
+        return [
+            Contribution(
+                Activation(values[0]),
+                setting.weight("weight", weight),
+                apply,
+                uniform=lambda factor: apply(factor, weight.new_ones(weight.shape)),
+            )
+        ]
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        bias: Tensor | None = call["bias"]
+        if bias is None:
+            return None
+        after = call["weight"].dim() - 2
+        return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
