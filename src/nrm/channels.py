@@ -69,10 +69,10 @@ def channel_pairs(
     batch, size = held.shape
     if lower not in forward.graph.upstream(upper):
         alive = []  # side by side: no walk passes both
-    below = sum_by_channel(message.new_zeros((1, *forward.shapes[lower])), lower).shape[-1]
+    below = sum_by_channel(message.new_zeros((1, *forward.shape(lower))), lower).shape[-1]
     pairs = message.new_zeros((batch, size, below))
     largest = max(
-        forward.shapes[variable].numel()
+        forward.shape(variable).numel()
         for variable in forward.graph.variables
         if min(lower.index, upper.index) <= variable.index <= upper.index
     )

@@ -16,7 +16,6 @@ from nrm.rules import (
     Epsilon,
     Flat,
     Gamma,
-    Identity,
     Rule,
     Uniform,
     ValueTakesAll,
@@ -185,9 +184,6 @@ def LRPZero() -> Composite:
     return Composite([], Zero(), name="LRPZero()")
 
 
-_NORMS = ("layernorm", "groupnorm", "instancenorm")
-
-
 def CPLRP(epsilon: float = 0.0) -> Composite:
     """The default for transformers: LRP-0 that counts biases, with attention and scales frozen.
 
@@ -200,18 +196,19 @@ def CPLRP(epsilon: float = 0.0) -> Composite:
     return Composite([], rule, name=f"CPLRP({epsilon or ''})", bias="input")
 
 
-def AttnLRP(epsilon: float = 1e-9) -> Composite:
-    """AttnLRP (Achtibat et al. 2024): products share evenly, softmax by Taylor, norms as identity.
+def AttnLRP(epsilon: float = 0.0) -> Composite:
+    """AttnLRP (Achtibat et al. 2024): products share evenly, softmax by its Taylor expansion.
 
     Assumes that attention weights are features as much as values are: queries and keys take
-    relevance. The softmax's Taylor expansion has a bias, so biases count as inputs. The sign of
-    what cancels there is not bounded: look at `diagnostics().total_variation`.
+    relevance. Norms are linear with a frozen scale, as in the authors' code (in their paper,
+    identities). The softmax's expansion has a bias, so biases count as inputs. The sign of what
+    cancels there is not bounded: look at `diagnostics().total_variation`.
     """
-    rule = Epsilon(epsilon)
+    rule = Epsilon(epsilon) if epsilon else Zero()
     return Composite(
-        [(kind(*_NORMS), Identity()), (kind("softmax"), rule)],
+        [(kind("softmax"), rule)],
         rule,
-        name=f"AttnLRP({epsilon})",
+        name=f"AttnLRP({epsilon or ''})",
         alpha_default=Uniform(),
         bias="input",
     )

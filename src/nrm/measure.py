@@ -308,7 +308,7 @@ class Measure:
         ends: Stops = {variable: None}
         arrived = joint_messages(forward, start, stops, normalized, open_to, ends)
         if variable not in arrived:
-            return self.output.new_zeros((1, *forward.shapes[variable]))
+            return self.output.new_zeros((1, *forward.shape(variable)))
         return _finite(arrived[variable]).contiguous()
 
 

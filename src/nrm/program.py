@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.fusion import fusions, needed
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Call, Identity, Propagation, Setting, Slot, in_place
+from nrm.telescope import Telescope, telescopes
 
 
-@dataclass
 class Pass:
     """One forward pass: what messages need to travel back through it.
 
     Attributes:
         graph: the graph it ran on.
-        propagations: every operation, prepared for this input.
-        shapes: the shape of every variable, batch included.
         output: the explained tensor's values.
         batch: the number of samples.
+        telescope: the way by derivatives, where the rules allow it.
     """
 
-    graph: Graph
-    propagations: dict[Operation, Propagation]
-    shapes: dict[Variable, torch.Size]
-    output: Tensor
-    batch: int
+    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
+        self.graph = program.graph
+        self._program, self._inputs = program, inputs
+        self.telescope: Telescope | None = None
+        if program.telescopes:
+            values, self._shapes = program.differentiate(inputs)
+            self.telescope = Telescope(self.graph, values)
+            self.output = values[self.graph.output].detach()
+        else:
+            self.propagations, self._shapes, self.output = program.prepare(inputs)
+        self.batch = _batch_size(self.graph, self._shapes)
+
+    @cached_property
+    def propagations(self) -> dict[Operation, Propagation]:
+        """Every operation, prepared for this input."""
+        propagations, self._shapes, _ = self._program.prepare(self._inputs)
+        return propagations
+
+    def shape(self, variable: Variable) -> torch.Size:
+        """The shape of a variable, batch included."""
+        if variable not in self._shapes:
+            assert self.propagations is not None  # tells the shapes of all
+        return self._shapes[variable]
 
 
 class Program:
@@ -42,14 +61,22 @@ class Program:
     def __init__(self, graph: Graph, strict: bool) -> None:
         self.graph = graph
         self.settings = {operation: _setting(operation, strict) for operation in graph.operations}
+        self.telescopes = not strict and telescopes(graph)
         self._constants, self._nodes = self._split_constants()
+        self._fused = fusions(graph) if self.telescopes else {}
+        self._nodes_fused = needed(graph, self._nodes, self._fused)
         self._last_use = self._plan_release()
 
     def run(self, inputs: Sequence[Tensor]) -> Pass:
-        """The forward pass, keeping only what propagation needs."""
+        """The forward pass."""
+        return Pass(self, inputs)
+
+    def prepare(
+        self, inputs: Sequence[Tensor]
+    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor]:
+        """Every operation ready for messages, keeping only what propagation needs."""
         graph = self.graph
-        values: dict[Node, Any] = dict(self._constants)
-        values.update(zip(graph.captured.inputs, map(_laid_out, inputs), strict=True))
+        values = self._given(inputs)
         propagations: dict[Operation, Propagation] = {}
         free: set[Node] = set()  # values that nothing keeps: their memory may be used again
         shapes = {v: values[v.node].shape for v in graph.leaves if v.node in values}
@@ -77,8 +104,47 @@ class Program:
                 shapes[variable] = values[node].shape
             for dead in self._last_use[node]:
                 values.pop(dead, None)
-        output = values[graph.captured.output].detach()
-        return Pass(graph, propagations, shapes, output, _batch_size(graph, shapes))
+        return propagations, shapes, values[graph.captured.output].detach()
+
+    def differentiate(
+        self, inputs: Sequence[Tensor]
+    ) -> tuple[dict[Variable, Tensor], dict[Variable, torch.Size]]:
+        """Variables' values, connected by autograd, with what takes no relevance constant.
+
+        Those within fused operators and late leaves have none.
+        """
+        graph = self.graph
+        values = self._given(inputs)
+        found: dict[Variable, Tensor] = {}
+        for leaf in graph.leaves:
+            if leaf.node in values:
+                found[leaf] = values[leaf.node] = values[leaf.node].detach().requires_grad_()
+        for node in self._nodes_fused:
+            variable = graph.by_node.get(node)
+            if node in self._fused:
+                assert variable is not None
+                with torch.enable_grad():
+                    found[variable] = values[node] = self._fused[node](values)
+                continue
+            if variable is None or variable.producer is None:
+                values[node] = _evaluate(node, values)
+                if variable is not None:
+                    found[variable] = values[node].requires_grad_()
+                continue
+            operation = variable.producer
+            call = _with_values(operation, values, constant=True)
+            with torch.enable_grad():
+                values[node] = operation.operator.frozen(
+                    call, [values[slot] for slot in operation.slots], self.settings[operation]
+                )
+            found[variable] = values[node]
+        shapes = {variable: value.shape for variable, value in found.items()}
+        return found, shapes
+
+    def _given(self, inputs: Sequence[Tensor]) -> dict[Node, Any]:
+        values: dict[Node, Any] = dict(self._constants)
+        values.update(zip(self.graph.captured.inputs, map(_laid_out, inputs), strict=True))
+        return values
 
     def _split_constants(self) -> tuple[dict[Node, Any], list[Node]]:
         """The values that no input changes, and the nodes to run for every input."""
@@ -130,13 +196,17 @@ def _setting(operation: Operation, strict: bool) -> Setting:
     )
 
 
-def _with_values(operation: Operation, values: dict[Node, Any]) -> Call:
+def _with_values(operation: Operation, values: dict[Node, Any], constant: bool = False) -> Call:
+    """The call with slots for its operands, and values for all else (`constant`: detached)."""
     slots = {slot: Slot(index) for index, slot in enumerate(operation.slots)}
 
     def substitute(leaf: Any) -> Any:
         if not isinstance(leaf, Node):
             return leaf
-        return slots[leaf] if leaf in slots else values[leaf]
+        if leaf in slots:
+            return slots[leaf]
+        value = values[leaf]
+        return value.detach() if constant and isinstance(value, Tensor) else value
 
     return operation.call.map(substitute)
 

@@ -55,7 +55,7 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
 
 def neuron_shape(variable: Variable, forward: Pass) -> torch.Size:
     """The shape of a variable without its batch axis."""
-    shape = list(forward.shapes[variable])
+    shape = list(forward.shape(variable))
     if variable.batch_axis is not None:
         del shape[variable.batch_axis]
     return torch.Size(shape)

@@ -83,7 +83,7 @@ def top_flows(
     whole = start
     for upper, lower in itertools.pairwise(layers):
         whole = send(forward, {upper: whole}, {lower: None}).get(
-            lower, start.new_zeros((1, *forward.shapes[lower]))
+            lower, start.new_zeros((1, *forward.shape(lower)))
         )
     prefixes = [c for c, _ in _best(pairs.T, [[c] for c in range(pairs.shape[0])], beam)]
     for depth in range(2, len(layers)):
@@ -94,7 +94,7 @@ def top_flows(
                 message = split_by_channel(message, layers[position], [channel])
                 lower = layers[position + 1]
                 message = send(forward, {layers[position]: message}, {lower: None}).get(
-                    lower, message.new_zeros((1, *forward.shapes[lower]))
+                    lower, message.new_zeros((1, *forward.shape(lower)))
                 )
             rows.append(sum_by_channel(message, layers[depth])[0].sum(0))
         table = torch.stack(rows)

@@ -59,6 +59,8 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
                 new.append(outer[inner])
     _name_steps(node, new)
     if isinstance(result, Node):
+        # What it was, for those who need only its result and its derivative.
+        result.meta["fused"] = (node.target, node.args, node.kwargs)
         node.replace_all_uses_with(result)
     for user in list(node.users):  # a getitem takes one of several results
         assert user.target is operator.getitem

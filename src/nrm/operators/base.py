@@ -169,6 +169,15 @@ class Operator(ABC):
         """The output's channel axis, given that of its first operand."""
         return inherited
 
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        """Whether relevance over value passes by the derivative of `frozen` (`nrm.telescope`)."""
+        return False
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        """The output, differentiable, with all held constant that takes no relevance."""
+        output: Tensor = fill(call, values)()
+        return output
+
     @abstractmethod
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

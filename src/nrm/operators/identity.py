@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +12,24 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Operator, Propagation, Setting, fill
 from nrm.operators.call import Call
+from nrm.rules import Rule
 
 
 class Identity(Operator):
-    """Elementwise operators: activations, dropout in evaluation mode, multiplication by constants.
+    """Elementwise operators: activations, dropout in evaluation mode, casts.
 
     Where the operator broadcasts its operand, the message is summed over the copies.
+
+    Arguments:
+        at_zero: what is known of the function at zero: `"linear"` functions and those that are
+            `"zero"` there have a slope `f(x) / x`; others may not.
     """
+
+    def __init__(
+        self, kind: str, at_zero: Literal["linear", "zero", "unknown"] = "unknown"
+    ) -> None:
+        super().__init__(kind)
+        self.at_zero = at_zero
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:
@@ -30,6 +42,16 @@ class Identity(Operator):
                 f"{call.target} at {address!r} is random (its training flag is set). "
                 "Pass training=self.training in the model's code."
             )
+
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return self.at_zero != "unknown"
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        if self.at_zero == "linear":
+            return super().frozen(call, values, setting)
+        x = values[0].detach()
+        slope = fill(call, [x])() / x
+        return values[0] * torch.where(x == 0, 0.0, slope)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -63,6 +63,13 @@ class Centring(WeightedSum):
             ),
         ]
 
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        x = values[0]
+        own, shared, weight = self.coefficients(call, x.detach())
+        output = x * own + self.add_up(call, x if weight is None else x * weight) * shared
+        bias = self.bias(call, [x.detach()], setting.output_dim)
+        return output if bias is None else output + bias
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:

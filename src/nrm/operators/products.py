@@ -17,6 +17,7 @@ from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Operator, Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
+from nrm.operators.gradient_share import gradient_share
 from nrm.operators.identity import Unchanged
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Rule
@@ -30,6 +31,12 @@ class Product(Operator):
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "scaling"
+
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return True
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        return super().frozen(call, _shared(values, setting.alphas), setting)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -132,6 +139,9 @@ class MatrixProduct(WeightedSum):
             )
         return parts
 
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        return super().frozen(call, _shared(values, setting.alphas), setting)
+
     def _contribution(self, call: Call, side: int, operand: int, x: Tensor, w: Any) -> Contribution:
         def apply(factor: Tensor, weight: Tensor) -> Tensor:
             pair = (factor, weight) if side == 0 else (weight, factor)
@@ -166,6 +176,13 @@ class MatrixProduct(WeightedSum):
         if isinstance(self.factors, str):
             return torch.functional.einsum(call["equation"], a, b)
         return torch.matmul(a, b)
+
+
+def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tensor]:
+    """The factors as they are, with derivatives times alpha."""
+    if len(factors) == 1:
+        return factors
+    return [gradient_share(factor, alpha) for factor, alpha in zip(factors, alphas, strict=True)]
 
 
 def _stacks_alike(x: Tensor, weight: Tensor, side: int) -> bool:

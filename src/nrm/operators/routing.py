@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nrm.operators.base import Operator, Propagation, Setting, fill, pull_back
 from nrm.operators.call import Call
+from nrm.rules import Rule
 
 
 class Routing(Operator):
@@ -27,6 +28,9 @@ class Routing(Operator):
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
+
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return True
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

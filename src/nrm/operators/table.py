@@ -82,23 +82,28 @@ _CARRIES_NONE = frozenset(
 
 # One parent for each neuron.
 register(
-    Identity("activation"),
+    Identity("activation", at_zero="zero"),
     *_names(
-        "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish sigmoid tanh "
-        "softplus hardswish hardsigmoid hardshrink softshrink tanhshrink threshold log_sigmoid "
-        "clamp clamp_min clamp_max exp expm1 erf neg abs square sqrt rsqrt reciprocal "
-        "log log1p log2 log10 sin cos atan logit nan_to_num log_softmax "
-        "pow.Tensor_Scalar pow.Scalar"
+        "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish tanh hardswish "
+        "hardshrink softshrink tanhshrink expm1 erf abs square sqrt log1p sin atan nan_to_num"
     ),
 )
 register(
-    Identity("scaling"),
+    Identity("activation"),
     *_names(
-        "dropout feature_dropout alpha_dropout feature_alpha_dropout clone alias contiguous to "
-        "_to_copy type_as detach lift_fresh_copy positive"
+        "sigmoid softplus hardsigmoid threshold log_sigmoid clamp clamp_min clamp_max exp rsqrt "
+        "reciprocal log log2 log10 cos logit log_softmax pow.Tensor_Scalar pow.Scalar"
     ),
 )
-register(Identity("rmsnorm"), *_names("rms_norm"))
+register(
+    Identity("scaling", at_zero="linear"),
+    *_names(
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout clone alias contiguous to "
+        "_to_copy type_as lift_fresh_copy positive neg"
+    ),
+)
+register(Identity("scaling", at_zero="zero"), *_names("detach"))
+register(Identity("rmsnorm", at_zero="zero"), *_names("rms_norm"))
 
 # The message follows the indices.
 register(

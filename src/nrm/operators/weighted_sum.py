@@ -12,7 +12,7 @@ from nrm.operators.base import Operator, Propagation, Setting, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
 from nrm.operators.shared_out import SharedOut
-from nrm.rules import Activation
+from nrm.rules import Activation, Rule, Zero
 
 
 class WeightedSum(Operator):
@@ -30,6 +30,9 @@ class WeightedSum(Operator):
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         """The constant that is added, with `dim` axes as the output has, or `None`."""
         return None
+
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return type(rule) is Zero
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -1,0 +1,104 @@
+"""Attention as the one operator that the model called, where only its derivative is needed.
+
+The graph has attention written out, so that its weights are variables. By derivatives
+(`nrm.telescope`) the fused operator gives the same in a fraction of the time: its inputs'
+derivatives are multiplied by the alphas on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.graph import Graph, Variable
+from nrm.operators.gradient_share import gradient_share
+
+
+@dataclass
+class Fusion:
+    """A part of the graph that one operator computes.
+
+    Attributes:
+        target, args, kwargs: the operator's call, on graph nodes.
+        shares: what of the result's relevance each input takes; inputs that are missing take none.
+    """
+
+    target: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shares: dict[Node, float]
+
+    def __call__(self, values: dict[Node, Any]) -> Tensor:
+        """The result, differentiable."""
+
+        def take(node: Node) -> Any:
+            value = values[node]
+            if not isinstance(value, Tensor):
+                return value
+            return gradient_share(value, self.shares.get(node, 0.0))
+
+        return self.target(
+            *(map_nodes(argument, take) for argument in self.args),
+            **{name: map_nodes(argument, take) for name, argument in self.kwargs.items()},
+        )
+
+
+def fusions(graph: Graph) -> dict[Node, Fusion]:
+    """The operators that were written out, by the node of their result."""
+    found = {}
+    for variable in graph.variables:
+        written_out = variable.node.meta.get("fused") if variable.node is not None else None
+        if written_out is not None and variable.producer is not None:
+            target, args, kwargs = written_out
+            inputs = _nodes((*args, *kwargs.values()))
+            found[variable.node] = Fusion(target, args, kwargs, _shares(graph, variable, inputs))
+    return {node: fusion for node, fusion in found.items() if node is not None}
+
+
+def needed(graph: Graph, order: Sequence[Node], fused: dict[Node, Fusion]) -> list[Node]:
+    """The nodes to run if fused operators compute their results, in order."""
+    wanted = {graph.captured.output}
+    for node in reversed(order):
+        if node in wanted:
+            fusion = fused.get(node)
+            wanted.update(
+                node.all_input_nodes
+                if fusion is None
+                else _nodes((*fusion.args, *fusion.kwargs.values()))
+            )
+    return [node for node in order if node in wanted]
+
+
+def _shares(graph: Graph, output: Variable, inputs: Sequence[Node]) -> dict[Node, float]:
+    """The product of the alphas from the result to each input, over all ways between."""
+    shares: dict[Variable, float] = {output: 1.0}
+    ends = {graph.by_node[node] for node in inputs if node in graph.by_node}
+    for variable in reversed(graph.variables[: output.index + 1]):
+        if variable not in shares or variable in ends or variable.producer is None:
+            continue
+        operation = variable.producer
+        alphas = operation.alphas or (1.0,) * len(operation.slots)
+        for slot, alpha in zip(operation.slots, alphas, strict=True):
+            operand = graph.by_node[slot]
+            shares[operand] = shares.get(operand, 0.0) + shares[variable] * alpha
+    return {v.node: shares.get(v, 0.0) for v in ends if v.node is not None}
+
+
+def _nodes(arguments: Sequence[Any]) -> list[Node]:
+    found: list[Node] = []
+    for argument in arguments:
+        map_nodes(argument, found.append)
+    return found
+
+
+def map_nodes(argument: Any, change: Callable[[Node], Any]) -> Any:
+    """An argument with its nodes replaced, lists included."""
+    if isinstance(argument, Node):
+        return change(argument)
+    if isinstance(argument, list | tuple):
+        return [map_nodes(item, change) for item in argument]
+    return argument

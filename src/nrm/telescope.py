@@ -1,0 +1,77 @@
+"""LRP-0 that counts all it adds up, as one backward pass: gradient x input where it is exact.
+
+If every operation divides by what it really added up, the divisions cancel along the depth: with
+`m_j = y_j g_j`, a weighted sum passes `m_i = x_i sum_j w_ij g_j`, so that `g` travels by plain
+derivatives of the operations, with attention, gates, scales and slopes held constant. One call of
+autograd replaces message passing, wherever neither masks nor leaves on the way need more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nrm.graph import Graph, Operation, Variable
+
+Messages = dict[Variable, Tensor]
+
+
+def telescopes(graph: Graph) -> bool:
+    """Whether the divisions of all operations cancel."""
+    return all(_counts_all(operation) for operation in graph.operations)
+
+
+def _counts_all(operation: Operation) -> bool:
+    """Whether the columns of an operation sum to its output."""
+    operator, call, rule = operation.operator, operation.call, operation.rule
+    operands = list(zip(operation.arguments, operation.slots, strict=True))
+    dropped = operator.has_bias(call, operands, rule) and operation.late_leaf != "bias"
+    return not dropped and operator.telescopes(call, rule)
+
+
+class Telescope:
+    """A forward pass whose derivatives are the relevances divided by the values.
+
+    Arguments:
+        values: every variable but late leaves, connected by autograd.
+    """
+
+    def __init__(self, graph: Graph, values: Mapping[Variable, Tensor]) -> None:
+        self.graph, self.values = graph, values
+
+    def send(self, messages: Messages, stops: Mapping[Variable, Tensor | None]) -> Messages | None:
+        """What arrives at the stops (see `nrm.passing.send`); `None`: it cannot say."""
+        if any(variable not in self.values for variable in (*messages, *stops)):
+            return None
+        if len(stops) > 1 and any(self.graph.upstream(v) & stops.keys() for v in stops):
+            return None  # who meets a stop first needs message passing
+        starts, gradients = [], []
+        for variable, message in messages.items():
+            value = self.values[variable]
+            if not value.requires_grad:
+                return None
+            silent = value == 0
+            if bool(((message != 0) & silent).any()):
+                return None  # relevance given to a neuron of value zero
+            starts.append(value)
+            gradients.append(torch.where(silent, 0.0, message / value.detach()))
+        ends = [self.values[variable] for variable in stops]
+        single = all(len(gradient) == 1 for gradient in gradients)
+        found = torch.autograd.grad(
+            starts,
+            ends,
+            [gradient[0] for gradient in gradients] if single else gradients,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=not single,
+        )
+        arrived: Messages = {}
+        for (variable, mask), gradient in zip(stops.items(), found, strict=True):
+            if gradient is None:
+                continue
+            message = self.values[variable].detach() * gradient
+            message = message.unsqueeze(0) if single else message
+            arrived[variable] = message if mask is None else message * mask
+        return arrived
