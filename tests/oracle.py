@@ -24,6 +24,13 @@ class Parent:
     constant: bool = False
 
 
+@dataclass
+class Factor(Parent):
+    """A parent in a product: its weight is the other factor's value times alpha."""
+
+    alpha: float = 1.0
+
+
 ColumnRule = Callable[[list[Parent]], list[float]]
 """The unnormalised contributions T~_ij of the parents of one neuron."""
 
@@ -76,6 +83,26 @@ def zbox(low: float, high: float) -> ColumnRule:
         0.0 if p.constant else p.value * p.weight - low * max(p.weight, 0) - high * min(p.weight, 0)
         for p in parents
     ]
+
+
+def fixed(parents: list[Parent]) -> list[float]:
+    return [p.weight for p in parents]
+
+
+def by_alpha(rule: ColumnRule) -> ColumnRule:
+    """Blocks alpha T~ (eq. 20) with one joint normalisation, where alpha is in the weights.
+
+    Other rules are multiples of the weight.
+    """
+
+    def alpha(parent: Parent) -> float:
+        return parent.alpha if isinstance(parent, Factor) else 1.0
+
+    if rule is flat:
+        return lambda parents: [alpha(p) for p in parents]
+    if rule is wsquare:
+        return lambda parents: [p.weight**2 / alpha(p) for p in parents]
+    return rule
 
 
 @dataclass
@@ -204,6 +231,130 @@ class Oracle:
         size = len(self.values[terms[0][0]])
         connections = [(j, x, j, sign) for j in range(size) for x, sign in terms]
         return self.weighted(name, rule, size, connections, bias)
+
+    # -- products, norms and constants ------------------------------------------------------------
+
+    def elementwise(
+        self, name: str, chosen: list[Neuron], function: Callable[[np.ndarray], np.ndarray]
+    ) -> str:
+        """A function of one parent per neuron, neuron j that of `chosen[j]`."""
+        self.pick(name, chosen)
+        self.values[name] = function(self.values[name])
+        return name
+
+    def split(self, name: str, factors: list[list[Neuron]], alphas: list[float]) -> str:
+        """An elementwise product: of neuron j, factor k takes `alphas[k]`, all of it or some."""
+        values = [np.array([self.values[v][i] for v, i in factor]) for factor in factors]
+        self.values[name] = np.prod(values, axis=0)
+        for j in range(len(factors[0])):
+            self.parents[name, j] = [
+                Parent(factor[j], 1.0, alpha)
+                for factor, alpha in zip(factors, alphas, strict=True)
+                if alpha != 0
+            ]
+        self.rules[name] = fixed
+        self.output = name
+        return name
+
+    def product(
+        self,
+        name: str,
+        rule: ColumnRule,
+        size: int,
+        terms: Iterable[tuple[int, Neuron, Neuron]],
+        alphas: list[float],
+    ) -> str:
+        """A sum of products: (output neuron, neuron of the first factor, of the second)."""
+        values = np.zeros(size)
+        for j in range(size):
+            self.parents[name, j] = []
+        for j, first, second in terms:
+            a, b = (float(self.values[v][i]) for v, i in (first, second))
+            values[j] += a * b
+            for neuron, value, weight, alpha in (
+                (first, a, b, alphas[0]),
+                (second, b, a, alphas[1]),
+            ):
+                if alpha != 0:
+                    self.parents[name, j].append(
+                        Factor(neuron, value, alpha * weight, False, alpha)
+                    )
+        self.values[name], self.rules[name] = values, by_alpha(rule)
+        self.output = name
+        return name
+
+    def normalize(
+        self,
+        name: str,
+        rule: ColumnRule,
+        x: str,
+        groups: list[list[int]],
+        gain: np.ndarray,
+        bias: np.ndarray | None,
+        eps: float = 1e-5,
+    ) -> str:
+        """A norm with its scale held constant: the neuron itself and the centring of its group."""
+        values, connections = self.values[x], []
+        for group in groups:
+            deviation = values[group] - values[group].mean()
+            scale = 1 / np.sqrt((deviation**2).mean() + eps)
+            for j in group:
+                connections.append((j, x, j, gain[j] * scale))
+                connections += [(j, x, i, -gain[j] * scale / len(group)) for i in group]
+        return self.weighted(name, rule, len(values), connections, bias)
+
+    def softmax(self, name: str, rule: ColumnRule | None, x: str, groups: list[list[int]]) -> str:
+        """A softmax: an identity, or (by a rule) its Taylor expansion at the logits."""
+        logits = self.values[x]
+        share = np.zeros(len(logits))
+        for group in groups:
+            powers = np.exp(logits[group] - logits[group].max())
+            share[group] = powers / powers.sum()
+        if rule is None:
+            return self.identity(name, x, lambda v: share)
+        finite = np.where(logits < -1e100, 0.0, logits)  # masked ones contribute nothing
+        self.values[x], connections = finite, []
+        rest = np.zeros(len(logits))
+        for group in groups:
+            for j in group:
+                connections.append((j, x, j, share[j]))
+                connections += [(j, x, i, -share[j] * share[i]) for i in group]
+                rest[j] = share[j] * (1 - finite[j] + share[group] @ finite[group])
+        self.weighted(name, rule, len(logits), connections, rest)
+        self.values[x], self.values[name] = logits, share
+        return name
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """A constant that is some neuron's only parent: a leaf."""
+        return self.input(name, values)
+
+    def fill(self, name: str, chosen: list[Neuron | None], value: float) -> str:
+        """A routing where neurons without a parent are a constant: the leaf `<name>.fill`."""
+        leaf = self.constant(f"{name}.fill", np.full(len(chosen), value))
+        return self.pick(name, [c or (leaf, j) for j, c in enumerate(chosen)])
+
+    def adopt(self, name: str, leaf: str) -> str:
+        """Give the leaf `<name>.<leaf>` to neurons without any parent, unless biases are theirs."""
+        if f"{name}.bias" not in self.leaves:
+            self.constant(f"{name}.{leaf}", np.zeros(len(self.values[name])))
+            for j in range(len(self.values[name])):
+                if not self.parents[name, j]:
+                    self.parents[name, j] = [Parent((f"{name}.{leaf}", j), 1.0, 1.0, True)]
+        return name
+
+    def visited(self) -> set[str]:
+        """The variables that walks from the output can visit, and every leaf that enters there."""
+        found, waiting = {self.output}, [self.output]
+        above: dict[str, set[str]] = {}
+        for (name, _), parents in self.parents.items():
+            above.setdefault(name, set()).update(p.neuron[0] for p in parents)
+        while waiting:
+            name = waiting.pop()
+            entering = {leaf for leaf in self.leaves if leaf.rpartition(".")[0] == name}
+            for parent in (above.get(name, set()) | entering) - found:
+                found.add(parent)
+                waiting.append(parent)
+        return found
 
     # -- walks -----------------------------------------------------------------------------------
 

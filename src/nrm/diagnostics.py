@@ -43,7 +43,8 @@ class Diagnostics:
     Attributes:
         cuts: from the output down to the leaves.
         columns: for every weighted sum, how much relevance met columns that nearly fail.
-        leaf_share: share `[batch]` of every leaf; `bias_share` adds up those of biases.
+        leaf_share: share `[batch]` of every leaf; `bias_share` adds up those of biases. NaN where
+            a leaf mixes the samples.
         tolerance: columns count as nearly zero where `|sum T~| < tolerance * sum |T~|`.
         mixed: variables whose cuts are not listed, because they mix the samples of the batch in
             one axis: explain one sample to see them.
@@ -136,7 +137,12 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
                 del known[key]
 
     arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
-    shares = {leaf.name: sums(leaf, message)[0] for leaf, message in arrived.items()}
     zero = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
-    biases = [sums(leaf, m)[0] for leaf, m in arrived.items() if leaf.kind == "bias"]
+
+    def share(leaf: Variable, message: Tensor) -> Tensor:
+        untold = batch > 1 and leaf.batch_axis is None  # it mixes the samples
+        return zero + torch.nan if untold else sums(leaf, message)[0]
+
+    shares = {leaf.name: share(leaf, message) for leaf, message in arrived.items()}
+    biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
     return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance, mixed)

@@ -32,6 +32,11 @@ class Fusion:
     kwargs: dict[str, Any]
     shares: dict[Node, float]
 
+    @property
+    def reads(self) -> list[Node]:
+        """The nodes among the arguments."""
+        return _nodes((*self.args, *self.kwargs.values()))
+
     def __call__(self, values: dict[Node, Any]) -> Tensor:
         """The result, differentiable."""
 
@@ -59,17 +64,18 @@ def fusions(graph: Graph) -> dict[Node, Fusion]:
     return {node: fusion for node, fusion in found.items() if node is not None}
 
 
-def needed(graph: Graph, order: Sequence[Node], fused: dict[Node, Fusion]) -> list[Node]:
+def needed(
+    graph: Graph,
+    order: Sequence[Node],
+    fused: dict[Node, Fusion],
+    reads: Callable[[Node], Sequence[Node]],
+) -> list[Node]:
     """The nodes to run if fused operators compute their results, in order."""
     wanted = {graph.captured.output}
     for node in reversed(order):
         if node in wanted:
             fusion = fused.get(node)
-            wanted.update(
-                node.all_input_nodes
-                if fusion is None
-                else _nodes((*fusion.args, *fusion.kwargs.values()))
-            )
+            wanted.update(reads(node) if fusion is None else fusion.reads)
     return [node for node in order if node in wanted]
 
 

@@ -14,6 +14,7 @@ from nrm.graph import Graph, Variable, first_tokens
 from nrm.neurons import NeuronSet, as_set
 from nrm.passing import Messages
 from nrm.program import Pass
+from nrm.proper_form import ProperForm, proper_form
 from nrm.query import Stops, joint_messages, per_sample, resolve
 from nrm.search import Flow, Flows, in_depth, top_flows
 from nrm.targets import Explained
@@ -235,6 +236,10 @@ class Measure:
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
         """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
         return diagnose(self._forward, self._start, tolerance)
+
+    def proper_form(self) -> ProperForm:
+        """The network in layers, with virtual copies, and the relevance of each (appendix A)."""
+        return proper_form(self._forward, self._start)
 
     # -- looking at it ---------------------------------------------------------------------------
 

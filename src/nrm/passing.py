@@ -8,7 +8,7 @@ network does (appendix A).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def send(
     normalized: bool = True,
     open_to: Mapping[Variable, Mask] | None = None,
     observe: Observer | None = None,
+    order: Sequence[Variable] | None = None,
 ) -> Messages:
     """Send messages towards the inputs until they first meet a stop (eqs. 24, 25).
 
@@ -41,6 +42,8 @@ def send(
             meets, also where one stop lies upstream of another.
         normalized: `False` multiplies unnormalised contributions (eq. 26).
         open_to: masks of the neurons that walks may visit, at variables where others are closed.
+        observe: called at every variable that a message reaches.
+        order: in which to visit the variables, children before parents.
 
     Returns:
         what arrived, by variable. Nothing arrives where no message came.
@@ -50,7 +53,8 @@ def send(
             arrived = forward.telescope.send(messages, stops)
             if arrived is not None:
                 return arrived
-        return _send(forward, messages, stops, normalized, open_to or {}, observe)
+        visits = order or forward.graph.variables[::-1]
+        return _send(forward, messages, stops, normalized, open_to or {}, observe, visits)
 
 
 def _send(
@@ -60,13 +64,14 @@ def _send(
     normalized: bool,
     open_to: Mapping[Variable, Mask],
     observe: Observer | None,
+    visits: Sequence[Variable],
 ) -> Messages:
     graph = forward.graph
     leading = graph.leading_to(stops)
     travelling = {v: m for v, m in messages.items() if v in leading}
     callers = set(map(id, travelling.values()))  # not to be overwritten
     arrived: Messages = {}
-    for variable in reversed(graph.variables):  # children before parents
+    for variable in visits:
         if variable not in travelling:
             continue
         if observe is not None:

@@ -62,9 +62,9 @@ class Program:
         self.graph = graph
         self.settings = {operation: _setting(operation, strict) for operation in graph.operations}
         self.telescopes = not strict and telescopes(graph)
-        self._constants, self._nodes = self._split_constants()
         self._fused = fusions(graph) if self.telescopes else {}
-        self._nodes_fused = needed(graph, self._nodes, self._fused)
+        self._constants, self._nodes = self._split_constants()
+        self._nodes_fused = needed(graph, self._nodes, self._fused, _reads)
         self._last_use = self._plan_release()
 
     def run(self, inputs: Sequence[Tensor]) -> Pass:
@@ -167,6 +167,7 @@ class Program:
             if node in graph.by_node or not carried or not all(carried) or not _is_tuple(node):
                 to_run.append(node)  # a tuple that only operations pick from is never needed
         read = {parent for node in to_run for parent in _reads(node)} | {captured.output}
+        read.update(parent for fusion in self._fused.values() for parent in fusion.reads)
         return {node: _laid_out(v) for node, v in values.items() if node in read}, to_run
 
     def _plan_release(self) -> dict[Node, list[Node]]:

@@ -71,7 +71,8 @@ class Telescope:
         for (variable, mask), gradient in zip(stops.items(), found, strict=True):
             if gradient is None:
                 continue
-            message = self.values[variable].detach() * gradient
+            value = self.values[variable].detach()
+            message = torch.where(gradient == 0, 0.0, value * gradient)  # values may be -inf
             message = message.unsqueeze(0) if single else message
             arrived[variable] = message if mask is None else message * mask
         return arrived

@@ -323,7 +323,7 @@ def _split(task: Task, steps: int, seed: int) -> tuple[Series, Series]:
     pool = make_series(task, steps, _POOL, seed)
     states = pool.x.argmax(-1)
     code = (states * STATES ** torch.arange(steps)).sum(1)
-    different, which = code.unique(return_inverse=True)
+    different, which = torch.unique(code, return_inverse=True)  # type: ignore[no-untyped-call]
     apart = (torch.rand(len(different)) < 0.1)[which]
     return pool[~apart], pool[apart]
 
@@ -354,10 +354,10 @@ _COLOURS = {
     Method.LRP_ALL: "#1e8449",
 }
 _HEADS = {
-    Method.PLAIN: "normalised, γ as in the paper",
+    Method.PLAIN: r"normalised, $\gamma$ as in the paper",
     Method.UNNORMALIZED: "unnormalised, the same rule",
-    Method.SIGN_AWARE: "normalised, sign-aware γ",
-    Method.LRP_ALL: "normalised, LRP-0, biases as inputs",
+    Method.SIGN_AWARE: r"normalised, sign-aware $\gamma$",
+    Method.LRP_ALL: "normalised, LRP-0 with biases",
 }
 _ROWS = {
     Task.EVENT: "one event, otherwise at rest",
@@ -382,9 +382,11 @@ def draw(result: dict[str, Any]) -> "Figure":
             else:
                 ax.set_xlabel("time step", fontsize=9)
         panels[row][0].set_ylabel(f"{_ROWS[task]}\n\nrelevance", fontsize=10)
-        panels[row][1].set_ylabel("|relevance| / logit", fontsize=9)
-    _mark(panels[0][2])
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr]
+        panels[row][1].set_ylabel("|relevance / logit|", fontsize=9)
+    label_step = result["tasks"][str(Task.EVENT)]["label_step"]
+    _note(panels[0][2], "the step that\nsets the label", label_step + 1)
+    last = result["steps"] + 0.5
+    _note(panels[1][2], "line: median\nband: middle 80 %", last, align="right")
     return figure
 
 
@@ -418,16 +420,15 @@ def _panel(ax: "Axes", method: Method, found: dict[str, Any], label_step: int) -
         ax.spines[side].set_visible(False)
 
 
-def _mark(ax: "Axes") -> None:
-    """Say once what the dashed line is."""
-    line = ax.lines[0].get_xdata()
-    x = float(line[0])  # type: ignore[index, arg-type]
+def _note(ax: "Axes", text: str, step: float, align: str = "left") -> None:
+    """Say once what holds for all panels, at the top of one, beside a step."""
     ax.annotate(
-        "the step that\nsets the label",
-        (x, 0.97),
+        text,
+        (step, 0.97),
         xycoords=("data", "axes fraction"),
-        xytext=(7, 0),
+        xytext=(7 if align == "left" else 0, 0),
         textcoords="offset points",
+        ha=align,
         va="top",
         fontsize=8,
         color=_GREY,

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -42,8 +44,15 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
         args, kwargs = pytree.tree_unflatten(filled, layout)
         return written(*args, **kwargs)
 
+    given = [leaves[place].meta["val"] for place in places]
+    mode = detect_fake_mode(given)
+    if mode is not None:  # an eager trace has real parameters among fake activations
+        given = [
+            mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
+            for v in given
+        ]
     with torch.no_grad():
-        traced = make_fx(on_tensors, pre_dispatch=True)(*(leaves[p].meta["val"] for p in places))
+        traced = make_fx(on_tensors, pre_dispatch=True)(*given)
     outer: dict[Node, Any] = {}
     arguments = iter(leaves[p] for p in places)
     new: list[Node] = []
@@ -58,9 +67,10 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
                 outer[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                 new.append(outer[inner])
     _name_steps(node, new)
-    if isinstance(result, Node):
+    if node.target is aten.scaled_dot_product_attention.default:
         # What it was, for those who need only its result and its derivative.
         result.meta["fused"] = (node.target, node.args, node.kwargs)
+    if isinstance(result, Node):
         node.replace_all_uses_with(result)
     for user in list(node.users):  # a getitem takes one of several results
         assert user.target is operator.getitem
@@ -245,6 +255,8 @@ def _recurrent(step: Step) -> Callable[..., Any]:
         if len(weights) != each * directions * num_layers:
             raise NotImplementedError("recurrent layers with projections")
         x = x.transpose(0, 1) if batch_first else x
+        if not isinstance(x.shape[0], int):
+            raise NotImplementedError("the batch axis is the axis of time")
         ends: list[Any] = []
         for layer in range(num_layers):
             outputs = []

@@ -12,12 +12,15 @@ from torch.fx import Node
 
 from nrm.operators import Identity, Product, Quotient, Routing, Sum, carries_none, lookup
 
+SIGMOID = 2
+"""From this rank on, a factor gates whatever it is multiplied with, a constant too."""
+
 _RANKS = {
     # squashing and rectifying functions: a gate against a linear value (SwiGLU, GEGLU)
     **dict.fromkeys(
         ["tanh", "hardtanh", "silu", "gelu", "relu", "mish", "hardswish", "softplus", "elu"], 1
     ),
-    **dict.fromkeys(["sigmoid", "hardsigmoid"], 2),
+    **dict.fromkeys(["sigmoid", "hardsigmoid"], SIGMOID),
     # weights that are normalised to sum to one, also by hand
     **dict.fromkeys(["softmax", "_softmax", "exp"], 3),
     # scales: what is left of a vector is its direction
@@ -38,6 +41,18 @@ def gate_rank(node: Node, carries: Callable[[Node], bool]) -> int:
         if source is None:
             return 0
         node = source
+
+
+def is_state(node: Node) -> bool:
+    """Whether a constant was computed, not given as a parameter in some view."""
+    while node.op == "call_function":
+        sources = node.all_input_nodes
+        if "getitem" not in str(node.target):
+            operator = lookup(node.target) if hasattr(node.target, "_schema") else None  # type: ignore[arg-type]
+            if not isinstance(operator, Routing | Identity) or len(sources) != 1:
+                return True
+        node = sources[0]
+    return False
 
 
 def _exponent(node: Node) -> float:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from nrm.errors import CaptureError, QueryError, UnknownLayerError, UnsupportedOperatorError
 from nrm.graph import addresses
 from nrm.graph.capture import Captured
-from nrm.graph.gates import gate_rank
+from nrm.graph.gates import SIGMOID, gate_rank, is_state
 from nrm.operators import Call, Identity, Operator, Routing, carries_none, lookup
 from nrm.rules import Alpha, Rule
 from nrm.rules import Identity as IdentityRule
@@ -361,6 +361,10 @@ class Graph:
             )
         operator = operator.specialize(call)
         slots = operator.operands(call, self.by_node.__contains__, address)
+        if not any(slot in self.by_node for _, slot in slots):
+            return None  # a constant made to look like a variable
+        if operator.is_product and len(slots) == 1:
+            slots = self._with_state(call, slots)
         operator.check(call, slots, address)
         return Operation(
             address,
@@ -373,9 +377,24 @@ class Graph:
             tuple(self.by_node.get(slot) or self._add_constant(slot) for _, slot in slots),
         )
 
+    def _with_state(self, call: Call, slots: list[tuple[str, Node]]) -> list[tuple[str, Node]]:
+        """The factors of a gate times a constant state, which is a value like any other.
+
+        The first step of a recurrent network multiplies gates with states that no input reaches.
+        Parameters are no states: what is multiplied with them is scaled.
+        """
+        ((_, carrier),) = slots
+        others = [(n, node) for n, node in call.nodes() if node is not carrier]
+        if len(others) != 1 or gate_rank(carrier, self.by_node.__contains__) < SIGMOID:
+            return slots
+        ((_, other),) = others
+        if not _is_float_tensor(other) or not other.meta["val"].dim() or not is_state(other):
+            return slots
+        return [pair for pair in call.nodes() if pair[1] in (carrier, other)]
+
     def _add_constant(self, node: Node) -> Variable:
         """A constant that is the only parent of some neurons: walks end there."""
-        name = node.meta.get("parameter", f"constant:{node.name}")
+        name = node.meta.get("parameter") or self._name_of[node][0]
         self.by_node[node] = self._variable(name, "constant", node)
         return self.by_node[node]
 

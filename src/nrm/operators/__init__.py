@@ -6,12 +6,14 @@ from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Identity
 from nrm.operators.layers import Sum
 from nrm.operators.local_linear import LocalLinear
+from nrm.operators.own import Block, operation
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
-from nrm.operators.table import carries_none, functional, in_place, lookup, register
+from nrm.operators.table import carries_none, functional, has_row, in_place, lookup, register
 from nrm.operators.weighted_sum import WeightedSum
 
 __all__ = [
+    "Block",
     "Call",
     "Columns",
     "Contribution",
@@ -30,7 +32,9 @@ __all__ = [
     "carries_none",
     "fill",
     "functional",
+    "has_row",
     "in_place",
     "lookup",
+    "operation",
     "register",
 ]

@@ -132,6 +132,8 @@ class Operator(ABC):
         """The arguments (of a call on graph nodes) that carry relevance, or an error by name."""
         found = []
         for name, node in call.nodes():
+            if name in _ONLY_SHAPES and call.target in _LIKE:
+                continue
             passes = self.passes is None or name in self.passes
             if carries(node) and not passes:
                 raise UnsupportedOperatorError(
@@ -192,6 +194,16 @@ class Operator(ABC):
             the output (detached), and its propagation. Where `setting.late_leaf` names a leaf, it
             is the operand after the last.
         """
+
+
+_ONLY_SHAPES = ("other",)
+_LIKE = {
+    torch.ops.aten.expand_as.default,
+    torch.ops.aten.view_as.default,
+    torch.ops.aten.reshape_as.default,
+    torch.ops.aten.type_as.default,
+}
+"""Operators that read nothing of these arguments but how they look."""
 
 
 def fill(call: Call, values: Sequence[Any]) -> Call:

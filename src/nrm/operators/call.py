@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -20,7 +19,7 @@ class Call:
     operator table reads the same names in both.
     """
 
-    target: torch._ops.OpOverload
+    target: Any
     arguments: dict[str, Any]
     item: int | None = None
     """Which of several results is meant, for operators that return a tuple."""
@@ -36,8 +35,8 @@ class Call:
             assert isinstance(producer, Node)
             assert isinstance(item, int)
             return replace(cls.of(producer), item=item)
-        target = node.target
-        assert isinstance(target, torch._ops.OpOverload)
+        target: Any = node.target
+        assert hasattr(target, "_schema")
         bound: dict[str, Any] = {}
         for position, argument in enumerate(target._schema.arguments):
             if position < len(node.args) and not argument.kwarg_only:

@@ -20,7 +20,7 @@ from nrm.operators.contribution import Contribution
 from nrm.operators.gradient_share import gradient_share
 from nrm.operators.identity import Unchanged
 from nrm.operators.weighted_sum import WeightedSum
-from nrm.rules import Activation, Rule
+from nrm.rules import Activation, Rule, Weight
 
 
 class Product(Operator):
@@ -127,14 +127,11 @@ class MatrixProduct(WeightedSum):
             if not isinstance(factor, Slot):
                 continue
             weight: Tensor = both[1 - side]
-            share = scale * (setting.alphas[factor.index] if setting.alphas else 1.0)
+            share = setting.alphas[factor.index] if setting.alphas else 1.0
+            weight = weight if scale == 1 else scale * weight
             parts.append(
                 self._contribution(
-                    call,
-                    side,
-                    factor.index,
-                    both[side],
-                    setting.weight(str(side), weight if share == 1 else share * weight),
+                    call, side, factor.index, both[side], setting.weight(str(side), weight), share
                 )
             )
         return parts
@@ -142,21 +139,26 @@ class MatrixProduct(WeightedSum):
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         return super().frozen(call, _shared(values, setting.alphas), setting)
 
-    def _contribution(self, call: Call, side: int, operand: int, x: Tensor, w: Any) -> Contribution:
+    def _contribution(
+        self, call: Call, side: int, operand: int, x: Tensor, w: Weight, share: float
+    ) -> Contribution:
+        def plain(factor: Tensor, weight: Tensor) -> Tensor:
+            return self._multiply(call, *((factor, weight) if side == 0 else (weight, factor)))
+
         def apply(factor: Tensor, weight: Tensor) -> Tensor:
-            pair = (factor, weight) if side == 0 else (weight, factor)
-            return self._multiply(call, *pair)
+            return plain(factor, weight) if share == 1 else share * plain(factor, weight)
 
         def transpose(message: Tensor, weight: Tensor) -> Tensor:
-            return message @ weight.mT if side == 0 else weight.mT @ message
+            product = message @ weight.mT if side == 0 else weight.mT @ message
+            return product if share == 1 else product.mul_(share)
 
-        plain = not isinstance(self.factors, str) and _stacks_alike(x, w.value, side)
+        stacks = not isinstance(self.factors, str) and _stacks_alike(x, w.value, side)
         return Contribution(
             Activation(x),
             w,
             apply,
-            uniform=lambda factor: apply(factor, torch.ones_like(w.value)),
-            transpose=transpose if plain else None,
+            uniform=lambda factor: plain(factor, torch.ones_like(w.value)),
+            transpose=transpose if stacks else None,
             operand=operand,
         )
 

@@ -49,5 +49,7 @@ class Routed(Propagation):
         self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
     ) -> list[Tensor | None]:
         chosen = [leaf for leaf, want in zip(self.leaves, wanted, strict=True) if want]
+        if not chosen:
+            return [None] * len(wanted)
         pulled = iter(pull_back(self.output, chosen, message))
         return [next(pulled) if want else None for want in wanted]

@@ -10,11 +10,34 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.base import Setting, Slot
+from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
+from nrm.operators.routing import Routing
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Rule
+
+
+class ScatterMaximum(Routing):
+    """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        if not call["include_self"]:
+            # `self` counts only where nothing arrives; elsewhere it must not tie with a winner.
+            base, src = fill(call, values)["self"], fill(call, values)["src"]
+            least = -torch.inf if call["reduce"] == "amax" else torch.inf
+            arrived = torch.zeros_like(base).scatter_add(
+                call["dim"], call["index"], torch.ones_like(src)
+            )
+            replaced = torch.where(arrived > 0, least, base)
+            index = call["self"].index if isinstance(call["self"], Slot) else None
+            if index is not None:
+                values = [replaced if i == index else v for i, v in enumerate(values)]
+            changed = {"include_self": True} | ({} if index is not None else {"self": replaced})
+            call = Call(call.target, call.arguments | changed, call.item)
+        return super().prepare(call, values, setting)
 
 
 class ScatterSum(WeightedSum):

@@ -6,7 +6,8 @@ A new operator is one more row; in-place variants (`relu_`) use the row of the p
 from __future__ import annotations
 
 import torch
-from torch._ops import OpOverload
+from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
 
 from nrm.operators.base import Operator
 from nrm.operators.batch_norm import BatchNorm
@@ -22,17 +23,41 @@ from nrm.operators.normalization import (
 from nrm.operators.one_of import OneOf
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
-from nrm.operators.scattering import ScatterSum
+from nrm.operators.scattering import ScatterMaximum, ScatterSum
 from nrm.operators.softmax import Softmax
 from nrm.operators.transposed import TransposedConvolution
 
 _TABLE: dict[str, Operator] = {}
 
 
-def register(operator: Operator, *names: str) -> None:
-    """Give operators (`"aten.conv2d"`: every overload; `"aten.mean.dim"`: one) their row."""
+def register(operator: Operator, *names: str | OpOverload | OpOverloadPacket | type) -> None:
+    """Give operators their row.
+
+    Arguments:
+        operator: the row.
+        names: operators, by name (`"aten.conv2d"`: every overload; `"aten.mean.dim"`: one;
+            `"mylib.myop"`) or as they are (`torch.ops.mylib.myop`); or module classes, each of
+            whose calls becomes one operation. Functions: see `operation`.
+
+    Raises:
+        TypeError: something else was named.
+    """
     for name in names:
-        _TABLE[name] = operator
+        if isinstance(name, type) and issubclass(name, nn.Module):
+            name = f"{name.__module__}.{name.__qualname__}"
+        elif isinstance(name, OpOverload | OpOverloadPacket):
+            name = str(name)
+        elif not isinstance(name, str):
+            raise TypeError(
+                f"a row is for an operator or a module class, not {name!r}. For a function of "
+                "your own, decorate it with nrm.operators.operation."
+            )
+        _TABLE[name.replace("::", ".")] = operator
+
+
+def has_row(name: str) -> bool:
+    """Whether something of this very name has a row."""
+    return name in _TABLE
 
 
 def lookup(target: OpOverload) -> Operator | None:
@@ -111,7 +136,7 @@ register(
     *_names(
         "view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T swapaxes "
         "swapdims movedim moveaxis expand expand_as view_as reshape_as select unbind broadcast_to "
-        "diagonal unfold as_strided _unsafe_view"
+        "diagonal unfold as_strided _unsafe_view mT mH H adjoint"
     ),
 )
 register(
@@ -235,7 +260,7 @@ register(
     OneOf(
         (
             lambda call: call["reduce"] in ("amax", "amin"),
-            Routing("maxpool", ("self", "src"), keeps_channels=True),
+            ScatterMaximum("maxpool", ("self", "src"), keeps_channels=True),
         ),
         (
             lambda call: (

@@ -1,0 +1,178 @@
+"""AttnLRP on a small Llama: nrm and LXT side by side, in one run, against forward + backward.
+
+LXT patches the model's classes for the whole process, and its release needs transformers 4, so
+the benchmark makes an environment of its own on demand (`--environment`), and LXT runs on a copy
+of the model in a process of its own; the steps are timed in turns.
+
+    python -m benchmarks.attn_lrp --json attn_lrp.json
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LXT, TRANSFORMERS = "lxt==2.1", "transformers>=4.52,<5"
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = 5
+
+
+def build(config: dict[str, int]) -> Any:
+    """A Llama with random weights, the same in every process."""
+    from nrm.cli.torchvision_mismatch import import_torchvision
+
+    import_torchvision()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(
+        **config, vocab_size=1000, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.LlamaForCausalLM(settings).eval().requires_grad_(False)
+
+
+def gradient_times_input(model: Any, ids: Tensor) -> Tensor:
+    """Forward and backward to the embeddings; with LXT's patches, AttnLRP."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logit = model(inputs_embeds=embedded, use_cache=False).logits[0, -1, TOKEN]
+    (gradient,) = torch.autograd.grad(logit, embedded)
+    return (gradient * embedded.detach()).sum(-1)
+
+
+def serve_lxt(connection: Connection, config: dict[str, int], ids: Tensor) -> None:
+    """Runs LXT in a process of its own, one pass for each request."""
+    torch.set_num_threads(1)
+    model = build(config)
+    from lxt.efficient import monkey_patch
+    from transformers.models.llama import modeling_llama
+
+    monkey_patch(modeling_llama)
+    while connection.recv() is not None:
+        begin = time.perf_counter()
+        relevance = gradient_times_input(model, ids)
+        connection.send((time.perf_counter() - begin, relevance))
+
+
+def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
+    """Times in turns, and the correlation of token relevances."""
+    import nrm
+
+    torch.set_num_threads(1)
+    model = build(config)
+    ids = torch.randint(3, 900, (1, length), generator=torch.Generator().manual_seed(1))
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    lxt = multiprocessing.get_context("spawn").Process(
+        target=serve_lxt, args=(theirs, config, ids), daemon=True
+    )
+    lxt.start()
+    attn = nrm.Explainer(model, nrm.composites.AttnLRP(), output="logits")
+    cp = nrm.Explainer(model, nrm.composites.CPLRP(), output="logits")
+
+    def explain(explainer: nrm.Explainer) -> Tensor:
+        return explainer(input_ids=ids, use_cache=False, target=(-1, TOKEN)).tokens()
+
+    def timed(step: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        begin = time.perf_counter()
+        result = step()
+        return time.perf_counter() - begin, result
+
+    def ask_lxt() -> tuple[float, Tensor]:
+        ours.send("pass")
+        answer: tuple[float, Tensor] = ours.recv()
+        return answer
+
+    steps: dict[str, Callable[[], tuple[float, Tensor]]] = {
+        "forward + backward": lambda: timed(lambda: gradient_times_input(model, ids)),
+        "lxt AttnLRP": ask_lxt,
+        "nrm AttnLRP": lambda: timed(lambda: explain(attn)),
+        "nrm CPLRP": lambda: timed(lambda: explain(cp)),
+    }
+    relevance = {name: step()[1] for name, step in steps.items()}  # and warm up
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(step()[0])
+    ours.send(None)
+    lxt.join()
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    pair = torch.stack([relevance["lxt AttnLRP"][0], relevance["nrm AttnLRP"][0]])
+    measure = attn(input_ids=ids, use_cache=False, target=(-1, TOKEN))
+    scaled = measure.tokens() * measure.scale
+    return {
+        **config,
+        "tokens": length,
+        "seconds": median,
+        "ratio": {name: value / median["forward + backward"] for name, value in median.items()},
+        "correlation": float(torch.corrcoef(pair)[0, 1]),
+        "largest_difference": float((scaled - relevance["lxt AttnLRP"]).abs().max())
+        / float(relevance["lxt AttnLRP"].abs().max()),
+        "worst_cut": measure.diagnostics().worst_cut_deviation,
+    }
+
+
+def main() -> None:
+    """Runs the comparison, in an environment that has LXT."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--environment", type=Path, default=ROOT / ".venv-lxt")
+    arguments = parser.parse_args()
+    inside = os.environ.get("NRM_LXT_ENVIRONMENT") == "1"
+    if not inside:
+        raise SystemExit(_run_inside(arguments.environment))
+    small = {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 688,
+    }
+    larger = small | {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+    rows = []
+    for config, length in ((small, 128), (small, 512), (larger, 256)):
+        row = compare(config, length, arguments.rounds)
+        rows.append(row)
+        ratios = ", ".join(f"{name} {value:.2f}" for name, value in row["ratio"].items())
+        sys.stdout.write(
+            f"hidden {row['hidden_size']}, {row['num_hidden_layers']} layers, {length} tokens: "
+            f"{ratios}; correlation {row['correlation']:.6f}, "
+            f"largest difference {row['largest_difference']:.1e}\n"
+        )
+    if arguments.json is not None:
+        beside = arguments.json.with_suffix(".part")
+        beside.write_text(json.dumps(rows, indent=1))
+        beside.replace(arguments.json)
+
+
+def _run_inside(environment: Path) -> int:
+    python = environment / "bin" / "python"
+    if not (environment / "ready").exists():
+        venv.create(environment, with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, f"torch=={torch.__version__.partition('+')[0]}"], check=True)
+        subprocess.run([*pip, "-e", f"{ROOT}[cli]", LXT, TRANSFORMERS], check=True)
+        (environment / "ready").touch()
+    command = [str(python), "-m", "benchmarks.attn_lrp", *sys.argv[1:]]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NRM_LXT_ENVIRONMENT": "1"}, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Rows of a user's own: for an operator, a function, a module class; and the fallback."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nrm
+from nrm import rules
+from nrm.errors import CaptureError, UnsupportedOperatorError
+from nrm.operators import (
+    Call,
+    Contribution,
+    Identity,
+    LocalLinear,
+    Setting,
+    WeightedSum,
+    operation,
+    register,
+    table,
+)
+from nrm.rules import Activation
+
+
+@pytest.fixture
+def clean_table():
+    before = dict(table._TABLE)
+    yield
+    table._TABLE.clear()
+    table._TABLE.update(before)
+
+
+class Snake(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, x):
+        return x + torch.sin(self.alpha * x) ** 2 / self.alpha
+
+
+def test_a_module_class(clean_table):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), Snake(), nn.Linear(3, 2)).double().eval()
+    x = torch.randn(2, 2, dtype=torch.float64)
+    register(Identity("activation"), Snake)
+    R = nrm.Explainer(model)(x, target=0)
+    assert [v.name for v in R.graph.variables] == ["input", "0", "1", "2"]
+    torch.testing.assert_close(R.output, model(x).detach())
+    torch.testing.assert_close(R.marginal("1"), R.marginal("0"))
+    assert model[1].forward.__func__ is Snake.forward  # the user's class is as it was
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, x):
+        return torch.einsum("bi,oi->bo", x, self.weight) * 2
+
+
+class DoubledRow(WeightedSum):
+    passes = ("input",)
+
+    def contributions(self, call: Call, values: list[Tensor], setting: Setting):
+        return [
+            Contribution(
+                Activation(values[0]),
+                setting.weight("weight", call["weight"]),
+                apply=lambda factor, weight: 2 * factor @ weight.T,
+                uniform=lambda factor: factor.sum(-1, keepdim=True).expand(-1, 2),
+            )
+        ]
+
+
+def test_a_module_class_with_a_contribution_rule(clean_table):
+    torch.manual_seed(0)
+    model = Doubled().double().eval()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    register(DoubledRow("linear"), Doubled)
+    R = nrm.Explainer(model, rules.Gamma(0.25))(x, target=1)
+    assert len(R.graph.operations) == 1
+    expected = nn.Linear(3, 2, bias=False).double().eval()
+    expected.weight.data = 2 * model.weight.data
+    torch.testing.assert_close(
+        R.heatmap(), nrm.Explainer(expected, rules.Gamma(0.25))(x, target=1).heatmap()
+    )
+
+
+def test_a_function(clean_table):
+    @operation(Identity("activation"))
+    def cube(x: Tensor) -> Tensor:
+        return x**3
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return cube(self.first(x))
+
+    model, x = Net().eval(), torch.randn(1, 2)
+    assert len(nrm.Explainer(model).graph(x).operations) == 2
+    x.requires_grad_()
+    torch.testing.assert_close(
+        torch.autograd.grad(cube(x).sum(), x)[0], 3 * x.detach() ** 2
+    )  # still differentiable
+
+
+def test_an_operator(clean_table):
+    model = nn.Sequential(nn.Linear(2, 2), _Calls(torch.lgamma)).eval()
+    with pytest.raises(UnsupportedOperatorError, match="lgamma"):
+        nrm.Explainer(model)(torch.randn(1, 2), target=0)
+    register(Identity("activation"), torch.ops.aten.lgamma)
+    R = nrm.Explainer(model)(torch.randn(1, 2), target=0)
+    torch.testing.assert_close(R.marginal("1"), R.marginal("0"))
+
+
+def test_modules_that_return_several_tensors_are_refused(clean_table):
+    class Two(nn.Module):
+        def forward(self, x):
+            return x.relu(), x.tanh()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x):
+            a, b = self.two(x)
+            return a + b
+
+    register(Identity("activation"), Two)
+    with pytest.raises(CaptureError, match="returns 2"):
+        nrm.Explainer(Net().eval())(torch.randn(1, 2))
+    with pytest.raises(TypeError, match="decorate"):
+        register(Identity("activation"), lambda x: x)
+
+
+class _Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.logsumexp(-1, keepdim=True), lambda x: x.prod(-1, keepdim=True)],
+    ids=["logsumexp", "prod"],
+)
+def test_the_fallback_is_local_linear_and_only_by_request(function):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), _Calls(function)).double().eval()
+    x = torch.randn(1, 2, dtype=torch.float64)
+    with pytest.raises(UnsupportedOperatorError, match="fallback"):
+        nrm.Explainer(model)(x, target=0)
+    R = nrm.Explainer(model, fallback=LocalLinear())(x, target=0)
+    h = model[0](x).detach()
+    contributions = h * torch.autograd.functional.jacobian(function, h)[0, 0]
+    torch.testing.assert_close(R.marginal("0"), contributions / contributions.sum())
+    assert R.diagnostics().worst_cut_deviation < 1e-12
