@@ -9,6 +9,7 @@ of the model in a process of its own; the steps are timed in turns.
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import venv
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,8 +37,7 @@ def build(config: dict[str, int]) -> Any:
     from nrm.cli.torchvision_mismatch import import_torchvision
 
     import_torchvision()
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")  # untyped
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     settings = transformers.LlamaConfig(
@@ -50,12 +51,14 @@ def gradient_times_input(model: Any, ids: Tensor) -> Tensor:
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     logit = model(inputs_embeds=embedded, use_cache=False).logits[0, -1, TOKEN]
     (gradient,) = torch.autograd.grad(logit, embedded)
-    return (gradient * embedded.detach()).sum(-1)
+    relevance: Tensor = (gradient * embedded.detach()).sum(-1)
+    return relevance
 
 
 def serve_lxt(connection: Connection, config: dict[str, int], ids: Tensor) -> None:
     """Runs LXT in a process of its own, one pass for each request."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     model = build(config)
     from lxt.efficient import monkey_patch
     from transformers.models.llama import modeling_llama
@@ -72,6 +75,7 @@ def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
     import nrm
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     model = build(config)
     ids = torch.randint(3, 900, (1, length), generator=torch.Generator().manual_seed(1))
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -109,9 +113,9 @@ def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
     ours.send(None)
     lxt.join()
     median = {name: statistics.median(taken) for name, taken in seconds.items()}
-    pair = torch.stack([relevance["lxt AttnLRP"][0], relevance["nrm AttnLRP"][0]])
     measure = attn(input_ids=ids, use_cache=False, target=(-1, TOKEN))
-    scaled = measure.tokens() * measure.scale
+    scaled = measure.tokens() * measure.scale[:, None]  # in units of the logit, as LXT's
+    pair = torch.stack([relevance["lxt AttnLRP"][0], scaled[0]])
     return {
         **config,
         "tokens": length,

@@ -429,10 +429,8 @@ def _gru_step(
         return net.identity(name("sigmoid", 2 * step + number), added, _sigmoid)
 
     update, reset = gate(0, slice(2, 4)), gate(1, slice(0, 2))
-    if isinstance(h, np.ndarray):
-        into = _all(net.input(f"{scope}:chunk.2@1", h[4:]), 2)
-    else:
-        into = h[4:]
+    constant = isinstance(h, np.ndarray)
+    into = _all(net.input(f"{scope}:chunk.2@1", h[4:]), 2) if constant else h[4:]
     candidate = net.split(name("mul", 3 * step), [_all(reset, 2), into], walks.shares(2, 0))
     terms = [(j, *n, 1.0) for part in (x[4:], _all(candidate, 2)) for j, n in enumerate(part)]
     net.weighted(name("add", 4 * step + 2), walks.column, 2, terms)

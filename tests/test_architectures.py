@@ -242,7 +242,7 @@ def test_tokens_of_a_transformer_and_its_class_token_share_all():
     tokens = R.tokens()
     assert tokens.shape == (2, 2)
     _check(tokens, R.marginal("embed").sum(-1))
-    _check(tokens.sum(1) + R("constant:expand") + R("extra"), 1.0, float(tokens.abs().max()))
+    _check(tokens.sum(1) + R(":expand") + R("extra"), 1.0, float(tokens.abs().max()))
 
 
 # -- laws of products ----------------------------------------------------------------------------

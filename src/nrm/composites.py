@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.fx import Node
 
 from nrm.graph import Captured, Graph, Operation
 from nrm.rules import (
@@ -217,8 +219,10 @@ def AttnLRP(epsilon: float = 0.0) -> Composite:
 def LRPAll(rule: Rule | None = None) -> Composite:
     """LRP for recurrent networks (Arras et al. 2017): the value takes all, the gate none.
 
-    Assumes that gates only steer. By default LRP-0 that counts biases; with
-    `Gamma(0.25)` the sign-aware rule, which cannot explode however many steps there are.
+    Assumes that gates only steer. By default LRP-0 that counts biases, whose total variation is
+    that of gradient x input. The sign-aware `Gamma` is bounded at every step (by (2 + gamma) /
+    gamma, so not over any number of steps), but forgets: over long series it may miss the step
+    that matters (docs/recurrent.md).
     """
     return Composite([], rule or Zero(), name=f"LRPAll({rule or ''})", bias="input")
 
@@ -237,12 +241,15 @@ _SIGNED = (
 def suggested(captured: Captured) -> Composite:
     """What `Explainer` uses where it is told nothing.
 
-    `CPLRP` for networks with embeddings, normalisation layers (but for batch norm) or recurrent
-    layers: their activations are signed and smooth. `GammaFlat` for the others, whose
-    activations are mostly rectified.
+    `CPLRP` for networks with embeddings, normalisation layers (but for batch norm), recurrent
+    layers, or one linear layer applied three times or more, as recurrent cells are: their
+    activations are signed and smooth. `GammaFlat` for the others, mostly rectified.
     """
+    applied = Counter[Node]()
     for node in captured.graph.nodes:
         name = str(node.target).partition(".")[2].partition(".")[0]
         if name in _SIGNED or "label" in node.meta:
             return CPLRP()
-    return GammaFlat()
+        if name == "linear":
+            applied[node.args[1]] += 1
+    return CPLRP() if max(applied.values(), default=0) >= 3 else GammaFlat()

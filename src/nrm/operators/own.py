@@ -12,7 +12,7 @@ import torch
 from nrm.operators.base import Operator
 from nrm.operators.table import register
 
-_LIBRARY = torch.library.Library("nrm", "FRAGMENT")
+_LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +63,9 @@ def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__}_{function.__qualname__}"
         name = "".join(c if c.isalnum() else "_" for c in name)
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
-        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
         register(row, f"nrm.{name}")
         operator: Callable[..., Any] = getattr(torch.ops.nrm, name)
         return operator
