@@ -257,3 +257,44 @@ def test_one_output_neuron_without_an_axis():
     assert explainer(torch.rand(3, 3), target=0).heatmap().shape == (3, 3)
     with pytest.raises(TargetError, match="only neuron"):
         explainer(torch.rand(3, 3), target=1)
+
+
+def test_what_is_written_out_is_not_differentiated_as_a_whole():
+    """The lengths in a cosine similarity are scales and take nothing, by either way."""
+
+    class Similarity(nn.Module):
+        def forward(self, a, b):
+            return nn.functional.cosine_similarity(a, b)
+
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 5).double(), torch.rand(2, 5).double()
+    R = nrm.Explainer(Similarity().eval(), nrm.composites.CPLRP())(a, b)
+    torch.testing.assert_close(R.heatmap(at="a").sum(1), torch.full((2,), 0.5).double())
+    assert R.diagnostics().cuts[-1].name == "leaves, by derivatives"
+    assert R.diagnostics().worst_cut_deviation < 1e-12
+
+
+def test_biases_have_the_shape_of_the_layer_they_enter_and_exclude_embeddings():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)).eval()
+    explainer = nrm.Explainer(model)
+    ids = torch.tensor([[1, 2, 3]])
+    R = explainer(ids, target=(0, 1))
+    assert R.marginal("1.bias").shape == (1, 3, 2)
+    assert explainer.layers(ids)["1.bias"].shape == (3, 2)
+    assert set(R.biases()) == {"1.bias"}
+    torch.testing.assert_close(R.biases()["1.bias"] + R("0"), torch.ones(1))
+
+
+def test_channels_lie_where_a_linear_layer_acts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(x.transpose(1, 2).reshape(x.shape[0], 4, 6))
+
+    explainer = nrm.Explainer(Net().eval())
+    listing = explainer.layers(torch.rand(1, 3, 4, 2))
+    assert listing[":reshape"].channel_axis == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,33 @@ class Diagnostics:
         return "\n".join(lines)
 
 
+Crossing = Sequence[tuple[Variable, Tensor]]
+
+
+def _cut(
+    name: str,
+    alone: bool,
+    crossing: Crossing,
+    sums: Callable[[Variable, Tensor], tuple[Tensor, Tensor]],
+) -> Cut:
+    crossed = [sums(variable, message) for variable, message in crossing]
+    return Cut(
+        name,
+        alone,
+        torch.stack([total for total, _ in crossed]).sum(0),
+        torch.stack([size for _, size in crossed]).sum(0),
+    )
+
+
+def _by_derivatives(forward: Pass, start: Messages, arrived: Messages) -> Crossing | None:
+    """What arrives at the leaves, with those reached by derivatives as queries see them."""
+    if forward.telescope is None:
+        return None
+    reached = [leaf for leaf in arrived if leaf in forward.telescope.values]
+    found = forward.telescope.send(start, dict.fromkeys(reached)) if reached else None
+    return None if found is None else list((arrived | found).items())
+
+
 def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
     """Send the output relevance to the leaves and look at every cut on the way."""
     graph, batch = forward.graph, forward.batch
@@ -119,15 +147,7 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
         if batch > 1 and any(v.batch_axis is None for v, _ in crossed):
             mixed.append(variable.name)
         else:
-            crossing = [sums(v, m) for v, m in crossed]
-            cuts.append(
-                Cut(
-                    variable.name,
-                    variable in alone,
-                    torch.stack([total for total, _ in crossing]).sum(0),
-                    torch.stack([size for _, size in crossing]).sum(0),
-                )
-            )
+            cuts.append(_cut(variable.name, variable in alone, crossed, sums))
         if variable.producer is not None:
             met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
             if met is not None:
@@ -144,5 +164,8 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
         return zero + torch.nan if untold else sums(leaf, message)[0]
 
     shares = {leaf.name: share(leaf, message) for leaf, message in arrived.items()}
+    by_derivatives = _by_derivatives(forward, start, arrived)
+    if by_derivatives is not None and not any(s.isnan().any() for s in shares.values()):
+        cuts.append(_cut("leaves, by derivatives", False, by_derivatives, sums))
     biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
     return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance, mixed)

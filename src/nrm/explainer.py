@@ -162,8 +162,6 @@ class Explainer:
                 self._verified.add(this_batch)
                 return program
         captured = capture(call, along)
-        if along is not None and samples > 1:
-            _check_samples_are_apart(call, along)
         if not captured.batched and samples > 1:
             raise InputError(
                 f"{type(self.model).__name__} can only be captured for one batch at a time (its "
@@ -174,6 +172,8 @@ class Explainer:
         composite = self.composite or suggested(captured)
         bias = self.bias or composite.bias
         graph = Graph(captured, composite, bias == "input", self.fallback)
+        if along is not None and samples > 1:
+            _check_samples_are_apart(call, along)
         program = Program(graph, self.strict)
         if captured.reusable:
             key = this_batch if any_batch in self._programs or not captured.batched else any_batch
@@ -206,29 +206,23 @@ def _check_samples_are_apart(call: ModelCall, axis: int) -> None:
     """Refuse a batch whose samples depend on each other: its axis is something else.
 
     Raises:
-        InputError: the output of one sample is another without the others.
+        InputError: the last sample's output is another beside copies of itself.
     """
     with torch.no_grad():
-        together = call(*call.tensors)
-        try:
-            # The last: what comes first may not depend on what follows.
-            alone = call(*(x.narrow(axis, -1, 1) for x in call.tensors))
-        except Exception:  # the axis has one size only: not a batch
-            alone = together.new_zeros(())
-    for place, size in enumerate(together.shape):
-        if size != call.tensors[0].shape[axis]:
-            continue
-        last = together.narrow(place, -1, 1)
-        if last.shape != alone.shape:
-            continue
-        scale = float(last.abs().max()) or 1.0
-        if float((last - alone).abs().max()) <= 1e-2 * scale:
-            return
+        output = call(*call.tensors)
+        copies = [x.narrow(axis, -1, 1).expand_as(x).contiguous() for x in call.tensors]
+        beside_copies = call(*copies)
+    size = call.tensors[0].shape[axis]
+    for place, length in enumerate(output.shape):
+        if length == size:
+            last, same = output.narrow(place, -1, 1), beside_copies.narrow(place, -1, 1)
+            if float((last - same).abs().max()) <= 1e-2 * (float(last.abs().max()) or 1.0):
+                return
     raise InputError(
         f"along axis {axis}, which is taken for the batch, the samples of "
-        f"{type(call.model).__name__} depend on each other: the last alone gives another output. "
-        "Say where the batch is with Explainer(..., batch_axis=1), or batch_axis=None if all of a "
-        "call is one sample (a graph, a sequence)."
+        f"{type(call.model).__name__} depend on each other: the last has another output beside "
+        "copies of itself. Say where the batch is with Explainer(..., batch_axis=1), or "
+        "batch_axis=None if all of a call is one sample (a graph, a sequence)."
     )
 
 

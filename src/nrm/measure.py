@@ -12,7 +12,7 @@ from nrm.diagnostics import Diagnostics, diagnose
 from nrm.errors import QueryError
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.neurons import NeuronSet, as_set
-from nrm.passing import Messages
+from nrm.passing import Messages, send
 from nrm.program import Pass
 from nrm.proper_form import ProperForm, proper_form
 from nrm.query import Stops, joint_messages, per_sample, resolve
@@ -231,7 +231,15 @@ class Measure:
 
     def biases(self) -> dict[str, Tensor]:
         """The share `[batch]` of every bias and every other constant at which walks end."""
-        return {leaf.name: self(leaf.name) for leaf in self.graph.leaves if leaf.kind != "input"}
+        constants = [v for v in self.graph.leaves if v.kind in ("bias", "constant")]
+        arrived = send(self._forward, self._start, dict.fromkeys(constants)) if constants else {}
+        nothing = self.output.new_zeros(self.batch)
+        return {
+            leaf.name: _finite(per_sample(arrived[leaf], leaf, self.batch)[0])
+            if leaf in arrived
+            else nothing
+            for leaf in constants
+        }
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
         """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""

@@ -184,14 +184,11 @@ class Program:
 
 
 def _setting(operation: Operation, strict: bool) -> Setting:
-    at_operand = operation.operands[0].batch_axis
-    at_output = operation.output.batch_axis
     return Setting(
         address=operation.address,
         rule=operation.rule,
         strict=strict,
         output_dim=len(operation.output.shape),
-        batch_axes=None if at_operand is None or at_output is None else (at_operand, at_output),
         alphas=operation.alphas,
         late_leaf=operation.late_leaf,
     )

@@ -264,6 +264,8 @@ class Graph:
                     f"{operation.kind} neurons have many parents. Choose a contribution rule."
                 )
             operation.rule = rule
+            if operation.operator.acts_on_last_axis(operation.call):
+                operation.operands[0].channel_axis = -1
         with_late: list[Variable] = []
         for variable in self.variables:
             if variable.producer is not None:

@@ -37,8 +37,6 @@ class Setting:
     rule: Rule
     strict: bool
     output_dim: int
-    batch_axes: tuple[int, int] | None
-    """Where the batch lies in the first operand and in the output; `None` without a batch."""
     alphas: tuple[float, ...] = ()
     late_leaf: str | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -170,6 +168,10 @@ class Operator(ABC):
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         """The output's channel axis, given that of its first operand."""
         return inherited
+
+    def acts_on_last_axis(self, call: Call) -> bool:
+        """Whether the channels of its operand are known to lie in the last axis."""
+        return False
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         """Whether relevance over value passes by the derivative of `frozen` (`nrm.telescope`)."""

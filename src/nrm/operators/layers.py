@@ -26,6 +26,9 @@ class Layer(WeightedSum):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None
 
+    def acts_on_last_axis(self, call: Call) -> bool:
+        return bool(call["weight"].meta["val"].dim() == 2)
+
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "padding" if _sees_only_padding(call) else None
 

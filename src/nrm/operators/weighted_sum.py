@@ -39,25 +39,27 @@ class WeightedSum(Operator):
     ) -> tuple[Tensor, Propagation]:
         values = [value.detach() for value in values]
         parts = self.contributions(call, values, setting)
-        operands = len(values)
         constant = self.bias(call, values, setting.output_dim)
+        reads_sum = setting.rule.reuses_sum or setting.rule.by_sign
         if setting.late_leaf == "bias":
             assert constant is not None
-            parts.append(_bias_as_input(constant.to(values[0]), values[0], setting, operands))
-            operands += 1
-        shared = SharedOut(parts, setting, operands)
-        if not (setting.rule.reuses_sum or setting.rule.by_sign):
+            output = _run(call, values)
+            parts.append(_bias_as_input(constant.to(output), output, setting, len(values)))
+            shared = SharedOut(parts, setting, len(values) + 1)
+            if reads_sum:
+                # The output is what all contributions add up to, but where a mask adds -inf.
+                finite = bool(torch.isfinite(constant).all())
+                shared.own_sum(output if finite else None)
+            else:
+                shared.output_is_free = True
+            return output, shared
+        shared = SharedOut(parts, setting, len(values))
+        if not reads_sum:
             output = _run(call, values)
             shared.output_is_free = True
-        elif constant is None or (
-            setting.late_leaf == "bias" and bool(torch.isfinite(constant).all())
-        ):
-            # The output is what all contributions add up to: no need to do so again.
+        elif constant is None:
             output = _run(call, values)
             shared.own_sum(output)
-        elif setting.late_leaf == "bias":  # a mask that holds -inf
-            output = _run(call, values)
-            shared.own_sum()
         else:
             output = shared.own_sum() + constant
             shared.output_is_free = True
@@ -71,20 +73,16 @@ def _run(call: Call, values: Sequence[Tensor]) -> Tensor:
     return output
 
 
-def _bias_as_input(bias: Tensor, operand: Tensor, setting: Setting, number: int) -> Contribution:
-    """A bias as a late input neuron of value one and weight b_j, for every sample."""
+def _bias_as_input(bias: Tensor, output: Tensor, setting: Setting, number: int) -> Contribution:
+    """A bias as late input neurons: of value one and weight b_j, one for each neuron j."""
     # A mask adds -inf. No relevance gets there, and nothing times a finite weight is nothing.
     limit = torch.finfo(bias.dtype).max / 8
-    bias = bias.clamp(-limit, limit)
-    shape = list(bias.shape)
-    if setting.batch_axes is not None:
-        at_operand, at_output = setting.batch_axes
-        shape[at_output] = operand.shape[at_operand]
-    ones = torch.ones((), dtype=bias.dtype, device=bias.device).expand(shape)
+    ones = torch.ones((), dtype=bias.dtype, device=bias.device).expand(output.shape)
     return Contribution(
         Activation(ones, constant=True),
-        setting.weight("bias", bias),
+        setting.weight("bias", bias.clamp(-limit, limit)),
         apply=torch.mul,
         uniform=lambda factor: factor,
+        transpose=torch.mul,
         operand=number,
     )
