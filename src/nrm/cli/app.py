@@ -92,8 +92,12 @@ def explain(
         str, typer.Option(help=f"Which rules apply: {', '.join(composite_names.NAMES)}.")
     ] = composite_names.DEFAULT,
     bias: Annotated[
-        Bias, typer.Option(help="Biases neither emit nor take relevance, or are inputs.")
-    ] = Bias.drop,
+        Bias | None,
+        typer.Option(
+            help="Biases neither emit nor take relevance, or are inputs; by default what the "
+            "composite assumes."
+        ),
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Names of the classes; line k (from 0) names class k.")
     ] = None,
@@ -128,7 +132,7 @@ def explain(
         names = find_labels(labels, len(logits))
         index = find_target(target, names, logits)
         subject = Subject(str(image), model, index, names[index] if names else None)
-        explainer = Explainer(network, rules, bias=bias.value)
+        explainer = Explainer(network, rules, bias=bias.value if bias else None)
         named = [name.strip() for name in layers.split(",") if name.strip()]
         result = report(explainer, picture, subject, named, out, top=top, say=say)
         if as_json:

@@ -11,21 +11,25 @@ from nrm import composites
 from nrm.cli.errors import CommandError
 from nrm.composites import Composite
 
-DEFAULT = "GammaFlat"
-_NAMED: dict[str, Callable[[], Composite]] = {
-    DEFAULT: composites.GammaFlat,
+DEFAULT = "auto"
+_NAMED: dict[str, Callable[[], Composite | None]] = {
+    DEFAULT: lambda: None,
+    "GammaFlat": composites.GammaFlat,
     "EpsilonPlus": composites.EpsilonPlus,
     "EpsilonPlusFlat": composites.EpsilonPlusFlat,
     "EpsilonGammaFlat": composites.EpsilonGammaFlat,
     "EpsilonAlpha2Beta1Flat": composites.EpsilonAlpha2Beta1Flat,
     "LRPZero": composites.LRPZero,
+    "CPLRP": composites.CPLRP,
+    "AttnLRP": composites.AttnLRP,
+    "LRPAll": composites.LRPAll,
 }
 _BOX = "EpsilonGammaBox"
 NAMES = (*_NAMED, _BOX)
 
 
-def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite:
-    """A composite with its default parameters.
+def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite | None:
+    """A composite with its default parameters; `None` for the one that suits the model.
 
     Arguments:
         name: in whatever case.

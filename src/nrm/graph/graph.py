@@ -123,6 +123,7 @@ class Graph:
         fallback: Operator | None = None,
     ) -> None:
         self.captured = captured
+        self.specification = specification
         self.bias_is_input = bias_is_input
         self.fallback = fallback
         self.variables: list[Variable] = []
@@ -228,9 +229,10 @@ class Graph:
                 if self._depends(node):
                     self._add(node)
                 elif node in self._varying and _is_embedding(node):
-                    self.by_node[node] = self._variable(
-                        self._name_of[node][0], "embedding", node, self._name_of[node][1:]
-                    )
+                    names = self._name_of[node]
+                    embedding = self._variable(names[0], "embedding", node, names[1:])
+                    embedding.channel_axis = -1
+                    self.by_node[node] = embedding
         self._require_walks()
 
     def _require_walks(self) -> None:
@@ -311,8 +313,15 @@ class Graph:
             return None
         operation.late_leaf = name
         kind: Kind = "bias" if name == "bias" else "constant"
-        axis = operation.output.batch_axis
-        leaf = Variable(0, f"{operation.address}.{name}", kind, operation.output.shape, axis)
+        entered = operation.output
+        leaf = Variable(
+            0,
+            f"{operation.address}.{name}",
+            kind,
+            entered.shape,
+            entered.batch_axis,
+            entered.channel_axis,
+        )
         operation.operands += (leaf,)
         return leaf
 

@@ -97,6 +97,9 @@ class Normalization(Centring):
         super().__init__(kind)
         self.groups, self.by_channel = groups, by_channel
 
+    def acts_on_last_axis(self, call: Call) -> bool:
+        return not self.by_channel
+
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None and not isinstance(rule, Identity)
 
