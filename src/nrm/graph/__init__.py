@@ -1,8 +1,9 @@
 """A PyTorch model as a graph of variables and operations with module paths as addresses."""
 
 from nrm.graph.capture import Captured, capture, reproduces
-from nrm.graph.graph import Graph, Operation, Variable, first_tokens
+from nrm.graph.graph import Graph, first_tokens
 from nrm.graph.model_call import ModelCall, Output
+from nrm.graph.variables import Operation, Variable
 
 __all__ = [
     "Captured",

@@ -7,7 +7,7 @@ gates are variables of the graph like any other. A rewrite of the captured graph
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from nrm.graph.recurrent import STEPS, cell, name_steps, recurrent
 
 aten = torch.ops.aten
 
@@ -66,7 +68,7 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
                 outer[inner] = graph.node_copy(inner, outer.__getitem__)
                 outer[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
                 new.append(outer[inner])
-    _name_steps(node, new)
+    name_steps(node, new)
     if node.target is aten.scaled_dot_product_attention.default:
         # What it was, for those who need only its result and its derivative.
         result.meta["fused"] = (node.target, node.args, node.kwargs)
@@ -79,34 +81,6 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
         user.replace_all_uses_with(picked)
         graph.erase_node(user)
     graph.erase_node(node)
-
-
-def _name_steps(node: Node, new: Iterable[Node]) -> None:
-    """Name the hidden (and cell) state of each time step: `h_l0[3]`, `c_l1_reverse[0]`.
-
-    Every layer and direction ends by stacking its hidden states, in the order of time.
-    """
-    name = str(node.target).split(".")[1]
-    if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        return
-    layers, bidirectional = node.args[4], node.args[7]
-    assert isinstance(layers, int)
-    directions = 2 if bidirectional else 1
-    stacks = [n for n in new if n.target is aten.stack.default]
-    for number, stack in enumerate(stacks[: layers * directions]):
-        layer, reverse = divmod(number, directions)
-        of = f"l{layer}" + ("_reverse" if reverse else "")
-        states = stack.args[0]
-        assert isinstance(states, list | tuple)
-        for step, hidden in enumerate(states):
-            assert isinstance(hidden, Node)
-            hidden.meta["label"] = f"h_{of}[{step}]"
-            if name == "lstm":
-                squashed = hidden.args[1]
-                assert isinstance(squashed, Node)
-                cell = squashed.args[0]
-                assert isinstance(cell, Node)
-                cell.meta["label"] = f"c_{of}[{step}]"
 
 
 # -- what the operators stand for ----------------------------------------------------------------
@@ -193,98 +167,6 @@ def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None)
     return output if bias is None else output + bias
 
 
-Step = Callable[[Tensor, Any, Tensor, Any], Any]
-"""From what the input adds to the gates, the state before, and the recurrent weight and bias, to
-the state after."""
-
-
-def _lstm_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-    hidden, cell = state
-    i, f, g, o = (torch.nn.functional.linear(hidden, weight, bias) + added).chunk(4, -1)
-    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-    return o.sigmoid() * cell.tanh(), cell
-
-
-def _gru_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-    (hidden,) = state
-    xr, xz, xn = added.chunk(3, -1)
-    hr, hz, hn = torch.nn.functional.linear(hidden, weight, bias).chunk(3, -1)
-    update = (xz + hz).sigmoid()
-    new = (xn + (xr + hr).sigmoid() * hn).tanh()
-    return (new * (1 - update) + hidden * update,)
-
-
-def _rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
-    def step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-        (hidden,) = state
-        return (activation(torch.nn.functional.linear(hidden, weight, bias) + added),)
-
-    return step
-
-
-def _cell(step: Step) -> Callable[..., Any]:
-    """One step, as `aten.lstm_cell` and the like take their arguments."""
-
-    def cell(
-        x: Tensor, state: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None
-    ) -> Any:
-        before = state if isinstance(state, list | tuple) else (state,)
-        after = step(torch.nn.functional.linear(x, w_ih, b_ih), before, w_hh, b_hh)
-        return after if isinstance(state, list | tuple) else after[0]
-
-    return cell
-
-
-def _recurrent(step: Step) -> Callable[..., Any]:
-    """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
-
-    def network(
-        x: Tensor,
-        initial: Any,
-        weights: list[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, ...]:
-        kinds = initial if isinstance(initial, list | tuple) else [initial]
-        each = 4 if has_biases else 2
-        directions = 2 if bidirectional else 1
-        if len(weights) != each * directions * num_layers:
-            raise NotImplementedError("recurrent layers with projections")
-        x = x.transpose(0, 1) if batch_first else x
-        if not isinstance(x.shape[0], int):
-            raise NotImplementedError("the batch axis is the axis of time")
-        ends: list[Any] = []
-        for layer in range(num_layers):
-            outputs = []
-            for direction in range(directions):
-                run = layer * directions + direction
-                w_ih, w_hh, *biases = weights[run * each : (run + 1) * each]
-                b_ih, b_hh = biases or (None, None)
-                added = torch.nn.functional.linear(x, w_ih, b_ih).unbind(0)
-                state = tuple(kind[run] for kind in kinds)
-                hidden = []
-                for one in reversed(added) if direction else added:
-                    state = step(one, state, w_hh, b_hh)
-                    hidden.append(state[0])
-                outputs.append(torch.stack(hidden[::-1] if direction else hidden))
-                ends.append(state)
-            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-        x = x.transpose(0, 1) if batch_first else x
-        return (x, *(torch.stack(kind) for kind in zip(*ends, strict=True)))
-
-    return network
-
-
-_STEPS = {
-    "lstm": _lstm_step,
-    "gru": _gru_step,
-    "rnn_tanh": _rnn_step(torch.tanh),
-    "rnn_relu": _rnn_step(torch.relu),
-}
 _TABLE: dict[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.glu.default: gated_linear_unit,
@@ -295,6 +177,6 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     aten.addcmul.default: lambda x, a, b, *, value=1: x + a * b * value,
     aten.lerp.Scalar: lambda a, b, weight: a * (1 - weight) + b * weight,
     aten.lerp.Tensor: lambda a, b, weight: a * (1 - weight) + b * weight,
-    **{getattr(aten, name).input: _recurrent(step) for name, step in _STEPS.items()},
-    **{getattr(aten, f"{name}_cell").default: _cell(step) for name, step in _STEPS.items()},
+    **{getattr(aten, name).input: recurrent(step) for name, step in STEPS.items()},
+    **{getattr(aten, f"{name}_cell").default: cell(step) for name, step in STEPS.items()},
 }

@@ -1,0 +1,205 @@
+"""From a captured model to its variables and operations, before rules are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.errors import CaptureError, UnsupportedOperatorError
+from nrm.graph import addresses
+from nrm.graph.capture import Captured
+from nrm.graph.gates import SIGMOID, gate_rank, is_state
+from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor
+from nrm.operators import Call, Operator, carries_none, lookup
+
+
+class Draft:
+    """All that depends on a leaf, with every operand that may take relevance.
+
+    Attributes:
+        variables: parents before their children.
+        by_node: the variable of a captured node.
+        refusals: why a variable's operation has no row. It is an error only if a walk gets there.
+    """
+
+    def __init__(self, captured: Captured, fallback: Operator | None) -> None:
+        self.captured = captured
+        self.fallback = fallback
+        self.variables: list[Variable] = []
+        self.by_node: dict[Node, Variable] = {}
+        self.refusals: dict[Variable, UnsupportedOperatorError] = {}
+        self._varying: set[Node] = set(captured.inputs)
+        self._build()
+
+    def _build(self) -> None:
+        """All variables that depend on a leaf, with every operand that may take relevance."""
+        captured = self.captured
+        needed = _ancestors(captured.output)
+        nodes = [node for node in captured.graph.nodes if node in needed]
+        self._name_of = addresses.assign(nodes)
+        for node, name in zip(captured.inputs, captured.names, strict=True):
+            if is_float_tensor(node) and "mask" not in name:
+                self._add_input(node, name)
+        for node in nodes:
+            if node.op == "call_function":
+                if any(parent in self._varying for parent in node.all_input_nodes):
+                    self._varying.add(node)
+                if self._depends(node):
+                    self._add(node)
+                elif node in self._varying and _is_embedding(node):
+                    names = self._name_of[node]
+                    embedding = self._variable(names[0], "embedding", node, names[1:])
+                    embedding.channel_axis = -1
+                    self.by_node[node] = embedding
+        if self.captured.output not in self.by_node:
+            raise CaptureError(
+                "no walk leads from the output to an input: the output does not depend on any "
+                "real-valued input or embedding."
+            )
+
+    def _add_input(self, node: Node, name: str) -> None:
+        variable = self._variable(name, "input", node)
+        if len(self.captured.inputs) == 1:
+            variable.aliases = (name,)
+            variable.name = "input"
+        self.by_node[node] = variable
+
+    def _depends(self, node: Node) -> bool:
+        return any(parent in self.by_node for parent in _parents(node))
+
+    def _add(self, node: Node) -> None:
+        """Add the operation of a node that reads a variable, unless its result carries none."""
+        if not is_float_tensor(node):
+            return  # masks, indices and shapes carry no relevance; tuples are read by getitem
+        address = self._name_of[node][0]
+        try:
+            operation = self._operation(node, address)
+        except UnsupportedOperatorError as refusal:
+            # Refused only if a walk gets here: gates and scales may be computed in any way.
+            variable = self._variable(address, "operation", node, self._name_of[node][1:])
+            self.refusals[variable] = refusal
+            self.by_node[node] = variable
+            return
+        if operation is None:
+            return
+        output = self._variable(address, "operation", node, self._name_of[node][1:])
+        output.producer = operation
+        output.channel_axis = operation.operator.channel_axis(
+            operation.call, operation.operands[0].channel_axis
+        )
+        operation.output = output
+        self.by_node[node] = output
+
+    def _operation(self, node: Node, address: str) -> Operation | None:
+        call = _call(node, address)
+        if carries_none(call.target):
+            return None
+        operator = lookup(call.target) or self.fallback
+        if operator is None:
+            raise UnsupportedOperatorError(
+                f"no rule says how relevance passes {call.target} (in {address!r}, module type "
+                f"{addresses.module_type(node) or 'unknown'}). Replace it in the model, give the "
+                "operator a row with nrm.operators.register, or ask for a first-order "
+                "approximation of such operators with Explainer(fallback=LocalLinear())."
+            )
+        operator = operator.specialize(call)
+        slots = operator.operands(call, self.by_node.__contains__, address)
+        if not any(slot in self.by_node for _, slot in slots):
+            return None  # a constant made to look like a variable
+        if operator.is_product and len(slots) == 1:
+            slots = self._with_state(call, slots)
+        operator.check(call, slots, address)
+        return Operation(
+            address,
+            operator,
+            call,
+            addresses.module_type(node),
+            operator.kind_of(slots),
+            tuple(slot for _, slot in slots),
+            tuple(name for name, _ in slots),
+            tuple(self.by_node.get(slot) or self._add_constant(slot) for _, slot in slots),
+        )
+
+    def _with_state(self, call: Call, slots: list[tuple[str, Node]]) -> list[tuple[str, Node]]:
+        """The factors of a gate times a constant state, which is a value like any other.
+
+        The first step of a recurrent network multiplies gates with states that no input reaches.
+        Parameters are no states: what is multiplied with them is scaled.
+        """
+        ((_, carrier),) = slots
+        others = [(n, node) for n, node in call.nodes() if node is not carrier]
+        if len(others) != 1 or gate_rank(carrier, self.by_node.__contains__) < SIGMOID:
+            return slots
+        ((_, other),) = others
+        if not is_float_tensor(other) or not other.meta["val"].dim() or not is_state(other):
+            return slots
+        return [pair for pair in call.nodes() if pair[1] in (carrier, other)]
+
+    def _add_constant(self, node: Node) -> Variable:
+        """A constant that is the only parent of some neurons: walks end there."""
+        name = node.meta.get("parameter") or self._name_of[node][0]
+        self.by_node[node] = self._variable(name, "constant", node)
+        return self.by_node[node]
+
+    def _variable(self, name: str, kind: Kind, node: Node, aliases: Sequence[str] = ()) -> Variable:
+        shape, batch_axis = self._shape(node.meta["val"])
+        variable = Variable(
+            len(self.variables), name, kind, shape, batch_axis, None, tuple(aliases), node=node
+        )
+        self.variables.append(variable)
+        return variable
+
+    def _shape(self, value: Tensor) -> tuple[tuple[int | None, ...], int | None]:
+        """The shape with `None` for the batch, and where the batch lies."""
+        along = self.captured.batch_axis
+        if not self.captured.batched:
+            shape = tuple(int(size) for size in value.shape)
+            # A capture for one sample: a first axis of one is the batch.
+            if along != 0 or not shape or shape[0] != 1:
+                return shape, None
+            return (None, *shape[1:]), 0
+        batches = {node.meta["val"].shape[along].node.expr for node in self.captured.inputs}
+        axis = None
+        sizes: list[int | None] = []
+        for position, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+                if size.node.expr in batches and axis is None:
+                    axis = position
+                sizes.append(None)
+            else:
+                sizes.append(int(size))
+        return tuple(sizes), axis
+
+
+def _call(node: Node, address: str) -> Call:
+    try:
+        return Call.of(node)
+    except AssertionError:
+        raise UnsupportedOperatorError(
+            f"{node.target} (in {address!r}) is no operator that nrm can look up."
+        ) from None
+
+
+def _parents(node: Node) -> Sequence[Node]:
+    """The nodes that a node reads; through a getitem, those that the producer reads."""
+    if "getitem" in str(node.target) and isinstance(node.args[0], Node):
+        return _parents(node.args[0])
+    return node.all_input_nodes
+
+
+def _is_embedding(node: Node) -> bool:
+    return str(node.target) == "aten.embedding.default" and is_float_tensor(node)
+
+
+def _ancestors(output: Node) -> set[Node]:
+    found: set[Node] = set()
+    waiting: list[Node] = [output]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found

@@ -1,0 +1,90 @@
+"""What a graph is made of: variables, whose elements are the neurons, and operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.operators import Call, Operator
+from nrm.rules import Rule
+
+Kind = Literal["input", "embedding", "operation", "bias", "constant"]
+
+
+@dataclass(eq=False)
+class Variable:
+    """A tensor that carries relevance; its elements are the neurons.
+
+    Attributes:
+        index: position in the graph; parents come before their children.
+        name: the address to show; `aliases` are further names of the same tensor.
+        kind: `"operation"` for a computed one. The others are leaves, where walks end: inputs,
+            embeddings of integer inputs, biases (with `bias="input"`), and constants that are
+            some neuron's only parent.
+        shape: `None` at the batch axis.
+        batch_axis: `None` where the batch lies in no axis of its own.
+        channel_axis: counted from the end.
+    """
+
+    index: int
+    name: str
+    kind: Kind
+    shape: tuple[int | None, ...]
+    batch_axis: int | None
+    channel_axis: int | None = None
+    aliases: tuple[str, ...] = ()
+    producer: Operation | None = None
+    node: Node | None = None
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.producer is None
+
+    def __repr__(self) -> str:
+        return f"Variable({self.name!r}, {self.kind}, {list(self.shape)})"
+
+
+@dataclass(eq=False)
+class Operation:
+    """One operator call that relevance passes.
+
+    Attributes:
+        kind: what it is, to show and to choose rules by.
+        operands: where relevance goes; the late leaf last, if there is one.
+        slots: the operands among the call's arguments, in order (without the late leaf).
+        arguments: the name of each slot's argument.
+        gates: how much each factor of a product is a gate.
+        alphas: what each factor of a product takes.
+        rule: how a weighted sum is shared out.
+    """
+
+    address: str
+    operator: Operator
+    call: Call
+    module_type: str
+    kind: str
+    slots: tuple[Node, ...]
+    arguments: tuple[str, ...]
+    operands: tuple[Variable, ...] = ()
+    gates: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    rule: Rule = field(init=False)
+    late_leaf: str | None = None
+    output: Variable = field(init=False)
+
+    @property
+    def late(self) -> Variable | None:
+        """The leaf that enters here: a bias, or what neurons without parents are."""
+        return self.operands[-1] if self.late_leaf is not None else None
+
+    def __repr__(self) -> str:
+        return f"Operation({self.address!r}, {self.kind})"
+
+
+def is_float_tensor(node: Node) -> bool:
+    """Whether a node may carry relevance."""
+    value: Any = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
