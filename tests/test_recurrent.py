@@ -11,17 +11,15 @@ import torch
 import nrm
 from nrm.experiments.recurrent import (
     COMPOSITES,
-    PICTURE,
-    RESULT,
     Method,
     Task,
     all_events,
-    main,
     make_series,
     middle,
     relevance_over_time,
     train,
 )
+from nrm.experiments.recurrent.__main__ import PICTURE, RESULT, main
 
 STEPS = 10
 SEEDS = range(2)

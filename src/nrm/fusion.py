@@ -60,6 +60,8 @@ def fusions(graph: Graph) -> dict[Node, Fusion]:
         if written_out is not None and variable.producer is not None:
             target, args, kwargs = written_out
             inputs = _nodes((*args, *kwargs.values()))
+            if len(set(inputs)) < len(inputs):
+                continue  # one tensor in two roles takes differently in each
             found[variable.node] = Fusion(target, args, kwargs, _shares(graph, variable, inputs))
     return {node: fusion for node, fusion in found.items() if node is not None}
 

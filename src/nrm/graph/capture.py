@@ -25,6 +25,8 @@ from nrm.graph.eager import trace
 from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_batch_norms
 from nrm.graph.model_call import ModelCall
+from nrm.graph.recurrent import StepsAlongBatchError
+from nrm.graph.variables import is_symbolic
 from nrm.operators import functional
 
 
@@ -83,7 +85,7 @@ def capture(call: ModelCall, batch_axis: int | None) -> Captured:
         else:
             try:
                 captured = _rewritten(_of_program(program, call, batched, batch_axis))
-            except NotImplementedError:  # steps along the batch axis: not samples
+            except StepsAlongBatchError:  # not samples, but time
                 program, batched = export(call, tuple(call.tensors), strict=False), False
                 captured = _rewritten(_of_program(program, call, batched, batch_axis))
             detail = _difference(captured, call.tensors, expected)
@@ -155,10 +157,7 @@ def _export(call: ModelCall, batch_axis: int | None) -> tuple[ExportedProgram, b
         try:
             dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
             program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
-            if all(
-                isinstance(node.meta["val"].shape[batch_axis], torch.SymInt)
-                for node in _arguments(program)
-            ):
+            if all(is_symbolic(node.meta["val"].shape[batch_axis]) for node in _arguments(program)):
                 return program, True
         except Exception:  # the model fixes its batch size: try that
             pass

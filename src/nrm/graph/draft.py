@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -12,7 +11,7 @@ from nrm.errors import CaptureError, UnsupportedOperatorError
 from nrm.graph import addresses
 from nrm.graph.capture import Captured
 from nrm.graph.gates import SIGMOID, gate_rank, is_state
-from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor
+from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor, is_symbolic
 from nrm.operators import Call, Operator, carries_none, lookup
 
 
@@ -156,7 +155,7 @@ class Draft:
         """The shape with `None` for the batch, and where the batch lies."""
         along = self.captured.batch_axis
         if not self.captured.batched:
-            shape = tuple(int(size) for size in value.shape)
+            shape = tuple(None if is_symbolic(size) else int(size) for size in value.shape)
             # A capture for one sample: a first axis of one is the batch.
             if along != 0 or not shape or shape[0] != 1:
                 return shape, None
@@ -165,7 +164,7 @@ class Draft:
         axis = None
         sizes: list[int | None] = []
         for position, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+            if is_symbolic(size):
                 if size.node.expr in batches and axis is None:
                     axis = position
                 sizes.append(None)

@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from nrm.errors import UnsupportedOperatorError
 from nrm.graph.recurrent import STEPS, cell, name_steps, recurrent
 
 aten = torch.ops.aten
@@ -134,7 +135,7 @@ def bags(
 ) -> tuple[Tensor, ...]:
     """`torch.nn.functional.embedding_bag` as embeddings, each added to its bag."""
     if mode > 1:
-        raise NotImplementedError("embedding_bag with mode='max'")
+        raise UnsupportedOperatorError("no rule covers embedding bags with mode='max'.")
     if include_last_offset:
         offsets = offsets[:-1]
     embedded = torch.nn.functional.embedding(indices, weight)
@@ -144,12 +145,13 @@ def bags(
     if per_sample_weights is not None:
         embedded = embedded * per_sample_weights.unsqueeze(-1)
     embedded = embedded * counted.unsqueeze(-1)
-    places = torch.arange(indices.shape[0], device=indices.device)
+    places = torch.ones_like(indices).cumsum(0) - 1
     bag = torch.bucketize(places, offsets, right=True) - 1
-    empty = embedded.new_zeros((offsets.shape[0], weight.shape[1]))
+    # Without sizes, which may be free.
+    empty = torch.zeros_like(offsets, dtype=weight.dtype).unsqueeze(-1).repeat(1, weight.shape[1])
     total = empty.index_add(0, bag, embedded)
     if mode == 1:
-        sizes = counted.new_zeros(offsets.shape[0]).index_add(0, bag, counted)
+        sizes = torch.zeros_like(offsets, dtype=weight.dtype).index_add(0, bag, counted)
         total = total / sizes.clamp(min=1).unsqueeze(-1)
     return total, bag, bag, bag
 

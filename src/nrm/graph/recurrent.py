@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.errors import UnsupportedOperatorError
+
+
+class StepsAlongBatchError(Exception):
+    """What was taken for the batch axis is time: it cannot have any size."""
+
+
 Step = Callable[[Tensor, Any, Tensor, Any], Any]
 """From what the input adds to the gates, the state before, and the recurrent weight and bias, to
 the state after."""
@@ -69,10 +76,12 @@ def recurrent(step: Step) -> Callable[..., Any]:
         each = 4 if has_biases else 2
         directions = 2 if bidirectional else 1
         if len(weights) != each * directions * num_layers:
-            raise NotImplementedError("recurrent layers with projections")
+            raise UnsupportedOperatorError(
+                "no rule covers recurrent layers with projections (proj_size)."
+            )
         x = x.transpose(0, 1) if batch_first else x
         if not isinstance(x.shape[0], int):
-            raise NotImplementedError("the batch axis is the axis of time")
+            raise StepsAlongBatchError
         ends: list[Any] = []
         for layer in range(num_layers):
             outputs = []

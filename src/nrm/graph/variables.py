@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -82,6 +83,11 @@ class Operation:
 
     def __repr__(self) -> str:
         return f"Operation({self.address!r}, {self.kind})"
+
+
+def is_symbolic(size: int | torch.SymInt) -> TypeGuard[torch.SymInt]:
+    """Whether a size is free: export leaves those that Python fixed as symbols for a number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def is_float_tensor(node: Node) -> bool:

@@ -1,0 +1,1 @@
+"""What nrm costs, beside plain PyTorch and its peers."""
