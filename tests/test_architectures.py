@@ -216,7 +216,7 @@ def test_bags_of_embeddings(mode, rule):
     model, tokens = _Bags(mode).double().eval(), torch.tensor([[1, 2, 0], [4, 3, 3]])
     explainer = nrm.Explainer(model, Everywhere(RULES[rule][0]), bias="drop")
     for bag in (0, 1):
-        R = explainer(tokens, target=(bag, 1))
+        R = explainer(tokens, target=1)
         net = o.Oracle(bias_is_input=False)
         embedded = model.bag.weight.detach().numpy()[tokens[bag]]
         used = tokens[bag].numpy() != 0
