@@ -163,3 +163,53 @@ def test_the_fallback_is_local_linear_and_only_by_request(function):
     contributions = h * torch.autograd.functional.jacobian(function, h)[0, 0]
     torch.testing.assert_close(R.marginal("0"), contributions / contributions.sum())
     assert R.diagnostics().worst_cut_deviation < 1e-12
+
+
+def test_a_module_of_two_inputs_and_two_layers(clean_table):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 3), nn.Linear(2, 3)
+
+        def forward(self, x, y):
+            return self.a(x) + 2 * self.b(y)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixed = Mixed()
+
+        def forward(self, x, y):
+            return self.mixed(torch.relu(x), torch.relu(y))
+
+    seen = []
+
+    class Row(LocalLinear):
+        def prepare(self, call, values, setting):
+            seen.append(sorted(call.arguments))
+            return super().prepare(call, values, setting)
+
+    register(Row(), Mixed)
+    net = Net().double().eval()
+    x, y = torch.rand(1, 2).double(), torch.rand(1, 2).double()
+    R = nrm.Explainer(net)(x, y, target=0)
+    torch.testing.assert_close(R.output, net(x, y).detach())
+    assert R.diagnostics().worst_cut_deviation < 1e-12
+    assert seen[0] == ["a.bias", "a.weight", "b.bias", "b.weight", "input", "input_1"]
+
+
+def test_a_function_may_be_defined_again(clean_table):
+    for power in (2, 3):
+
+        @operation(Identity("activation"))
+        def raised(x: Tensor) -> Tensor:
+            return x**power  # noqa: B023
+
+        assert float(raised(torch.tensor(2.0))) == 2.0**power
+
+
+def test_a_step_function_is_constant_to_first_order():
+    model = nn.Sequential(nn.Linear(2, 3), _Calls(torch.sign)).double().eval()
+    x = torch.randn(1, 2).double()
+    R = nrm.Explainer(model, fallback=LocalLinear())(x, target=0)
+    torch.testing.assert_close(sum(R.biases().values()), torch.ones(1).double())

@@ -101,6 +101,22 @@ class Composite:
     alpha_default: Alpha = field(default_factory=ValueTakesAll)
     bias: Literal["drop", "input"] = "drop"
 
+    def __post_init__(self) -> None:
+        for choice in self.choices:
+            pair = choice if isinstance(choice, tuple) and len(choice) == 2 else (None, None)
+            if not callable(pair[0]) or not isinstance(pair[1], Rule | Alpha):
+                raise TypeError(
+                    "a choice is a selector (kind, path, module, first, head, or a function of an "
+                    f"operation and the graph) and a rule or alpha, not {choice!r}"
+                )
+        if not isinstance(self.default, Rule) or not isinstance(self.alpha_default, Alpha):
+            raise TypeError(
+                f"the defaults are a rule and an alpha, not {self.default!r} and "
+                f"{self.alpha_default!r}"
+            )
+        if self.bias not in ("drop", "input"):
+            raise ValueError(f"bias is 'drop' or 'input', not {self.bias!r}")
+
     def rule(self, operation: Operation, graph: Graph) -> Rule:
         """The rule of one operation."""
         for selector, rule in self.choices:

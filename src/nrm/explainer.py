@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from nrm.composites import Composite, Everywhere, suggested
 from nrm.errors import InputError, QueryError, TargetError
-from nrm.graph import Graph, ModelCall, Output, capture, reproduces
+from nrm.graph import Graph, ModelCall, Output, capture, check_nested, reproduces
 from nrm.listing import Listing
 from nrm.measure import Measure
 from nrm.operators import Operator
@@ -98,7 +98,7 @@ class Explainer:
 
         Arguments:
             inputs, named: the model's arguments. Real-valued tensors are leaves, where walks end;
-                of integer inputs, their embeddings are. Inputs called masks carry no relevance.
+                of integer inputs, their embeddings are. Inputs called `mask` or `..._mask` carry none.
             target: the output neuron to explain: one for all samples or one for each, ints for an
                 output `[batch, C]`, tuples for more axes (`(position, token)`, where negative
                 numbers count from the end). By default each sample's largest output.
@@ -134,6 +134,7 @@ class Explainer:
 
     def _bind(self, inputs: Sequence[Any], named: dict[str, Any]) -> ModelCall:
         _check_model(self.model)
+        check_nested(inputs, named)
         # Copies, because a measure reads its inputs when it is asked, and callers reuse theirs.
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda x: x.detach().clone(), (tuple(inputs), named)
@@ -206,24 +207,33 @@ def _check_samples_are_apart(call: ModelCall, axis: int) -> None:
     """Refuse a batch whose samples depend on each other: its axis is something else.
 
     Raises:
-        InputError: the last sample's output is another beside copies of itself.
+        InputError: some samples' output is another beside other samples.
     """
+    size = call.tensors[0].shape[axis]
+    half = size // 2
     with torch.no_grad():
         output = call(*call.tensors)
-        copies = [x.narrow(axis, -1, 1).expand_as(x).contiguous() for x in call.tensors]
-        beside_copies = call(*copies)
-    size = call.tensors[0].shape[axis]
-    for place, length in enumerate(output.shape):
-        if length == size:
-            last, same = output.narrow(place, -1, 1), beside_copies.narrow(place, -1, 1)
-            if float((last - same).abs().max()) <= 1e-2 * (float(last.abs().max()) or 1.0):
-                return
-    raise InputError(
-        f"along axis {axis}, which is taken for the batch, the samples of "
-        f"{type(call.model).__name__} depend on each other: the last has another output beside "
-        "copies of itself. Say where the batch is with Explainer(..., batch_axis=1), or "
-        "batch_axis=None if all of a call is one sample (a graph, a sequence)."
-    )
+        for kept, filled in ((range(half), 0), (range(half, size), size - 1)):
+            # The other half becomes copies of one sample that is kept.
+            rows = torch.tensor([i if i in kept else filled for i in range(size)])
+            other = call(*(x.index_select(axis, rows.to(x.device)) for x in call.tensors))
+            keep = torch.tensor(list(kept), device=output.device)
+            if not any(
+                length == size
+                and _alike(output.index_select(place, keep), other.index_select(place, keep))
+                for place, length in enumerate(output.shape)
+            ):
+                raise InputError(
+                    f"along axis {axis}, which is taken for the batch, the samples of "
+                    f"{type(call.model).__name__} depend on each other: beside others, some have "
+                    "another output. Say where the batch is with Explainer(..., batch_axis=1), or "
+                    "batch_axis=None if all of a call is one sample (a graph, a sequence)."
+                )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 3e-2)
+    return float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) or 1.0)
 
 
 def _without(shape: torch.Size, axis: int | None) -> tuple[int, ...]:
@@ -237,6 +247,11 @@ def _check_model(model: nn.Module) -> None:
             raise InputError(
                 f"the model must be in evaluation mode, but {where} is in training mode "
                 "(dropout would be random, batch norm would mix samples). Call model.eval()."
+            )
+        if getattr(module, "max_norm", None) is not None:
+            raise InputError(
+                f"the embedding {name!r} has max_norm, so that every use changes its weights. "
+                "Renormalise them once, and set max_norm to None."
             )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):

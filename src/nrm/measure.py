@@ -230,16 +230,23 @@ class Measure:
         return Flows(flows, exact)
 
     def biases(self) -> dict[str, Tensor]:
-        """The share `[batch]` of every bias and every other constant at which walks end."""
+        """The share `[batch]` of every bias and every other constant at which walks end.
+
+        NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
+        """
         constants = [v for v in self.graph.leaves if v.kind in ("bias", "constant")]
         arrived = send(self._forward, self._start, dict.fromkeys(constants)) if constants else {}
         nothing = self.output.new_zeros(self.batch)
-        return {
-            leaf.name: _finite(per_sample(arrived[leaf], leaf, self.batch)[0])
-            if leaf in arrived
-            else nothing
-            for leaf in constants
-        }
+        shares = {}
+        for leaf in constants:
+            share = nothing
+            if leaf in arrived:
+                untold = self.batch > 1 and leaf.batch_axis is None
+                share = nothing + torch.nan
+                if not untold:
+                    share = _finite(per_sample(arrived[leaf], leaf, self.batch)[0])
+            shares[leaf.name] = share
+        return shares
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
         """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""

@@ -133,7 +133,7 @@ def per_sample(message: Tensor, variable: Variable, batch: int) -> Tensor:
         first = message.movedim(variable.batch_axis + 1, 1)
         return first.reshape(*first.shape[:2], -1).sum(-1)
     if batch == 1:
-        return message.flatten(1).sum(1, keepdim=True)
+        return message.reshape(len(message), -1).sum(1, keepdim=True)
     raise QueryError(
         f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be told "
         "apart by sample. Explain one sample at a time."

@@ -43,7 +43,7 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
             "Explain another output, or drop strict: the relevance is normalised anyway."
         )
     axes = [a for place, a in enumerate(index) if place != forward.graph.output.batch_axis]
-    chosen = torch.stack(axes, 1) if axes else torch.zeros_like(index[0])
+    chosen = torch.stack(axes, 1) if axes else torch.zeros(forward.batch, dtype=torch.long)
     if len(axes) == 1:
         chosen = chosen[:, 0]
     return Explained(relevance, forward.output * relevance, chosen)
@@ -86,6 +86,8 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
     neurons = output.shape if variable.batch_axis is None else by_sample.shape[1:]
     if target is None:
         flat = by_sample.reshape(batch, -1).argmax(1)
+        if not neurons:
+            return _with_rows([], forward)
         return _with_rows(list(torch.unravel_index(flat, neurons)), forward)
     try:
         wanted = torch.as_tensor(target, device=output.device)

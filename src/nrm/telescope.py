@@ -38,8 +38,8 @@ def _precision(variable: Variable) -> float:
 def _counts_all(operation: Operation) -> bool:
     """Whether the columns of an operation sum to its output."""
     operator, call, rule = operation.operator, operation.call, operation.rule
-    operands = list(zip(operation.arguments, operation.slots, strict=True))
-    dropped = operator.has_bias(call, operands, rule) and operation.late_leaf != "bias"
+    dropped = operator.has_bias(call, operation.named_slots, rule)
+    dropped = dropped and operation.late_leaf != "bias"
     return not dropped and operator.telescopes(call, rule)
 
 
@@ -69,6 +69,8 @@ class Telescope:
                 return None  # relevance given to a neuron of value zero
             starts.append(value)
             gradients.append(torch.where(silent, 0.0, message / value.detach()))
+            if not bool(torch.isfinite(gradients[-1]).all()):
+                return None  # too large a quotient for the type
         ends = [self.values[variable] for variable in stops]
         single = all(len(gradient) == 1 for gradient in gradients)
         found = torch.autograd.grad(

@@ -2,7 +2,7 @@
 
 from nrm.graph.capture import Captured, capture, reproduces
 from nrm.graph.graph import Graph, first_tokens
-from nrm.graph.model_call import ModelCall, Output
+from nrm.graph.model_call import ModelCall, Output, check_nested
 from nrm.graph.variables import Operation, Variable
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Output",
     "Variable",
     "capture",
+    "check_nested",
     "first_tokens",
     "reproduces",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from nrm.graph.model_call import ModelCall
+from nrm.operators import picks
 
 _ROOT = "L__self__"
 
@@ -79,7 +80,7 @@ def _leaves(node: Node, address: str) -> bool:
 
 
 def _operator_name(node: Node) -> str:
-    if node.args and isinstance(node.args[0], Node) and "getitem" in str(node.target):
+    if picks(node) and isinstance(node.args[0], Node):
         return f"{_operator_name(node.args[0])}.{node.args[1]}"
     name = str(node.target)
     return name.split(".")[1] if "." in name else getattr(node.target, "__name__", name)

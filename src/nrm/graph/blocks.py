@@ -41,9 +41,9 @@ def _collapse(graph: FxGraph, address: str, kind: str, nodes: list[Node]) -> Non
         )
     result = results[0]
     given = list(dict.fromkeys(p for n in nodes for p in n.all_input_nodes if p not in inside))
-    names = _names(given)
+    names = _names(given, address)
     body = FxGraph()
-    within = {node: body.placeholder(names[node]) for node in given}
+    within = {node: body.placeholder(f"argument_{i}") for i, node in enumerate(given)}
     for node in nodes:
         within[node] = body.node_copy(node, within.__getitem__)
     body.output(within[result])
@@ -57,14 +57,14 @@ def _collapse(graph: FxGraph, address: str, kind: str, nodes: list[Node]) -> Non
             graph.erase_node(node)
 
 
-def _names(given: list[Node]) -> dict[Node, str]:
-    """`input`, `input_1`, ... and parameters by their own names."""
+def _names(given: list[Node], address: str) -> dict[Node, str]:
+    """`input`, `input_1`, ... and parameters by their names within the module."""
     names: dict[Node, str] = {}
     count = 0
     for node in given:
         parameter = node.meta.get("parameter")
         if parameter is not None:
-            names[node] = parameter.rpartition(".")[2]
+            names[node] = parameter.removeprefix(address.partition("@")[0] + ".")
         else:
             names[node] = "input" + (f"_{count}" if count else "")
             count += 1

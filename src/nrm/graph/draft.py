@@ -10,9 +10,8 @@ from torch.fx import Node
 from nrm.errors import CaptureError, UnsupportedOperatorError
 from nrm.graph import addresses
 from nrm.graph.capture import Captured
-from nrm.graph.gates import SIGMOID, gate_rank, is_state
 from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor, is_symbolic
-from nrm.operators import Call, Operator, carries_none, lookup
+from nrm.operators import Call, Operator, carries_none, lookup, picks
 
 
 class Draft:
@@ -20,7 +19,8 @@ class Draft:
 
     Attributes:
         variables: parents before their children.
-        by_node: the variable of a captured node.
+        by_node: the variable of a captured node that depends on an input or embedding.
+        constants: that of a constant, for the operations where it is some neuron's only parent.
         refusals: why a variable's operation has no row. It is an error only if a walk gets there.
     """
 
@@ -29,6 +29,7 @@ class Draft:
         self.fallback = fallback
         self.variables: list[Variable] = []
         self.by_node: dict[Node, Variable] = {}
+        self.constants: dict[Node, Variable] = {}
         self.refusals: dict[Variable, UnsupportedOperatorError] = {}
         self._varying: set[Node] = set(captured.inputs)
         self._build()
@@ -40,7 +41,7 @@ class Draft:
         nodes = [node for node in captured.graph.nodes if node in needed]
         self._name_of = addresses.assign(nodes)
         for node, name in zip(captured.inputs, captured.names, strict=True):
-            if is_float_tensor(node) and "mask" not in name:
+            if is_float_tensor(node) and not is_mask(name):
                 self._add_input(node, name)
         for node in nodes:
             if node.op == "call_function":
@@ -56,7 +57,7 @@ class Draft:
         if self.captured.output not in self.by_node:
             raise CaptureError(
                 "no walk leads from the output to an input: the output does not depend on any "
-                "real-valued input or embedding."
+                "real-valued input or embedding (inputs called mask or something_mask are none)."
             )
 
     def _add_input(self, node: Node, name: str) -> None:
@@ -108,8 +109,8 @@ class Draft:
         slots = operator.operands(call, self.by_node.__contains__, address)
         if not any(slot in self.by_node for _, slot in slots):
             return None  # a constant made to look like a variable
-        if operator.is_product and len(slots) == 1:
-            slots = self._with_state(call, slots)
+        if operator.is_product and len(slots) == 1 and "recurrent" in node.meta:
+            slots = _with_state(call)
         operator.check(call, slots, address)
         return Operation(
             address,
@@ -118,30 +119,17 @@ class Draft:
             addresses.module_type(node),
             operator.kind_of(slots),
             tuple(slot for _, slot in slots),
-            tuple(name for name, _ in slots),
-            tuple(self.by_node.get(slot) or self._add_constant(slot) for _, slot in slots),
+            _places(call, slots),
+            tuple(self._parent(slot) for _, slot in slots),
         )
 
-    def _with_state(self, call: Call, slots: list[tuple[str, Node]]) -> list[tuple[str, Node]]:
-        """The factors of a gate times a constant state, which is a value like any other.
-
-        The first step of a recurrent network multiplies gates with states that no input reaches.
-        Parameters are no states: what is multiplied with them is scaled.
-        """
-        ((_, carrier),) = slots
-        others = [(n, node) for n, node in call.nodes() if node is not carrier]
-        if len(others) != 1 or gate_rank(carrier, self.by_node.__contains__) < SIGMOID:
-            return slots
-        ((_, other),) = others
-        if not is_float_tensor(other) or not other.meta["val"].dim() or not is_state(other):
-            return slots
-        return [pair for pair in call.nodes() if pair[1] in (carrier, other)]
-
-    def _add_constant(self, node: Node) -> Variable:
-        """A constant that is the only parent of some neurons: walks end there."""
-        name = node.meta.get("parameter") or self._name_of[node][0]
-        self.by_node[node] = self._variable(name, "constant", node)
-        return self.by_node[node]
+    def _parent(self, node: Node) -> Variable:
+        """The variable of an operand; a constant that is some neuron's only parent is a leaf."""
+        known = self.by_node.get(node) or self.constants.get(node)
+        if known is None:
+            name = node.meta.get("parameter") or self._name_of[node][0]
+            known = self.constants[node] = self._variable(name, "constant", node)
+        return known
 
     def _variable(self, name: str, kind: Kind, node: Node, aliases: Sequence[str] = ()) -> Variable:
         shape, batch_axis = self._shape(node.meta["val"])
@@ -173,6 +161,28 @@ class Draft:
         return tuple(sizes), axis
 
 
+def is_mask(name: str) -> bool:
+    """Whether an input of this name says what counts, and carries no relevance itself."""
+    return name.rpartition(".")[2].lower() in ("mask", "masks") or name.lower().endswith("_mask")
+
+
+def _with_state(call: Call) -> list[tuple[str, Node]]:
+    """Both factors of a product in a recurrent cell: a gate, and a state no input reaches yet.
+
+    The state is a value like any other. Elsewhere, what is multiplied with a constant is scaled.
+    """
+    return [(name, node) for name, node in call.nodes() if is_float_tensor(node)]
+
+
+def _places(call: Call, slots: Sequence[tuple[str, Node]]) -> tuple[tuple[str, int], ...]:
+    """Where in a call its operands are, which may be the same node twice."""
+    remaining = iter(call.places())
+    found = []
+    for slot in slots:
+        found.append(next((n, place) for n, place, node in remaining if (n, node) == slot))
+    return tuple(found)
+
+
 def _call(node: Node, address: str) -> Call:
     try:
         return Call.of(node)
@@ -184,7 +194,7 @@ def _call(node: Node, address: str) -> Call:
 
 def _parents(node: Node) -> Sequence[Node]:
     """The nodes that a node reads; through a getitem, those that the producer reads."""
-    if "getitem" in str(node.target) and isinstance(node.args[0], Node):
+    if picks(node) and isinstance(node.args[0], Node):
         return _parents(node.args[0])
     return node.all_input_nodes
 

@@ -114,7 +114,12 @@ def attention(
             scores = scores.masked_fill(~attn_mask, -torch.inf)
         else:
             scores = scores + attn_mask
-    return torch.matmul(torch.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
+        # Where all is masked, the result is zero and not NaN.
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    return torch.matmul(torch.dropout(weights, dropout_p, dropout_p > 0), value)
 
 
 def gated_linear_unit(x: Tensor, dim: int = -1) -> Tensor:

@@ -10,17 +10,23 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from nrm.operators import Identity, Product, Quotient, Routing, Sum, carries_none, lookup
-
-SIGMOID = 2
-"""From this rank on, a factor gates whatever it is multiplied with, a constant too."""
+from nrm.operators import (
+    Identity,
+    Product,
+    Quotient,
+    Routing,
+    Sum,
+    carries_none,
+    lookup,
+    picks,
+)
 
 _RANKS = {
     # squashing and rectifying functions: a gate against a linear value (SwiGLU, GEGLU)
     **dict.fromkeys(
         ["tanh", "hardtanh", "silu", "gelu", "relu", "mish", "hardswish", "softplus", "elu"], 1
     ),
-    **dict.fromkeys(["sigmoid", "hardsigmoid"], SIGMOID),
+    **dict.fromkeys(["sigmoid", "hardsigmoid"], 2),
     # weights that are normalised to sum to one, also by hand
     **dict.fromkeys(["softmax", "_softmax", "exp"], 3),
     # scales: what is left of a vector is its direction
@@ -43,18 +49,6 @@ def gate_rank(node: Node, carries: Callable[[Node], bool]) -> int:
         node = source
 
 
-def is_state(node: Node) -> bool:
-    """Whether a constant was computed, not given as a parameter in some view."""
-    while node.op == "call_function":
-        sources = node.all_input_nodes
-        if "getitem" not in str(node.target):
-            operator = lookup(node.target) if hasattr(node.target, "_schema") else None  # type: ignore[arg-type]
-            if not isinstance(operator, Routing | Identity) or len(sources) != 1:
-                return True
-        node = sources[0]
-    return False
-
-
 def _exponent(node: Node) -> float:
     value = node.args[1]
     return value if isinstance(value, int | float) else 0.0
@@ -62,7 +56,7 @@ def _exponent(node: Node) -> float:
 
 def _transparent(node: Node, carries: Callable[[Node], bool]) -> Node | None:
     """The operand behind a view, a constant factor or a constant summand."""
-    if "getitem" in str(node.target):
+    if picks(node):
         producer = node.args[0]
         assert isinstance(producer, Node)
         return _transparent(producer, carries)

@@ -53,7 +53,7 @@ class Graph:
         self.bias_is_input = bias_is_input
         draft = Draft(captured, fallback)
         self.variables: list[Variable] = draft.variables
-        self.by_node: dict[Node, Variable] = draft.by_node
+        self.by_node: dict[Node, Variable] = draft.by_node | draft.constants
         self.silent: set[str] = set()
         self._share_products()
         self._drop_unvisited(draft)
@@ -144,13 +144,23 @@ class Graph:
             product = variable.producer
             if product is None or len(product.slots) < 2 or not product.operator.is_product:
                 continue
-            product.gates = tuple(gate_rank(s, self.by_node.__contains__) for s in product.slots)
-            alphas = self.specification.alpha(product, self).coefficients(product.gates)
+            product.gates = tuple(gate_rank(s, self._carries) for s in product.slots)
+            alpha = self.specification.alpha(product, self)
+            alphas = alpha.coefficients(product.gates)
+            if len(alphas) != len(product.gates) or abs(sum(alphas) - 1) > 1e-6:
+                raise QueryError(
+                    f"{alpha} gives the {len(product.gates)} factors of {product.address!r} the "
+                    f"coefficients {list(alphas)}, which are to be one for each and sum to one."
+                )
             taking = [i for i, alpha in enumerate(alphas) if alpha != 0]
             product.alphas = tuple(alphas[i] for i in taking)
             product.slots = tuple(product.slots[i] for i in taking)
             product.arguments = tuple(product.arguments[i] for i in taking)
             product.operands = tuple(product.operands[i] for i in taking)
+
+    def _carries(self, node: Node) -> bool:
+        variable = self.by_node.get(node)
+        return variable is not None and variable.kind != "constant"
 
     def _choose_rules(self) -> None:
         """Choose the rule of every operation, and add the leaves that enter late."""
@@ -164,8 +174,11 @@ class Graph:
                     f"{operation.kind} neurons have many parents. Choose a contribution rule."
                 )
             operation.rule = rule
-            if operation.operator.acts_on_last_axis(operation.call):
-                operation.operands[0].channel_axis = -1
+            operand = operation.operands[0]
+            if operand.channel_axis is None and operation.operator.acts_on_last_axis(
+                operation.call
+            ):
+                operand.channel_axis = -1
         with_late: list[Variable] = []
         for variable in self.variables:
             if variable.producer is not None:
@@ -194,7 +207,7 @@ class Graph:
             name for v in self.variables for name in (v.name, *v.aliases) if name not in names
         }
         self.variables = kept
-        self.by_node = {node: v for node, v in self.by_node.items() if v in kept}
+        self.by_node = {node: v for node, v in self.by_node.items() if v in set(kept)}
         self._number()
 
     def _number(self) -> None:
@@ -202,10 +215,7 @@ class Graph:
             variable.index = index
 
     def _late_leaf(self, operation: Operation) -> Variable | None:
-        operator, operands = (
-            operation.operator,
-            list(zip(operation.arguments, operation.slots, strict=True)),
-        )
+        operator, operands = operation.operator, operation.named_slots
         name = operator.late_leaf(operation.call, operands, operation.rule, self.bias_is_input)
         if name is None:
             return None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,6 +20,9 @@ from nrm.errors import CaptureError, InputError
 Output = str | int | Sequence[str | int] | Callable[[Any], Tensor] | None
 """Which of a model's outputs is explained: a name, an index, a path of them, or a function of the
 output that returns a tensor; `None` where there is only one."""
+
+
+_PLAIN = (int, float, str, bool, NoneType, torch.dtype, torch.device)
 
 
 class ModelCall(nn.Module):
@@ -45,8 +50,8 @@ class ModelCall(nn.Module):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What else but the tensors decides the graph."""
-        return (str(self._layout), tuple(map(repr, self._fixed)))
+        """What else but the tensors decides the graph; unique where that cannot be told."""
+        return (str(self._layout), *(x if isinstance(x, _PLAIN) else object() for x in self._fixed))
 
     def forward(self, *tensors: Tensor) -> Tensor:
         leaves = list(self._fixed)
@@ -132,29 +137,38 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
 
 def _names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """Names of the tensors among the arguments, after the parameters they are given for."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    named: dict[str, Any] = {}
-    for position, value in enumerate(args):
-        parameter = parameters[min(position, len(parameters) - 1)] if parameters else None
-        if parameter is None or parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            before = 0 if parameter is None else parameters.index(parameter)
-            stem = "input" if parameter is None else parameter.name
-            named[f"{stem}_{position - before}"] = value
-        else:
-            named[parameter.name] = value
-    named.update(kwargs)
+    named: list[tuple[str, Any]] = []
+    parameters = iter(inspect.signature(model.forward).parameters.values())
+    variadic: str | None = None
+    for value in args:
+        if variadic is None:
+            parameter = next(parameters, None)
+            if parameter is None or parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                variadic, count = "input" if parameter is None else parameter.name, 0
+            else:
+                named.append((parameter.name, value))
+        if variadic is not None:
+            named.append((f"{variadic}_{count}", value))
+            count += 1
     found = []
-    for name, value in named.items():
-        tensors = _tensors(value)
-        found += [f"{name}.{inner}" if inner else name for inner in tensors]
+    for name, value in (*named, *kwargs.items()):
+        found += [f"{name}.{inner}" if inner else name for inner in _tensors(value)]
     return found
 
 
 def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that hold tensors where nrm cannot see them."""
+    """Refuse arguments that hold tensors where they cannot be followed.
+
+    Raises:
+        InputError: names the type.
+    """
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
-        if hasattr(leaf, "edge_index"):
+        if isinstance(leaf, Tensor | nn.Module):
+            continue
+        held = vars(leaf).values() if hasattr(leaf, "__dict__") else ()
+        if hasattr(leaf, "edge_index") or any(isinstance(value, Tensor) for value in held):
             raise InputError(
-                f"a {type(leaf).__name__} cannot be looked into: give its tensors, e.g. "
-                "explainer(data.x, data.edge_index)."
+                f"tensors within a {type(leaf).__name__} cannot be followed: give them as "
+                "arguments of their own (or in tuples and dicts), e.g. "
+                "explainer(data.x, data.edge_index), with a module around the model if need be."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,13 +112,17 @@ STEPS = {
 }
 
 
-def name_steps(node: Node, new: Iterable[Node]) -> None:
+def name_steps(node: Node, new: Sequence[Node]) -> None:
     """Name the hidden (and cell) state of each time step: `h_l0[3]`, `c_l1_reverse[0]`.
 
     Every layer and direction ends by stacking its hidden states, in the order of time.
     """
     name = str(node.target).split(".")[1]
-    if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    if name.removesuffix("_cell") not in STEPS:
+        return
+    for inner in new:
+        inner.meta["recurrent"] = True  # its constants are states
+    if name not in STEPS:
         return
     layers, bidirectional = node.args[4], node.args[7]
     assert isinstance(layers, int)

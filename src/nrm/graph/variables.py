@@ -56,7 +56,7 @@ class Operation:
         kind: what it is, to show and to choose rules by.
         operands: where relevance goes; the late leaf last, if there is one.
         slots: the operands among the call's arguments, in order (without the late leaf).
-        arguments: the name of each slot's argument.
+        arguments: the name of each slot's argument, and the place in it, for those that are lists.
         gates: how much each factor of a product is a gate.
         alphas: what each factor of a product takes.
         rule: how a weighted sum is shared out.
@@ -68,13 +68,18 @@ class Operation:
     module_type: str
     kind: str
     slots: tuple[Node, ...]
-    arguments: tuple[str, ...]
+    arguments: tuple[tuple[str, int], ...]
     operands: tuple[Variable, ...] = ()
     gates: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
     rule: Rule = field(init=False)
     late_leaf: str | None = None
     output: Variable = field(init=False)
+
+    @property
+    def named_slots(self) -> list[tuple[str, Node]]:
+        """The slots with the names of their arguments."""
+        return [(name, s) for (name, _), s in zip(self.arguments, self.slots, strict=True)]
 
     @property
     def late(self) -> Variable | None:

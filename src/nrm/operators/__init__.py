@@ -1,7 +1,7 @@
 """How relevance passes each kind of operator, and the table that says which kind each one is."""
 
 from nrm.operators.base import Columns, Operator, Propagation, Setting, Slot, fill
-from nrm.operators.call import Call
+from nrm.operators.call import Call, picks
 from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Identity
 from nrm.operators.layers import Sum
@@ -36,5 +36,6 @@ __all__ = [
     "in_place",
     "lookup",
     "operation",
+    "picks",
     "register",
 ]

@@ -130,7 +130,7 @@ class Operator(ABC):
         """The arguments (of a call on graph nodes) that carry relevance, or an error by name."""
         found = []
         for name, node in call.nodes():
-            if name in _ONLY_SHAPES and call.target in _LIKE:
+            if _SHAPE_ONLY.get(call.target) == name:
                 continue
             passes = self.passes is None or name in self.passes
             if carries(node) and not passes:
@@ -198,14 +198,14 @@ class Operator(ABC):
         """
 
 
-_ONLY_SHAPES = ("other",)
-_LIKE = {
-    torch.ops.aten.expand_as.default,
-    torch.ops.aten.view_as.default,
-    torch.ops.aten.reshape_as.default,
-    torch.ops.aten.type_as.default,
+_SHAPE_ONLY = {
+    torch.ops.aten.expand_as.default: "other",
+    torch.ops.aten.view_as.default: "other",
+    torch.ops.aten.reshape_as.default: "other",
+    torch.ops.aten.type_as.default: "other",
+    torch.ops.aten.copy.default: "self",
 }
-"""Operators that read nothing of these arguments but how they look."""
+"""Arguments of which an operator reads nothing but how they look."""
 
 
 def fill(call: Call, values: Sequence[Any]) -> Call:

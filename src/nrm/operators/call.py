@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Call:
 
         A `getitem` node is a call of the operator whose results it picks from.
         """
-        if node.target is operator.getitem:
+        if picks(node):
             producer, item = node.args
             assert isinstance(producer, Node)
             assert isinstance(item, int)
@@ -68,15 +68,41 @@ class Call:
 
     def nodes(self) -> Iterator[tuple[str, Node]]:
         """Every graph node among the arguments, lists included, with its argument's name."""
+        for name, _, node in self.places():
+            yield name, node
+
+    def places(self) -> Iterator[tuple[str, int, Node]]:
+        """Every graph node among the arguments, with its argument's name and place in it."""
         for name, value in self.arguments.items():
-            for leaf in pytree.tree_leaves(value):
+            for place, leaf in enumerate(_leaves(value)):
                 if isinstance(leaf, Node):
-                    yield name, leaf
+                    yield name, place, leaf
+
+    def map_places(self, substitute: Callable[[str, int, Any], Any]) -> Call:
+        """The same call with every leaf replaced, by argument and place in it."""
+        mapped = {}
+        for name, value in self.arguments.items():
+            places = count()
+            mapped[name] = _map(lambda leaf, n=name, p=places: substitute(n, next(p), leaf), value)  # type: ignore[misc]
+        return Call(self.target, mapped, self.item)
 
     def map(self, substitute: Callable[[Any], Any]) -> Call:
         """The same call with every leaf of its arguments replaced."""
         mapped = {name: _map(substitute, value) for name, value in self.arguments.items()}
         return Call(self.target, mapped, self.item)
+
+
+def picks(node: Node) -> bool:
+    """Whether a node picks one of several results of another."""
+    return node.target is operator.getitem
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _map(substitute: Callable[[Any], Any], value: Any) -> Any:

@@ -61,6 +61,25 @@ class Identity(Operator):
         return output, Unchanged(values[0].shape, output.shape)
 
 
+class Copy(Identity):
+    """`copy(self, src)`: the values of `src`, broadcast and cast to look like `self`."""
+
+    passes = ("src",)
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind, at_zero="linear")
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        output = self.frozen(call, [values[0].detach()], setting)
+        return output, Unchanged(values[0].shape, output.shape)
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        like: Tensor = call["self"]
+        return values[0].to(like.dtype).expand(like.shape)
+
+
 class Unchanged(Propagation):
     """The message as it is, summed over the copies where the operand was broadcast."""
 

@@ -34,6 +34,8 @@ class LocalLinear(Operator):
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad():
             output = fill(call, leaves)()
+            if not output.requires_grad:  # a step function: constant to first order
+                output = output + 0 * leaves[0].sum()
             # The product of the Jacobian and x, by two transposed products.
             probe = torch.zeros_like(output, requires_grad=True)
             gradients = torch.autograd.grad(

@@ -113,6 +113,16 @@ class Normalization(Centring):
                 scale = scale * self._aligned(gain, x.dim())
             return scale, -scale / grouped.shape[-1], None
 
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        if isinstance(setting.rule, Identity):
+            return super().frozen(call, values, setting)
+        x = values[0]
+        own, _, _ = self.coefficients(call, x.detach())
+        grouped = self.groups(call, x)  # centred before it is scaled, as the operator does
+        centred = (grouped - grouped.mean(-1, keepdim=True)).reshape(x.shape) * own
+        bias = self.bias(call, values, setting.output_dim)
+        return centred if bias is None else centred + bias
+
     def add_up(self, call: Call, x: Tensor) -> Tensor:
         grouped = self.groups(call, x)
         return grouped.sum(-1, keepdim=True).expand_as(grouped).reshape(x.shape)

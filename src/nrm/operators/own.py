@@ -63,6 +63,8 @@ def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = f"{function.__module__}_{function.__qualname__}"
         name = "".join(c if c.isalnum() else "_" for c in name)
+        while hasattr(torch.ops.nrm, name):  # defined again, as in a notebook
+            name += "_"
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

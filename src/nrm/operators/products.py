@@ -71,6 +71,16 @@ class Quotient(Product):
 
     is_product: ClassVar[bool] = False
 
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return call.get("rounding_mode") is None
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        if isinstance(call["self"], Slot):
+            return super().frozen(call, values, setting)
+        x = values[0].detach()  # a constant divided by it: one parent
+        slope: Tensor = fill(call, [x])() / x
+        return values[0] * slope
+
     def operands(
         self, call: Call, carries: Callable[[Node], bool], address: str
     ) -> list[tuple[str, Node]]:

@@ -12,7 +12,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from nrm.operators.base import Operator
 from nrm.operators.batch_norm import BatchNorm
 from nrm.operators.filling import Filling
-from nrm.operators.identity import Identity
+from nrm.operators.identity import Copy, Identity
 from nrm.operators.layers import Averaging, Layer, Sum
 from nrm.operators.normalization import (
     Normalization,
@@ -21,6 +21,7 @@ from nrm.operators.normalization import (
     single_channels,
 )
 from nrm.operators.one_of import OneOf
+from nrm.operators.overwriting import Overwriting
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
 from nrm.operators.scattering import ScatterMaximum, ScatterSum
@@ -109,15 +110,16 @@ _CARRIES_NONE = frozenset(
 register(
     Identity("activation", at_zero="zero"),
     *_names(
-        "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish tanh hardswish "
-        "hardshrink softshrink tanhshrink expm1 erf abs square sqrt log1p sin atan nan_to_num"
+        "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish tanh hardswish "
+        "hardshrink softshrink tanhshrink expm1 erf abs square sqrt log1p sin atan"
     ),
 )
 register(
     Identity("activation"),
     *_names(
-        "sigmoid softplus hardsigmoid threshold log_sigmoid clamp clamp_min clamp_max exp rsqrt "
-        "reciprocal log log2 log10 cos logit log_softmax pow.Tensor_Scalar pow.Scalar"
+        "sigmoid softplus hardsigmoid hardtanh nan_to_num threshold log_sigmoid clamp "
+        "clamp_min clamp_max exp rsqrt reciprocal log log2 log10 cos logit log_softmax "
+        "pow.Tensor_Scalar pow.Scalar"
     ),
 )
 register(
@@ -151,12 +153,14 @@ register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat
 register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
 register(
     Routing("view", ("self", "src"), keeps_channels=True),
-    *_names("scatter.src select_scatter slice_scatter diagonal_scatter copy"),
+    *_names("select_scatter slice_scatter diagonal_scatter"),
 )
+register(Copy("view"), *_names("copy"))
+register(Overwriting("view", ("self", "src")), *_names("scatter.src"))
 register(
     OneOf(
         (lambda call: bool(call["accumulate"]), ScatterSum("scatter", "values")),
-        (lambda call: True, Routing("view", ("self", "values"), keeps_channels=True)),
+        (lambda call: True, Overwriting("view", ("self", "values"))),
     ),
     *_names("index_put"),
 )
