@@ -98,7 +98,7 @@ class Explainer:
 
         Arguments:
             inputs, named: the model's arguments. Real-valued tensors are leaves, where walks end;
-                of integer inputs, their embeddings are. Inputs called `mask` or `..._mask` carry none.
+                of integer inputs, their embeddings are. Masks (`mask`, `..._mask`) carry none.
             target: the output neuron to explain: one for all samples or one for each, ints for an
                 output `[batch, C]`, tuples for more axes (`(position, token)`, where negative
                 numbers count from the end). By default each sample's largest output.

@@ -34,7 +34,7 @@ class LocalLinear(Operator):
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad():
             output = fill(call, leaves)()
-            if not output.requires_grad:  # a step function: constant to first order
+            if not output.requires_grad:
                 output = output + 0 * leaves[0].sum()
             # The product of the Jacobian and x, by two transposed products.
             probe = torch.zeros_like(output, requires_grad=True)
@@ -43,9 +43,11 @@ class LocalLinear(Operator):
             )
             along = sum((g * x.detach()).sum() for g, x in zip(gradients, leaves, strict=True))
             assert isinstance(along, Tensor)
-            columns = torch.autograd.grad(
-                along, probe, retain_graph=True, allow_unused=True, materialize_grads=True
-            )[0]
+            columns = torch.zeros_like(output)  # a step function is constant to first order
+            if along.requires_grad:
+                columns = torch.autograd.grad(
+                    along, probe, retain_graph=True, allow_unused=True, materialize_grads=True
+                )[0]
         return output.detach(), Linearised(leaves, output, columns.detach(), setting.address)
 
 
