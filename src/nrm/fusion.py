@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from nrm.graph import Graph, Variable
 from nrm.operators.gradient_share import gradient_share
@@ -35,7 +36,7 @@ class Fusion:
     @property
     def reads(self) -> list[Node]:
         """The nodes among the arguments."""
-        return _nodes((*self.args, *self.kwargs.values()))
+        return _nodes((self.args, self.kwargs))
 
     def __call__(self, values: dict[Node, Any]) -> Tensor:
         """The result, differentiable."""
@@ -46,24 +47,22 @@ class Fusion:
                 return value
             return gradient_share(value, self.shares.get(node, 0.0))
 
-        return self.target(
-            *(map_nodes(argument, take) for argument in self.args),
-            **{name: map_nodes(argument, take) for name, argument in self.kwargs.items()},
-        )
+        args, kwargs = map_arg((self.args, self.kwargs), take)
+        return self.target(*args, **kwargs)
 
 
 def fusions(graph: Graph) -> dict[Node, Fusion]:
     """The operators that were written out, by the node of their result."""
     found = {}
-    for variable in graph.variables:
-        written_out = variable.node.meta.get("fused") if variable.node is not None else None
+    for node, variable in graph.by_node.items():
+        written_out = node.meta.get("fused")
         if written_out is not None and variable.producer is not None:
             target, args, kwargs = written_out
-            inputs = _nodes((*args, *kwargs.values()))
+            inputs = _nodes((args, kwargs))
             if len(set(inputs)) < len(inputs):
                 continue  # one tensor in two roles takes differently in each
-            found[variable.node] = Fusion(target, args, kwargs, _shares(graph, variable, inputs))
-    return {node: fusion for node, fusion in found.items() if node is not None}
+            found[node] = Fusion(target, args, kwargs, _shares(graph, variable, inputs))
+    return found
 
 
 def needed(
@@ -96,17 +95,7 @@ def _shares(graph: Graph, output: Variable, inputs: Sequence[Node]) -> dict[Node
     return {v.node: shares.get(v, 0.0) for v in ends if v.node is not None}
 
 
-def _nodes(arguments: Sequence[Any]) -> list[Node]:
+def _nodes(arguments: Any) -> list[Node]:
     found: list[Node] = []
-    for argument in arguments:
-        map_nodes(argument, found.append)
+    map_arg(arguments, found.append)
     return found
-
-
-def map_nodes(argument: Any, change: Callable[[Node], Any]) -> Any:
-    """An argument with its nodes replaced, lists included."""
-    if isinstance(argument, Node):
-        return change(argument)
-    if isinstance(argument, list | tuple):
-        return [map_nodes(item, change) for item in argument]
-    return argument

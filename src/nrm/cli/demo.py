@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from nrm.cli.errors import CommandError
 from nrm.cli.pictures import Picture, shown
 from nrm.cli.report import Subject
+from nrm.threads import one_thread
 
 EPOCHS = 20
 DIGITS = (3, 6)
@@ -63,7 +62,7 @@ def train(epochs: int = EPOCHS, seed: int = 0) -> Trained:
     """Train on the spot, the same way every time."""
     x, y = _digits()
     begin = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         order = torch.randperm(len(x))
         seen, held_out = order[:_TRAINING], order[_TRAINING:]
@@ -89,17 +88,6 @@ def example(trained: Trained, digit: int) -> tuple[Picture, Subject]:
     x = trained.x[best]
     subject = Subject(f"digit {best} of the held-out ones", "DigitNet", digit, str(digit))
     return Picture(x[None], shown(x)), subject
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """More threads gain a network this small nothing, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _digits() -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from nrm.operators import (
     lookup,
     picks,
 )
+from nrm.rules.alphas import SCALE
 
 _RANKS = {
     # squashing and rectifying functions: a gate against a linear value (SwiGLU, GEGLU)
@@ -30,7 +31,9 @@ _RANKS = {
     # weights that are normalised to sum to one, also by hand
     **dict.fromkeys(["softmax", "_softmax", "exp"], 3),
     # scales: what is left of a vector is its direction
-    **dict.fromkeys(["rsqrt", "reciprocal", "sqrt", "linalg_vector_norm", "norm", "std", "var"], 4),
+    **dict.fromkeys(
+        ["rsqrt", "reciprocal", "sqrt", "linalg_vector_norm", "norm", "std", "var"], SCALE
+    ),
 }
 
 

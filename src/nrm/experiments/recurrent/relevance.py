@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nrm import rules
 from nrm.composites import Composite, Everywhere, LRPAll
-from nrm.experiments.recurrent.series import Series, Task, middle, one_thread, train
+from nrm.experiments.recurrent.series import Series, Task, middle, train
 from nrm.explainer import Explainer
+from nrm.threads import one_thread
 
 STEPS = 12
 SEEDS = 8

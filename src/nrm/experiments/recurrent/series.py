@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nrm.threads import one_thread
 
 STATES = 3
 _BATCH = 128
@@ -158,14 +158,3 @@ def _split(task: Task, steps: int, seed: int) -> tuple[Series, Series]:
 def _accuracy(model: LinearRNN, series: Series) -> float:
     right = model(series.x.to(model.head.weight.dtype)).argmax(1) == series.label
     return float(right.double().mean())
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """More threads gain a network this small nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
