@@ -143,6 +143,104 @@ def test_message_passing_stops_where_the_answer_is(data, R):
     close(R(a, b), sum(R(a, b, leaf) for leaf in leaves), R)
 
 
+@st.composite
+def formulas_of(draw, R, many):
+    """Random formulas over two random sets."""
+    sets = draw(sets_of(R, 2))
+    chosen = []
+    for _ in range(many):
+        a, b = draw(st.sampled_from(sets)), draw(st.sampled_from(sets))
+        kinds = [a, ~a, a & b, a | ~b, a ^ b, a >> b, ~(a & ~b)]
+        chosen.append(draw(st.sampled_from(kinds)))
+    return chosen
+
+
+@laws
+@given(st.data(), measures)
+def test_de_morgan(data, R):
+    a, b = data.draw(formulas_of(R, 2))
+    close(R(~(a & b)), R(~a | ~b), R)
+    close(R(~(a | b)), R(~a & ~b), R)
+    close(R(~a), 1 - R(a), R)
+
+
+@laws
+@given(st.data(), measures)
+def test_distributivity(data, R):
+    a, b, c = data.draw(formulas_of(R, 3))
+    close(R(a & (b | c)), R((a & b) | (a & c)), R)
+    close(R(a | (b & c)), R((a | b) & (a | c)), R)
+    close(R(a >> b), R(~(a & ~b)), R)
+    close(R(a ^ b), R(a | b) - R(a & b), R)
+
+
+@laws
+@given(st.data(), measures)
+def test_inclusion_and_exclusion(data, R):
+    a, b, c = data.draw(sets_of(R, 3))
+    expected = R(a) + R(b) + R(c) - R(a, b) - R(a, c) - R(b, c) + R(a, b, c)
+    close(R(a | b | c), expected, R)
+    close(R((a & ~~b) | (b ^ c) | c), R(b | c), R)
+
+
+@laws
+@given(st.data(), measures)
+def test_total_law(data, R):
+    """`R(A) = sum over the parts b of a cut of R(A | b) R(b)`."""
+    (a,) = data.draw(formulas_of(R, 1))
+    cut = data.draw(st.sampled_from(R.graph.cuts)).name
+    chosen, bits = _set(data.draw, R, cut)
+    parts = [chosen] if bits.all() else [chosen, nrm.mask(cut, ~bits)]
+    if not all(bool((R(part).abs() > 1e-6).all()) for part in parts):
+        return  # 0 where R(b) = 0, so that nothing of R(A, b) is left
+    close(sum(R(a, given=part) * R(part) for part in parts), R(a), R)
+
+
+@laws
+@given(st.data(), measures)
+def test_bayes(data, R):
+    """`R(A | B) R(B) = R(B | A) R(A)`."""
+    a, b = data.draw(formulas_of(R, 2))
+    known = R(a), R(b)
+    if not all(bool((r.abs() > 1e-6).all()) for r in known):
+        return
+    close(R(a, given=b) * known[1], R(b, given=a) * known[0], R)
+
+
+@laws
+@given(st.data(), measures)
+def test_forward_equals_backward(data, R):
+    """Every cut sums to the query, with messages from both sides meeting there."""
+    (a,) = data.draw(formulas_of(R, 1))
+    layers = R.marginals(a)
+    for variable in R.graph.cuts:
+        close(layers[variable.name].flatten(1).sum(1), R(a), R)
+
+
+@laws
+@given(st.data(), measures)
+def test_outcomes_add_up(data, R):
+    """Harsanyi dividends of a family add up to one, and to each of its sets."""
+    sets = data.draw(sets_of(R, 3))
+    found = R.outcomes(*sets)
+    close(sum(found.values()), torch.ones(2).double(), R)
+    for k, chosen in enumerate(sets):
+        close(sum(r for held, r in found.items() if held[k]), R(chosen), R)
+
+
+@laws
+@given(st.data(), measures)
+def test_additive_relevance_is_additive(data, R):
+    """Def. 3: over disjoint neurons, of whatever layers."""
+    name, other = data.draw(st.lists(st.sampled_from(sorted(R.graph._names)), min_size=2))[:2]
+    chosen, bits = _set(data.draw, R, name)
+    if R.graph.variable(name) is not R.graph.variable(other):
+        close(R.additive(chosen, other), R.additive(chosen) + R.additive(other), R)
+    if not bits.all():
+        rest = nrm.mask(name, ~bits)
+        close(R.additive(chosen | rest), R.additive(chosen) + R.additive(rest), R)
+
+
 class _ConstantColumns(nn.Module):
     """All columns of T~ sum to 3 under w2: each neuron's squared weights do."""
 

@@ -221,11 +221,7 @@ def test_bad_sets_are_refused(R, make, message):
         R(make())
 
 
-def test_queries_that_would_need_forward_messages_are_refused(R):
-    with pytest.raises(QueryError, match="between"):
-        R.marginal("3", nrm.channels("1", 0))
-    with pytest.raises(QueryError, match="where walks end"):
-        R.marginal("3", normalized=False)
+def test_pairs_of_one_layer_are_refused(R):
     with pytest.raises(QueryError, match="same layer"):
         R.joint("1", "1")
 

@@ -3,11 +3,13 @@
 from nrm import composites, rules
 from nrm.errors import NrmError
 from nrm.explainer import Explainer
+from nrm.formulas import Formula, NeuronSet
 from nrm.measure import Measure
-from nrm.neurons import NeuronSet, channels, mask, neurons, patch
+from nrm.neurons import channels, mask, neurons, patch
 
 __all__ = [
     "Explainer",
+    "Formula",
     "Measure",
     "NeuronSet",
     "NrmError",

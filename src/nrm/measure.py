@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,16 +11,22 @@ from torch import Tensor
 from nrm.channels import channel_pairs, only_sample, require_samples_apart, sum_by_channel
 from nrm.diagnostics import Diagnostics, diagnose
 from nrm.errors import QueryError
+from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction
 from nrm.graph import Graph, Variable, first_tokens
-from nrm.neurons import NeuronSet, as_set
 from nrm.passing import Messages, send
 from nrm.program import Pass
-from nrm.proper_form import ProperForm, proper_form
-from nrm.query import Stops, joint_messages, per_sample, resolve
+from nrm.proper_form import ProperForm, depth, proper_form
+from nrm.query import Plan, Query, Stops, laid_out, per_sample, resolve
 from nrm.search import Flow, Flows, in_depth, top_flows
 from nrm.targets import Explained
 
-Given = NeuronSet | str | Sequence[NeuronSet | str] | None
+Sets = Formula | str
+"""A neuron set, a formula over such, or the name of a layer for all of its neurons."""
+
+Given = Sets | Sequence[Sets] | None
+Weights = Mapping[str, Tensor]
+"""For some layers, a weight of each of their neurons, shaped like the layer without its batch
+axis, or with it."""
 
 
 class Measure:
@@ -53,20 +60,21 @@ class Measure:
 
     def __call__(
         self,
-        *sets: NeuronSet | str,
+        *sets: Sets,
         given: Given = None,
         within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
         """The joint relevance `R(A, B, ...)` (eq. 9), or conditional `R(A, ... | given)` (eq. 11).
 
-        A walk passes a set if it visits any of its neurons; what flows past the set over a skip
+        A walk visits a set if it visits any of its neurons; what flows past the set over a skip
         connection does not count. To keep what bypasses it, say `within` instead.
 
         Arguments:
-            sets: neuron sets; the name of a layer stands for all of its neurons.
-            given: a set, or several that hold jointly; where their relevance is 0 so is the
-                result.
+            sets: neuron sets, or formulas over such (`~a & b`, eqs. 53-55), which hold together;
+                the name of a layer stands for all of its neurons.
+            given: a set or formula, or several that hold jointly; where their relevance is 0 so
+                is the result.
             within: count only walks that visit no other neurons of the variables of this set:
                 they pass the set, or bypass these variables altogether. The condition's own
                 relevance, by which `given` divides, counts all walks.
@@ -82,41 +90,151 @@ class Measure:
             return joint
         return _divide(joint, self._relevance(conditions, None, normalized))
 
+    def relevances(self, *formulas: Sets, given: Given = None, normalized: bool = True) -> Tensor:
+        """The relevance of several formulas in one run (`plan` says at what cost).
+
+        Arguments: as for a call of the measure; each formula by itself.
+
+        Returns:
+            `[formulas, batch]`.
+        """
+        conditions = [as_formula(c) for c in _conditions(given)]
+        asked = [_together(f, *conditions) for f in formulas]
+        known = [_together(*conditions)] if conditions else []
+        totals = _finite(self._query([*asked, *known], None, normalized).totals())
+        return _divide(totals[:-1], totals[-1]) if known else totals
+
+    def outcomes(self, *formulas: Sets) -> dict[tuple[bool, ...], Tensor]:
+        """The relevance `[batch]` of each combination of formulas that hold, in one run.
+
+        For neuron sets these are their Harsanyi dividends (section 3.5): of the walks that visit
+        exactly those sets of the family. They add up to one; combinations of which no walk can
+        be are left out.
+        """
+        found = self._query([as_formula(f) for f in formulas], None, True).outcomes()
+        return {
+            tuple(bool(held) for held in state): _finite(relevance)
+            for state, relevance in found.items()
+        }
+
+    def plan(self, *formulas: Sets) -> Plan:
+        """How many messages `relevances` of these formulas sends; nothing is sent."""
+        return self._query([as_formula(f) for f in formulas], None, True).plan()
+
     def marginal(
         self,
         layer: str,
-        *sets: NeuronSet | str,
+        *sets: Sets,
         given: Given = None,
         within: NeuronSet | str | None = None,
         normalized: bool = True,
     ) -> Tensor:
-        """`R(i, A, ...)` for every neuron i of a layer, jointly with sets above or at it (eq. 37).
+        """`R(i, A, ...)` for every neuron i of a layer, jointly with sets anywhere (eq. 37).
+
+        One pass back from the output, and one forward where something lies further up than the
+        layer.
 
         Arguments: as for a call of the measure.
 
         Returns:
             shaped like the layer, batch axis included; without sets, ConRel. It sums to one over
             a cut, and over a single branch to that branch's share.
-
-        Raises:
-            QueryError: a set lies between the layer and the inputs.
         """
         variable = self.graph.variable(layer)
+        return self._marginals([variable], sets, given, within, normalized)[variable]
+
+    def marginals(
+        self,
+        *sets: Sets,
+        layers: Collection[str] | None = None,
+        given: Given = None,
+        within: NeuronSet | str | None = None,
+        normalized: bool = True,
+    ) -> dict[str, Tensor]:
+        """`R(i, A, ...)` for every neuron i of every layer, in two passes (forward-backward).
+
+        Arguments:
+            layers: some of them; by default all, upstream and downstream of the sets and beside.
+            others: as for a call of the measure.
+
+        Returns:
+            a tensor shaped like each layer, by its name, from the inputs to the output.
+        """
+        variables = self._variables(layers)
+        found = self._marginals(variables, sets, given, within, normalized)
+        return {variable.name: found[variable] for variable in variables}
+
+    def conditionals(self, *sets: Sets, layers: Collection[str] | None = None) -> dict[str, Tensor]:
+        """`R(A, ... | j)` for every neuron j downstream of the sets, in one pass.
+
+        The forward message: the relevance with which walks from j on visit the sets. It is known
+        also where j itself has none, and does not depend on the explained output.
+
+        Arguments:
+            sets: as for a call of the measure.
+            layers: by default all that have no set between them and the output.
+
+        Returns:
+            a tensor shaped like each layer, by its name.
+        """
+        query = self._query([_together(*sets)], None, True)
+        variables = query.undecided() if layers is None else self._variables(layers)
+        found = query.conditionals(variables)
+        return {v.name: _finite(found[v][0]).contiguous() for v in variables}
+
+    def weighted(
+        self,
+        weights: Weights,
+        *sets: Sets,
+        over: Literal["sum", "product"] = "sum",
+        given: Given = None,
+    ) -> Tensor:
+        """The relevance of walks with a weight (eq. 33): `sum_w v(w) R(w)`.
+
+        Arguments:
+            weights: of neurons, by layer. Neurons of other layers do not count.
+            sets: only walks on which these hold.
+            over: whether `v(w)` is the sum or the product of the weights of the neurons that
+                the walk visits.
+            given: divides by the relevance of this condition, as for a call of the measure.
+
+        Returns:
+            `[batch]`.
+        """
         conditions = _conditions(given)
-        message = self._at(variable, [*sets, *conditions], within, normalized)[0]
+        laid = self._laid_out(weights)
+        formula = _together(*sets, *conditions)
+        if over == "product":
+            total = _finite(self._query([formula], None, True, laid).totals()[0])
+        elif over == "sum":
+            total = self._expected(laid, formula)
+        else:
+            raise QueryError(f"weights are joined over='sum' or over='product', not {over!r}")
         if not conditions:
-            return message
-        known = self._relevance(conditions, None, normalized)
-        if variable.batch_axis is None and self.batch > 1:
-            raise QueryError(
-                f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be "
-                "conditioned sample by sample. Explain one sample at a time."
-            )
-        return _divide(message, _against(known, message, variable))
+            return total
+        return _divide(total, self._relevance(conditions, None, True))
+
+    def additive(self, *sets: NeuronSet | str, layers: int | None = None) -> Tensor:
+        """The additive relevance of neuron sets (Def. 3, Thm. 3): how much of a walk lies in them.
+
+        A walk counts with the share of its neurons that lie in the sets, so that the relevance is
+        additive over neurons, also of different layers.
+
+        Arguments:
+            sets: together one set.
+            layers: `L + 1`, the number of neurons of a walk; by default the number of layers of
+                the proper form (`proper_form`), where every operation makes one.
+
+        Returns:
+            `[batch]`.
+        """
+        united = NeuronSet(tuple(m for chosen in sets for m in as_set(chosen).members))
+        weights = resolve(united, self._forward)
+        return self._expected(weights, True) / (depth(self.graph) if layers is None else layers)
 
     def heatmap(
         self,
-        *sets: NeuronSet | str,
+        *sets: Sets,
         at: str | None = None,
         given: Given = None,
         within: NeuronSet | str | None = None,
@@ -139,7 +257,7 @@ class Measure:
 
     def tokens(
         self,
-        *sets: NeuronSet | str,
+        *sets: Sets,
         at: str | None = None,
         given: Given = None,
         within: NeuronSet | str | None = None,
@@ -161,7 +279,7 @@ class Measure:
     def channels(
         self,
         layer: str,
-        *sets: NeuronSet | str,
+        *sets: Sets,
         given: Given = None,
         within: NeuronSet | str | None = None,
         normalized: bool = True,
@@ -172,7 +290,7 @@ class Measure:
         message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
         return sum_by_channel(message.unsqueeze(0), variable)[0]
 
-    def joint(self, a: str, b: str, *sets: NeuronSet | str, memory: int = 2**28) -> Tensor:
+    def joint(self, a: str, b: str, *sets: Sets, memory: int = 2**28) -> Tensor:
         """`R(channel of a, channel of b, A, ...)` for all pairs of channels of two layers.
 
         Arguments:
@@ -189,7 +307,7 @@ class Measure:
         swap = upper in self.graph.upstream(lower)
         if swap:
             upper, lower = lower, upper
-        message = self._at(upper, sets)
+        message = self._message(upper, sets)
         pairs = _finite(channel_pairs(self._forward, message, upper, lower, memory))
         return pairs.transpose(1, 2) if swap else pairs
 
@@ -215,7 +333,7 @@ class Measure:
         variables = [self.graph.variable(layer) for layer in layers]
         upstream = {variable: self.graph.upstream(variable) for variable in variables}
         order = in_depth(variables, upstream)
-        start = only_sample(self._at(order[0], []), order[0], sample)
+        start = only_sample(self._message(order[0]), order[0], sample)
         found, total, exact = top_flows(self._forward, start, order, k, beam, memory)
         flows = []
         for chosen, relevance in found:
@@ -282,54 +400,73 @@ class Measure:
     def _begin(self, normalized: bool) -> Messages:
         return self._start if normalized else self._unnormalized
 
-    def _relevance(
-        self, sets: Sequence[NeuronSet | str], within: NeuronSet | str | None, normalized: bool
-    ) -> Tensor:
-        """`[batch]`: the sum over the walks that pass all sets (eqs. 25, 27)."""
+    def _query(
+        self,
+        formulas: Sequence[Formula | bool],
+        within: NeuronSet | str | None,
+        normalized: bool,
+        weights: Stops | None = None,
+    ) -> Query:
         forward = self._forward
-        stops = [resolve(as_set(chosen), forward) for chosen in sets]
-        open_to = resolve(as_set(within), forward) if within is not None else {}
-        ends: Stops | None = None
-        if not normalized or open_to:
-            # Columns do not sum to one, or some walks are cut off: follow all to their ends.
-            ends = dict.fromkeys(self.graph.leaves)
-        start = self._begin(normalized)
-        messages = joint_messages(forward, start, stops, normalized, open_to, ends)
-        total = self.output.new_zeros(self.batch)
+        open_to = weights if within is None else resolve(as_set(within), forward)
+        return Query(forward, self._begin(normalized), formulas, normalized, open_to)
+
+    def _relevance(
+        self, sets: Sequence[Sets], within: NeuronSet | str | None, normalized: bool
+    ) -> Tensor:
+        """`[batch]`: the sum over the walks on which all sets hold (eqs. 25, 27)."""
+        return _finite(self._query([_together(*sets)], within, normalized).totals()[0])
+
+    def _marginals(
+        self,
+        variables: Collection[Variable],
+        sets: Sequence[Sets],
+        given: Given,
+        within: NeuronSet | str | None,
+        normalized: bool,
+    ) -> Messages:
+        conditions = _conditions(given)
+        formula = _together(*sets, *conditions)
+        found = self._query([formula], within, normalized).marginals(variables)
+        messages = {v: _finite(message[0]).contiguous() for v, message in found.items()}
+        if not conditions:
+            return messages
+        known = self._relevance(conditions, None, normalized)
         for variable, message in messages.items():
-            total = total + per_sample(message, variable, self.batch)[0]
+            if variable.batch_axis is None and self.batch > 1:
+                raise QueryError(
+                    f"{variable.name!r} mixes the batch with another axis, so its relevance "
+                    "cannot be conditioned sample by sample. Explain one sample at a time."
+                )
+            messages[variable] = _divide(message, _against(known, message, variable))
+        return messages
+
+    def _expected(self, weights: Stops, formula: Formula | bool) -> Tensor:
+        """`[batch]`: the sum of neurons' weights over walks, by the relevance of each neuron."""
+        found = self._query([formula], None, True).marginals(weights)
+        total = self.output.new_zeros(self.batch)
+        for variable, weight in weights.items():
+            inside = found[variable] if weight is None else found[variable] * weight
+            total = total + per_sample(inside, variable, self.batch)[0]
         return _finite(total)
 
-    def _at(
-        self,
-        variable: Variable,
-        sets: Sequence[NeuronSet | str],
-        within: NeuronSet | str | None = None,
-        normalized: bool = True,
-    ) -> Tensor:
-        """`[1, *shape]`: the message at a variable of the walks that passed `sets` above it."""
+    def _variables(self, layers: Collection[str] | None) -> list[Variable]:
+        if layers is None:
+            return self.graph.variables
+        return [self.graph.variable(layer) for layer in layers]
+
+    def _laid_out(self, weights: Weights) -> Stops:
         forward = self._forward
-        stops = [resolve(as_set(chosen), forward) for chosen in sets]
-        open_to = resolve(as_set(within), forward) if within is not None else {}
-        below = self.graph.upstream(variable)
-        lower = [v.name for chosen in (*stops, open_to) for v in chosen if v in below]
-        if lower:
-            raise QueryError(
-                f"{lower[0]!r} lies between {variable.name!r} and the inputs, and neurons are "
-                "only given jointly with sets above or beside them. Ask for the relevance of "
-                "each set of neurons by itself, R(neurons, set)."
-            )
-        if not normalized and not variable.is_leaf:
-            raise QueryError(
-                "unnormalised relevance of single neurons is only given where walks end, at the "
-                "inputs; ask R(set, normalized=False) for sets anywhere."
-            )
-        start = self._begin(normalized)
-        ends: Stops = {variable: None}
-        arrived = joint_messages(forward, start, stops, normalized, open_to, ends)
-        if variable not in arrived:
-            return self.output.new_zeros((1, *forward.shape(variable)))
-        return _finite(arrived[variable]).contiguous()
+        found: Stops = {}
+        for layer, values in weights.items():
+            variable = self.graph.variable(layer)
+            found[variable] = laid_out(values.to(self.output), variable, forward).unsqueeze(0)
+        return found
+
+    def _message(self, variable: Variable, sets: Sequence[Sets] = ()) -> Tensor:
+        """`[1, *shape]`: the message at a variable of the walks that visit `sets`."""
+        found = self._query([_together(*sets)], None, True).marginals([variable])
+        return _finite(found[variable])
 
 
 def _finite(result: Tensor) -> Tensor:
@@ -341,12 +478,17 @@ def _finite(result: Tensor) -> Tensor:
     return result
 
 
-def _conditions(given: Given) -> list[NeuronSet | str]:
+def _conditions(given: Given) -> list[Sets]:
     if given is None:
         return []
     if isinstance(given, (list, tuple)):
         return list(given)
-    return [as_set(given)]  # type: ignore[arg-type] # refuses anything else by name
+    return [as_formula(given)]  # type: ignore[arg-type] # refuses anything else by name
+
+
+def _together(*formulas: Sets) -> Formula | bool:
+    parts = conjunction(formulas)
+    return All(parts) if parts else True
 
 
 def _divide(joint: Tensor, known: Tensor) -> Tensor:

@@ -1,49 +1,18 @@
-"""Neuron sets: which neurons of which variables a query is about."""
+"""Neuron sets by index, channel, patch or mask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nrm.errors import NeuronSetError
+from nrm.formulas import Member, NeuronSet, Selector, every_neuron
 from nrm.graph import Variable
 
 Index = int | slice | Sequence[int]
-Selector = Callable[[Variable, torch.Size], Tensor]
-"""Gives the mask of a variable's neurons, shaped like the variable without its batch axis (or
-with it, for a set that differs from sample to sample)."""
-
-
-@dataclass(frozen=True)
-class NeuronSet:
-    """Neurons of one or several variables: a walk passes the set if it visits any of them.
-
-    Made by `neurons`, `channels`, `patch` and `mask`; united by `|`.
-    """
-
-    members: tuple[tuple[str, Selector, str], ...]
-
-    def __post_init__(self) -> None:
-        for layer, _, _ in self.members:
-            if not isinstance(layer, str):
-                raise NeuronSetError(f"a layer is named by a string, not {layer!r}.")
-
-    def __or__(self, other: NeuronSet | str) -> NeuronSet:
-        return NeuronSet(self.members + as_set(other).members)
-
-    __ror__ = __or__
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The addresses of the variables, each once."""
-        return tuple(dict.fromkeys(layer for layer, _, _ in self.members))
-
-    def __repr__(self) -> str:
-        return " | ".join(text for _, _, text in self.members)
 
 
 def neurons(layer: str, *indices: Any) -> NeuronSet:
@@ -54,12 +23,12 @@ def neurons(layer: str, *indices: Any) -> NeuronSet:
         indices: each one neuron: an int for a layer of one axis, otherwise a tuple with one
             entry per axis, where slices take several (`(12, slice(None), slice(None))`).
     """
+    if not indices:
+        return every_neuron(layer)
     chosen = [index if isinstance(index, tuple) else (index,) for index in indices]
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         picked = torch.zeros(shape, dtype=torch.bool)
-        if not chosen:
-            return picked.logical_not()
         for index in chosen:
             if len(index) != len(shape):
                 raise NeuronSetError(
@@ -69,7 +38,7 @@ def neurons(layer: str, *indices: Any) -> NeuronSet:
             picked |= _block(index, shape, layer)
         return picked
 
-    return NeuronSet(((layer, select, f"neurons({layer!r}{_list(indices)})"),))
+    return _made("neurons", layer, indices, select)
 
 
 def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
@@ -95,7 +64,7 @@ def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
         index[along] = list(indices)
         return _block(index, shape, layer)
 
-    return NeuronSet(((layer, select, f"channels({layer!r}{_list(indices)})"),))
+    return _made("channels", layer, indices, select, axis)
 
 
 def patch(layer: str, *spatial: Index) -> NeuronSet:
@@ -116,7 +85,7 @@ def patch(layer: str, *spatial: Index) -> NeuronSet:
         index.insert(along, slice(None))
         return _block(index, shape, layer)
 
-    return NeuronSet(((layer, select, f"patch({layer!r}{_list(spatial)})"),))
+    return _made("patch", layer, spatial, select)
 
 
 def mask(layer: str, chosen: Tensor) -> NeuronSet:
@@ -138,18 +107,8 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
             )
         return chosen
 
-    return NeuronSet(((layer, select, f"mask({layer!r}, {int(chosen.sum())} neurons)"),))
-
-
-def as_set(chosen: NeuronSet | str) -> NeuronSet:
-    """A neuron set as it is; the name of a layer means all of its neurons."""
-    if isinstance(chosen, str):
-        return neurons(chosen)
-    if isinstance(chosen, NeuronSet):
-        return chosen
-    raise NeuronSetError(
-        f"expected a neuron set or the name of a layer, got {type(chosen).__name__}."
-    )
+    text = f"mask({layer!r}, {int(chosen.sum())} neurons)"
+    return NeuronSet((Member(layer, select, text, key=id(chosen)),))
 
 
 def channel_axis(variable: Variable, shape: torch.Size) -> int:
@@ -200,5 +159,17 @@ def _integer(index: Any, size: int, layer: str) -> list[int]:
     return [position % size]
 
 
-def _list(indices: Sequence[Any]) -> str:
-    return "".join(f", {index!r}" for index in indices)
+def _made(
+    how: str, layer: str, indices: Sequence[Any], select: Selector, axis: int | None = None
+) -> NeuronSet:
+    along = "" if axis is None else f", axis={axis}"
+    text = f"{how}({layer!r}{''.join(f', {index!r}' for index in indices)}{along})"
+    # Large tensors are shown in part, so that their text does not tell them apart.
+    key = None if all(map(_is_plain, indices)) else object()
+    return NeuronSet((Member(layer, select, text, key),))
+
+
+def _is_plain(index: Any) -> bool:
+    if isinstance(index, (list, tuple)):
+        return all(map(_is_plain, index))
+    return isinstance(index, (int, slice))

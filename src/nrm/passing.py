@@ -1,14 +1,15 @@
 """Message passing (Theorem 1): the one engine behind every query.
 
 A message holds `m(i)`, the relevance of the walks seen so far that end in neuron i, as a tensor
-`[K, *shape of the variable]`: K messages travel at once. Messages start at the output and stop at
-variables; whatever cannot reach a stop is dropped, which is what a masked layer of the proper
-network does (appendix A).
+`[K, *shape of the variable]`: K messages travel at once. Messages start at the output. An
+*itinerary* says what becomes of them at each variable; what it lets go is dropped, which is what
+a masked layer of the proper network does (appendix A).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,83 @@ Mask = Tensor | None
 Observer = Callable[[Variable, Messages, Messages], None]
 """Called at each variable with the messages still travelling (its own included) and arrived."""
 
+S = TypeVar("S", bound=Hashable)
+Travelling = dict[Variable, dict[S, Tensor]]
+"""The messages on their way, by what is known of their walks."""
+
+
+class Itinerary(Protocol[S]):
+    """Which messages there are, and where they go."""
+
+    def visit(self, variable: Variable, messages: dict[S, Tensor]) -> dict[S, Tensor]:
+        """What travels on from a variable, once all that comes to it is there."""
+
+    def arrive(self, state: S, variable: Variable) -> S | None:
+        """What is known of walks in a state when they come to a variable; `None`: drop them."""
+
+
+def travel(
+    forward: Pass,
+    travelling: Travelling[S],
+    itinerary: Itinerary[S],
+    normalized: bool = True,
+    open_to: Mapping[Variable, Mask] | None = None,
+    order: Sequence[Variable] | None = None,
+) -> None:
+    """Send messages towards the inputs (eqs. 24, 25).
+
+    Arguments:
+        forward: the forward pass to travel back through.
+        travelling: where messages start, e.g. the output relevance at the output.
+        normalized: `False` multiplies unnormalised contributions (eq. 26).
+        open_to: factors at the neurons of some variables: masks of those that walks may visit.
+        order: in which to visit the variables, children before parents.
+    """
+    lent = {id(message) for messages in travelling.values() for message in messages.values()}
+    for variable in order or forward.graph.variables[::-1]:
+        if variable not in travelling:
+            continue
+        messages = {
+            state: message.clone() if id(message) in lent else message  # it may be overwritten
+            for state, message in travelling[variable].items()
+        }
+        way = None if open_to is None else open_to.get(variable)
+        if way is not None:
+            messages = {state: message * way for state, message in messages.items()}
+        messages = itinerary.visit(variable, messages)
+        del travelling[variable]
+        operation = variable.producer
+        if operation is None:
+            continue
+        ways = {
+            state: [itinerary.arrive(state, operand) for operand in operation.operands]
+            for state in messages
+        }
+        states = [state for state in messages if any(w is not None for w in ways[state])]
+        if not states:
+            continue
+        wanted = [
+            any(ways[state][k] is not None for state in states)
+            for k in range(len(operation.operands))
+        ]
+        rows = [len(messages[state]) for state in states]
+        message = messages[states[0]]
+        if len(states) > 1:
+            message = torch.cat([messages[state] for state in states])
+        del messages
+        pulled = forward.propagations[operation].pull(message, wanted, normalized)
+        del message
+        for k, (operand, parts) in enumerate(zip(operation.operands, pulled, strict=True)):
+            if parts is None:
+                continue
+            there = travelling.setdefault(operand, {})
+            pieces = torch.split(parts, rows) if len(states) > 1 else (parts,)
+            for state, piece in zip(states, pieces, strict=True):
+                then = ways[state][k]
+                if then is not None:
+                    before = there.get(then)
+                    there[then] = piece if before is None else before + piece
+
 
 def send(
     forward: Pass,
@@ -33,17 +111,14 @@ def send(
     observe: Observer | None = None,
     order: Sequence[Variable] | None = None,
 ) -> Messages:
-    """Send messages towards the inputs until they first meet a stop (eqs. 24, 25).
+    """Send messages until they first meet a stop.
 
     Arguments:
-        forward: the forward pass to travel back through.
-        messages: where they start, e.g. the output relevance at the output.
+        messages: where they start.
         stops: the neurons at which messages arrive and stop. A walk arrives at the first it
             meets, also where one stop lies upstream of another.
-        normalized: `False` multiplies unnormalised contributions (eq. 26).
-        open_to: masks of the neurons that walks may visit, at variables where others are closed.
         observe: called at every variable that a message reaches.
-        order: in which to visit the variables, children before parents.
+        others: as for `travel`.
 
     Returns:
         what arrived, by variable. Nothing arrives where no message came.
@@ -53,51 +128,39 @@ def send(
             arrived = forward.telescope.send(messages, stops)
             if arrived is not None:
                 return arrived
-        visits = order or forward.graph.variables[::-1]
-        return _send(forward, messages, stops, normalized, open_to or {}, observe, visits)
+        leading = forward.graph.leading_to(stops)
+        travelling = {v: {(): m} for v, m in messages.items() if v in leading}
+        itinerary = _ToStops(stops, leading, travelling, observe)
+        travel(forward, travelling, itinerary, normalized, open_to, order)
+        return itinerary.arrived
 
 
-def _send(
-    forward: Pass,
-    messages: Messages,
-    stops: Mapping[Variable, Mask],
-    normalized: bool,
-    open_to: Mapping[Variable, Mask],
-    observe: Observer | None,
-    visits: Sequence[Variable],
-) -> Messages:
-    graph = forward.graph
-    leading = graph.leading_to(stops)
-    travelling = {v: m for v, m in messages.items() if v in leading}
-    callers = set(map(id, travelling.values()))  # not to be overwritten
-    arrived: Messages = {}
-    for variable in visits:
-        if variable not in travelling:
-            continue
-        if observe is not None:
-            observe(variable, travelling, arrived)
-        message = travelling.pop(variable)
-        way = open_to.get(variable)
-        if way is not None:
-            message = message * way
-        if id(message) in callers:
-            message = message.clone()
-        if variable in stops:
-            mask = stops[variable]
-            arrived[variable] = message if mask is None else message * mask
-            if mask is None:
-                continue
-            message = message * (1 - mask)
-        operation = variable.producer
-        if operation is None:
-            continue
-        wanted = [operand in leading for operand in operation.operands]
-        if not any(wanted):
-            continue
-        pulled = forward.propagations[operation].pull(message, wanted, normalized)
-        del message
-        for operand, part in zip(operation.operands, pulled, strict=True):
-            if part is not None:
-                before = travelling.get(operand)
-                travelling[operand] = part if before is None else before + part
-    return arrived
+class _ToStops:
+    """One message, of all walks that have not met a stop."""
+
+    def __init__(
+        self,
+        stops: Mapping[Variable, Mask],
+        leading: set[Variable],
+        travelling: Travelling[tuple[()]],
+        observe: Observer | None,
+    ) -> None:
+        self.stops, self.leading, self.observe = stops, leading, observe
+        self.travelling = travelling
+        self.arrived: Messages = {}
+
+    def visit(
+        self, variable: Variable, messages: dict[tuple[()], Tensor]
+    ) -> dict[tuple[()], Tensor]:
+        message = messages[()]
+        if self.observe is not None:
+            on_the_way = {v: there[()] for v, there in self.travelling.items()}
+            self.observe(variable, on_the_way, self.arrived)
+        if variable not in self.stops:
+            return messages
+        mask = self.stops[variable]
+        self.arrived[variable] = message if mask is None else message * mask
+        return {} if mask is None else {(): message * (1 - mask)}
+
+    def arrive(self, state: tuple[()], variable: Variable) -> tuple[()] | None:
+        return state if variable in self.leading else None

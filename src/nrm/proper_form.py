@@ -124,6 +124,11 @@ def proper_form(forward: Pass, start: Messages) -> ProperForm:
     return ProperForm(layers)
 
 
+def depth(graph: Graph) -> int:
+    """How many layers the proper form has: `L + 1`."""
+    return max(_levels(graph).values()) + 1
+
+
 def _levels(graph: Graph) -> dict[Variable, int]:
     """One more than the highest operand; 0 for leaves."""
     levels: dict[Variable, int] = {}

@@ -1,21 +1,313 @@
-"""From neuron sets to message passing: in which order a walk can meet the sets of a query."""
+"""From formulas over neuron sets to message passing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nrm.automaton import Automaton, State, is_settled
 from nrm.errors import NeuronSetError, QueryError
+from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
+from nrm.forward_messages import ForwardMessages, states_after
 from nrm.graph import Graph, Variable
-from nrm.neurons import NeuronSet
-from nrm.passing import Messages, send
+from nrm.passing import Messages, send, travel
 from nrm.program import Pass
 
 Stops = dict[Variable, Tensor | None]
 """A neuron set on a graph: masks that broadcast to messages; `None` for a whole variable."""
+
+
+class Query:
+    """Formulas on a forward pass, and what they ask of the walks.
+
+    Arguments:
+        start: the messages at the output.
+        formulas: all of them are answered together.
+        normalized: `False`: products of unnormalised contributions (eq. 26).
+        open_to: factors that a walk collects at the neurons of some variables: zero at those
+            that it may not visit.
+
+    Raises:
+        UnknownLayerError, NeuronSetError: a set does not exist, or is empty.
+    """
+
+    def __init__(
+        self,
+        forward: Pass,
+        start: Messages,
+        formulas: Sequence[Formula | bool],
+        normalized: bool = True,
+        open_to: Stops | None = None,
+    ) -> None:
+        self.forward, self.start, self.graph = forward, start, forward.graph
+        self.formulas = formulas
+        self.normalized, self.open_to = normalized, open_to or {}
+        self.masks: dict[NeuronSet, Stops] = {
+            event: resolve(event, forward) for event in apart(events_of(formulas))
+        }
+
+    # -- what is asked ---------------------------------------------------------------------------
+
+    def totals(self) -> Tensor:
+        """`[formulas, batch]`: the relevance of the walks on which each formula holds."""
+        chain = self._chain()
+        if chain is not None:
+            return self._sum(self._along(chain, self._ends())).unsqueeze(0)
+        total = self.forward.output.new_zeros((len(self.formulas), self.forward.batch))
+        for state, relevance in self.outcomes(keeps_failed=False).items():
+            for row, holds in zip(total, state, strict=True):
+                if holds:
+                    row += relevance
+        return total
+
+    def outcomes(self, keeps_failed: bool = True) -> dict[State, Tensor]:
+        """`[batch]` for every combination of formulas that hold together."""
+        automaton = self._automaton(keeps_failed)
+        settled: dict[Variable, dict[State, Tensor]] = {}
+        self._run(automaton, settled=settled)
+        found: dict[State, Tensor] = {}
+        for variable, messages in settled.items():
+            for state, message in messages.items():
+                part = per_sample(message, variable, self.forward.batch)[0]
+                found[state] = found[state] + part if state in found else part
+        return found
+
+    def marginals(self, variables: Collection[Variable]) -> Messages:
+        """`[1, *shape]` at variables: every neuron's relevance jointly with the one formula.
+
+        Backward messages of all walks so far, times forward messages of how they go on.
+        """
+        chain = self._chain()
+        if chain is not None and len(variables) == 1 and self._ends_at(*variables):
+            found = self._along(chain, dict.fromkeys(variables))
+        else:
+            automaton = self._automaton()
+            recorded: dict[Variable, dict[State, Tensor]] = {v: {} for v in variables}
+            self._run(automaton, recorded=recorded)
+            onward = self._forward_messages(automaton, recorded)
+            found = {}
+            for variable, messages in recorded.items():
+                for state, message in messages.items():
+                    factor = onward.after(variable, state)
+                    if factor is not None:
+                        before = found.get(variable)
+                        part = message * factor
+                        found[variable] = part if before is None else before + part
+        nothing = self.forward.output.new_zeros(())
+        for variable in variables:
+            if variable not in found:
+                found[variable] = nothing.expand((1, *self.forward.shape(variable)))
+        return found
+
+    def conditionals(self, variables: Collection[Variable]) -> Messages:
+        """`[1, *shape]` at variables: with what relevance the formula holds of walks from there.
+
+        Raises:
+            QueryError: a set lies downstream of a variable.
+        """
+        automaton = self._automaton()
+        coming = {}
+        for variable in variables:
+            for place in self._places():
+                if variable in self.graph.upstream(place):
+                    raise QueryError(
+                        f"{place.name!r} lies between the output and {variable.name!r}: whether a "
+                        "walk visits it is decided before it comes to these neurons. Divide "
+                        "marginal(layer, set) by marginal(layer) instead."
+                    )
+            coming[variable] = automaton.arrive(automaton.root, variable)
+        wanted = {
+            variable: states_after(automaton, self.masks, variable, state)
+            for variable, state in coming.items()
+            if state is not None
+        }
+        onward = self._forward_messages(automaton, wanted)
+        found = {}
+        for variable, state in coming.items():
+            message = onward.before(variable, state)
+            if message is None:
+                message = self.forward.output.new_zeros((1, *self.forward.shape(variable)))
+            found[variable] = message
+        return found
+
+    def undecided(self) -> list[Variable]:
+        """The variables with no set between them and the output, and some further up."""
+        places = self._places()
+        below = {v for place in places for v in self.graph.upstream(place)}
+        leading = self.graph.leading_to(places)
+        return [v for v in self.graph.variables if v in leading and v not in below]
+
+    def plan(self) -> Plan:
+        """How many messages `totals` sends, found without sending any."""
+        automaton = self._automaton(keeps_failed=False)
+        coming: dict[Variable, set[State]] = {}
+        if automaton.start is not None:
+            coming[self.graph.output] = {automaton.start}
+        messages: dict[str, int] = {}
+        for variable in reversed(self.graph.variables):
+            states = {
+                then
+                for state in coming.get(variable, ())
+                for then in states_after(automaton, self.masks, variable, state)
+                if not is_settled(then) or not self._stops_early
+            }
+            operands = variable.producer.operands if variable.producer else ()
+            for operand in operands:
+                arriving = {automaton.arrive(state, operand) for state in states} - {None}
+                coming.setdefault(operand, set()).update(s for s in arriving if s is not None)
+            if operands and states:
+                messages[variable.name] = len(states)
+        return Plan(tuple(self.masks), messages)
+
+    # -- how it is answered ----------------------------------------------------------------------
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether what a message sums to, wherever it is, is the relevance of its walks."""
+        return self.normalized and not self.open_to
+
+    def _ends(self) -> Stops | None:
+        # Columns do not sum to one, or some walks are cut off: follow all to their ends.
+        return None if self._stops_early else dict.fromkeys(self.graph.leaves)
+
+    def _places(self) -> set[Variable]:
+        return {variable for stops in self.masks.values() for variable in stops}
+
+    def _ends_at(self, variable: Variable) -> bool:
+        """Whether all is known of a walk once it is at a variable."""
+        below = self.graph.upstream(variable)
+        return (self._stops_early or variable.is_leaf) and not below & self._places()
+
+    def _chain(self) -> list[Stops] | None:
+        """The sets in the order in which walks meet them, if all are to be visited so."""
+        if len(self.formulas) != 1 or self.open_to:
+            return None
+        (formula,) = self.formulas
+        parts = conjunction(formula.parts) if isinstance(formula, All) else (formula,)
+        if formula is not True and not all(part in self.masks for part in parts):
+            return None
+        return in_order(self.graph, list(self.masks.values()))
+
+    def _along(self, chain: list[Stops], ends: Stops | None) -> Messages:
+        """The messages of walks that visit all sets of a chain: one at a time will do."""
+        messages = self.start
+        for stops in chain:
+            messages = send(self.forward, messages, stops, self.normalized)
+        return messages if ends is None else send(self.forward, messages, ends, self.normalized)
+
+    def _automaton(self, keeps_failed: bool = False) -> Automaton:
+        return Automaton(self.graph, self.formulas, self.masks, keeps_failed)
+
+    def _run(
+        self,
+        automaton: Automaton,
+        settled: dict[Variable, dict[State, Tensor]] | None = None,
+        recorded: dict[Variable, dict[State, Tensor]] | None = None,
+    ) -> None:
+        if automaton.start is None:
+            return
+        leading = None if recorded is None else self.graph.leading_to(recorded)
+        itinerary = _States(automaton, self.masks, settled, recorded, leading, self._stops_early)
+        travelling = {v: {automaton.start: message} for v, message in self.start.items()}
+        with torch.inference_mode(False), torch.no_grad():
+            travel(self.forward, travelling, itinerary, self.normalized, self.open_to)
+
+    def _forward_messages(
+        self, automaton: Automaton, wanted: Mapping[Variable, Collection[State]]
+    ) -> ForwardMessages:
+        return ForwardMessages(
+            self.forward, automaton, self.masks, wanted, self.normalized, self.open_to
+        )
+
+    def _sum(self, messages: Messages) -> Tensor:
+        total = self.forward.output.new_zeros(self.forward.batch)
+        for variable, message in messages.items():
+            total = total + per_sample(message, variable, self.forward.batch)[0]
+        return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The messages that a query sends.
+
+    Attributes:
+        events: the neuron sets it speaks of.
+        messages: how many messages pass the operation of each variable; those that are not
+            listed are passed by none.
+    """
+
+    events: tuple[NeuronSet, ...]
+    messages: dict[str, int]
+
+    @property
+    def channels(self) -> int:
+        """The most messages at once: up to `2^k` for k sets, one for a chain of layers."""
+        return max(self.messages.values(), default=0)
+
+    def __str__(self) -> str:
+        most = 2 ** len(self.events)
+        return (
+            f"{len(self.events)} sets in {self.channels} channels (of {most}), "
+            f"{sum(self.messages.values())} messages through {len(self.messages)} operations"
+        )
+
+
+class _States:
+    """One message for each state of an automaton."""
+
+    def __init__(
+        self,
+        automaton: Automaton,
+        masks: Mapping[NeuronSet, Stops],
+        settled: dict[Variable, dict[State, Tensor]] | None,
+        recorded: dict[Variable, dict[State, Tensor]] | None,
+        leading: set[Variable] | None,
+        stops_early: bool,
+    ) -> None:
+        self.automaton, self.masks = automaton, masks
+        self.settled, self.recorded = settled, recorded
+        self.leading, self.stops_early = leading, stops_early
+
+    def visit(self, variable: Variable, messages: dict[State, Tensor]) -> dict[State, Tensor]:
+        for event in self.automaton.events_at.get(variable, ()):
+            messages = self._split(messages, event, self.masks[event][variable])
+        left: dict[State, Tensor] = {}
+        for state, message in messages.items():
+            then = self.automaton.leave(state, variable)
+            if then is not None:
+                _add(left, then, message)
+        if self.recorded is not None and variable in self.recorded:
+            self.recorded[variable] = {state: message.clone() for state, message in left.items()}
+        if self.settled is not None and (self.stops_early or variable.is_leaf):
+            done = {state: message for state, message in left.items() if is_settled(state)}
+            self.settled[variable] = done
+            left = {state: message for state, message in left.items() if state not in done}
+        return left
+
+    def arrive(self, state: State, variable: Variable) -> State | None:
+        if self.leading is not None and variable not in self.leading:
+            return None
+        return self.automaton.arrive(state, variable)
+
+    def _split(
+        self, messages: dict[State, Tensor], event: NeuronSet, mask: Tensor | None
+    ) -> dict[State, Tensor]:
+        split: dict[State, Tensor] = {}
+        for state, message in messages.items():
+            seen = self.automaton.visit(state, event)
+            if seen == state or mask is None:
+                _add(split, seen, message)
+            else:
+                _add(split, seen, message * mask)
+                _add(split, state, message * (1 - mask))
+        return split
+
+
+def _add(messages: dict[State, Tensor], state: State, message: Tensor) -> None:
+    messages[state] = messages[state] + message if state in messages else message
 
 
 def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
@@ -26,24 +318,10 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
     """
     stops: Stops = {}
     picked: dict[Variable, Tensor] = {}
-    for layer, select, _ in chosen.members:
-        variable = forward.graph.variable(layer)
+    for member in chosen.members:
+        variable = forward.graph.variable(member.layer)
         shape = neuron_shape(variable, forward)
-        mask = select(variable, shape)
-        if mask.dim() == len(shape) and variable.batch_axis is not None:
-            mask = mask.unsqueeze(variable.batch_axis)
-        elif variable.batch_axis is None and forward.batch > 1:
-            raise QueryError(
-                f"{variable.name!r} mixes the batch with another axis, so sets of its neurons "
-                "can only be given for one sample at a time."
-            )
-        elif mask.dim() > len(shape):
-            if mask.shape[0] != forward.batch:
-                raise NeuronSetError(
-                    f"a mask of {layer!r} has {mask.shape[0]} samples, the batch {forward.batch}."
-                )
-            axis = variable.batch_axis
-            mask = mask[0] if axis is None else mask.movedim(0, axis)
+        mask = laid_out(member.select(variable, shape), variable, forward)
         picked[variable] = picked[variable] | mask if variable in picked else mask
     if not any(bool(mask.any()) for mask in picked.values()):
         raise NeuronSetError(f"the neuron set {chosen} is empty.")
@@ -53,45 +331,43 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
     return stops
 
 
+def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:
+    """Values of a variable's neurons, without the batch axis or with it in front, so that they
+    broadcast to the variable.
+
+    Raises:
+        NeuronSetError: they have another shape.
+        QueryError: the variable mixes samples, and there are several.
+    """
+    shape, axis = neuron_shape(variable, forward), variable.batch_axis
+    if values.shape[1:] == shape and values.shape[0] != forward.batch:
+        raise NeuronSetError(
+            f"values of {variable.name!r} have {values.shape[0]} samples, the batch "
+            f"{forward.batch}."
+        )
+    if values.shape not in (shape, (forward.batch, *shape)):
+        raise NeuronSetError(
+            f"values of {variable.name!r} have shape {tuple(values.shape)}, its neurons "
+            f"{tuple(shape)} (without the batch of {forward.batch})."
+        )
+    if values.dim() == len(shape) and axis is not None:
+        return values.unsqueeze(axis)
+    if axis is None and forward.batch > 1:
+        raise QueryError(
+            f"{variable.name!r} mixes the batch with another axis, so sets of its neurons "
+            "can only be given for one sample at a time."
+        )
+    if values.dim() > len(shape):
+        return values[0] if axis is None else values.movedim(0, axis)
+    return values
+
+
 def neuron_shape(variable: Variable, forward: Pass) -> torch.Size:
     """The shape of a variable without its batch axis."""
     shape = list(forward.shape(variable))
     if variable.batch_axis is not None:
         del shape[variable.batch_axis]
     return torch.Size(shape)
-
-
-def joint_messages(
-    forward: Pass,
-    start: Messages,
-    sets: Sequence[Stops],
-    normalized: bool = True,
-    open_to: Stops | None = None,
-    ends: Stops | None = None,
-) -> Messages:
-    """The messages of the walks that pass all `sets`, at `ends`.
-
-    Without `ends` they stay where the walks complete the sets, or travel on to the leaves: their
-    sum is the same. Where the sets can be put in an order in which every walk meets them, one run
-    does it. Where they interleave, the walks that pass all are those of inclusion and exclusion:
-    `1[all] = sum over nonempty T of (-1)^(|T|+1) 1[any of T]`.
-    """
-    order = in_order(forward.graph, sets)
-    if order is not None:
-        messages = start
-        for stops in order:
-            messages = send(forward, messages, stops, normalized, open_to)
-        return messages if ends is None else send(forward, messages, ends, normalized, open_to)
-    total: Messages = {}
-    ends = ends or dict.fromkeys(forward.graph.leaves)
-    for size in range(1, len(sets) + 1):
-        for chosen in combinations(sets, size):
-            arrived = send(forward, start, union(chosen), normalized, open_to)
-            # Walks complete at different neurons for different unions: add up at the ends.
-            for end, message in send(forward, arrived, ends, normalized, open_to).items():
-                signed = message if size % 2 else -message
-                total[end] = total[end] + signed if end in total else signed
-    return total
 
 
 def in_order(graph: Graph, sets: Sequence[Stops]) -> list[Stops] | None:
@@ -108,19 +384,6 @@ def in_order(graph: Graph, sets: Sequence[Stops]) -> list[Stops] | None:
         else:
             return None
     return order
-
-
-def union(sets: Sequence[Stops]) -> Stops:
-    """The neurons in any of the sets."""
-    united: Stops = {}
-    for stops in sets:
-        for variable, mask in stops.items():
-            before = united.get(variable, mask)
-            if mask is None or before is None:
-                united[variable] = None
-            else:
-                united[variable] = torch.maximum(before, mask)
-    return united
 
 
 def per_sample(message: Tensor, variable: Variable, batch: int) -> Tensor:

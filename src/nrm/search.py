@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nrm.channels import channel_pairs, split_by_channel, sum_by_channel
 from nrm.errors import QueryError
+from nrm.formulas import NeuronSet
 from nrm.graph import Variable
-from nrm.neurons import NeuronSet, channels
+from nrm.neurons import channels
 from nrm.passing import send
 from nrm.program import Pass
 

@@ -31,6 +31,10 @@ class Setting:
         alphas: for a product, the share of each operand (eqs. 19-23).
         late_leaf: what the operand after the last stands for: `"bias"`, or a name of the
             operator's own; `None` without one.
+        following: the activation after the operation, as calls of one slot each, where its rule
+            reads ahead.
+        path: the operands' values on the way to this input, from a baseline on, for rules that
+            integrate along it.
     """
 
     address: str
@@ -39,6 +43,8 @@ class Setting:
     output_dim: int
     alphas: tuple[float, ...] = ()
     late_leaf: str | None = None
+    following: tuple[Call, ...] = ()
+    path: Sequence[Sequence[Tensor]] = ()
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def weight(self, name: str, value: Tensor) -> Weight:
@@ -89,6 +95,34 @@ class Propagation(ABC):
             for each operand, the late leaf last, `[K, *operand shape]`, or `None` where not
             wanted. No two share memory, so that each may be overwritten in turn.
         """
+
+    def push(
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+    ) -> Tensor:
+        """`F(j) = sum_i R(i|j) F(i)`: the transpose of `pull`, which is linear in the message.
+
+        Arguments:
+            masses: for each operand F(i), `[K, *operand shape]`; `None` where it is zero.
+            shape: of the output.
+
+        Returns:
+            `[K, *output shape]`.
+        """
+        wanted = [mass is not None for mass in masses]
+        known = [mass for mass in masses if mass is not None]
+        pushed = known[0].new_zeros((len(known[0]), *shape))
+        for k, row in enumerate(pushed):
+            with torch.enable_grad():
+                # Ones: every column takes part. A copy, which `pull` may overwrite.
+                probe = known[0].new_ones((1, *shape)).requires_grad_()
+                pulled = self.pull(probe.clone(), wanted, normalized)
+            reached = [p for p in pulled if p is not None]
+            linked = [(p, m[k : k + 1]) for p, m in zip(reached, known, strict=True) if p.grad_fn]
+            if linked:
+                outputs, given = zip(*linked, strict=True)
+                (found,) = torch.autograd.grad(outputs, probe, given, materialize_grads=True)
+                row.copy_(found[0])
+        return pushed
 
     def late_shape(self) -> torch.Size:
         """The shape of the operand after the last (see `Operator.late_leaf`), if there is one."""
@@ -148,6 +182,17 @@ class Operator(ABC):
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
+        return False
+
+    def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
+        """Whether rules that read ahead apply with the activation that follows."""
+        return False
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        """Whether first-order rules take the operator's own derivatives.
+
+        Else it has one parent per neuron (along a path too), or is linear in its operands.
+        """
         return False
 
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
@@ -221,6 +266,7 @@ def pull_back(output: Tensor, leaves: Sequence[Tensor], message: Tensor) -> list
             leaves,
             message[0],
             retain_graph=True,
+            create_graph=message.requires_grad,  # for `Propagation.push`
             allow_unused=True,
             materialize_grads=True,
         )

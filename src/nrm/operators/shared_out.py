@@ -95,7 +95,7 @@ class SharedOut(Propagation):
     def pull(
         self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
     ) -> list[Tensor | None]:
-        if self.setting.strict:
+        if self.setting.strict and not message.requires_grad:
             self._refuse_failing_columns(message)
         pulled: list[Tensor | None] = [None] * len(self.shapes)
         if normalized and self.rule.by_sign:
@@ -132,6 +132,8 @@ class SharedOut(Propagation):
         message = sum_to(message, total.shape)  # columns with one sum: one for all of them
         if vanished is None:
             return message.div_(total) if dense(message) else message / total
+        if message.requires_grad:  # the transpose divides nothing by nothing there
+            total = total.index_put(vanished, total.new_ones(()))
         at: Any = (slice(None), *vanished)
         stranded = message[at]
         share = message.div_(total) if dense(message) else message / total
@@ -190,7 +192,7 @@ class SharedOut(Propagation):
                 adopted = stranded.new_zeros((len(stranded), *self.shapes[-1]))
                 pulled[-1] = adopted.index_put_((every, *vanished), orphaned)
             stranded = stranded - orphaned
-        elif bool(((count == 0) & (stranded != 0)).any()):
+        elif not stranded.requires_grad and bool(((count == 0) & (stranded != 0)).any()):
             raise QueryError(
                 f"relevance reached neurons of {self.setting.address!r} that have no parents "
                 "(their whole receptive field is padding), so it has nowhere to go. Use "

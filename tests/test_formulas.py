@@ -1,0 +1,353 @@
+"""Formulas, forward messages and weights against the enumeration of all walks, to 1e-10."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import Counter
+
+import numpy as np
+import oracle as o
+import pytest
+import torch
+from networks import NETWORKS, make
+from torch import nn
+
+import nrm
+from nrm.composites import Everywhere
+from nrm.errors import NeuronSetError, QueryError
+from nrm.query import Query
+from nrm.rules import Gamma
+
+BIAS = ["drop", "input"]
+RULES = ["zero", "gamma", "zplus", "alpha2beta1", "flat"]
+
+
+def check(found, expected, walks):
+    size = max(1.0, sum(abs(r) for _, r in walks))
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10 * size, rtol=0)
+
+
+def random_set(rng, R, net, layers=1):
+    """A random set over some layers: for nrm, and the neurons for the oracle."""
+    names = [name for name in net.values if not name.endswith(".bias")]
+    united, picked = None, set()
+    for name in rng.choice(names, layers, replace=False):
+        shape = R.graph.variable(name).shape[1:]
+        bits = rng.random(int(np.prod(shape))) < 0.5
+        bits[rng.integers(len(bits))] = True
+        one = nrm.mask(name, torch.tensor(bits).view(shape))
+        united = one if united is None else united | one
+        picked |= {(str(name), int(i)) for i in np.flatnonzero(bits)}
+    return united, picked
+
+
+def random_formula(rng, sets, depth=3):
+    """A random formula, and whether it holds given which sets are visited."""
+    if depth == 0 or rng.random() < 0.2:
+        k = int(rng.integers(len(sets)))
+        return sets[k], lambda visits: visits[k]
+    a, holds_a = random_formula(rng, sets, depth - 1)
+    kind = rng.choice(["not", "and", "or", "xor", "implies"])
+    if kind == "not":
+        return ~a, lambda visits: not holds_a(visits)
+    b, holds_b = random_formula(rng, sets, depth - 1)
+    if kind == "implies":
+        joined = a >> b if rng.random() < 0.5 else a.implies(b)
+        return joined, lambda visits: not holds_a(visits) or holds_b(visits)
+    join = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[kind]
+    return join(a, b), lambda visits: join(holds_a(visits), holds_b(visits))
+
+
+def those(walks, picked, holds):
+    """The walks on which a formula holds."""
+    return [(v, r) for v, r in walks if holds([bool(v & chosen) for chosen in picked])]
+
+
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_formulas(network, rule, bias):
+    """Totals, conditionals, marginals of all layers, outcomes: sets anywhere, in any order."""
+    case = make(network, rule, bias == "input", seed=5)
+    R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=1)
+    walks = [net.walks(1) for net in case.oracles]
+    net, rng = case.oracles[0], np.random.default_rng(7)
+    for _ in range(3):
+        pairs = [random_set(rng, R, net, int(rng.integers(1, 3))) for _ in range(3)]
+        sets, picked = [s for s, _ in pairs], [p for _, p in pairs]
+        formulas = [random_formula(rng, sets) for _ in range(3)]
+        found = [R(f) for f, _ in formulas]
+        together = R.relevances(*(f for f, _ in formulas))
+        conditioned = R.relevances(formulas[0][0], formulas[1][0], given=formulas[2][0])
+        torch.testing.assert_close(conditioned[1], R(formulas[1][0], given=formulas[2][0]))
+        layers = R.marginals(formulas[0][0], formulas[1][0])
+        assert list(layers) == [v.name for v in R.graph.variables]
+        outcomes = R.outcomes(*sets)
+        for sample, w in enumerate(walks):
+            for k, (_, holds) in enumerate(formulas):
+                expected = sum(r for _, r in those(w, picked, holds))
+                check(found[k][sample], expected, w)
+                check(together[k, sample], expected, w)
+            known = float(together[2, sample])
+            if abs(known) > 1e-6:
+                both = [*those(those(w, picked, formulas[0][1]), picked, formulas[2][1])]
+                check(conditioned[0, sample] * known, sum(r for _, r in both), w)
+            both = those(those(w, picked, formulas[0][1]), picked, formulas[1][1])
+            for name, found_there in layers.items():
+                size = found_there[0].numel()
+                check(found_there[sample].flatten(), o.marginal(both, name, size), w)
+            for happened in itertools.product((False, True), repeat=3):
+                exactly = those(w, picked, lambda visits, h=happened: tuple(visits) == h)
+                relevance = outcomes.get(happened, torch.zeros(2))[sample]
+                check(relevance, sum(r for _, r in exactly), w)
+
+
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_unnormalized_formulas_and_those_within_sets(network, bias):
+    """Eq. 26, and walks that are cut off: nothing sums to one, so all go on to their ends."""
+    case = make(network, "gamma", bias == "input", seed=6)
+    R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=0)
+    net, rng = case.oracles[0], np.random.default_rng(8)
+    for _ in range(3):
+        pairs = [random_set(rng, R, net, int(rng.integers(1, 3))) for _ in range(3)]
+        sets, picked = [s for s, _ in pairs], [p for _, p in pairs]
+        formula, holds = random_formula(rng, sets)
+        original = R.marginals(formula, normalized=False)
+        inside = R.marginals(formula, within=sets[0])
+        total = R(formula, normalized=False)
+        total_inside = R(formula, within=sets[0])
+        places = {name for name, _ in picked[0]}
+        for sample, oracle in enumerate(case.oracles):
+            walks = oracle.walks(0, normalized=False)
+            on = those(walks, picked, holds)
+            check(total[sample], sum(r for _, r in on), walks)
+            for name, found in original.items():
+                expected = o.marginal(on, name, found[0].numel())
+                check(found[sample].flatten(), expected, walks)
+            walks = oracle.walks(0)
+            closed = {(v, i) for v in places for i in range(len(oracle.values[v]))} - picked[0]
+            on = [(v, r) for v, r in those(walks, picked, holds) if not v & closed]
+            check(total_inside[sample], sum(r for _, r in on), walks)
+            for name, found in inside.items():
+                expected = o.marginal(on, name, found[0].numel())
+                check(found[sample].flatten(), expected, walks)
+
+
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("rule", ["gamma", "alpha2beta1", "flat"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_forward_messages(network, rule, bias):
+    """`R(S | j)` for all neurons j, from walks that begin at j."""
+    case = make(network, rule, bias == "input", seed=7)
+    R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=1)
+    net, rng = case.oracles[0], np.random.default_rng(9)
+    for layers in (1, 2):
+        chosen, picked = random_set(rng, R, net, layers)
+        found = R.conditionals(chosen)
+        assert "output" in R.graph.output.aliases
+        assert R.graph.output.name in found
+        for sample, oracle in enumerate(case.oracles):
+            for name, message in found.items():
+                for j, value in enumerate(message[sample].flatten().tolist()):
+                    oracle.output = name
+                    walks = oracle.walks(j)
+                    check(value, o.relevance(walks, picked), walks)
+            oracle.output = net.output
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_forward_equals_backward(network):
+    """Forward messages at a cut, weighted by its relevance, are what backward messages say."""
+    case = make(network, "gamma", True, seed=8)
+    R = nrm.Explainer(case.model, case.composite, bias="input")(*case.inputs, target=1)
+    rng = np.random.default_rng(10)
+    for _ in range(5):
+        chosen, _ = random_set(rng, R, case.oracles[0], 1)
+        for name, message in R.conditionals(chosen).items():
+            if R.graph.variable(name) in R.graph.cuts:
+                total = (message * R.marginal(name)).flatten(1).sum(1)
+                torch.testing.assert_close(total, R(chosen), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weighted_relevance(network, bias):
+    """Eq. 33, for weights that are sums and products over the neurons visited."""
+    case = make(network, "gamma", bias == "input", seed=9)
+    R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=1)
+    net, rng = case.oracles[0], np.random.default_rng(11)
+    for _ in range(3):
+        names = rng.choice([n for n in net.values if not n.endswith(".bias")], 2, replace=False)
+        weights = {
+            str(n): torch.tensor(rng.normal(size=R.graph.variable(n).shape[1:])) for n in names
+        }
+        pairs = [random_set(rng, R, net) for _ in range(2)]
+        formula, holds = random_formula(rng, [s for s, _ in pairs])
+        found = {over: R.weighted(weights, formula, over=over) for over in ("sum", "product")}
+        freely = R.weighted(weights, over="product", given=pairs[0][0])
+        for sample, oracle in enumerate(case.oracles):
+            walks = oracle.walks(1)
+
+            def weight(visited, join, start, weights=weights):
+                total = start
+                for name, i in visited:
+                    if name in weights:
+                        total = join(total, float(weights[name].flatten()[i]))
+                return total
+
+            on = those(walks, [p for _, p in pairs], holds)
+            check(found["sum"][sample], sum(weight(v, operator.add, 0.0) * r for v, r in on), walks)
+            check(
+                found["product"][sample],
+                sum(weight(v, operator.mul, 1.0) * r for v, r in on),
+                walks,
+            )
+            known = o.relevance(walks, pairs[0][1])
+            expected = sum(weight(v, operator.mul, 1.0) * r for v, r in walks if v & pairs[0][1])
+            if abs(known) > 1e-6:
+                check(freely[sample] * known, expected, walks)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_additive_relevance(network):
+    """Def. 3: the share of a walk's neurons that lie in the set; additive over all neurons."""
+    case = make(network, "gamma", True, seed=10)
+    R = nrm.Explainer(case.model, case.composite, bias="input")(*case.inputs, target=1)
+    net, rng = case.oracles[0], np.random.default_rng(12)
+    sets = [random_set(rng, R, net, layers) for layers in (1, 2, 2)]
+    depth = len(R.proper_form())
+    for chosen, picked in sets:
+        found, counted = R.additive(chosen), R.additive(chosen, layers=3)
+        torch.testing.assert_close(found * depth, counted * 3)
+        for sample, oracle in enumerate(case.oracles):
+            walks = oracle.walks(1)
+            expected = sum(len(visited & picked) * r for visited, r in walks) / depth
+            check(found[sample], expected, walks)
+    first, second = (f"{sets[0][0].layers[0]}", f"{R.graph.output.name}")
+    if first != second:
+        torch.testing.assert_close(
+            R.additive(first, second), R.additive(first) + R.additive(second)
+        )
+        torch.testing.assert_close(R.additive(first, second), R.additive(second, first))
+    everything = R.additive(*(v.name for v in R.graph.variables), layers=1)
+    lengths = [sum(len(v) * r for v, r in oracle.walks(1)) for oracle in case.oracles]
+    np.testing.assert_allclose(everything, lengths, rtol=1e-8)
+
+
+# -- the price -----------------------------------------------------------------------------------
+
+
+def rows_pulled(R, ask):
+    """How many messages passed each operation while something was asked."""
+    counted = Counter()
+    for operation, propagation in R._forward_pass.propagations.items():
+
+        def pull(message, wanted, normalized=True, *, at=operation, plain=propagation.pull):
+            counted[at.output.name] += len(message)
+            return plain(message, wanted, normalized)
+
+        propagation.pull = pull
+    try:
+        ask()
+    finally:
+        for propagation in R._forward_pass.propagations.values():
+            del propagation.pull
+    return dict(counted)
+
+
+@pytest.fixture(scope="module")
+def chain():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2)]
+    model = nn.Sequential(*layers, nn.Flatten()).double().eval()
+    return nrm.Explainer(model, Everywhere(Gamma(0.5)))(torch.rand(1, 3, 6, 6).double(), target=0)
+
+
+def test_a_plan_says_what_is_sent(chain):
+    """Sets above each other need fewer messages than `2^k`, and none below the lowest."""
+    R = chain
+    a, b, c = nrm.channels("3", 1), nrm.channels("1", 2), nrm.channels("input", 0)
+    for formulas, channels in (
+        ([a & b & c], 1),  # whoever misses one is dropped
+        ([~a & ~b & ~c], 1),
+        ([a | b | c], 1),  # whoever meets one is done
+        ([a ^ b ^ c], 2),
+        ([a, b, a & b, a | b, ~a, a ^ b], 2),
+        ([a, b, c, a & b & c, a | b | c, a ^ b ^ c], 4),
+        ([a & ~a], 0),
+        ([a | ~a], 0),
+    ):
+        plan = R.plan(*formulas)
+        assert plan.channels == channels, formulas
+        if len(formulas) > 1:
+            assert rows_pulled(R, lambda f=formulas: R.relevances(*f)) == plan.messages
+        else:
+            assert rows_pulled(R, lambda f=formulas: R(*f)) == plan.messages
+    assert "2 sets in 2 channels (of 4)" in str(R.plan(a ^ b))
+    assert "1" not in R.plan(a ^ b).messages  # decided there
+    assert R(a | ~a).item() == 1
+    assert R(a & ~a).item() == 0
+
+
+def test_forward_backward_takes_two_passes(chain):
+    """One message back and one forward give all layers jointly with a set in the middle."""
+    R = chain
+    chosen = nrm.channels("1", 2)
+    counted = rows_pulled(R, lambda: R.marginals(chosen))
+    # Downstream of the set: not visited yet; upstream: visited. Forward messages are transposes.
+    assert max(counted.values()) <= 2
+    expected = {v.name: R(chosen, v.name) for v in R.graph.variables}
+    for name, found in R.marginals(chosen).items():
+        torch.testing.assert_close(found.flatten(1).sum(1), expected[name])
+
+
+def test_one_message_and_one_for_each_state_say_the_same(chain):
+    """The way of one message along a chain of sets, against the automaton."""
+    R = chain
+    sets = nrm.channels("3", 1), nrm.channels("1", 2) | nrm.channels("2", 0), nrm.channels("0", 1)
+    formula = sets[0] & sets[1] & sets[2]
+    query = Query(R._forward_pass, R._start, [formula])
+    quick = query.totals()
+    assert query._chain() is not None
+    query._chain = lambda: None
+    torch.testing.assert_close(query.totals(), quick)
+    for name in ("input", "0", "3", "5"):
+        variable = R.graph.variable(name)
+        slow = query.marginals([variable])[variable]
+        torch.testing.assert_close(slow[0], R.marginal(name, *sets))
+
+
+# -- formulas themselves -------------------------------------------------------------------------
+
+
+def test_formulas_read_as_they_are_written():
+    a, b = nrm.channels("1", 0), nrm.neurons("2")
+    assert str(~a & b) == "~channels('1', 0) & neurons('2')"
+    assert str(~(a ^ "2")) == "~(channels('1', 0) ^ neurons('2'))"
+    assert str("2" & a) == "neurons('2') & channels('1', 0)"
+    assert str(a >> b) == str(a.implies("2")) == "~channels('1', 0) | neurons('2')"
+    assert isinstance(a | b, nrm.NeuronSet)
+    assert a == nrm.channels("1", 0) != nrm.channels("1", 0, axis=1)
+    whole = torch.ones(2, dtype=torch.bool)
+    assert nrm.mask("1", whole) != nrm.mask("1", whole.clone())
+
+
+def test_formulas_are_refused_where_sets_are_needed(chain):
+    R = chain
+    a, b = nrm.channels("1", 0), nrm.channels("3", 1)
+    with pytest.raises(NeuronSetError, match="neither true nor false"):
+        _ = a and b
+    with pytest.raises(NeuronSetError, match="not the formula"):
+        R(a, within=a & b)
+    with pytest.raises(NeuronSetError, match="not the formula"):
+        R.additive(~a)
+    with pytest.raises(NeuronSetError, match="got int"):
+        a & 3
+    with pytest.raises(QueryError, match="lies between the output"):
+        R.conditionals(b, layers=["1"])
+    with pytest.raises(QueryError, match="over="):
+        R.weighted({"1": torch.ones(4, 4, 4)}, over="mean")
+    with pytest.raises(NeuronSetError, match="shape"):
+        R.weighted({"1": torch.ones(4)})
