@@ -186,12 +186,17 @@ def test_queries_equal_the_sum_over_walks(network, walks):
         ]
         sets, picked = [s for s, _ in drawn], [p for _, p in drawn]
         together, heat = R(*sets), R.heatmap(*sets, at=leaves[0])
+        avoiding = R.marginals(~sets[0], layers=names)  # forward messages through every operator
         conditional = R(sets[0], given=sets[1:] or None)
         for sample, w in enumerate(found):
             joint = o.relevance(w, *picked)
             _check(together[sample], joint, sizes[sample])
             expected = o.marginal(w, leaves[0], len(net.values[leaves[0]]), *picked)
             _check(_of_sample(R, leaves[0], heat, sample), expected, sizes[sample])
+            others = [(v, r) for v, r in w if not v & picked[0]]
+            for name in names:
+                expected = o.marginal(others, name, len(net.values[name]))
+                _check(_of_sample(R, name, avoiding[name], sample), expected, sizes[sample])
             known = o.relevance(w, *picked[1:]) if picked[1:] else 1.0
             if abs(known) > 1e-6:
                 _check(float(conditional[sample]) * known, joint, 100 * sizes[sample])

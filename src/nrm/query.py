@@ -340,9 +340,10 @@ def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:
         QueryError: the variable mixes samples, and there are several.
     """
     shape, axis = neuron_shape(variable, forward), variable.batch_axis
-    if values.shape[1:] == shape and values.shape[0] != forward.batch:
+    samples = len(values) if values.dim() == len(shape) + 1 else forward.batch
+    if values.shape[1:] == shape and samples != forward.batch:
         raise NeuronSetError(
-            f"values of {variable.name!r} have {values.shape[0]} samples, the batch "
+            f"values of {variable.name!r} have {samples} samples, the batch "
             f"{forward.batch}."
         )
     if values.shape not in (shape, (forward.batch, *shape)):
