@@ -1,6 +1,7 @@
 """Normalized relevance measure: relevance of any set of neurons, handled like a probability."""
 
 from nrm import composites, rules
+from nrm.clusters import Clusters, clusters
 from nrm.errors import NrmError
 from nrm.explainer import Explainer
 from nrm.formulas import Formula, NeuronSet
@@ -8,12 +9,14 @@ from nrm.measure import Measure
 from nrm.neurons import channels, mask, neurons, patch
 
 __all__ = [
+    "Clusters",
     "Explainer",
     "Formula",
     "Measure",
     "NeuronSet",
     "NrmError",
     "channels",
+    "clusters",
     "composites",
     "mask",
     "neurons",

@@ -347,6 +347,10 @@ class Measure:
             )
         return Flows(flows, exact)
 
+    def activations(self, layer: str) -> Tensor:
+        """The values of a layer's neurons, shaped like the layer, batch axis included."""
+        return self._forward.value(self.graph.variable(layer))
+
     def biases(self) -> dict[str, Tensor]:
         """The share `[batch]` of every bias and every other constant at which walks end.
 

@@ -1,6 +1,6 @@
 """A PyTorch model as a graph of variables and operations with module paths as addresses."""
 
-from nrm.graph.capture import Captured, capture, reproduces
+from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
 from nrm.graph.model_call import ModelCall, Output, check_nested
 from nrm.graph.variables import Operation, Variable
@@ -16,4 +16,5 @@ __all__ = [
     "check_nested",
     "first_tokens",
     "reproduces",
+    "run",
 ]

@@ -103,8 +103,10 @@ def capture(call: ModelCall, batch_axis: int | None) -> Captured:
     return captured
 
 
-def run(captured: Captured, inputs: Sequence[Tensor]) -> Tensor:
-    """The captured model's output, computed plainly."""
+def run(captured: Captured, inputs: Sequence[Tensor], at: Node | None = None) -> Tensor:
+    """The captured model's output, computed plainly; or the value of another node."""
+    if at is None:
+        at = captured.output
     values: dict[Node, Any] = dict(captured.constants)
     values.update(zip(captured.inputs, inputs, strict=True))
     with torch.no_grad():
@@ -114,8 +116,10 @@ def run(captured: Captured, inputs: Sequence[Tensor]) -> Tensor:
                     (node.args, node.kwargs), lambda leaf: values[leaf]
                 )
                 values[node] = node.target(*args, **kwargs)
-    output: Tensor = values[captured.output]
-    return output
+            if node is at:
+                break
+    value: Tensor = values[at]
+    return value
 
 
 @contextmanager
