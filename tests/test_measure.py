@@ -221,7 +221,9 @@ def test_bad_sets_are_refused(R, make, message):
         R(make())
 
 
-def test_pairs_of_one_layer_are_refused(R):
+def test_pairs_that_cannot_be_are_refused(R):
+    with pytest.raises(QueryError, match="above both layers"):
+        R.joint("3", "1", nrm.channels("1", 0))
     with pytest.raises(QueryError, match="same layer"):
         R.joint("1", "1")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from nrm.graph import Variable
 from nrm.operators import Columns
 from nrm.passing import Messages, send
+from nrm.placing import per_sample
 from nrm.program import Pass
-from nrm.query import per_sample
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.passing import Messages, send
+from nrm.placing import Stops, laid_out, per_sample, resolve
 from nrm.program import Pass
 from nrm.proper_form import ProperForm, depth, proper_form
-from nrm.query import Plan, Query, Stops, laid_out, per_sample, resolve
+from nrm.query import Plan, Query
 from nrm.search import Flow, Flows, in_depth, top_flows
 from nrm.targets import Explained
 
@@ -468,9 +469,18 @@ class Measure:
         return found
 
     def _message(self, variable: Variable, sets: Sequence[Sets] = ()) -> Tensor:
-        """`[1, *shape]`: the message at a variable of the walks that visit `sets`."""
-        found = self._query([_together(*sets)], None, True).marginals([variable])
-        return _finite(found[variable])
+        """`[1, *shape]`: the message at a variable of the walks that visit `sets` before it.
+
+        Raises:
+            QueryError: a set lies further up than the variable.
+        """
+        query = self._query([_together(*sets)], None, True)
+        for place in query.places & self.graph.upstream(variable):
+            raise QueryError(
+                f"{place.name!r} lies between {variable.name!r} and the inputs. Here sets are "
+                "given that lie above both layers, or beside them."
+            )
+        return _finite(query.marginals([variable])[variable])
 
 
 def _finite(result: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nrm.graph import Graph, Variable
 from nrm.passing import Messages, send
+from nrm.placing import per_sample
 from nrm.program import Pass
-from nrm.query import per_sample
 
 
 @dataclass(frozen=True)

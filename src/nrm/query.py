@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nrm.automaton import Automaton, State, is_settled
-from nrm.errors import NeuronSetError, QueryError
+from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.forward_messages import ForwardMessages, states_after
-from nrm.graph import Graph, Variable
+from nrm.graph import Variable
 from nrm.passing import Messages, send, travel
+from nrm.placing import Stops, in_order, per_sample, resolve
 from nrm.program import Pass
-
-Stops = dict[Variable, Tensor | None]
-"""A neuron set on a graph: masks that broadcast to messages; `None` for a whole variable."""
 
 
 class Query:
@@ -111,7 +109,7 @@ class Query:
         automaton = self._automaton()
         coming = {}
         for variable in variables:
-            for place in self._places():
+            for place in self.places:
                 if variable in self.graph.upstream(place):
                     raise QueryError(
                         f"{place.name!r} lies between the output and {variable.name!r}: whether a "
@@ -135,7 +133,7 @@ class Query:
 
     def undecided(self) -> list[Variable]:
         """The variables with no set between them and the output, and some further up."""
-        places = self._places()
+        places = self.places
         below = {v for place in places for v in self.graph.upstream(place)}
         leading = self.graph.leading_to(places)
         return [v for v in self.graph.variables if v in leading and v not in below]
@@ -152,7 +150,7 @@ class Query:
                 then
                 for state in coming.get(variable, ())
                 for then in states_after(automaton, self.masks, variable, state)
-                if not is_settled(then) or not self._stops_early
+                if not is_settled(then) or not self._collects_at(variable)
             }
             operands = variable.producer.operands if variable.producer else ()
             for operand in operands:
@@ -169,17 +167,24 @@ class Query:
         """Whether what a message sums to, wherever it is, is the relevance of its walks."""
         return self.normalized and not self.open_to
 
+    def _collects_at(self, variable: Variable) -> bool:
+        """Whether messages that are settled stop at a variable."""
+        apart = self.forward.batch == 1 or variable.batch_axis is not None
+        return variable.is_leaf or (self._stops_early and apart)
+
     def _ends(self) -> Stops | None:
         # Columns do not sum to one, or some walks are cut off: follow all to their ends.
         return None if self._stops_early else dict.fromkeys(self.graph.leaves)
 
-    def _places(self) -> set[Variable]:
+    @property
+    def places(self) -> set[Variable]:
+        """Where the sets lie."""
         return {variable for stops in self.masks.values() for variable in stops}
 
     def _ends_at(self, variable: Variable) -> bool:
         """Whether all is known of a walk once it is at a variable."""
         below = self.graph.upstream(variable)
-        return (self._stops_early or variable.is_leaf) and not below & self._places()
+        return (self._stops_early or variable.is_leaf) and not below & self.places
 
     def _chain(self) -> list[Stops] | None:
         """The sets in the order in which walks meet them, if all are to be visited so."""
@@ -210,7 +215,7 @@ class Query:
         if automaton.start is None:
             return
         leading = None if recorded is None else self.graph.leading_to(recorded)
-        itinerary = _States(automaton, self.masks, settled, recorded, leading, self._stops_early)
+        itinerary = _States(automaton, self.masks, settled, recorded, leading, self._collects_at)
         travelling = {v: {automaton.start: message} for v, message in self.start.items()}
         with torch.inference_mode(False), torch.no_grad():
             travel(self.forward, travelling, itinerary, self.normalized, self.open_to)
@@ -265,11 +270,11 @@ class _States:
         settled: dict[Variable, dict[State, Tensor]] | None,
         recorded: dict[Variable, dict[State, Tensor]] | None,
         leading: set[Variable] | None,
-        stops_early: bool,
+        collects_at: Callable[[Variable], bool],
     ) -> None:
         self.automaton, self.masks = automaton, masks
         self.settled, self.recorded = settled, recorded
-        self.leading, self.stops_early = leading, stops_early
+        self.leading, self.collects_at = leading, collects_at
 
     def visit(self, variable: Variable, messages: dict[State, Tensor]) -> dict[State, Tensor]:
         for event in self.automaton.events_at.get(variable, ()):
@@ -281,7 +286,7 @@ class _States:
                 _add(left, then, message)
         if self.recorded is not None and variable in self.recorded:
             self.recorded[variable] = {state: message.clone() for state, message in left.items()}
-        if self.settled is not None and (self.stops_early or variable.is_leaf):
+        if self.settled is not None and self.collects_at(variable):
             done = {state: message for state, message in left.items() if is_settled(state)}
             self.settled[variable] = done
             left = {state: message for state, message in left.items() if state not in done}
@@ -308,97 +313,3 @@ class _States:
 
 def _add(messages: dict[State, Tensor], state: State, message: Tensor) -> None:
     messages[state] = messages[state] + message if state in messages else message
-
-
-def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
-    """The masks of a neuron set.
-
-    Raises:
-        UnknownLayerError, NeuronSetError: the set does not exist, or is empty.
-    """
-    stops: Stops = {}
-    picked: dict[Variable, Tensor] = {}
-    for member in chosen.members:
-        variable = forward.graph.variable(member.layer)
-        shape = neuron_shape(variable, forward)
-        mask = laid_out(member.select(variable, shape), variable, forward)
-        picked[variable] = picked[variable] | mask if variable in picked else mask
-    if not any(bool(mask.any()) for mask in picked.values()):
-        raise NeuronSetError(f"the neuron set {chosen} is empty.")
-    for variable, mask in picked.items():
-        weights = mask.to(forward.output.dtype).to(forward.output.device)
-        stops[variable] = None if bool(mask.all()) else weights.unsqueeze(0)
-    return stops
-
-
-def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:
-    """Values of a variable's neurons, without the batch axis or with it in front, so that they
-    broadcast to the variable.
-
-    Raises:
-        NeuronSetError: they have another shape.
-        QueryError: the variable mixes samples, and there are several.
-    """
-    shape, axis = neuron_shape(variable, forward), variable.batch_axis
-    samples = len(values) if values.dim() == len(shape) + 1 else forward.batch
-    if values.shape[1:] == shape and samples != forward.batch:
-        raise NeuronSetError(
-            f"values of {variable.name!r} have {samples} samples, the batch "
-            f"{forward.batch}."
-        )
-    if values.shape not in (shape, (forward.batch, *shape)):
-        raise NeuronSetError(
-            f"values of {variable.name!r} have shape {tuple(values.shape)}, its neurons "
-            f"{tuple(shape)} (without the batch of {forward.batch})."
-        )
-    if values.dim() == len(shape) and axis is not None:
-        return values.unsqueeze(axis)
-    if axis is None and forward.batch > 1:
-        raise QueryError(
-            f"{variable.name!r} mixes the batch with another axis, so sets of its neurons "
-            "can only be given for one sample at a time."
-        )
-    if values.dim() > len(shape):
-        return values[0] if axis is None else values.movedim(0, axis)
-    return values
-
-
-def neuron_shape(variable: Variable, forward: Pass) -> torch.Size:
-    """The shape of a variable without its batch axis."""
-    shape = list(forward.shape(variable))
-    if variable.batch_axis is not None:
-        del shape[variable.batch_axis]
-    return torch.Size(shape)
-
-
-def in_order(graph: Graph, sets: Sequence[Stops]) -> list[Stops] | None:
-    """The sets in an order in which every walk that meets all of them does so, if there is one."""
-    upstream = {variable: graph.upstream(variable) for stops in sets for variable in stops}
-    remaining, order = list(sets), []
-    while remaining:
-        for stops in remaining:
-            others = [other for other in remaining if other is not stops]
-            if not any(v in upstream[w] for v in stops for other in others for w in other):
-                order.append(stops)
-                remaining = others
-                break
-        else:
-            return None
-    return order
-
-
-def per_sample(message: Tensor, variable: Variable, batch: int) -> Tensor:
-    """`[K, *shape]` summed over neurons: `[K, batch]`.
-
-    Raises:
-        QueryError: the variable mixes samples, and there are several.
-    """
-    if variable.batch_axis is not None:
-        first = message.movedim(variable.batch_axis + 1, 1)
-        return first.reshape(*first.shape[:2], -1).sum(-1)
-    if batch == 1:
-        return message.reshape(len(message), -1).sum(1, keepdim=True)
-    raise QueryError(
-        f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be told "
-        "apart by sample. Explain one sample at a time."
-    )

@@ -1,0 +1,109 @@
+"""Neuron sets on a graph: their masks, and how far a message sums to one number per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nrm.errors import NeuronSetError, QueryError
+from nrm.formulas import NeuronSet
+from nrm.graph import Graph, Variable
+from nrm.program import Pass
+
+Stops = dict[Variable, Tensor | None]
+"""A neuron set on a graph: masks that broadcast to messages; `None` for a whole variable."""
+
+
+def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
+    """The masks of a neuron set.
+
+    Raises:
+        UnknownLayerError, NeuronSetError: the set does not exist, or is empty.
+    """
+    stops: Stops = {}
+    picked: dict[Variable, Tensor] = {}
+    for member in chosen.members:
+        variable = forward.graph.variable(member.layer)
+        shape = neuron_shape(variable, forward)
+        mask = laid_out(member.select(variable, shape), variable, forward)
+        picked[variable] = picked[variable] | mask if variable in picked else mask
+    if not any(bool(mask.any()) for mask in picked.values()):
+        raise NeuronSetError(f"the neuron set {chosen} is empty.")
+    for variable, mask in picked.items():
+        weights = mask.to(forward.output.dtype).to(forward.output.device)
+        stops[variable] = None if bool(mask.all()) else weights.unsqueeze(0)
+    return stops
+
+
+def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:
+    """Values of a variable's neurons, without the batch axis or with it in front, so that they
+    broadcast to the variable.
+
+    Raises:
+        NeuronSetError: they have another shape.
+        QueryError: the variable mixes samples, and there are several.
+    """
+    shape, axis = neuron_shape(variable, forward), variable.batch_axis
+    samples = len(values) if values.dim() == len(shape) + 1 else forward.batch
+    if values.shape[1:] == shape and samples != forward.batch:
+        raise NeuronSetError(
+            f"values of {variable.name!r} have {samples} samples, the batch {forward.batch}."
+        )
+    if values.shape not in (shape, (forward.batch, *shape)):
+        raise NeuronSetError(
+            f"values of {variable.name!r} have shape {tuple(values.shape)}, its neurons "
+            f"{tuple(shape)} (without the batch of {forward.batch})."
+        )
+    if values.dim() == len(shape) and axis is not None:
+        return values.unsqueeze(axis)
+    if axis is None and forward.batch > 1:
+        raise QueryError(
+            f"{variable.name!r} mixes the batch with another axis, so sets of its neurons "
+            "can only be given for one sample at a time."
+        )
+    if values.dim() > len(shape):
+        return values[0] if axis is None else values.movedim(0, axis)
+    return values
+
+
+def neuron_shape(variable: Variable, forward: Pass) -> torch.Size:
+    """The shape of a variable without its batch axis."""
+    shape = list(forward.shape(variable))
+    if variable.batch_axis is not None:
+        del shape[variable.batch_axis]
+    return torch.Size(shape)
+
+
+def in_order(graph: Graph, sets: Sequence[Stops]) -> list[Stops] | None:
+    """The sets in an order in which every walk that meets all of them does so, if there is one."""
+    upstream = {variable: graph.upstream(variable) for stops in sets for variable in stops}
+    remaining, order = list(sets), []
+    while remaining:
+        for stops in remaining:
+            others = [other for other in remaining if other is not stops]
+            if not any(v in upstream[w] for v in stops for other in others for w in other):
+                order.append(stops)
+                remaining = others
+                break
+        else:
+            return None
+    return order
+
+
+def per_sample(message: Tensor, variable: Variable, batch: int) -> Tensor:
+    """`[K, *shape]` summed over neurons: `[K, batch]`.
+
+    Raises:
+        QueryError: the variable mixes samples, and there are several.
+    """
+    if variable.batch_axis is not None:
+        first = message.movedim(variable.batch_axis + 1, 1)
+        return first.reshape(*first.shape[:2], -1).sum(-1)
+    if batch == 1:
+        return message.reshape(len(message), -1).sum(1, keepdim=True)
+    raise QueryError(
+        f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be told "
+        "apart by sample. Explain one sample at a time."
+    )
