@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nrm.errors import PositiveSumError, TargetError
 from nrm.program import Pass
-from nrm.query import per_sample
+from nrm.placing import per_sample
 
 _ONE = {0: "0, the only neuron", 1: "an int"}
 
