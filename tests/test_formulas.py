@@ -351,3 +351,29 @@ def test_formulas_are_refused_where_sets_are_needed(chain):
         R.weighted({"1": torch.ones(4, 4, 4)}, over="mean")
     with pytest.raises(NeuronSetError, match="shape"):
         R.weighted({"1": torch.ones(4)})
+
+
+def test_six_formulas_at_once_on_squeezenet(torchvision_models):
+    """No operation is passed more often than states are open there, and no more at all."""
+    torch.manual_seed(0)
+    model = torchvision_models.squeezenet1_0().eval()
+    R = nrm.Explainer(model, Everywhere(Gamma(0.25)))(torch.rand(1, 3, 64, 64), target=3)
+    for a, b, most in (
+        # one above the other: whether the lower is visited is decided where it lies
+        (nrm.channels("features.12.squeeze", *range(20)), nrm.channels("features.9", 7, 9), 2),
+        # each in a branch and in a layer below: they interleave; who visits both is decided
+        (
+            nrm.channels("features.9.expand1x1", *range(99)) | nrm.channels("features.5", 3),
+            nrm.channels("features.9.expand3x3", *range(99)) | nrm.channels("features.7", 4),
+            3,
+        ),
+    ):
+        six = [a, b, a & b, a | b, ~a, a ^ b]
+        counted = rows_pulled(R, lambda six=six: R.relevances(*six))
+        plan = R.plan(*six)
+        assert counted == plan.messages
+        assert plan.channels == max(counted.values()) == most
+        together = R.relevances(*six)
+        torch.testing.assert_close(together, torch.stack([R(f) for f in six]), atol=1e-6, rtol=0)
+        one_by_one = sum(sum(rows_pulled(R, lambda f=f: R(f)).values()) for f in six)
+        assert sum(counted.values()) < one_by_one
