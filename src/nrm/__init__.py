@@ -1,6 +1,6 @@
 """Normalized relevance measure: relevance of any set of neurons, handled like a probability."""
 
-from nrm import composites, rules
+from nrm import composites, methods, rules
 from nrm.clusters import Clusters, clusters
 from nrm.errors import NrmError
 from nrm.explainer import Explainer
@@ -19,6 +19,7 @@ __all__ = [
     "clusters",
     "composites",
     "mask",
+    "methods",
     "neurons",
     "patch",
     "rules",

@@ -1,0 +1,1 @@
+"""The named methods beside independent implementations of each."""

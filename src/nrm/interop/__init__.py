@@ -1,0 +1,1 @@
+"""nrm behind the interfaces of other libraries; each needs that library installed."""

@@ -1,0 +1,211 @@
+"""nrm as captum attribution methods: LRP of the inputs and of a layer, jointly with neuron sets.
+
+They take and return what captum's methods do, so its noise tunnel, sensitivity and infidelity work
+with them. Relevance is in units of the explained output, as there; `scale="normalized"` makes it
+the share of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nrm.composites import Composite
+from nrm.errors import InputError, QueryError, TargetError
+from nrm.explainer import Explainer
+from nrm.graph import Variable
+from nrm.measure import Given, Measure, Sets
+from nrm.methods import Scale, in_units
+from nrm.rules import Rule
+from nrm.targets import Target
+
+try:
+    from captum.attr import Attribution, LayerAttribution
+    from captum.log import log_usage  # captum's methods call what it wraps
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'nrm.interop.captum needs captum: pip install "nrm[captum]"', name=error.name
+    ) from error
+
+Inputs = Tensor | tuple[Tensor, ...]
+
+
+class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
+    """LRP, CRP and any other joint or conditional relevance of the inputs.
+
+    Arguments:
+        model: a module, in evaluation mode.
+        composite: which rule applies where (`nrm.composites`); by default what suits the model.
+        bias: `"drop"` or `"input"`; by default what the composite assumes. Only with `"input"`
+            the inputs take less than all of the output: the rest is the convergence delta.
+        scale: `"normalized"`: shares of the output, instead of its units.
+
+    Example:
+        >>> lrp = LRP(model, nrm.composites.EpsilonPlusFlat())
+        >>> lrp.attribute(images, target=3)
+        >>> NoiseTunnel(lrp).attribute(images, target=3, nt_samples=10)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: Composite | Rule | None = None,
+        *,
+        bias: Literal["drop", "input"] | None = None,
+        scale: Scale = "logit",
+    ) -> None:
+        super().__init__(model)
+        self.explainer = Explainer(model, composite, bias=bias)
+        self.scale = scale
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        sets: Sets | Sequence[Sets] = (),
+        given: Given = None,
+    ) -> Inputs | tuple[Inputs, Tensor]:
+        """The relevance of every input element.
+
+        Arguments:
+            inputs: a tensor or a tuple of them; samples along the first axis.
+            target: as for captum's methods; `None` only where the model has one output.
+            additional_forward_args: further arguments of the model. Those with real values carry
+                relevance too, which is not returned.
+            return_convergence_delta: also what the output exceeds the sum of all attributions by,
+                for each sample.
+            sets: neuron sets, formulas or layers: only walks that pass them count (CRP, eq. 37).
+            given: the same, and divide by their relevance (eq. 11).
+
+        Returns:
+            shaped like `inputs`; with the delta `[batch]` if asked for.
+        """
+        several = isinstance(inputs, tuple)
+        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+        R = _measure(self.explainer, tensors, target, additional_forward_args)
+        found = tuple(
+            self._relevance(R, place, x, _listed(sets), given) for place, x in enumerate(tensors)
+        )
+        attributions = found if several else found[0]
+        if not return_convergence_delta:
+            return attributions
+        output = in_units(R, torch.ones_like(R.scale), self.scale)
+        return attributions, self.compute_convergence_delta(attributions, output)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Relevance is what inputs contribute, not how sensitive the output is to them."""
+        return True
+
+    def has_convergence_delta(self) -> bool:
+        """Whether `attribute` can say what the inputs do not take."""
+        return True
+
+    def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
+        """The output less the sum of all attributions: `[batch]`."""
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        return output - torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+
+    def _relevance(
+        self, R: Measure, place: int, x: Tensor, sets: Sequence[Sets], given: Given
+    ) -> Tensor:
+        if not x.is_floating_point():
+            raise InputError(
+                f"input {place} holds integers, which carry no relevance: attribute to the layer "
+                "that embeds them, with LayerLRP."
+            )
+        variable = _input(R, place)
+        if variable is None:  # no walk ends there
+            return torch.zeros_like(x)
+        relevance = R.marginal(variable.name, *sets, given=given)
+        return in_units(R, relevance, self.scale, variable.batch_axis)
+
+
+class LayerLRP(LayerAttribution):  # type: ignore[misc] # untyped in some releases
+    """The relevance of every neuron of a layer's output, also jointly with sets (ConRel, CRP).
+
+    Arguments:
+        model: a module, in evaluation mode.
+        layer: one of its modules, or any address that nrm lists (`Explainer.layers`), such as
+            that of a module's second call (`features@1`) or of an operation within one.
+        others: as for `LRP`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str,
+        composite: Composite | Rule | None = None,
+        *,
+        bias: Literal["drop", "input"] | None = None,
+        scale: Scale = "logit",
+    ) -> None:
+        super().__init__(model, layer)
+        self.address = layer if isinstance(layer, str) else _address(model, layer)
+        self.explainer = Explainer(model, composite, bias=bias)
+        self.scale = scale
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        sets: Sets | Sequence[Sets] = (),
+        given: Given = None,
+    ) -> Tensor:
+        """The relevance of every neuron of the layer. Arguments: as for `LRP.attribute`.
+
+        Returns:
+            shaped like the layer's output. Its sum is the layer's share of the flow, which is all
+            of it only where nothing bypasses the layer.
+        """
+        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+        R = _measure(self.explainer, tensors, target, additional_forward_args)
+        relevance = R.marginal(self.address, *_listed(sets), given=given)
+        axis = R.graph.variable(self.address).batch_axis
+        return in_units(R, relevance, self.scale, axis)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Relevance is what neurons contribute, not how sensitive the output is to them."""
+        return True
+
+
+def _measure(
+    explainer: Explainer, inputs: tuple[Tensor, ...], target: Target, additional: Any
+) -> Measure:
+    further = additional if isinstance(additional, tuple) else (additional,)
+    arguments = (*inputs, *(() if additional is None else further))
+    R = explainer(*arguments, target=target)
+    if target is None and R.output.numel() != R.batch:
+        raise TargetError(
+            f"the model has outputs {tuple(R.output.shape)} for {R.batch} samples: say which is "
+            "explained with target=."
+        )
+    return R
+
+
+def _input(R: Measure, place: int) -> Variable | None:
+    """The variable of the model's n-th tensor, if walks end there."""
+    node = R.graph.captured.inputs[place]
+    return next((v for v in R.graph.inputs if v.node is node), None)
+
+
+def _address(model: nn.Module, layer: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if module is layer:
+            return str(name) or "output"
+    raise QueryError(f"the layer {type(layer).__name__} is no module of {type(model).__name__}.")
+
+
+def _listed(sets: Sets | Sequence[Sets]) -> Sequence[Sets]:
+    return sets if isinstance(sets, (tuple, list)) else [sets]  # type: ignore[list-item]

@@ -1,0 +1,338 @@
+"""The named methods, each a query on the measure (section 3.5).
+
+With output k explained, every method below is the relevance of some set of walks. Results are
+normalised: shares of the explained output. `scale="logit"` multiplies them by `R.scale`, the
+explained output itself, as most other implementations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nrm.errors import QueryError
+from nrm.explainer import Explainer
+from nrm.formulas import NeuronSet, as_set
+from nrm.measure import Given, Measure, Sets
+from nrm.neurons import channels, neurons
+from nrm.targets import Target
+
+Scale = Literal["normalized", "logit"]
+
+OUTPUT = "y"
+"""What zennit-crp calls the model's output in a condition."""
+
+
+class Samples(NamedTuple):
+    """The samples in which a concept is most relevant, the most relevant first.
+
+    Attributes:
+        values: `[k]`, or `[k, channels]` for all channels of a layer.
+        indices: shaped alike, the number of each sample, counted over all batches.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+def lrp(R: Measure, at: str | None = None, scale: Scale = "normalized") -> Tensor:
+    """LRP: `R(i_0 | k)`, the relevance of every input element.
+
+    Arguments:
+        at: the input, for a model with several.
+
+    Returns:
+        shaped like the input.
+    """
+    return in_units(R, R.heatmap(at=at), scale, _samples_axis(R, at))
+
+
+def conrel(R: Measure, concept: Sets, scale: Scale = "normalized") -> Tensor:
+    """ConRel: `R(S_l | k)`, the relevance of a concept (eq. 9 with one set).
+
+    Arguments:
+        concept: a neuron set; or a layer, for each of its channels.
+
+    Returns:
+        `[batch]`; `[batch, channels]` for a layer.
+    """
+    relevance = R.channels(concept) if isinstance(concept, str) else R(concept)
+    return in_units(R, relevance, scale)
+
+
+def relmax(
+    explainer: Explainer,
+    batches: Tensor | Iterable[Any],
+    concept: Sets,
+    target: Target = None,
+    k: int = 8,
+    scale: Scale = "normalized",
+) -> Samples:
+    """RelMax: the samples with the largest `R(S_l | k)`, the concept's reference samples.
+
+    Arguments:
+        batches: one tensor, or batches one after the other: each a tensor, or a tuple, list or
+            dict of the model's arguments. The last may be smaller.
+        concept: a neuron set; or a layer, for each of its channels.
+        target: one for all samples, or a tensor or list with one for each, over all batches. By
+            default each sample's largest output.
+        k: how many samples; fewer where there are no more.
+        scale: `"normalized"` compares a concept's share of each output, `"logit"` what it adds to
+            it.
+    """
+    if not isinstance(k, int) or k < 1:
+        raise QueryError(f"k is a positive integer, not {k!r}")
+    best: Samples | None = None
+    seen = 0
+    for batch in (batches,) if isinstance(batches, Tensor) else batches:
+        R = _explain(explainer, batch, target=_from(target, seen, batch))
+        relevance = conrel(R, concept, scale)
+        indices = torch.arange(seen, seen + R.batch, device=relevance.device)
+        indices = indices.view(-1, *[1] * (relevance.dim() - 1)).expand_as(relevance)
+        if best is not None:
+            relevance = torch.cat([best.values, relevance])
+            indices = torch.cat([best.indices, indices])
+        # Stable, so that among equals the earlier sample comes first however they are batched.
+        values, order = relevance.sort(dim=0, descending=True, stable=True)
+        best = Samples(values[:k], indices.gather(0, order[:k]))
+        seen += R.batch
+    if best is None:
+        raise QueryError("there are no samples: `batches` is empty.")
+    return best
+
+
+def crp(
+    R: Measure,
+    *concepts: Sets,
+    conditional: bool = False,
+    bypass: bool = False,
+    at: str | None = None,
+    scale: Scale = "normalized",
+) -> Tensor:
+    """CRP: `R(i_0, S_l, ... | k)`, where in the input one or several concepts are (eq. 37).
+
+    Arguments:
+        concepts: neuron sets, all of them visited.
+        conditional: divide by the concepts' own relevance: `R(i_0 | S_l, ..., k)` (eq. 11).
+        bypass: keep what flows past a concept's layer over skip connections, as masks set by
+            hooks do (zennit-crp's `exclude_parallel=False`): the concept is united with the
+            copies of the skip beside it. By default the concepts alone.
+        at: the input, for a model with several.
+
+    Returns:
+        shaped like the input.
+    """
+    if not concepts:
+        raise QueryError("name at least one concept; without any, CRP is LRP.")
+    axis = _samples_axis(R, at)
+    if not bypass:
+        given = concepts if conditional else None
+        sets = () if conditional else concepts
+        return in_units(R, R.heatmap(*sets, given=given, at=at), scale, axis)
+    united = NeuronSet(tuple(m for concept in concepts for m in as_set(concept).members))
+    joint = R.heatmap(within=united, at=at)
+    if conditional:
+        known = _along(R(within=united), joint, axis)
+        joint = torch.where(known == 0, 0.0, joint / torch.where(known == 0, 1.0, known))
+    return in_units(R, joint, scale, axis)
+
+
+def crp_conditions(
+    explainer: Explainer,
+    inputs: Any,
+    conditions: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    exclude_parallel: bool = True,
+    conditional: bool = False,
+    at: str | None = None,
+    scale: Scale = "normalized",
+) -> Tensor:
+    """CRP with concepts written as in zennit-crp: one heatmap for each condition, in their order.
+
+    Arguments:
+        inputs: a tensor, or a tuple, list or dict of the model's arguments. Every condition is
+            applied to all samples.
+        conditions: channels by layer. Those of one layer are united, layers are joint. `"y"` is
+            the output: several are explained together, by their logits; by default each sample's
+            largest output.
+        exclude_parallel: `True`: the concepts alone. `False`: what flows past their layers over
+            skip connections is kept (`crp`'s `bypass`, the measure's `within`).
+        others: as for `crp`.
+
+    Returns:
+        `[conditions, *input]`.
+
+    Example:
+        >>> crp_conditions(explainer, image, [{"features.27": [50], "y": [1]}, {"y": [1]}])
+    """
+    measures: dict[tuple[int, ...], Measure] = {}
+    heatmaps = []
+    for condition in conditions:
+        outputs = tuple(condition.get(OUTPUT, ()))
+        if outputs not in measures:
+            measures[outputs] = _explain_outputs(explainer, inputs, outputs)
+        R = measures[outputs]
+        concepts = [channels(name, *c) for name, c in condition.items() if name != OUTPUT]
+        heatmaps.append(
+            crp(
+                R,
+                *concepts,
+                conditional=conditional,
+                bypass=not exclude_parallel,
+                at=at,
+                scale=scale,
+            )
+            if concepts
+            else lrp(R, at, scale)
+        )
+    if not heatmaps:
+        raise QueryError("there are no conditions.")
+    return torch.stack(heatmaps)
+
+
+def subgraph(
+    R: Measure, *sets: Sets, normalized: bool = True, scale: Scale = "normalized"
+) -> Tensor:
+    """Subgraph relevance: `R(S_0, ..., S_{L-1} | k)`, of the walks inside a set of each layer.
+
+    Arguments:
+        sets: one of each layer, in any order (eq. 10); layers left out are summed over (eq. 9).
+        normalized: `False`: the original, a sum of unnormalised walk relevances (eq. 26), which
+            starts from the logit whatever the `scale`.
+
+    Returns:
+        `[batch]`.
+    """
+    if not normalized:
+        return R(*sets, normalized=False)
+    return in_units(R, R(*sets), scale)
+
+
+def walk(
+    R: Measure,
+    path: Mapping[str, int | tuple[int, ...]],
+    *,
+    normalized: bool = True,
+    scale: Scale = "normalized",
+) -> Tensor:
+    """GNN-LRP: `R(i_0, ..., i_{L-1} | k)`, the relevance of one walk (eq. 12).
+
+    Walks of whole nodes of a graph are joint relevances of their neurons: `subgraph` with one
+    set for each layer, or `graph_networks.node_walks` for all of them.
+
+    Arguments:
+        path: one neuron of each layer, by its index without the batch axis.
+        normalized: `False`: the original walk relevance (eq. 26).
+
+    Returns:
+        `[batch]`.
+
+    Example:
+        >>> walk(R, {"input": 3, "layers.0": 1, "layers.2": 0})
+    """
+    steps = (neurons(layer, index) for layer, index in path.items())
+    return subgraph(R, *steps, normalized=normalized, scale=scale)
+
+
+def symbxai(R: Measure, formula: Sets, given: Given = None, scale: Scale = "normalized") -> Tensor:
+    """SymbXAI: the relevance of the walks on which a formula over neuron sets holds (eqs. 53-55).
+
+    Arguments:
+        formula: e.g. `a & ~b`: walks that visit a and avoid b.
+        given: a set or formula, or several that hold jointly (eq. 11).
+
+    Returns:
+        `[batch]`.
+    """
+    return in_units(R, R(formula, given=given), scale)
+
+
+def harsanyi(
+    R: Measure, *sets: NeuronSet, scale: Scale = "normalized"
+) -> dict[frozenset[NeuronSet], Tensor]:
+    """Harsanyi dividends: the relevance of the walks that visit exactly some sets of a family.
+
+    SymbXAI's building blocks: they add up to one, and the relevance of any formula over the sets
+    is the sum of those on which it holds.
+
+    Arguments:
+        sets: the family; what visits none of them is the dividend of the empty set.
+
+    Returns:
+        `[batch]` by the sets that are visited. Combinations of which no walk can be are left out.
+    """
+    return {
+        frozenset(s for s, held in zip(sets, visited, strict=True) if held): in_units(R, r, scale)
+        for visited, r in R.outcomes(*sets).items()
+    }
+
+
+def additive(
+    R: Measure, *sets: NeuronSet | str, layers: int | None = None, scale: Scale = "normalized"
+) -> Tensor:
+    """Additive relevance: how much of the walks lies in neuron sets (Definition 3, eq. 33).
+
+    Arguments:
+        sets: together one set, also of neurons of different layers.
+        layers: `L + 1`, the neurons of a walk; by default the layers of the proper form.
+
+    Returns:
+        `[batch]`.
+    """
+    return in_units(R, R.additive(*sets, layers=layers), scale)
+
+
+def in_units(R: Measure, relevance: Tensor, scale: Scale, axis: int | None = 0) -> Tensor:
+    """Relevance as a share of the explained output, or in its units.
+
+    Arguments:
+        axis: where the samples of the batch lie; `None` where there is but one.
+    """
+    if scale not in ("normalized", "logit"):
+        raise QueryError(f"scale is 'normalized' or 'logit', not {scale!r}")
+    return relevance * _along(R.scale, relevance, axis) if scale == "logit" else relevance
+
+
+def _explain(explainer: Explainer, inputs: Any, **explained: Any) -> Measure:
+    """The measure of a tensor, or of a tuple, list or dict of the model's arguments."""
+    if isinstance(inputs, Mapping):
+        return explainer(**inputs, **explained)
+    listed = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return explainer(*listed, **explained)
+
+
+def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]) -> Measure:
+    """Several outputs together, each with its own value as its relevance (eq. 13)."""
+    if len(outputs) < 2:
+        return _explain(explainer, inputs, target=outputs[0] if outputs else None)
+    found = _explain(explainer, inputs).output
+    chosen = torch.zeros_like(found)
+    chosen[..., list(outputs)] = found[..., list(outputs)]
+    return _explain(explainer, inputs, output_relevance=chosen)
+
+
+def _from(target: Target, start: int, batch: Any) -> Target:
+    """The targets of the samples of one batch, where there is one for each sample."""
+    if target is None or isinstance(target, tuple) or torch.as_tensor(target).dim() == 0:
+        return target
+    first = batch
+    while not isinstance(first, Tensor):
+        first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
+    return target[start : start + len(first)]  # type: ignore[index] # not an int
+
+
+def _samples_axis(R: Measure, at: str | None) -> int | None:
+    """Where the batch lies in an input's heatmap."""
+    return (R.graph.inputs[0] if at is None else R.graph.variable(at)).batch_axis
+
+
+def _along(values: Tensor, tensor: Tensor, axis: int | None) -> Tensor:
+    """`[batch]` shaped so that it broadcasts against a tensor with the samples along `axis`."""
+    if axis is not None:
+        return values.view(-1, *[1] * (tensor.dim() - 1 - axis))
+    if len(values) > 1:
+        raise QueryError("this layer mixes the batch with another axis: explain samples singly.")
+    return values

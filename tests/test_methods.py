@@ -1,0 +1,254 @@
+"""The named methods: thin queries, checked against the enumeration of all walks."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import oracle as o
+import pytest
+import torch
+from networks import make
+from torch import nn
+
+import nrm
+from nrm import methods
+from nrm.errors import QueryError, TargetError
+
+LAYERS = {
+    "MLP": ["layers.1", "layers.3", "input"],
+    "Concat": ["squeeze", ":relu@2", "small"],
+    "Residual": ["norm", ":relu", "first"],
+}
+
+
+def half(R, layer, rng):
+    """Half of a layer's neurons at random: for nrm, and for the oracle."""
+    shape = R.graph.variable(layer).shape[1:]
+    bits = rng.random(int(np.prod(shape))) < 0.5
+    bits[rng.integers(len(bits))] = True
+    chosen = nrm.mask(layer, torch.tensor(bits).view(shape))
+    return chosen, {(layer, int(i)) for i in np.flatnonzero(bits)}
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    """A measure, for each sample all walks, and three neuron sets as such and for the oracle."""
+    made = make(request.param, "gamma", False, seed=3)
+    R = nrm.Explainer(made.model, made.composite)(*made.inputs, target=1)
+    rng = np.random.default_rng(4)
+    sets = [half(R, layer, rng) for layer in LAYERS[request.param]]
+    return R, [net.walks(1) for net in made.oracles], *zip(*sets, strict=True)
+
+
+def check(found, expected):
+    """`found` by sample, against a function of each sample's walks."""
+    np.testing.assert_allclose(np.asarray(found), np.array(expected), atol=1e-10)
+
+
+def test_heatmaps(case):
+    R, walks, (a, b, _), (in_a, in_b, _) = case
+    size = R.heatmap()[0].numel()
+
+    def expected(*picked):
+        return [o.marginal(w, "input", size, *picked) for w in walks]
+
+    check(methods.lrp(R).flatten(1), expected())
+    check(methods.crp(R, a).flatten(1), expected(in_a))
+    check(methods.crp(R, a, b).flatten(1), expected(in_a, in_b))
+    known = np.array([[o.relevance(w, in_a, in_b)] for w in walks])
+    divided = np.where(known == 0, 0, expected(in_a, in_b) / np.where(known == 0, 1, known))
+    check(methods.crp(R, a, b, conditional=True).flatten(1), divided)
+
+
+def test_bypass_unites_a_concept_with_what_lies_beside_it(case):
+    R, walks, (a, b, _), (in_a, in_b, _) = case
+    size = R.heatmap()[0].numel()
+    places = {name for name, _ in in_a | in_b}
+    shut = [
+        [(v, r) for v, r in w if not {n for n in v if n[0] in places} - in_a - in_b] for w in walks
+    ]
+    expected = np.array([o.marginal(w, "input", size) for w in shut])
+    check(methods.crp(R, a, b, bypass=True).flatten(1), expected)
+    known = np.array([[o.relevance(w)] for w in shut])
+    divided = np.where(known == 0, 0, expected / np.where(known == 0, 1, known))
+    check(methods.crp(R, a, b, bypass=True, conditional=True).flatten(1), divided)
+
+
+def test_sets(case):
+    R, walks, sets, picked = case
+    check(methods.conrel(R, sets[0]), [o.relevance(w, picked[0]) for w in walks])
+    check(methods.subgraph(R, *sets), [o.relevance(w, *picked) for w in walks])
+    a, b, c = sets
+    visits = [[(r, [bool(v & p) for p in picked]) for v, r in w] for w in walks]
+    check(
+        methods.symbxai(R, a & ~(b | c)),
+        [sum(r for r, (x, y, z) in w if x and not (y or z)) for w in visits],
+    )
+    check(
+        methods.symbxai(R, a, given=[b]) * R(b),
+        [sum(r for r, (x, y, _) in w if x and y) for w in visits],
+    )
+    dividends = methods.harsanyi(R, *sets)
+    for held in itertools.product([False, True], repeat=3):
+        key = frozenset(s for s, yes in zip(sets, held, strict=True) if yes)
+        exactly = [sum(r for r, seen in w if tuple(seen) == held) for w in visits]
+        check(dividends.get(key, torch.zeros(2)), exactly)
+    check(sum(dividends.values()), [1, 1])
+    inside = set().union(*picked)
+    share = [sum(r * len(v & inside) for v, r in w) / 7 for w in walks]
+    check(methods.additive(R, *sets, layers=7), share)
+
+
+def test_walks_and_their_originals():
+    made = make("MLP", "plain-gamma", False, seed=3, nonnegative=True)
+    R = nrm.Explainer(made.model, made.composite)(*made.inputs, target=1)
+    visited, _ = max(made.oracles[0].walks(1), key=lambda walk: walk[1])
+    steps = {name: i for name, i in visited if name != "layers.4"}
+    for normalized in (True, False):
+        walks = [dict(net.walks(1, normalized)) for net in made.oracles]
+        found = methods.walk(R, steps, normalized=normalized)
+        check(found, [w[visited] for w in walks])
+        assert found.abs().max() > 0
+    one = nrm.neurons("layers.1", 1)
+    check(methods.subgraph(R, one, normalized=False), R(one, normalized=False))
+
+
+class Chain(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(),
+            nn.Flatten(), nn.Linear(20, 3),
+        )  # fmt: skip
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 3, 3)
+        self.branch = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3 * 16, 2)
+
+    def forward(self, x):
+        h = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.branch(h) + h).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def explainer():
+    torch.manual_seed(0)
+    return nrm.Explainer(Chain().double().eval(), nrm.composites.EpsilonPlus())
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(7, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("scale", ["normalized", "logit"])
+@pytest.mark.parametrize("batches", ["one", "several", "dictionaries"])
+def test_relmax_over_batches_the_last_of_one(explainer, images, batches, scale):
+    labels = torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    R = explainer(images, target=labels)
+    concept = nrm.channels("2", 1, 3)
+    split = images.split(3)  # 3, 3, 1
+    given = {
+        "one": lambda: images,
+        "several": lambda: (x for x in split),
+        "dictionaries": lambda: [{"input": x} for x in split],
+    }[batches]
+    units = R.scale if scale == "logit" else torch.ones_like(R.scale)
+    values, indices = methods.relmax(explainer, given(), concept, labels, k=4, scale=scale)
+    order = (R(concept) * units).argsort(descending=True)[:4]
+    torch.testing.assert_close(indices, order)
+    torch.testing.assert_close(values, (R(concept) * units)[order])
+    by_channel = methods.relmax(explainer, given(), "2", labels, k=100, scale=scale)
+    table = R.channels("2") * units[:, None]
+    assert by_channel.indices.shape == (7, 5)
+    torch.testing.assert_close(
+        by_channel.indices, table.argsort(dim=0, descending=True, stable=True)
+    )
+    torch.testing.assert_close(by_channel.values, table.sort(0, descending=True).values)
+
+
+def test_relmax_targets(explainer, images):
+    of_one = methods.relmax(explainer, images.split(3), "2", 1, k=2)
+    torch.testing.assert_close(of_one, methods.relmax(explainer, images, "2", [1] * 7, k=2))
+    largest = methods.relmax(explainer, images.split(3), "2", k=2)
+    torch.testing.assert_close(largest, methods.relmax(explainer, images, "2", k=2))
+    with pytest.raises(QueryError, match="empty"):
+        methods.relmax(explainer, [], "2")
+    with pytest.raises(QueryError, match="positive"):
+        methods.relmax(explainer, images, "2", k=0)
+    with pytest.raises(TargetError):
+        methods.relmax(explainer, images.split(3), "2", [1, 2, 0, 1])
+
+
+def test_conditions_keep_their_order(explainer, images):
+    x = images[:2]
+    conditions = [
+        {"2": [4, 0], "y": [1]},
+        {"0": [1], "2": [3], "y": [2]},
+        {"y": [1]},
+        {"2": [4, 0], "y": [0, 2]},
+        {"0": [1]},
+    ]
+    found = methods.crp_conditions(explainer, x, conditions)
+    a, b, c = nrm.channels("2", 4, 0), nrm.channels("0", 1), nrm.channels("2", 3)
+    one, two = explainer(x, target=1), explainer(x, target=2)
+    logits = one.output * torch.tensor([1.0, 0, 1.0])
+    several = explainer(x, output_relevance=logits)
+    expected = [one.heatmap(a), two.heatmap(b, c), one.heatmap(), several.heatmap(a)]
+    torch.testing.assert_close(found, torch.stack([*expected, explainer(x).heatmap(b)]))
+    scaled = methods.crp_conditions(explainer, x, conditions[:1], scale="logit")[0]
+    torch.testing.assert_close(scaled, one.heatmap(a) * one.scale.view(2, 1, 1, 1))
+    given = methods.crp_conditions(explainer, [x], conditions[:1], conditional=True)[0]
+    torch.testing.assert_close(given, one.heatmap(given=a))
+    with pytest.raises(QueryError, match="no conditions"):
+        methods.crp_conditions(explainer, x, [])
+
+
+def test_conditions_beside_a_skip_connection(images):
+    torch.manual_seed(2)
+    explainer = nrm.Explainer(Skip().double().eval(), nrm.composites.GammaFlat())
+    R = explainer(images, target=0)
+    branch = nrm.channels("branch", 1)
+    conditions = [{"branch": [1], "y": [0]}]
+    alone = methods.crp_conditions(explainer, images, conditions)[0]
+    torch.testing.assert_close(alone, R.heatmap(branch))
+    united = methods.crp_conditions(explainer, images, conditions, exclude_parallel=False)[0]
+    torch.testing.assert_close(united, R.heatmap(within=branch))
+    skip = 1 - R("branch")
+    torch.testing.assert_close(united.sum((1, 2, 3)), alone.sum((1, 2, 3)) + skip)
+
+
+def test_scale(explainer, images):
+    R = explainer(images, target=2)
+    a, b = nrm.channels("0", 1), nrm.channels("2", 3)
+    wide = R.scale.view(-1, 1, 1, 1)
+    for found, expected in [
+        (methods.lrp(R, scale="logit"), R.heatmap() * wide),
+        (methods.conrel(R, "2", scale="logit"), R.channels("2") * R.scale[:, None]),
+        (methods.crp(R, a, b, scale="logit"), R.heatmap(a, b) * wide),
+        (methods.symbxai(R, a & ~b, scale="logit"), R(a & ~b) * R.scale),
+        (methods.additive(R, a, b, scale="logit"), R.additive(a, b) * R.scale),
+    ]:
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(QueryError, match="'normalized' or 'logit'"):
+        methods.lrp(R, scale="probability")
+    with pytest.raises(QueryError, match="at least one concept"):
+        methods.crp(R)
+
+
+def test_each_method_equals_its_definition():
+    """The rows of docs/methods.md that need no other library."""
+    from benchmarks.methods.chain import chain_rows
+    from benchmarks.methods.graph import graph_rows
+    from benchmarks.methods.table import methods_table
+
+    rows = [*chain_rows(), *graph_rows()]
+    assert max(row.deviation for row in rows) < 1e-12
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    for line in methods_table(rows).splitlines():
+        assert line.rpartition("| ")[0].rpartition("| ")[0] in page  # all but the deviation
