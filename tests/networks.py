@@ -29,6 +29,10 @@ RULES: dict[str, tuple[rules.Rule, o.ColumnRule]] = {
     "zbox": (rules.ZBox(-9.0, 9.0), o.zbox(-9.0, 9.0)),
 }
 
+OCCLUSION: dict[str, tuple[rules.Rule, o.Occlusion]] = {
+    "occlusion": (rules.Occlusion(), o.Occlusion())
+}
+
 
 class MLP(nn.Module):
     inputs = ((3,),)
@@ -47,7 +51,7 @@ class MLP(nn.Module):
         h = net.linear("layers.0", rule, h, *_parameters(self.layers[0]))
         h = net.relu("layers.1", h)
         h = net.linear("layers.2", rule, h, *_parameters(self.layers[2]))
-        h = net.identity("layers.3", h, np.tanh)
+        h = net.activation("layers.3", h, np.tanh)
         net.linear("layers.4", rule, h, *_parameters(self.layers[4]))
 
 
@@ -210,16 +214,17 @@ def make(
     inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in model.inputs]
     if nonnegative:
         inputs = [x.abs() for x in inputs]
+    package_rule, column_rule = (RULES | OCCLUSION)[rule]
     oracles = []
     for sample in range(2):
         net = o.Oracle(bias_is_input)
-        model.describe([x[sample].numpy() for x in inputs], net, RULES[rule][1])
+        model.describe([x[sample].numpy() for x in inputs], net, column_rule)
         oracles.append(net)
     with torch.no_grad():
         expected = model(*inputs).flatten(1).numpy()
     found = np.stack([net.values[net.output] for net in oracles])
     np.testing.assert_allclose(found, expected, atol=1e-12)  # the description is right
-    return Case(model, inputs, oracles, RULES[rule][0])
+    return Case(model, inputs, oracles, package_rule)
 
 
 def _parameters(layer: nn.Module) -> tuple[np.ndarray, np.ndarray | None]:

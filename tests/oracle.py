@@ -89,6 +89,18 @@ def fixed(parents: list[Parent]) -> list[float]:
     return [p.weight for p in parents]
 
 
+class Occlusion:
+    """`phi(z_j) - phi(z_j - z_ij)`: it needs z_j with its bias, and what follows it."""
+
+    def lost(
+        self, parents: list[Parent], z: float, phi: Callable[[np.ndarray], np.ndarray] | None
+    ) -> list[float]:
+        contributions = zero(parents)
+        if phi is None:
+            return contributions
+        return [float(phi(np.array(z)) - phi(np.array(z - c))) for c in contributions]
+
+
 def by_alpha(rule: ColumnRule) -> ColumnRule:
     """Blocks alpha T~ (eq. 20) with one joint normalisation, where alpha is in the weights.
 
@@ -112,7 +124,8 @@ class Oracle:
     bias_is_input: bool
     values: dict[str, np.ndarray] = field(default_factory=dict)
     parents: dict[Neuron, list[Parent]] = field(default_factory=dict)
-    rules: dict[str, ColumnRule | None] = field(default_factory=dict)
+    rules: dict[str, ColumnRule | Occlusion | None] = field(default_factory=dict)
+    activations: dict[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     leaves: list[str] = field(default_factory=list)
     output: str = ""
 
@@ -207,7 +220,16 @@ class Oracle:
         return name
 
     def relu(self, name: str, x: str) -> str:
-        return self.identity(name, x, lambda v: np.maximum(v, 0))
+        return self.activation(name, x, lambda v: np.maximum(v, 0))
+
+    def activation(self, name: str, x: str, function: Callable[[np.ndarray], np.ndarray]) -> str:
+        self.activations[name] = function
+        return self.identity(name, x, function)
+
+    def activation_after(self, name: str) -> Callable[[np.ndarray], np.ndarray] | None:
+        """The activation, if that alone reads a variable."""
+        readers = {n for (n, _), ps in self.parents.items() if name in {p.neuron[0] for p in ps}}
+        return self.activations.get(readers.pop()) if len(readers) == 1 else None
 
     def cat(self, name: str, *xs: str) -> str:
         return self.pick(name, [(x, i) for x in xs for i in range(len(self.values[x]))])
@@ -363,7 +385,11 @@ class Oracle:
         rule = self.rules[neuron[0]]
         if rule is None:
             return [(parents[0].neuron, 1.0)]
-        contributions = rule(parents)
+        if isinstance(rule, Occlusion):
+            z = float(self.values[neuron[0]][neuron[1]])
+            contributions = rule.lost(parents, z, self.activation_after(neuron[0]))
+        else:
+            contributions = rule(parents)
         total = sum(contributions)
         if not normalized:
             return [(p.neuron, c) for p, c in zip(parents, contributions, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -18,6 +18,7 @@ from nrm.rules import (
     Epsilon,
     Flat,
     Gamma,
+    PathIntegrated,
     Rule,
     Uniform,
     ValueTakesAll,
@@ -25,6 +26,8 @@ from nrm.rules import (
     Zero,
     ZPlus,
 )
+from nrm.rules import LocalLinear as LocalLinearRule
+from nrm.rules import Occlusion as OcclusionRule
 
 Selector = Callable[[Operation, Graph], bool]
 """Says whether an operation is meant."""
@@ -86,7 +89,8 @@ class Composite:
     Attributes:
         choices: selectors with a rule or an alpha; products that are sums too (matrix products)
             take one of each.
-        default: the rule of weighted sums. Softmax is an identity unless a choice says otherwise.
+        default: the rule of weighted sums. Softmax is an identity unless a choice says otherwise,
+            or the default is a gradient.
         alpha_default: how the factors of products share (eqs. 19-23).
         bias: what the composite assumes of biases, unless `Explainer(bias=...)` says otherwise.
 
@@ -122,6 +126,8 @@ class Composite:
         for selector, rule in self.choices:
             if isinstance(rule, Rule) and selector(operation, graph):
                 return rule
+        if self.default.first_order:
+            return self.default
         return operation.operator.default_rule or self.default
 
     def alpha(self, operation: Operation, graph: Graph) -> Alpha:
@@ -241,6 +247,48 @@ def LRPAll(rule: Rule | None = None) -> Composite:
     that matters (docs/recurrent.md).
     """
     return Composite([], rule or Zero(), name=f"LRPAll({rule or ''})", bias="input")
+
+
+def Occlusion() -> Composite:
+    """Occlusion walks (section 3.5.3): each parent contributes what is lost without it.
+
+    Assumes that a neuron's activation says what its parents are good for: a positive contribution
+    to a rectified neuron counts as far as the neuron is active, and one that a larger negative
+    sum outweighs counts for nothing. Parents are taken out one at a time, so that one that others
+    can stand in for counts for little. Biases count as inputs: most of what is left is theirs.
+    For networks of a few layers: over many, columns that nearly cancel add up to a total
+    variation without bound (see `diagnostics`).
+    """
+    return Composite([], OcclusionRule(), name="Occlusion()", bias="input")
+
+
+def LocalLinear() -> Composite:
+    """Every operation to first order at the input: `x_i dy_j/dx_i`, gates and scales included.
+
+    Assumes that the function is nearly linear between zero and the input. LRP-0 that counts
+    biases where only sums and activations are; both factors of a product take the same. What
+    does not change with the length of its input has no contributions that add up: a norm without
+    bias, or a softmax of large logits, gives nearly zero columns (see `diagnostics`). Take
+    `CPLRP`, or `IntegratedGradients`, for networks with those.
+    """
+    return Composite([], LocalLinearRule(), name="LocalLinear()", bias="input")
+
+
+def IntegratedGradients(
+    baseline: Tensor | float | Sequence[Tensor | float] = 0.0, steps: int = 16
+) -> Composite:
+    """Every operation by its derivatives, integrated while the input comes from a baseline.
+
+    Assumes that the baseline is an input without what is to be explained, and that the straight
+    way from it makes sense to the network. Contributions to a neuron add up to how far it moved;
+    a bias, which does not move, contributes nothing. For networks of sums and activations this is
+    LRP-0 on the differences from the baseline (DeepLIFT's rescale rule), whatever the steps.
+
+    Arguments:
+        baseline, steps: see `rules.PathIntegrated`.
+    """
+    rule = PathIntegrated(baseline, steps)
+    return Composite([], rule, name=f"IntegratedGradients(steps={steps})")
 
 
 _SIGNED = (

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -114,6 +115,12 @@ class NeuronSet(Formula):
     def holds_all_of(self, other: NeuronSet) -> bool:
         """Whether another set is this one, or was united with others into it."""
         return set(other.members) <= set(self.members)
+
+    @overload
+    def __or__(self, other: NeuronSet | str) -> NeuronSet: ...
+
+    @overload
+    def __or__(self, other: Formula) -> Formula: ...
 
     def __or__(self, other: Formula | str) -> Formula:
         other = as_formula(other)

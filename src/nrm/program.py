@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.errors import QueryError, UnsupportedOperatorError
 from nrm.fusion import fusions, needed
-from nrm.graph import Graph, Operation, Variable
-from nrm.operators import Call, Identity, Propagation, Setting, Slot, in_place, picks
+from nrm.graph import Graph, Operation, Variable, run
+from nrm.operators import (
+    Call,
+    Identity,
+    LocalLinear,
+    Propagation,
+    Setting,
+    Slot,
+    WeightedSum,
+    fill,
+    in_place,
+    picks,
+)
+from nrm.rules import PathIntegrated
 from nrm.telescope import Telescope, telescopes
 
 
@@ -52,6 +65,16 @@ class Pass:
         """Every operation, prepared for this input when it is first asked for."""
         return self._prepared[0]
 
+    def value(self, variable: Variable) -> Tensor:
+        """The value of a variable, computed anew.
+
+        Raises:
+            QueryError: it stands for neurons without a value of their own.
+        """
+        if variable.node is None:
+            raise QueryError(f"{variable.name!r} is a leaf that enters late; it has no activation.")
+        return run(self.graph.captured, self._inputs, variable.node)
+
     def shape(self, variable: Variable) -> torch.Size:
         """The shape of a variable, batch included."""
         known = self._shapes.get(variable)
@@ -73,6 +96,10 @@ class Program:
         self._constants, self._nodes = self._split_constants()
         self._nodes_fused = needed(graph, self._nodes, self._fused, _reads)
         self._last_use = self._plan_release()
+        self._path = _path(graph)
+        for operation in graph.operations:
+            if operation.rule.reads_ahead:
+                self.settings[operation].following = self._following(operation)
 
     def run(self, inputs: Sequence[Tensor]) -> Pass:
         """The forward pass."""
@@ -83,6 +110,7 @@ class Program:
     ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor]:
         """Every operation ready for messages, keeping only what propagation needs."""
         graph = self.graph
+        on_the_way = {} if self._path is None else self._along(self._path, inputs)
         values = self._given(inputs)
         propagations: dict[Operation, Propagation] = {}
         free: set[Node] = set()  # values that nothing keeps: their memory may be used again
@@ -99,8 +127,11 @@ class Program:
                 overwrites = alone and isinstance(operation.operator, Identity)
                 if overwrites:
                     call = replace(call, target=in_place(call.target))
+                setting = self.settings[operation]
+                if operation in on_the_way:
+                    setting = replace(setting, path=on_the_way[operation])
                 values[node], propagation = operation.operator.prepare(
-                    call, [values[slot] for slot in operation.slots], self.settings[operation]
+                    call, [values[slot] for slot in operation.slots], setting
                 )
                 propagations[operation] = propagation
                 if propagation.output_is_free or overwrites:
@@ -147,6 +178,59 @@ class Program:
             found[variable] = values[node]
         shapes = {variable: value.shape for variable, value in found.items()}
         return found, shapes
+
+    def _along(
+        self, path: PathIntegrated, inputs: Sequence[Tensor]
+    ) -> dict[Operation, list[list[Tensor]]]:
+        """The values of operands on the way to the inputs, for the operations that read them.
+
+        Linear ones need only those at the baseline.
+        """
+        graph = self.graph
+        moved: dict[Node, Callable[[Tensor, int], Tensor]] = {
+            variable.node: partial(path.point, name=variable.name, place=(k, len(graph.inputs)))
+            for k, variable in enumerate(graph.inputs)
+            if variable.node is not None
+        }
+        found: dict[Operation, list[list[Tensor]]] = {}
+        for step in range(path.steps):
+            values = self._given(inputs)
+            for leaf, move in moved.items():
+                if leaf in values:
+                    values[leaf] = move(values[leaf], step)
+            for node in self._nodes:
+                computed = graph.by_node.get(node)
+                operation = computed.producer if computed else None
+                if operation is None:
+                    values[node] = _evaluate(node, values)
+                    if node in moved:  # an embedding
+                        values[node] = moved[node](values[node], step)
+                else:
+                    operands = [values[slot] for slot in operation.slots]
+                    if _reads_path(operation, step):
+                        found.setdefault(operation, []).append(operands)
+                    with torch.no_grad():
+                        values[node] = fill(_with_values(operation, values), operands)()
+                for dead in self._last_use[node]:
+                    values.pop(dead, None)
+        return found
+
+    def _following(self, operation: Operation) -> tuple[Call, ...]:
+        """The activation after an operation, if its rule and row ask for it."""
+        if not operation.operator.reads_ahead(operation.named_slots):
+            return ()
+        found = []
+        for reader in self.graph.activation_after(operation):
+            others = [node for _, node in reader.call.nodes() if node not in reader.slots]
+            if any(node not in self._constants for node in others):
+                raise UnsupportedOperatorError(
+                    f"{operation.rule} needs the activation {reader.address!r} after "
+                    f"{operation.address!r} as a function, and its parameters are computed from "
+                    "the input. Choose another rule for the operation before it."
+                )
+            if reader.call.target is not torch.ops.aten.alias.default:  # a folded batch norm
+                found.append(_with_values(reader, self._constants))
+        return tuple(found)
 
     def _given(self, inputs: Sequence[Tensor]) -> dict[Node, Any]:
         values: dict[Node, Any] = dict(self._constants)
@@ -211,6 +295,24 @@ def _setting(operation: Operation, strict: bool) -> Setting:
         alphas=operation.alphas,
         late_leaf=operation.late_leaf,
     )
+
+
+def _path(graph: Graph) -> PathIntegrated | None:
+    """The one path that inputs take, if any rule integrates along it."""
+    paths = {op.rule for op in graph.operations if isinstance(op.rule, PathIntegrated)}
+    if len(paths) > 1:
+        raise QueryError(
+            f"the composite has {len(paths)} different paths. A network runs along one: give every "
+            "choice the same PathIntegrated rule object."
+        )
+    return next(iter(paths), None)
+
+
+def _reads_path(operation: Operation, step: int) -> bool:
+    if not isinstance(operation.rule, PathIntegrated):
+        return False
+    row = operation.operator
+    return isinstance(row, LocalLinear) or (isinstance(row, WeightedSum) and step == 0)
 
 
 def _with_values(operation: Operation, values: dict[Node, Any], constant: bool = False) -> Call:

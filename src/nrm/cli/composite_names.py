@@ -23,6 +23,9 @@ _NAMED: dict[str, Callable[[], Composite | None]] = {
     "CPLRP": composites.CPLRP,
     "AttnLRP": composites.AttnLRP,
     "LRPAll": composites.LRPAll,
+    "Occlusion": composites.Occlusion,
+    "LocalLinear": composites.LocalLinear,
+    "IntegratedGradients": composites.IntegratedGradients,
 }
 _BOX = "EpsilonGammaBox"
 NAMES = (*_NAMED, _BOX)

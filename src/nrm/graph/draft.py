@@ -119,7 +119,7 @@ class Draft:
             addresses.module_type(node),
             operator.kind_of(slots),
             tuple(slot for _, slot in slots),
-            _places(call, slots),
+            places(call, slots),
             tuple(self._parent(slot) for _, slot in slots),
         )
 
@@ -174,7 +174,7 @@ def _with_state(call: Call) -> list[tuple[str, Node]]:
     return [(name, node) for name, node in call.nodes() if is_float_tensor(node)]
 
 
-def _places(call: Call, slots: Sequence[tuple[str, Node]]) -> tuple[tuple[str, int], ...]:
+def places(call: Call, slots: Sequence[tuple[str, Node]]) -> tuple[tuple[str, int], ...]:
     """Where in a call its operands are, which may be the same node twice."""
     remaining = iter(call.places())
     found = []

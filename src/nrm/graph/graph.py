@@ -10,12 +10,15 @@ from torch.fx import Node
 
 from nrm.errors import CaptureError, QueryError, UnknownLayerError
 from nrm.graph.capture import Captured
-from nrm.graph.draft import Draft
+from nrm.graph.draft import Draft, places
 from nrm.graph.gates import gate_rank
 from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor
-from nrm.operators import Identity, Operator, Routing, lookup
-from nrm.rules import Alpha, Rule
+from nrm.operators import Identity, Operator, Routing, ToFirstOrder, lookup
+from nrm.rules import Alpha, PathIntegrated, Rule
 from nrm.rules import Identity as IdentityRule
+
+_ELEMENTWISE = ("activation", "scaling")
+"""The kinds of rows for functions of one neuron each."""
 
 
 class WalkSpecification(Protocol):
@@ -54,11 +57,13 @@ class Graph:
         draft = Draft(captured, fallback)
         self.variables: list[Variable] = draft.variables
         self.by_node: dict[Node, Variable] = draft.by_node | draft.constants
+        self.output = self.by_node[captured.output]
         self.silent: set[str] = set()
+        self._rules: dict[Operation, Rule] = {}
+        self._take_to_first_order()
         self._share_products()
         self._drop_unvisited(draft)
         self._choose_rules()
-        self.output = self.by_node[captured.output]
         self.output.aliases += ("output",)
         self._names = {
             name: variable
@@ -136,7 +141,56 @@ class Graph:
                 leading.add(variable)
         return leading
 
+    def activation_after(self, operation: Operation) -> tuple[Operation, ...]:
+        """The activation that alone reads what an operation computes, and copies on the way."""
+        found: list[Operation] = []
+        while True:
+            output = found[-1].output if found else operation.output
+            readers = self._readers.get(output, [])
+            if len(readers) != 1 or output is self.output:
+                return ()
+            (reader,) = readers
+            row = reader.operator
+            if not isinstance(row, Identity) or not row.elementwise:
+                return ()
+            if reader.output.shape != output.shape or reader.kind not in _ELEMENTWISE:
+                return ()
+            found.append(reader)
+            if reader.kind == "activation":
+                return tuple(found)
+
+    @cached_property
+    def _readers(self) -> dict[Variable, list[Operation]]:
+        readers: dict[Variable, list[Operation]] = {}
+        for operation in self.operations:
+            for operand in dict.fromkeys(operation.operands):
+                readers.setdefault(operand, []).append(operation)
+        return readers
+
     # -- building it -----------------------------------------------------------------------------
+
+    def _take_to_first_order(self) -> None:
+        """Give operations that are neither linear nor elementwise their derivatives for a row.
+
+        Only under rules that ask for it; all that the derivatives reach are operands then.
+        """
+        for variable in self.variables:
+            operation = variable.producer
+            if operation is None:
+                continue
+            rule = self.specification.rule(operation, self)
+            if not rule.first_order:
+                continue
+            self._rules[operation] = rule
+            row = ToFirstOrder(operation.operator)
+            slots = row.operands(operation.call, self._carries, operation.address)
+            if len(slots) < len(operation.slots):  # constants among them
+                slots = operation.named_slots
+            if operation.operator.curves(slots, isinstance(rule, PathIntegrated)):
+                operation.operator = row
+                operation.slots = tuple(slot for _, slot in slots)
+                operation.arguments = places(operation.call, slots)
+                operation.operands = tuple(self.by_node[slot] for slot in operation.slots)
 
     def _share_products(self) -> None:
         """Give the factors of products their alphas; those that take nothing are no parents."""
@@ -165,7 +219,7 @@ class Graph:
     def _choose_rules(self) -> None:
         """Choose the rule of every operation, and add the leaves that enter late."""
         for operation in self.operations:
-            rule = self.specification.rule(operation, self)
+            rule = self._rules.get(operation) or self.specification.rule(operation, self)
             if isinstance(rule, IdentityRule) and not (
                 operation.operator.accepts_identity or isinstance(operation.operator, Identity)
             ):

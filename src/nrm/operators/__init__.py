@@ -5,7 +5,7 @@ from nrm.operators.call import Call, picks
 from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Identity
 from nrm.operators.layers import Sum
-from nrm.operators.local_linear import LocalLinear
+from nrm.operators.local_linear import LocalLinear, ToFirstOrder
 from nrm.operators.own import Block, operation
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
@@ -28,6 +28,7 @@ __all__ = [
     "Setting",
     "Slot",
     "Sum",
+    "ToFirstOrder",
     "WeightedSum",
     "carries_none",
     "fill",

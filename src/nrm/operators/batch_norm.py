@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Setting
 from nrm.operators.call import Call
+from nrm.operators.connections import OneParent
 from nrm.operators.contribution import Contribution
 from nrm.operators.layers import Elementwise
 from nrm.rules import Activation, Rule
@@ -43,6 +45,7 @@ class BatchNorm(Elementwise):
                 setting.weight("scale", weight),
                 torch.mul,
                 lambda factor: factor,
+                connections=partial(OneParent, weight, values[0].shape),
             )
         ]
 

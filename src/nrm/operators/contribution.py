@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nrm.operators.base import pull_back
+from nrm.operators.connections import Connections
 from nrm.operators.memory import dense, same_memory, sum_to
 from nrm.rules import Activation, Weight
 
@@ -26,6 +27,8 @@ class Contribution:
         transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
             factor; without it autograd finds it, at the cost of running `apply` once.
         operand: which operand this is; one may contribute in several ways.
+        connections: the connections one by one, given the output's shape, for rules that are no
+            sums of terms.
     """
 
     x: Activation
@@ -34,6 +37,7 @@ class Contribution:
     uniform: Callable[[Tensor], Tensor]
     transpose: Callable[[Tensor, Tensor], Tensor] | None = None
     operand: int = 0
+    connections: Callable[[torch.Size], Connections] | None = None
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
         return self.uniform(factor) if weight is None else self.apply(factor, weight)

@@ -23,13 +23,20 @@ class Identity(Operator):
     Arguments:
         at_zero: what is known of the function at zero: `"linear"` functions and those that are
             `"zero"` there have a slope `f(x) / x`; others may not.
+        elementwise: whether it is; some that are not pass relevance as if they were.
     """
 
     def __init__(
-        self, kind: str, at_zero: Literal["linear", "zero", "unknown"] = "unknown"
+        self,
+        kind: str,
+        at_zero: Literal["linear", "zero", "unknown"] = "unknown",
+        elementwise: bool = True,
     ) -> None:
         super().__init__(kind)
-        self.at_zero = at_zero
+        self.at_zero, self.elementwise = at_zero, elementwise
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return not self.elementwise
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
+from nrm.operators.connections import Connections, Dense, Kernel, OneParent
 from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Unchanged
 from nrm.operators.memory import plain_strides
@@ -45,7 +47,7 @@ class Layer(WeightedSum):
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
-        weight = call["weight"]
+        x, weight = values[0], call["weight"]
         channel_axis = -self._channel_from_end(weight)
         groups = call.get("groups", 1)
 
@@ -63,13 +65,19 @@ class Layer(WeightedSum):
                 weight.shape[0] // groups, channel_axis
             )
 
+        def connections(output: torch.Size) -> Connections:
+            if weight.dim() == 2:
+                return Dense(weight)
+            return Kernel(call, x.shape, output)
+
         return [
             Contribution(
-                Activation(values[0]),
+                Activation(x),
                 setting.weight("weight", weight),
                 apply,
                 uniform,
-                _transpose(call, values[0], weight),
+                _transpose(call, x, weight),
+                connections=connections,
             )
         ]
 
@@ -199,14 +207,16 @@ class Sum(Elementwise):
         for name, sign in zip(("self", "other"), self.signs(call), strict=True):
             if isinstance(call[name], Slot):
                 x = values[call[name].index]
+                w = setting.weight(name, torch.tensor(sign, dtype=x.dtype, device=x.device))
                 parts.append(
                     Contribution(
                         Activation(x),
-                        setting.weight(name, torch.tensor(sign, dtype=x.dtype, device=x.device)),
+                        w,
                         apply=torch.mul,
                         uniform=lambda factor: factor,
                         transpose=torch.mul if alike and len(values) > 1 else None,
                         operand=call[name].index,
+                        connections=partial(OneParent, w.value, x.shape),
                     )
                 )
         return parts

@@ -31,6 +31,12 @@ class Centring(WeightedSum):
 
     accepts_identity: ClassVar[bool] = True
 
+    def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
+        return False
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return True
+
     @abstractmethod
     def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`own`, `shared`, and `weight` (`None`: one), broadcastable to x."""

@@ -16,6 +16,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Operator, Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
+from nrm.operators.connections import Connections, Dense
 from nrm.operators.contribution import Contribution
 from nrm.operators.gradient_share import gradient_share
 from nrm.operators.identity import Unchanged
@@ -34,6 +35,9 @@ class Product(Operator):
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return len(operands) > 1
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         return super().frozen(call, _shared(values, setting.alphas), setting)
@@ -123,6 +127,12 @@ class MatrixProduct(WeightedSum):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return self.addend is not None
 
+    def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
+        return len(operands) == 1
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return len(operands) > 1
+
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return -1
 
@@ -170,7 +180,16 @@ class MatrixProduct(WeightedSum):
             uniform=lambda factor: plain(factor, torch.ones_like(w.value)),
             transpose=transpose if stacks else None,
             operand=operand,
+            connections=self._connections(side, w.value),
         )
+
+    def _connections(self, side: int, weight: Tensor) -> Callable[[torch.Size], Connections] | None:
+        """Those of one variable with a constant matrix."""
+        if isinstance(self.factors, str) or weight.dim() != 2:
+            return None
+        if side == 0:
+            return lambda output: Dense(weight.mT)
+        return lambda output: Dense(weight, positions=len(output) > 1)
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         if self.addend is None:

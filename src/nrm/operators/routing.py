@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from nrm.operators.base import Operator, Propagation, Setting, fill, pull_back
 from nrm.operators.call import Call
@@ -28,6 +29,9 @@ class Routing(Operator):
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return along_path and self.kind == "maxpool"  # the winner changes on the way
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True

@@ -29,7 +29,8 @@ class Softmax(Centring):
     default_rule: ClassVar[Rule | None] = Identity()
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        return not isinstance(rule, Identity)
+        # What is beyond the expansion is no constant: only the expansion has it.
+        return not isinstance(rule, Identity) and not rule.first_order
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         output: Tensor = fill(call, values)()  # its derivative is the Taylor expansion

@@ -118,7 +118,7 @@ register(
     Identity("activation"),
     *_names(
         "sigmoid softplus hardsigmoid hardtanh nan_to_num threshold log_sigmoid clamp "
-        "clamp_min clamp_max exp rsqrt reciprocal log log2 log10 cos logit log_softmax "
+        "clamp_min clamp_max exp rsqrt reciprocal log log2 log10 cos logit "
         "pow.Tensor_Scalar pow.Scalar"
     ),
 )
@@ -130,7 +130,8 @@ register(
     ),
 )
 register(Identity("scaling", at_zero="zero"), *_names("detach"))
-register(Identity("rmsnorm", at_zero="zero"), *_names("rms_norm"))
+register(Identity("activation", elementwise=False), *_names("log_softmax"))
+register(Identity("rmsnorm", at_zero="zero", elementwise=False), *_names("rms_norm"))
 
 # The message follows the indices.
 register(

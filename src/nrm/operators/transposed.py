@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 from torch.fx import Node
 
 from nrm.operators.base import Setting
 from nrm.operators.call import Call
+from nrm.operators.connections import Kernel
 from nrm.operators.contribution import Contribution
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Rule
@@ -44,6 +46,7 @@ class TransposedConvolution(WeightedSum):
                 setting.weight("weight", weight),
                 apply,
                 uniform=lambda factor: apply(factor, weight.new_ones(weight.shape)),
+                connections=partial(Kernel, call, values[0].shape, transposed=True),
             )
         ]
 

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Operator, Propagation, Setting, fill
 from nrm.operators.call import Call
+from nrm.operators.connections import OneParent
 from nrm.operators.contribution import Contribution
+from nrm.operators.occlusion import Occluded
 from nrm.operators.shared_out import SharedOut
-from nrm.rules import Activation, Rule, Zero
+from nrm.rules import Activation, LocalLinear, Rule, Zero
 
 
 class WeightedSum(Operator):
@@ -32,14 +36,22 @@ class WeightedSum(Operator):
         return None
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
-        return type(rule) is Zero
+        return type(rule) in (Zero, LocalLinear)
+
+    def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
+        return True
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
         values = [value.detach() for value in values]
-        parts = self.contributions(call, values, setting)
+        added = values
+        if setting.path:  # linear: the differences from the baseline
+            added = [x - start for x, start in zip(values, setting.path[0], strict=True)]
+        parts = self.contributions(call, added, setting)
         constant = self.bias(call, values, setting.output_dim)
+        if setting.following:
+            return self._occlude(call, values, setting, parts, constant)
         reads_sum = setting.rule.reuses_sum or setting.rule.by_sign
         if setting.late_leaf == "bias":
             assert constant is not None
@@ -66,6 +78,31 @@ class WeightedSum(Operator):
         shared.adopt_orphans(output.shape)
         return output, shared
 
+    def _occlude(
+        self,
+        call: Call,
+        values: Sequence[Tensor],
+        setting: Setting,
+        parts: list[Contribution],
+        constant: Tensor | None,
+    ) -> tuple[Tensor, Propagation]:
+        if any(part.connections is None for part in parts):
+            raise UnsupportedOperatorError(
+                f"{setting.rule} looks at the connections of {call.target} at "
+                f"{setting.address!r} one by one, because an activation follows, and its row does "
+                "not say them. Choose another rule for it in the composite, such as "
+                f"(path({setting.address!r}), Zero())."
+            )
+        output = _run(call, values)
+        operands = len(values)
+        if setting.late_leaf == "bias":
+            assert constant is not None
+            parts.append(_bias_as_input(constant.to(output), output, setting, operands))
+            operands += 1
+        occluded = Occluded(parts, setting, operands, output)
+        occluded.adopt_orphans(output.shape)
+        return output, occluded
+
 
 def _run(call: Call, values: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
@@ -78,11 +115,13 @@ def _bias_as_input(bias: Tensor, output: Tensor, setting: Setting, number: int) 
     # A mask adds -inf. No relevance gets there, and nothing times a finite weight is nothing.
     limit = torch.finfo(bias.dtype).max / 8
     ones = torch.ones((), dtype=bias.dtype, device=bias.device).expand(output.shape)
+    weight = setting.weight("bias", bias.clamp(-limit, limit))
     return Contribution(
         Activation(ones, constant=True),
-        setting.weight("bias", bias.clamp(-limit, limit)),
+        weight,
         apply=torch.mul,
         uniform=lambda factor: factor,
         transpose=torch.mul,
         operand=number,
+        connections=lambda shape: OneParent(weight.value, shape, shape),
     )

@@ -14,6 +14,7 @@ from nrm.rules.contributions import (
     Zero,
     ZPlus,
 )
+from nrm.rules.walks import LocalLinear, Occlusion, PathIntegrated
 
 __all__ = [
     "Activation",
@@ -25,6 +26,9 @@ __all__ = [
     "Gate",
     "Identity",
     "InOrder",
+    "LocalLinear",
+    "Occlusion",
+    "PathIntegrated",
     "PlainGamma",
     "Rule",
     "Shares",

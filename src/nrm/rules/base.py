@@ -92,6 +92,10 @@ class Rule(ABC):
     others, with gate -1."""
     nonnegative: ClassVar[bool] = False
     """No `T~_ij` is ever negative: the positive-sum condition (15) fails only where all vanish."""
+    reads_ahead: ClassVar[bool] = False
+    """The activation after a weighted sum decides what its operands contribute."""
+    first_order: ClassVar[bool] = False
+    """Operations with several parents per neuron pass relevance by their derivatives."""
     stabilizer: float = 0.0
     """Columns with `|sum_i T~_ij|` no larger than this count as vanished."""
 

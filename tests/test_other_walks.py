@@ -1,0 +1,698 @@
+"""Walks by perturbation and by gradients (section 3.5.3) against all walks, and written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import oracle as o
+import pytest
+import torch
+from architectures import NETWORKS as ARCHITECTURES
+from architectures import built
+from networks import NETWORKS, make
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nrm
+from nrm import composites, rules
+from nrm.errors import InputError, PositiveSumError, QueryError, UnsupportedOperatorError
+from nrm.operators import LocalLinear, occlusion
+
+BIAS = ["drop", "input"]
+Walks = list[tuple[frozenset[o.Neuron], float]]
+
+
+def check(found, expected, walks: Walks) -> None:
+    size = max(1.0, sum(abs(r) for _, r in walks))
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10 * size, rtol=0)
+
+
+def check_queries(explainer: nrm.Explainer, inputs, oracles: list[o.Oracle]) -> None:
+    """Marginals, joint and conditional relevance of random sets, unnormalised relevance."""
+    R = explainer(*inputs, target=1)
+    rng = np.random.default_rng(0)
+    net = oracles[0]
+    names = [name for name in net.values if not name.endswith(".bias")]
+    assert {v.name for v in R.graph.variables} == {*net.values, *net.leaves}
+    chosen = []
+    for _ in range(8):
+        masks = {}
+        for name in rng.choice(names, rng.integers(2, 4), replace=False):
+            mask = rng.random(len(net.values[name])) < 0.6
+            mask[rng.integers(len(mask))] = True
+            masks[name] = mask
+        chosen.append(masks)
+    for sample, oracle in enumerate(oracles):
+        walks, raw = oracle.walks(1), oracle.walks(1, normalized=False)
+        for name in {*net.values, *net.leaves}:
+            size = int(np.prod(R.graph.variable(name).shape[1:]))
+            expected = o.marginal(walks, name, size)
+            check(R.marginal(name)[sample].flatten(), expected, walks)
+        check(sum(R(leaf)[sample] for leaf in net.leaves), 1.0, walks)
+        for masks in chosen:
+            sets = [
+                nrm.mask(name, torch.from_numpy(mask).view(R.graph.variable(name).shape[1:]))
+                for name, mask in masks.items()
+            ]
+            picked = [{(n, int(i)) for i in np.flatnonzero(mask)} for n, mask in masks.items()]
+            joint = o.relevance(walks, *picked)
+            check(R(*sets)[sample], joint, walks)
+            check(R(*sets, normalized=False)[sample], o.relevance(raw, *picked), raw)
+            known = o.relevance(walks, *picked[1:])
+            if abs(known) > 1e-6:
+                conditional = R(sets[0], given=sets[1:])[sample]
+                check(conditional * known, joint, walks)
+
+
+# -- occlusion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_occlusion_equals_the_sum_over_walks(network, bias):
+    case = make(network, "occlusion", bias == "input", seed=1)
+    explainer = nrm.Explainer(case.model, case.composite, bias=bias)
+    check_queries(explainer, case.inputs, case.oracles)
+
+
+class Left(nn.Module):
+    """A constant matrix on the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return self.w @ x
+
+
+class Addmm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return torch.addmm(self.b, x, self.w, beta=0.5, alpha=-2.0)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(4, 3), (1, 4)),
+    "linear on positions": (lambda: nn.Linear(4, 3), (1, 5, 4)),
+    "matrix on the left": (Left, (1, 4, 5)),
+    "addmm": (Addmm, (1, 4)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (1, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 0)), (1, 2, 6, 5)),
+    "conv2d same": (lambda: nn.Conv2d(2, 3, (5, 3), padding="same", dilation=2), (1, 2, 5, 5)),
+    "conv2d unread rim": (lambda: nn.Conv2d(2, 3, 2, stride=3, padding="valid"), (1, 2, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(3, 3, 3, padding=1, groups=3), (1, 3, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=2, padding=1), (1, 2, 3, 4, 3)),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        (1, 4, 3, 4),
+    ),
+    "batch norm": (lambda: nn.BatchNorm2d(3), (1, 3, 4, 4)),
+}
+FUNCTIONS: dict[str, Callable[[int], nn.Module]] = {
+    "relu": lambda channels: nn.ReLU(),
+    "tanh": lambda channels: nn.Tanh(),
+    "prelu": lambda channels: nn.PReLU(channels),
+}
+
+
+def written_out(linear: Callable[[Tensor], Tensor], z: Tensor, phi, x: Tensor) -> Tensor:
+    """`T~`, `[parents, *output]`, parent by parent."""
+    found = []
+    for i in range(x.numel()):
+        alone = torch.zeros_like(x).flatten()
+        alone[i] = x.flatten()[i]
+        found.append(phi(z) - phi(z - linear(alone.view(x.shape))))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_contributions_of_every_layer(layer, function, monkeypatch):
+    torch.manual_seed(0)
+    build, shape = LAYERS[layer]
+    first, x = build(), torch.randn(shape)
+    if isinstance(first, nn.BatchNorm2d):
+        for tensor in (first.running_mean, first.weight, first.bias):
+            nn.init.normal_(tensor)
+    phi = FUNCTIONS[function](first.eval()(x).shape[1])
+    model, x = nn.Sequential(first, phi).double().eval(), x.double()
+    with torch.no_grad():
+        z, bias = first(x), first(torch.zeros_like(x))
+        lost = written_out(lambda v: first(v) - bias, z, phi, x)
+        lost_bias = phi(z) - phi(z - bias)
+        message = torch.randn(2, *z.shape).double()
+    for chunk in (1, 40, 2**20):
+        monkeypatch.setattr(occlusion, "CHUNK", chunk)
+        R = nrm.Explainer(model, rules.Occlusion(), bias="input")(x)
+        operation = R.graph.variable("0").producer
+        propagation = R._forward.propagations[operation]
+        wanted = [True] * len(operation.operands)
+        below, *late = propagation.pull(message.clone(), wanted, False)
+        torch.testing.assert_close(below.flatten(1), torch.einsum("i...,k...->ki", lost, message))
+        if operation.late_leaf == "bias":
+            torch.testing.assert_close(late[0], lost_bias * message)
+        torch.testing.assert_close(propagation._column_sums[0], lost.sum(0) + lost_bias)
+        torch.testing.assert_close(propagation.magnitude(), lost.abs().sum(0) + lost_bias.abs())
+        masses = [torch.randn(2, *x.shape).double(), *(None for _ in late)]
+        pushed = propagation.push(masses, z.shape, False)
+        torch.testing.assert_close(
+            pushed, torch.einsum("i...,ki->k...", lost, masses[0].flatten(1))
+        )
+
+
+def test_a_layer_larger_than_a_chunk():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Flatten()).eval()
+    x = torch.randn(1, 16, 48, 48)
+    explainer = nrm.Explainer(model, composites.Occlusion())
+    R = explainer(x, target=70_000)
+    operation = R.graph.variable("0").producer
+    whole = model[0](x).numel()
+    assert whole * 16 > occlusion.CHUNK  # not even one offset of the kernel at once
+    with torch.no_grad():
+        z = model[0](x)
+        windows = F.unfold(x, 3, padding=1)[0].T  # all connections: positions, parents
+        z_ij = torch.einsum("pt,ot->opt", windows, model[0].weight.flatten(1))
+        flat = z.flatten(2)[0, :, :, None]
+        sums = (flat.clamp(min=0) - (flat - z_ij).clamp(min=0)).sum(-1)
+        bias = model[0].bias[:, None]
+        sums += flat[..., 0].clamp(min=0) - (flat[..., 0] - bias).clamp(min=0)
+    found = R._forward.propagations[operation]._column_sums[0].flatten(2)[0]
+    torch.testing.assert_close(found, sums, atol=1e-5, rtol=1e-5)
+
+
+def test_occlusion_by_hand():
+    """An active rectified neuron: min(z_ij, z_j), here of -1, 2, 4 and the bias -2; z = 3."""
+    layer = nn.Linear(3, 1)
+    layer.weight.data = torch.tensor([[-1.0, 2.0, 4.0]])
+    layer.bias.data = torch.tensor([-2.0])
+    model, x = nn.Sequential(layer, nn.ReLU()).eval(), torch.ones(1, 3)
+    R = nrm.Explainer(model, composites.Occlusion())(x, target=0)
+    torch.testing.assert_close(R.heatmap(), torch.tensor([[-1.0, 2.0, 3.0]]) / 2)
+    torch.testing.assert_close(R("0.bias"), torch.tensor([-1.0]))
+    R = nrm.Explainer(model, rules.Occlusion())(x, target=0)
+    torch.testing.assert_close(R.heatmap(), torch.tensor([[-1.0, 2.0, 3.0]]) / 4)
+    (met,) = [c for c in R.diagnostics(tolerance=0.9).columns if c.address == "0"]
+    assert met.smallest == pytest.approx(4 / 6)
+    assert met.nearly_zero == 1.0
+    heavy = nn.Sequential(nn.Linear(2, 1), nn.ReLU()).eval()
+    heavy[0].weight.data, heavy[0].bias.data = torch.tensor([[-5.0, 1.0]]), torch.tensor([6.0])
+    strict = nrm.Explainer(heavy, rules.Occlusion(), strict=True)(torch.ones(1, 2), target=0)
+    with pytest.raises(PositiveSumError, match="'0'"):
+        strict.heatmap()
+
+
+def test_only_an_activation_that_alone_reads_the_sum_follows_it():
+    class Net(nn.Module):
+        def __init__(self, read_twice):
+            super().__init__()
+            self.lin, self.read_twice = nn.Linear(3, 3), read_twice
+
+        def forward(self, x):
+            h = self.lin(x)
+            return torch.relu(h) + h if self.read_twice else torch.relu(h)
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 3)
+    for read_twice in (True, False):
+        net = Net(read_twice).eval()
+        R = nrm.Explainer(net, rules.Occlusion())(x)
+        following = R.graph.activation_after(R.graph.variable("lin").producer)
+        assert [op.address for op in following] == ([] if read_twice else [":relu"])
+        linear = nrm.Explainer(net, rules.Zero())(x)
+        assert torch.equal(R.heatmap(), linear.heatmap()) == read_twice
+    R = nrm.Explainer(nn.Linear(3, 2).eval(), rules.Occlusion())(x, target=0)
+    assert R.graph.activation_after(R.graph.variable("output").producer) == ()
+
+
+def test_batch_norm_between_a_layer_and_its_activation_is_part_of_the_layer():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    for tensor in (norm.running_mean, norm.weight, norm.bias):
+        nn.init.normal_(tensor)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    model = model.double().eval()
+    folded = nn.Sequential(nn.utils.fusion.fuse_conv_bn_eval(model[0], norm), *model[2:]).eval()
+    x = torch.randn(2, 2, 4, 4).double()
+    for bias in BIAS:
+        found, expected = (
+            nrm.Explainer(m, rules.Occlusion(), bias=bias)(x, target=1).heatmap()
+            for m in (model, folded)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_sums_without_known_connections_are_refused_before_an_activation_only():
+    pool = nn.Sequential(nn.AvgPool1d(2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    x = torch.randn(1, 3, 4)
+    with pytest.raises(UnsupportedOperatorError, match=r"avg_pool1d.*'0'.*path"):
+        nrm.Explainer(pool, rules.Occlusion())(x, target=(0, 0))
+    other = composites.Composite([(composites.path("0"), rules.Zero())], rules.Occlusion())
+    R = nrm.Explainer(pool, other)(x, target=(0, 0))
+    torch.testing.assert_close(R.heatmap().sum(), torch.tensor(1.0))
+    nrm.Explainer(pool[:1].eval(), rules.Occlusion())(x, target=(0, 0)).heatmap()
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Gradients(o.Oracle):
+    """An oracle whose contributions are derivatives, found by complex steps.
+
+    `start` and `steps` say the path; without steps it is the local linearisation.
+    """
+
+    start: float = 0.0
+    steps: int = 0
+    way: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+    def given(self, name: str, x: np.ndarray) -> None:
+        self.input(name, x)
+        times = np.arange(self.steps + 1) / self.steps if self.steps else [1.0]
+        self.way[name] = [self.start + t * (x.ravel() - self.start) for t in times]
+
+    def elementwise_on(self, name: str, x: str, f: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.identity(name, x, f)
+        self.way[name] = [f(v) for v in self.way[x]]
+
+    def picked(self, name: str, x: str, indices: list[int]) -> None:
+        self.pick(name, [(x, i) for i in indices])
+        self.way[name] = [v[indices] for v in self.way[x]]
+
+    def function(
+        self,
+        name: str,
+        f: Callable[..., np.ndarray],
+        *operands: str,
+        bias: np.ndarray | None = None,
+        flat: bool = False,
+    ) -> None:
+        """`f` of several operands plus a bias; `flat`: columns of zero end in a leaf."""
+        shift = 0.0 if bias is None else bias
+        points = list(zip(*(self.way[x] for x in operands), strict=True))
+        self.way[name] = [f(*point) + shift for point in points]
+        self.values[name] = self.way[name][-1]
+        if self.steps:
+            ends = pairwise(points)
+            steps = [
+                ([(a + b) / 2 for a, b in zip(p, q, strict=True)],
+                 [b - a for a, b in zip(p, q, strict=True)])
+                for p, q in ends
+            ]  # fmt: skip
+        else:
+            steps = [(points[0], points[0])]
+        size = len(self.values[name])
+        found = [np.zeros((len(self.values[x]), size)) for x in operands]
+        for middle, move in steps:
+            for k, point in enumerate(middle):
+                for i in range(len(point)):
+                    nudged = [p.astype(complex) for p in middle]
+                    nudged[k][i] += 1e-30j
+                    found[k][i] += f(*nudged).imag / 1e-30 * move[k][i]
+        late = "bias" if bias is not None and self.bias_is_input else "flat" if flat else None
+        if late:
+            self.leaves.append(f"{name}.{late}")
+        for j in range(size):
+            column = [
+                o.Parent((x, i), 1.0, found[k][i, j])
+                for k, x in enumerate(operands)
+                for i in range(len(self.values[x]))
+                if flat or self.connected(f, operands, k, i, j)
+            ]
+            if late:
+                added = float(bias[j]) if late == "bias" and not self.steps else 0.0
+                if flat and abs(sum(p.weight for p in column) + added) <= self.rounding(name, j):
+                    column, added = [o.Parent(p.neuron, 1.0, 0.0) for p in column], 1.0
+                column.append(o.Parent((f"{name}.{late}", j), 1.0, added))
+            self.parents[name, j] = column
+        self.rules[name], self.output = o.fixed, name
+
+    def rounding(self, name: str, j: int) -> float:
+        return max(4 * 2.0**-52 * abs(float(self.values[name][j])), 1e-150)
+
+    def connected(self, f, operands, k: int, i: int, j: int) -> bool:
+        ends = [self.values[x].astype(complex) for x in operands]
+        ends[k][i] += 1j
+        return f(*ends)[j].imag != 0
+
+
+def linear(net: Gradients, name: str, layer: nn.Linear, x: str, positions: int = 1) -> None:
+    w, b = (t.detach().numpy() for t in (layer.weight, layer.bias))
+
+    def f(v: np.ndarray) -> np.ndarray:
+        return (v.reshape(positions, -1) @ w.T).ravel()
+
+    net.function(name, f, x, bias=np.tile(b, positions))
+
+
+def softmax(v: np.ndarray) -> np.ndarray:
+    powers = np.exp(v - v.real.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def sigmoid(v: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-v))
+
+
+class GatedNorm(nn.Module):
+    """A gate, a layer norm, a quotient of two variables."""
+
+    inputs = ((3,),)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.norm = nn.LayerNorm(3, eps=0.5)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.b(x))
+        h = self.norm(self.a(x).tanh() * gate)
+        return self.head(h / (gate + 1) + h)
+
+    def describe(self, x: list[np.ndarray], net: Gradients) -> None:
+        net.given("input", x[0])
+        linear(net, "a", self.a, "input")
+        linear(net, "b", self.b, "input")
+        net.elementwise_on(":sigmoid", "b", sigmoid)
+        net.elementwise_on(":tanh", "a", np.tanh)
+        net.function(":mul", lambda a, b: a * b, ":tanh", ":sigmoid", flat=True)
+        gain, shift = (t.detach().numpy() for t in (self.norm.weight, self.norm.bias))
+
+        def norm(v: np.ndarray) -> np.ndarray:
+            centred = v - v.mean()
+            return gain * centred / np.sqrt((centred**2).mean() + 0.5)
+
+        net.function("norm", norm, ":mul", bias=shift, flat=True)
+        if net.bias_is_input:
+            net.function(":add", lambda v: v, ":sigmoid", bias=np.ones(3))
+        else:
+            net.elementwise_on(":add", ":sigmoid", lambda v: v + 1)
+        net.function(":div", lambda a, b: a / b, "norm", ":add", flat=True)
+        net.function(":add@1", lambda a, b: a + b, ":div", "norm")
+        linear(net, "head", self.head, ":add@1")
+
+
+class Attend(nn.Module):
+    """One head of attention over two positions; its head is rectified."""
+
+    inputs = ((2, 2),)
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        scores = self.q(x) @ self.k(x).mT
+        return self.head(torch.relu((scores.softmax(-1) @ self.v(x)).flatten(1)))
+
+    def describe(self, x: list[np.ndarray], net: Gradients) -> None:
+        net.given("input", x[0])
+        for name in "qkv":
+            linear(net, name, getattr(self, name), "input", 2)
+        net.picked(MT, "k", [0, 2, 1, 3])
+
+        def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return (a.reshape(2, 2) @ b.reshape(2, 2)).ravel()
+
+        net.function(":matmul", product, "q", MT, flat=True)
+        net.function(":softmax", lambda v: softmax(v.reshape(2, 2)).ravel(), ":matmul", flat=True)
+        net.function(":matmul@1", product, ":softmax", "v", flat=True)
+        net.picked(":flatten", ":matmul@1", [0, 1, 2, 3])
+        net.elementwise_on(":relu", ":flatten", lambda v: np.maximum(v, 0))
+        linear(net, "head", self.head, ":relu")
+
+
+MT = ":mT"
+
+
+class Pooled(nn.Module):
+    """A winner that changes on the way, a norm without centring, a logarithm of a softmax."""
+
+    inputs = ((1, 4),)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 2, 1), nn.RMSNorm(2, eps=0.5)
+        self.head = nn.Linear(4, 3)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        h = self.norm(F.max_pool1d(self.conv(x), 2))
+        return self.head(h.flatten(1)).log_softmax(-1)
+
+    def describe(self, x: list[np.ndarray], net: Gradients) -> None:
+        net.given("input", x[0])
+        w, b, gain = (
+            t.detach().numpy() for t in (self.conv.weight, self.conv.bias, self.norm.weight)
+        )
+        bias = np.repeat(b, 4)
+        net.function("conv", lambda v: np.outer(w.ravel(), v).ravel(), "input", bias=bias)
+
+        def largest(v: np.ndarray) -> np.ndarray:
+            pairs = v.reshape(4, 2)
+            return pairs[np.arange(4), pairs.real.argmax(1)]
+
+        if net.steps:
+            net.function(":max_pool1d", largest, "conv", flat=True)
+        else:
+            pairs = net.values["conv"].reshape(4, 2)
+            net.picked(":max_pool1d", "conv", (2 * np.arange(4) + pairs.argmax(1)).tolist())
+
+        def norm(v: np.ndarray) -> np.ndarray:
+            rows = v.reshape(2, 2)
+            return (gain * rows / np.sqrt((rows**2).mean(1, keepdims=True) + 0.5)).ravel()
+
+        net.function("norm", norm, ":max_pool1d", flat=True)
+        net.picked(":flatten", "norm", [0, 1, 2, 3])
+        linear(net, "head", self.head, ":flatten")
+        net.function(":log_softmax", lambda v: np.log(softmax(v)), "head", flat=True)
+
+
+CURVED = {net.__name__: net for net in (GatedNorm, Attend, Pooled)}
+GRADIENTS: dict[str, tuple[rules.Rule, float, int]] = {
+    "local": (rules.LocalLinear(), 0.0, 0),
+    "path": (rules.PathIntegrated(0.3, 3), 0.3, 3),
+    "one step": (rules.PathIntegrated(steps=1), 0.0, 1),
+}
+
+
+def gradient_case(network: str, bias_is_input: bool, start: float, steps: int):
+    torch.manual_seed(3)
+    model = CURVED[network]().double().eval()
+    inputs = [torch.randn(2, *shape).double() for shape in model.inputs]
+    oracles = []
+    for sample in range(2):
+        net = Gradients(bias_is_input, start=start, steps=steps)
+        model.describe([x[sample].numpy() for x in inputs], net)
+        oracles.append(net)
+    with torch.no_grad():
+        expected = model(*inputs).numpy()
+    found = np.stack([net.values[net.output] for net in oracles])
+    np.testing.assert_allclose(found, expected, atol=1e-12)  # the description is right
+    return model, inputs, oracles
+
+
+@pytest.mark.parametrize("bias", BIAS)
+@pytest.mark.parametrize("rule", GRADIENTS)
+@pytest.mark.parametrize("network", CURVED)
+def test_gradient_walks_equal_the_sum_over_walks(network, rule, bias):
+    chosen, start, steps = GRADIENTS[rule]
+    model, inputs, oracles = gradient_case(network, bias == "input", start, steps)
+    check_queries(nrm.Explainer(model, chosen, bias=bias), inputs, oracles)
+
+
+@pytest.mark.parametrize("network", CURVED)
+def test_contributions_along_a_path_add_up_to_the_change(network):
+    """Completeness: column sums converge to `y(x) - y(x')`, as the square of the step."""
+    model, inputs, _ = gradient_case(network, False, 0.0, 0)
+    moved = nrm.Explainer(model, rules.LocalLinear())(*inputs, target=0).graph
+    operators = {op.address for op in moved.operations if isinstance(op.operator, LocalLinear)}
+    errors: dict[str, list[float]] = {address: [] for address in operators}
+    with torch.no_grad():
+        values = [_values(model, moved, x) for x in (inputs[0], torch.zeros_like(inputs[0]))]
+    for steps in (16, 32, 64):
+        composite = composites.IntegratedGradients(steps=steps)
+        R = nrm.Explainer(model, composite)(*inputs, target=0)
+        for address in operators:
+            operation = R.graph.variable(address).producer
+            sums = R._forward.propagations[operation].sums
+            change = values[0][address] - values[1][address]
+            errors[address].append(float((sums - change).abs().max()))
+    for coarse, finer, finest in errors.values():
+        assert finest <= max(0.3 * finer, 1e-12)
+        assert finer <= max(0.3 * coarse, 1e-12)
+    linear = [op for op in R.graph.operations if op.kind in ("linear", "conv")]
+    for operation in linear:
+        sums = R._forward.propagations[operation]._column_sums[0]
+        change = values[0][operation.address] - values[1][operation.address]
+        torch.testing.assert_close(sums, change)
+
+
+def _values(model: nn.Module, graph, x: Tensor) -> dict[str, Tensor]:
+    """The values of all operations."""
+    captured = graph.captured
+    values = dict(captured.constants) | {captured.inputs[0]: x}
+    for node in captured.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    return {v.name: values[v.node] for v in graph.variables if v.producer is not None}
+
+
+def test_rectified_networks_along_a_path_are_lrp_on_differences():
+    """`R(i|j) = w_ij (a_i - a'_i) / (z_j - z'_j)`, whatever the steps."""
+    case = make("Residual", "zero", False, seed=5)
+    (x,) = case.inputs
+    baseline = torch.randn(3).double()
+    found = [
+        nrm.Explainer(case.model, composites.IntegratedGradients(baseline, steps))(x, target=1)
+        for steps in (1, 5)
+    ]
+    torch.testing.assert_close(found[0].heatmap(), found[1].heatmap())
+    from_zero = nrm.Explainer(case.model, composites.IntegratedGradients())(x, target=1)
+    assert not torch.allclose(from_zero.heatmap(), found[0].heatmap())
+    net, w = case.model, case.model.last.weight.detach()
+    with torch.no_grad():
+        h, start = ({}, {})
+        for values, at in ((h, x), (start, baseline.expand_as(x))):
+            handle = net.last.register_forward_hook(
+                lambda m, i, out, v=values: v.update(a=i[0], z=out)
+            )
+            net(at)
+            handle.remove()
+    expected = w[1] * (h["a"] - start["a"]) / (h["z"] - start["z"])[:, 1:]
+    torch.testing.assert_close(found[0].marginal(":add@1"), expected)
+
+
+def test_local_linear_is_lrp_zero_where_there_are_only_sums_and_activations():
+    case = make("Conv", "zero", True, seed=1)
+    found, expected = (
+        nrm.Explainer(case.model, composite)(*case.inputs, target=0)
+        for composite in (composites.LocalLinear(), composites.CPLRP())
+    )
+    torch.testing.assert_close(found.heatmap(), expected.heatmap())
+    torch.testing.assert_close(found.heatmap("b"), expected.heatmap("b"))
+
+
+def test_everywhere_a_gradient_is_the_composite_of_that_name():
+    model, inputs, _ = gradient_case("Attend", True, 0.0, 0)
+    one = nrm.Explainer(model, rules.LocalLinear(), bias="input")(*inputs, target=0)
+    other = nrm.Explainer(model, composites.LocalLinear())(*inputs, target=0)
+    torch.testing.assert_close(one.heatmap(), other.heatmap())
+    assert {"q", "k"} <= {v.name for v in one.graph.variables}  # no gate is left out
+
+
+@pytest.mark.parametrize("network", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "composite",
+    [composites.Occlusion(), composites.LocalLinear(), composites.IntegratedGradients(0.1, 2)],
+    ids=repr,
+)
+def test_totals_are_one_on_every_architecture(network, composite):
+    model, inputs, _ = built(network, 0)
+    for bias in BIAS:
+        try:
+            R = nrm.Explainer(model, composite, bias=bias)(*inputs, target=0)
+        except UnsupportedOperatorError as refusal:
+            assert "one by one" in str(refusal)  # noqa: PT017 - occlusion may refuse some
+            assert isinstance(composite.default, rules.Occlusion)
+            continue
+        assert R.diagnostics().worst_cut_deviation < 1e-9
+        assert all(torch.isfinite(R.marginal(leaf.name)).all() for leaf in R.graph.leaves)
+
+
+def test_operators_without_a_row_go_along_the_path_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(torch.lgamma(self.lin(x) + 4))
+
+    torch.manual_seed(0)
+    model, x = Net().double().eval(), torch.rand(1, 2).double()
+    explainer = nrm.Explainer(
+        model, composites.IntegratedGradients(steps=200), fallback=LocalLinear()
+    )
+    R = explainer(x, target=0)
+    operation = R.graph.variable(":lgamma").producer
+    with torch.no_grad():
+        change = torch.lgamma(model.lin(x) + 4) - torch.lgamma(model.lin(0 * x) + 4)
+    torch.testing.assert_close(
+        R._forward.propagations[operation].sums, change, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_baselines():
+    case = make("TwoInputs", "zero", False, seed=1)
+    x, y = case.inputs
+    same = [
+        composites.IntegratedGradients(b)
+        for b in (0.5, (0.5, torch.tensor(0.5)), [torch.full((2,), 0.5), torch.full((2, 3), 0.5)])
+    ]
+    heat = [nrm.Explainer(case.model, c)(x, y, target=0).heatmap(at="y") for c in same]
+    torch.testing.assert_close(heat[0], heat[1])
+    torch.testing.assert_close(heat[0], heat[2])
+    with pytest.raises(InputError, match=r"\(5,\) does not broadcast to 'x'"):
+        nrm.Explainer(case.model, composites.IntegratedGradients(torch.ones(5)))(
+            x, y, target=0
+        ).heatmap(at="x")
+    with pytest.raises(InputError, match="3 baselines were given for 2 inputs"):
+        nrm.Explainer(case.model, composites.IntegratedGradients([0, 0, 0]))(
+            x, y, target=0
+        ).heatmap(at="x")
+    with pytest.raises(ValueError, match="one step"):
+        rules.PathIntegrated(steps=0)
+    two = composites.Composite(
+        [(composites.path("last"), rules.PathIntegrated(1.0))], rules.PathIntegrated()
+    )
+    with pytest.raises(QueryError, match="2 different paths"):
+        nrm.Explainer(case.model, two)(x, y, target=0)
+    at_baseline = nrm.Explainer(case.model, composites.IntegratedGradients([x, y]))(x, y, target=0)
+    torch.testing.assert_close(at_baseline("x") + at_baseline("y"), torch.ones(2).double())
+
+
+def test_tokens_come_from_a_baseline_as_embeddings():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+        def forward(self, ids):
+            h = self.words(ids)
+            return self.head((h * h).sum(1))
+
+    torch.manual_seed(0)
+    model, ids = Net().double().eval(), torch.tensor([[1, 4, 4], [0, 2, 3]])
+    R = nrm.Explainer(model, composites.IntegratedGradients(0.25))(ids, target=1)
+    with torch.no_grad():
+        parts = (model.words(ids) ** 2 - 0.25**2) * model.head.weight[1]
+    torch.testing.assert_close(R.tokens(), parts.sum(-1) / parts.sum((1, 2))[:, None])
+
+
+@pytest.mark.parametrize("network", CURVED)
+@pytest.mark.parametrize("rule", GRADIENTS)
+def test_forward_messages_are_the_transpose(network, rule):
+    model, inputs, _ = gradient_case(network, False, 0.0, 0)
+    R = nrm.Explainer(model, GRADIENTS[rule][0], bias="input")(*inputs, target=0)
+    for operation in R.graph.operations:
+        propagation = R._forward.propagations[operation]
+        shapes = [R._forward.shape(operand) for operand in operation.operands]
+        masses = [torch.randn(1, *shape).double() for shape in shapes]
+        message = torch.randn(1, *R._forward.shape(operation.output)).double()
+        pulled = propagation.pull(message.clone(), [True] * len(masses))
+        pushed = propagation.push(masses, message.shape[1:])
+        total = sum((p * m).sum() for p, m in zip(pulled, masses, strict=True))
+        torch.testing.assert_close((pushed * message).sum(), total)
