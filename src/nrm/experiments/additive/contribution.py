@@ -1,0 +1,118 @@
+"""What a network loses without some neurons: the reference that relevance is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.formulas import NeuronSet
+from nrm.graph import Graph, Variable
+
+AT_ONCE = 16
+"""How many copies of the input run together, where the captured graph takes any batch."""
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What an output loses without the sets of two families.
+
+    Attributes:
+        output: `f(x)`.
+        first, second: `[sets]`, `f(x) - f(x \\ S)` of each set alone.
+        total: `[first sets, second sets]`, `f(x) - f(x \\ (S_a | S_b))`.
+    """
+
+    output: Tensor
+    first: Tensor
+    second: Tensor
+    total: Tensor
+
+    @property
+    def joint(self) -> Tensor:
+        """`f(x) - f(x \\ S_a) - f(x \\ S_b) + f(x \\ (S_a | S_b))` (eq. 57)."""
+        return self.first[:, None] + self.second - self.total
+
+
+def contributions(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    target: int,
+    first: Sequence[NeuronSet],
+    second: Sequence[NeuronSet],
+) -> Contributions:
+    """The contributions of two families of neuron sets, and of all their pairs, to an output.
+
+    Arguments:
+        graph: what the explainer captured.
+        inputs: one sample.
+        target: the output neuron.
+    """
+    unions = [NeuronSet(a.members + b.members) for a in first for b in second]
+    found = outputs_without(graph, inputs, [None, *first, *second, *unions])[:, target]
+    lost = found[0] - found[1:]
+    alone, pairs = lost[: -len(unions)], lost[-len(unions) :]
+    return Contributions(
+        output=found[0],
+        first=alone[: len(first)],
+        second=alone[len(first) :],
+        total=pairs.view(len(first), len(second)),
+    )
+
+
+def outputs_without(
+    graph: Graph, inputs: Sequence[Tensor], removed: Sequence[NeuronSet | None]
+) -> Tensor:
+    """The model's output for one sample, once for every set, with its activations zero.
+
+    Returns:
+        `[sets, outputs]`; `None` removes nothing.
+    """
+    at_once = AT_ONCE if graph.captured.batched else 1
+    parts = [
+        _run(graph, inputs, removed[start : start + at_once])
+        for start in range(0, len(removed), at_once)
+    ]
+    return torch.cat(parts)
+
+
+def _run(graph: Graph, inputs: Sequence[Tensor], removed: Sequence[NeuronSet | None]) -> Tensor:
+    """The captured graph on copies of one sample, each without its set."""
+    captured, copies = graph.captured, len(removed)
+    places = {
+        graph.variable(layer) for chosen in removed if chosen is not None for layer in chosen.layers
+    }
+    at = {place.node: place for place in places}
+    values: dict[Node, Any] = dict(captured.constants)
+    for node, x in zip(captured.inputs, inputs, strict=True):
+        axis = captured.batch_axis
+        values[node] = x if axis is None else x.repeat_interleave(copies, axis)
+    with torch.no_grad():
+        for node in captured.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = torch.fx.node.map_arg(
+                    (node.args, node.kwargs), lambda leaf: values[leaf]
+                )
+                values[node] = node.target(*args, **kwargs)
+            if node in at:
+                values[node] = _zeroed(values[node], at[node], removed)
+    output: Tensor = values[captured.output]
+    return output
+
+
+def _zeroed(value: Tensor, variable: Variable, removed: Sequence[NeuronSet | None]) -> Tensor:
+    """Each copy of a variable's value without the neurons of its set."""
+    axis = variable.batch_axis
+    samples = value.unsqueeze(0) if axis is None else value.movedim(axis, 0)
+    shape = samples.shape[1:]
+    gone = torch.zeros(samples.shape, dtype=torch.bool)
+    for copy, chosen in enumerate(removed):
+        for member in chosen.members if chosen is not None else ():
+            if member.layer in (variable.name, *variable.aliases):
+                gone[copy] |= member.select(variable, shape).view(shape)
+    kept = samples.masked_fill(gone.to(value.device), 0)
+    return kept[0] if axis is None else kept.movedim(0, axis)
