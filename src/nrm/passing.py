@@ -8,7 +8,7 @@ a masked layer of the proper network does (appendix A).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from typing import Protocol, TypeVar
 
 import torch
@@ -141,7 +141,7 @@ class _ToStops:
     def __init__(
         self,
         stops: Mapping[Variable, Mask],
-        leading: set[Variable],
+        leading: Set[Variable],
         travelling: Travelling[tuple[()]],
         observe: Observer | None,
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -269,7 +269,7 @@ class _States:
         masks: Mapping[NeuronSet, Stops],
         settled: dict[Variable, dict[State, Tensor]] | None,
         recorded: dict[Variable, dict[State, Tensor]] | None,
-        leading: set[Variable] | None,
+        leading: Set[Variable] | None,
         collects_at: Callable[[Variable], bool],
     ) -> None:
         self.automaton, self.masks = automaton, masks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,9 @@ def _best(table: Tensor, prefixes: list[list[int]], k: int) -> list[tuple[list[i
     ]
 
 
-def in_depth(layers: Sequence[Variable], upstream: dict[Variable, set[Variable]]) -> list[Variable]:
+def in_depth(
+    layers: Sequence[Variable], upstream: Mapping[Variable, Set[Variable]]
+) -> list[Variable]:
     """Layers from the output down.
 
     Raises:

@@ -58,12 +58,14 @@ class Graph:
         self.variables: list[Variable] = draft.variables
         self.by_node: dict[Node, Variable] = draft.by_node | draft.constants
         self.output = self.by_node[captured.output]
+        self._forget_ways()
         self.silent: set[str] = set()
         self._rules: dict[Operation, Rule] = {}
         self._take_to_first_order()
         self._share_products()
         self._drop_unvisited(draft)
         self._choose_rules()
+        self._forget_ways()
         self.output.aliases += ("output",)
         self._names = {
             name: variable
@@ -121,25 +123,30 @@ class Graph:
                 pending.update(variable.producer.operands)
         return found
 
-    def upstream(self, variable: Variable) -> set[Variable]:
+    def upstream(self, variable: Variable) -> frozenset[Variable]:
         """The variables that a walk can reach from `variable`, itself not included."""
-        found: set[Variable] = set()
-        waiting = [variable]
-        while waiting:
-            producer = waiting.pop().producer
-            for operand in producer.operands if producer else ():
-                if operand not in found:
-                    found.add(operand)
-                    waiting.append(operand)
-        return found
+        if variable not in self._upstream:
+            found: set[Variable] = set()
+            waiting = [variable]
+            while waiting:
+                producer = waiting.pop().producer
+                for operand in producer.operands if producer else ():
+                    if operand not in found:
+                        found.add(operand)
+                        waiting.append(operand)
+            self._upstream[variable] = frozenset(found)
+        return self._upstream[variable]
 
-    def leading_to(self, targets: Collection[Variable]) -> set[Variable]:
+    def leading_to(self, targets: Collection[Variable]) -> frozenset[Variable]:
         """The variables from which a walk can reach one of `targets`, themselves included."""
-        leading = set(targets)
-        for variable in self.variables:  # parents first
-            if variable.producer and any(v in leading for v in variable.producer.operands):
-                leading.add(variable)
-        return leading
+        chosen = frozenset(targets)
+        if chosen not in self._leading:
+            leading = set(chosen)
+            for variable in self.variables:  # parents first
+                if variable.producer and not leading.isdisjoint(variable.producer.operands):
+                    leading.add(variable)
+            self._leading[chosen] = frozenset(leading)
+        return self._leading[chosen]
 
     def activation_after(self, operation: Operation) -> tuple[Operation, ...]:
         """The activation that alone reads what an operation computes, and copies on the way."""
@@ -168,6 +175,11 @@ class Graph:
         return readers
 
     # -- building it -----------------------------------------------------------------------------
+
+    def _forget_ways(self) -> None:
+        """Who is upstream of whom, remembered as long as operations keep their operands."""
+        self._upstream: dict[Variable, frozenset[Variable]] = {}
+        self._leading: dict[frozenset[Variable], frozenset[Variable]] = {}
 
     def _take_to_first_order(self) -> None:
         """Give operations that are neither linear nor elementwise their derivatives for a row.
