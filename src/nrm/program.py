@@ -73,7 +73,8 @@ class Pass:
         """
         if variable.node is None:
             raise QueryError(f"{variable.name!r} is a leaf that enters late; it has no activation.")
-        return run(self.graph.captured, self._inputs, variable.node)
+        value: Tensor = run(self.graph.captured, self._inputs, variable.node)
+        return value
 
     def shape(self, variable: Variable) -> torch.Size:
         """The shape of a variable, batch included."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nrm.errors import PositiveSumError, TargetError
-from nrm.program import Pass
 from nrm.placing import per_sample
+from nrm.program import Pass
 
 _ONE = {0: "0, the only neuron", 1: "an int"}
 

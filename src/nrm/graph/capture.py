@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,23 +103,38 @@ def capture(call: ModelCall, batch_axis: int | None) -> Captured:
     return captured
 
 
-def run(captured: Captured, inputs: Sequence[Tensor], at: Node | None = None) -> Tensor:
-    """The captured model's output, computed plainly; or the value of another node."""
-    if at is None:
-        at = captured.output
-    values: dict[Node, Any] = dict(captured.constants)
-    values.update(zip(captured.inputs, inputs, strict=True))
+def run(
+    captured: Captured,
+    inputs: Sequence[Tensor],
+    at: Node | None = None,
+    change: Callable[[Node, Any], Any] = lambda node, value: value,
+) -> Any:
+    """The captured model's output, computed plainly.
+
+    Arguments:
+        at: another node, whose value is wanted instead.
+        change: what takes the place of each node's value from there on.
+    """
+    at = captured.output if at is None else at
+    given = dict(zip(captured.inputs, inputs, strict=True))
+    values: dict[Node, Any] = {}
     with torch.no_grad():
         for node in captured.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg(
                     (node.args, node.kwargs), lambda leaf: values[leaf]
                 )
-                values[node] = node.target(*args, **kwargs)
+                value = node.target(*args, **kwargs)
+            elif node in given:
+                value = given[node]
+            elif node in captured.constants:
+                value = captured.constants[node]
+            else:
+                continue
+            values[node] = change(node, value)
             if node is at:
                 break
-    value: Tensor = values[at]
-    return value
+    return values[at]
 
 
 @contextmanager
@@ -255,7 +270,7 @@ def reproduces(captured: Captured, call: ModelCall) -> bool:
 def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) -> str | None:
     """How the captured graph's output differs from what is expected; `None`: by rounding."""
     try:
-        found = run(captured, inputs)
+        found: Tensor = run(captured, inputs)
     except (RuntimeError, TypeError, ValueError) as failure:
         return f"cannot be computed ({_first_line(failure)})"
     if found.shape != expected.shape:

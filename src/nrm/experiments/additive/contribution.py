@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from nrm.formulas import NeuronSet
-from nrm.graph import Graph, Variable
+from nrm.graph import Graph, Variable, run
 
 AT_ONCE = 16
 """How many copies of the input run together, where the captured graph takes any batch."""
@@ -83,24 +81,17 @@ def outputs_without(
 def _run(graph: Graph, inputs: Sequence[Tensor], removed: Sequence[NeuronSet | None]) -> Tensor:
     """The captured graph on copies of one sample, each without its set."""
     captured, copies = graph.captured, len(removed)
-    places = {
-        graph.variable(layer) for chosen in removed if chosen is not None for layer in chosen.layers
-    }
-    at = {place.node: place for place in places}
-    values: dict[Node, Any] = dict(captured.constants)
-    for node, x in zip(captured.inputs, inputs, strict=True):
-        axis = captured.batch_axis
-        values[node] = x if axis is None else x.repeat_interleave(copies, axis)
-    with torch.no_grad():
-        for node in captured.graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = torch.fx.node.map_arg(
-                    (node.args, node.kwargs), lambda leaf: values[leaf]
-                )
-                values[node] = node.target(*args, **kwargs)
-            if node in at:
-                values[node] = _zeroed(values[node], at[node], removed)
-    output: Tensor = values[captured.output]
+    layers = {layer for chosen in removed if chosen is not None for layer in chosen.layers}
+    places = {graph.variable(layer).node: graph.variable(layer) for layer in layers}
+    axis = captured.batch_axis
+    repeated = [x if axis is None else x.repeat_interleave(copies, axis) for x in inputs]
+    output: Tensor = run(
+        captured,
+        repeated,
+        change=lambda node, value: (
+            _zeroed(value, places[node], removed) if node in places else value
+        ),
+    )
     return output
 
 
