@@ -242,7 +242,7 @@ def test_additive_relevance(network):
 def rows_pulled(R, ask):
     """How many messages passed each operation while something was asked."""
     counted = Counter()
-    for operation, propagation in R._forward_pass.propagations.items():
+    for operation, propagation in R.forward_pass.propagations.items():
 
         def pull(message, wanted, normalized=True, *, at=operation, plain=propagation.pull):
             counted[at.output.name] += len(message)
@@ -252,7 +252,7 @@ def rows_pulled(R, ask):
     try:
         ask()
     finally:
-        for propagation in R._forward_pass.propagations.values():
+        for propagation in R.forward_pass.propagations.values():
             del propagation.pull
     return dict(counted)
 
@@ -308,7 +308,7 @@ def test_one_message_and_one_for_each_state_say_the_same(chain):
     R = chain
     sets = nrm.channels("3", 1), nrm.channels("1", 2) | nrm.channels("2", 0), nrm.channels("0", 1)
     formula = sets[0] & sets[1] & sets[2]
-    query = Query(R._forward_pass, R._start, [formula])
+    query = Query(R.forward_pass, R._start, [formula])
     quick = query.totals()
     assert query._chain() is not None
     query._chain = lambda: None

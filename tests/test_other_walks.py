@@ -152,7 +152,7 @@ def test_contributions_of_every_layer(layer, function, monkeypatch):
         monkeypatch.setattr(occlusion, "CHUNK", chunk)
         R = nrm.Explainer(model, rules.Occlusion(), bias="input")(x)
         operation = R.graph.variable("0").producer
-        propagation = R._forward.propagations[operation]
+        propagation = R.forward_pass.propagations[operation]
         wanted = [True] * len(operation.operands)
         below, *late = propagation.pull(message.clone(), wanted, False)
         torch.testing.assert_close(below.flatten(1), torch.einsum("i...,k...->ki", lost, message))
@@ -184,7 +184,7 @@ def test_a_layer_larger_than_a_chunk():
         sums = (flat.clamp(min=0) - (flat - z_ij).clamp(min=0)).sum(-1)
         bias = model[0].bias[:, None]
         sums += flat[..., 0].clamp(min=0) - (flat[..., 0] - bias).clamp(min=0)
-    found = R._forward.propagations[operation]._column_sums[0].flatten(2)[0]
+    found = R.forward_pass.propagations[operation]._column_sums[0].flatten(2)[0]
     torch.testing.assert_close(found, sums, atol=1e-5, rtol=1e-5)
 
 
@@ -526,7 +526,7 @@ def test_contributions_along_a_path_add_up_to_the_change(network):
         R = nrm.Explainer(model, composite)(*inputs, target=0)
         for address in operators:
             operation = R.graph.variable(address).producer
-            sums = R._forward.propagations[operation].sums
+            sums = R.forward_pass.propagations[operation].sums
             change = values[0][address] - values[1][address]
             errors[address].append(float((sums - change).abs().max()))
     for coarse, finer, finest in errors.values():
@@ -534,7 +534,7 @@ def test_contributions_along_a_path_add_up_to_the_change(network):
         assert finer <= max(0.3 * coarse, 1e-12)
     linear = [op for op in R.graph.operations if op.kind in ("linear", "conv")]
     for operation in linear:
-        sums = R._forward.propagations[operation]._column_sums[0]
+        sums = R.forward_pass.propagations[operation]._column_sums[0]
         change = values[0][operation.address] - values[1][operation.address]
         torch.testing.assert_close(sums, change)
 
@@ -631,7 +631,7 @@ def test_operators_without_a_row_go_along_the_path_too():
     with torch.no_grad():
         change = torch.lgamma(model.lin(x) + 4) - torch.lgamma(model.lin(0 * x) + 4)
     torch.testing.assert_close(
-        R._forward.propagations[operation].sums, change, atol=1e-6, rtol=1e-6
+        R.forward_pass.propagations[operation].sums, change, atol=1e-6, rtol=1e-6
     )
 
 
@@ -688,10 +688,10 @@ def test_forward_messages_are_the_transpose(network, rule):
     model, inputs, _ = gradient_case(network, False, 0.0, 0)
     R = nrm.Explainer(model, GRADIENTS[rule][0], bias="input")(*inputs, target=0)
     for operation in R.graph.operations:
-        propagation = R._forward.propagations[operation]
-        shapes = [R._forward.shape(operand) for operand in operation.operands]
+        propagation = R.forward_pass.propagations[operation]
+        shapes = [R.forward_pass.shape(operand) for operand in operation.operands]
         masses = [torch.randn(1, *shape).double() for shape in shapes]
-        message = torch.randn(1, *R._forward.shape(operation.output)).double()
+        message = torch.randn(1, *R.forward_pass.shape(operation.output)).double()
         pulled = propagation.pull(message.clone(), [True] * len(masses))
         pushed = propagation.push(masses, message.shape[1:])
         total = sum((p * m).sum() for p, m in zip(pulled, masses, strict=True))

@@ -49,8 +49,8 @@ def test_equals_message_passing(case, composite):
     model, *inputs = case
     explainer = nrm.Explainer(model, composite)
     fast, slow = explainer(*inputs, target=[0, 2]), explainer(*inputs, target=[0, 2])
-    assert fast._forward.telescope is not None
-    slow._forward.telescope = None
+    assert fast.forward_pass.telescope is not None
+    slow.forward_pass.telescope = None
     head = nrm.channels("out", 0, 1, 2)
     gated = nrm.channels("down", 3)
     for query in (
@@ -87,7 +87,7 @@ def test_equals_gradient_times_input(case):
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
     R = nrm.Explainer(model, rules.Zero(), bias="input")(x, target=1)
-    assert R._forward.telescope is not None
+    assert R.forward_pass.telescope is not None
     torch.testing.assert_close(R.heatmap() * R.scale[:, None], gradient * x.detach())
 
 

@@ -230,7 +230,7 @@ class Measure:
             `[batch]`.
         """
         united = NeuronSet(tuple(m for chosen in sets for m in as_set(chosen).members))
-        weights = resolve(united, self._forward)
+        weights = resolve(united, self.forward_pass)
         return self._expected(weights, True) / (depth(self.graph) if layers is None else layers)
 
     def heatmap(
@@ -309,7 +309,7 @@ class Measure:
         if swap:
             upper, lower = lower, upper
         message = self._message(upper, sets)
-        pairs = _finite(channel_pairs(self._forward, message, upper, lower, memory))
+        pairs = _finite(channel_pairs(self.forward_pass, message, upper, lower, memory))
         return pairs.transpose(1, 2) if swap else pairs
 
     def top(
@@ -335,7 +335,7 @@ class Measure:
         upstream = {variable: self.graph.upstream(variable) for variable in variables}
         order = in_depth(variables, upstream)
         start = only_sample(self._message(order[0]), order[0], sample)
-        found, total, exact = top_flows(self._forward, start, order, k, beam, memory)
+        found, total, exact = top_flows(self.forward_pass, start, order, k, beam, memory)
         flows = []
         for chosen, relevance in found:
             by_layer = dict(zip(order, chosen, strict=True))
@@ -350,7 +350,7 @@ class Measure:
 
     def activations(self, layer: str) -> Tensor:
         """The values of a layer's neurons, shaped like the layer, batch axis included."""
-        return self._forward.value(self.graph.variable(layer))
+        return self.forward_pass.value(self.graph.variable(layer))
 
     def biases(self) -> dict[str, Tensor]:
         """The share `[batch]` of every bias and every other constant at which walks end.
@@ -358,7 +358,9 @@ class Measure:
         NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
         """
         constants = [v for v in self.graph.leaves if v.kind in ("bias", "constant")]
-        arrived = send(self._forward, self._start, dict.fromkeys(constants)) if constants else {}
+        arrived = (
+            send(self.forward_pass, self._start, dict.fromkeys(constants)) if constants else {}
+        )
         nothing = self.output.new_zeros(self.batch)
         shares = {}
         for leaf in constants:
@@ -373,11 +375,11 @@ class Measure:
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
         """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
-        return diagnose(self._forward, self._start, tolerance)
+        return diagnose(self.forward_pass, self._start, tolerance)
 
     def proper_form(self) -> ProperForm:
         """The network in layers, with virtual copies, and the relevance of each (appendix A)."""
-        return proper_form(self._forward, self._start)
+        return proper_form(self.forward_pass, self._start)
 
     # -- looking at it ---------------------------------------------------------------------------
 
@@ -396,7 +398,12 @@ class Measure:
         return f"Measure({explained}, {len(self.graph.variables)} variables, batch {self.batch})"
 
     @property
-    def _forward(self) -> Pass:
+    def forward_pass(self) -> Pass:
+        """The forward pass that messages travel back through.
+
+        Raises:
+            QueryError: the model has changed since.
+        """
         self._check()
         return self._forward_pass
 
@@ -412,7 +419,7 @@ class Measure:
         normalized: bool,
         weights: Stops | None = None,
     ) -> Query:
-        forward = self._forward
+        forward = self.forward_pass
         open_to = weights if within is None else resolve(as_set(within), forward)
         return Query(forward, self._begin(normalized), formulas, normalized, open_to)
 
@@ -461,7 +468,7 @@ class Measure:
         return [self.graph.variable(layer) for layer in layers]
 
     def _laid_out(self, weights: Weights) -> Stops:
-        forward = self._forward
+        forward = self.forward_pass
         found: Stops = {}
         for layer, values in weights.items():
             variable = self.graph.variable(layer)

@@ -73,7 +73,11 @@ class Pass:
         """
         if variable.node is None:
             raise QueryError(f"{variable.name!r} is a leaf that enters late; it has no activation.")
-        value: Tensor = run(self.graph.captured, self._inputs, variable.node)
+        return self.value_at(variable.node)
+
+    def value_at(self, node: Node) -> Tensor:
+        """The value of a node of the captured graph, also of one that carries no relevance."""
+        value: Tensor = run(self.graph.captured, self._inputs, node)
         return value
 
     def shape(self, variable: Variable) -> torch.Size:

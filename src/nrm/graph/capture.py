@@ -116,24 +116,24 @@ def run(
         change: what takes the place of each node's value from there on.
     """
     at = captured.output if at is None else at
+    needed = {at}
+    for node in reversed(captured.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
     given = dict(zip(captured.inputs, inputs, strict=True))
     values: dict[Node, Any] = {}
     with torch.no_grad():
         for node in captured.graph.nodes:
+            if node not in needed:
+                continue
             if node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg(
                     (node.args, node.kwargs), lambda leaf: values[leaf]
                 )
                 value = node.target(*args, **kwargs)
-            elif node in given:
-                value = given[node]
-            elif node in captured.constants:
-                value = captured.constants[node]
             else:
-                continue
+                value = given[node] if node in given else captured.constants[node]
             values[node] = change(node, value)
-            if node is at:
-                break
     return values[at]
 
 

@@ -55,8 +55,11 @@ def smaller_than(value: Tensor, bound: float) -> Coordinates | None:
             found.append((size <= bound).nonzero()[:, 0] + begin)
     if not found:
         return None
-    laid = torch.unravel_index(torch.cat(found), [value.shape[axis] for axis in order])
-    return tuple(laid[order.index(axis)] for axis in range(value.dim()))
+    rest, laid = torch.cat(found), {}
+    for axis in reversed(order):
+        laid[axis] = rest % value.shape[axis]
+        rest = rest // value.shape[axis]
+    return tuple(laid[axis] for axis in range(value.dim()))
 
 
 def any_below(message: Tensor, value: Tensor) -> bool:

@@ -65,5 +65,5 @@ class Overwritten(Propagation):
             count = self.written.numel()
             by_number = message.new_zeros((len(message), count + 1))
             by_number.index_add_(1, self.winners.flatten(), message.flatten(1))
-            pulled[source] = by_number[:, 1:].reshape(-1, *self.written)
+            pulled[source] = by_number[:, 1:].reshape(len(message), *self.written)
         return pulled

@@ -1,0 +1,133 @@
+"""Edges: the messages along them as neurons, where the model has one row for each edge."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nrm.errors import QueryError
+from nrm.formulas import Formula
+from nrm.graph_networks.mixing import messages, pickings, scatters
+from nrm.measure import Measure
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeLayer:
+    """The messages of one step of message passing.
+
+    Attributes:
+        name: the variable that holds them, one row for each edge.
+        senders, receivers: `[rows]`, the nodes at their ends. Loops that the model adds to its
+            edges have rows too.
+    """
+
+    name: str
+    senders: Tensor
+    receivers: Tensor
+
+    def rows(self, sender: int, receiver: int) -> list[int]:
+        """The rows of the edges from one node to another; mostly one."""
+        both = (self.senders == sender) & (self.receivers == receiver)
+        found: list[int] = both.nonzero()[:, 0].tolist()
+        return found
+
+    def __repr__(self) -> str:
+        return f"EdgeLayer({self.name!r}, {len(self.senders)} edges)"
+
+
+def edge_layers(R: Measure) -> list[EdgeLayer]:
+    """The messages of every step of message passing, from the input up.
+
+    Raises:
+        QueryError: the model has no variable with a row for each edge: it multiplies by an
+            adjacency matrix, or by a sparse one.
+    """
+    forward = R.forward_pass
+    found = []
+    for operation in R.graph.operations:
+        if not scatters(operation):
+            continue
+        row = messages(operation)
+        if row is None:
+            continue
+        size = forward.shape(row)[0]
+        picked = [p for p in pickings(operation) if forward.shape(p.output)[0] == size]
+        if not picked:  # a sum over the nodes of each graph
+            continue
+        receivers = _per_row(forward.value_at(_index(operation.call.arguments)), size)
+        ends = [_per_row(forward.value_at(_index(p.call.arguments)), size) for p in picked]
+        # A message may also read the node that it goes to.
+        senders = next((end for end in ends if not torch.equal(end, receivers)), receivers)
+        found.append(EdgeLayer(row.name, senders, receivers))
+    if not found:
+        raise QueryError(
+            "no variable has a row for each edge: the model passes messages by products with an "
+            "adjacency matrix. The relevance of a step from node to node is R(*step(...))."
+        )
+    return found
+
+
+def edge_relevance(R: Measure, edge_index: Tensor, *sets: Formula | str) -> Tensor:
+    """The relevance that flows along every edge, summed over the steps of message passing.
+
+    A walk that takes an edge in two steps counts twice. What stays at its node, also over a loop
+    that the model adds by itself, flows along no edge.
+
+    Arguments:
+        edge_index: `[2, edges]`, as the model was given.
+        sets: jointly with these, which lie above all steps.
+
+    Returns:
+        `[edges]`.
+
+    Raises:
+        QueryError: the model has no variable with a row for each edge, or edges of its own.
+    """
+    total = R.output.new_zeros(edge_index.shape[1])
+    for layer in edge_layers(R):
+        rows, columns = _matched(layer, edge_index.detach())
+        relevance = R.marginal(layer.name, *sets).flatten(1).sum(1)
+        total.index_add_(0, columns, relevance[rows])
+    return total
+
+
+def _matched(layer: EdgeLayer, edge_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a layer, and the columns of `edge_index` that they stand for.
+
+    Models put loops elsewhere, or take them out and in again; the other edges keep their order.
+    """
+    loops = layer.senders == layer.receivers
+    own = edge_index[0] == edge_index[1]
+    rows, columns = (~loops).nonzero()[:, 0], (~own).nonzero()[:, 0]
+    ends = torch.stack([layer.senders[rows], layer.receivers[rows]])
+    if not any(torch.equal(ends, given[:, columns]) for given in (edge_index, edge_index.flip(0))):
+        raise QueryError(
+            f"the edges of {layer.name!r} are not those of edge_index: the model makes edges of "
+            f"its own. R({layer.name!r}) and R.marginal({layer.name!r}) tell their relevance."
+        )
+    at_node: dict[int, list[int]] = defaultdict(list)
+    for column in own.nonzero()[:, 0].tolist():
+        at_node[int(edge_index[0, column])].append(column)
+    pairs = []
+    for row in loops.nonzero()[:, 0].tolist():
+        there = at_node[int(layer.senders[row])]
+        if there:
+            pairs.append((row, there.pop(0)))
+    more = torch.tensor(pairs, dtype=torch.long, device=rows.device).view(-1, 2)
+    return torch.cat([rows, more[:, 0]]), torch.cat([columns, more[:, 1]])
+
+
+def _index(arguments: dict[str, Any]) -> Any:
+    """The argument that says which rows are meant."""
+    if "index" in arguments:
+        return arguments["index"]
+    return next(i for i in arguments["indices"] if i is not None)
+
+
+def _per_row(index: Tensor, size: int) -> Tensor:
+    """One number for each row, of an index that may repeat it for every feature."""
+    return index.reshape(size, -1)[:, 0]
