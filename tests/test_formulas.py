@@ -351,6 +351,12 @@ def test_formulas_are_refused_where_sets_are_needed(chain):
         R.weighted({"1": torch.ones(4, 4, 4)}, over="mean")
     with pytest.raises(NeuronSetError, match="shape"):
         R.weighted({"1": torch.ones(4)})
+    with pytest.raises(QueryError, match="finite"):
+        R.weighted({"1": torch.full((4, 4, 4), torch.nan)})
+    with pytest.raises(QueryError, match="named before"):
+        R.weighted({"5": torch.ones(2), "output": torch.ones(2)})
+    with pytest.raises(QueryError, match="no weights"):
+        R.weighted({})
 
 
 def test_six_formulas_at_once_on_squeezenet(torchvision_models):

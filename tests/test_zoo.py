@@ -15,7 +15,7 @@ import torch
 import nrm
 from benchmarks import architectures, zoo
 from nrm import composites
-from nrm.neurons import as_set
+from nrm.formulas import as_set
 
 # The others are left to the benchmark: they are larger, or like one of these.
 NAMES = (

@@ -14,18 +14,20 @@ from itertools import product
 
 from nrm.formulas import Formula, NeuronSet, events_of
 from nrm.graph import Graph, Variable
+from nrm.passing import Mask
 
 State = tuple[Formula | bool, ...]
 """What is left of each formula."""
 
-_COMPARED = 8  # events up to which states are compared by all that may still happen
+_COMPARED = 2**11  # outcomes up to which states are compared by all that may still happen
 
 
 class Automaton:
     """The states of formulas over sets that lie on a graph.
 
     Arguments:
-        where: the variables of each neuron set, of which those in formulas are unions.
+        masks: of each neuron set at the variables where it lies; those in formulas are unions of
+            them.
         keeps_failed: follow also walks of which no formula holds.
     """
 
@@ -33,57 +35,60 @@ class Automaton:
         self,
         graph: Graph,
         formulas: Sequence[Formula | bool],
-        where: Mapping[NeuronSet, Collection[Variable]],
+        masks: Mapping[NeuronSet, Mapping[Variable, Mask]],
         keeps_failed: bool = False,
     ) -> None:
-        self.graph, self.keeps_failed = graph, keeps_failed
-        self._leading = {event: graph.leading_to(places) for event, places in where.items()}
-        self.events_at: dict[Variable, list[NeuronSet]] = {}
-        for event, places in where.items():
-            for variable in places:
-                self.events_at.setdefault(variable, []).append(event)
+        self.graph, self.masks, self.keeps_failed = graph, masks, keeps_failed
+        self._leading = {event: graph.leading_to(places) for event, places in masks.items()}
         self._known: dict[object, State] = {}
         self._same: dict[State, State] = {}
-        self._settled: dict[tuple[State, Variable, bool], State] = {}
+        self._arrived: dict[tuple[State, Variable], State | None] = {}
+        self._branches: dict[tuple[State, Variable], list[tuple[State, Mask]]] = {}
         self.root = self._normal(tuple(formulas))
 
     @cached_property
     def start(self) -> State | None:
         """The state at the output; `None`: no walk is of interest."""
-        return self._of_interest(self._settle(self.root, self.graph.output, inclusive=True))
-
-    def visit(self, state: State, event: NeuronSet) -> State:
-        """The state of walks that visit an event."""
-        return self._fix(state, event, True)
-
-    def leave(self, state: State, variable: Variable) -> State | None:
-        """The state of walks that have visited a variable; `None`: they are of no interest."""
-        return self._of_interest(self._settle(state, variable, inclusive=False))
+        return self.arrive(self.root, self.graph.output)
 
     def arrive(self, state: State, variable: Variable) -> State | None:
         """The state of walks that come to a variable; `None`: they are of no interest."""
-        return self._of_interest(self._settle(state, variable, inclusive=True))
+        key = (state, variable)
+        if key not in self._arrived:
+            self._arrived[key] = self._of_interest(self._without_missed(state, (variable,)))
+        return self._arrived[key]
+
+    def visit(self, state: State, variable: Variable) -> list[tuple[State, Mask]]:
+        """The states in which walks leave a variable, and the neurons that leave in each.
+
+        Neurons after which walks are of no interest are in none.
+        """
+        key = (state, variable)
+        if key not in self._branches:
+            regions: dict[State, Mask] = {state: None}
+            for event in self._events(state):
+                if variable in self.masks[event]:
+                    regions = _split(regions, event, self.masks[event][variable])
+            ahead = variable.producer.operands if variable.producer else ()
+            left: dict[State, Mask] = {}
+            for then, region in regions.items():
+                settled = self._of_interest(self._without_missed(then, ahead))
+                if settled is not None:
+                    _join(left, settled, region)
+            self._branches[key] = list(left.items())
+        return self._branches[key]
 
     def _of_interest(self, state: State) -> State | None:
         if self.keeps_failed or any(left is not False for left in state):
             return state
         return None
 
-    def _settle(self, state: State, variable: Variable, inclusive: bool) -> State:
-        """Without the events that lie neither further up nor (`inclusive`) at the variable."""
-        key = (state, variable, inclusive)
-        if key not in self._settled:
-            operands = variable.producer.operands if variable.producer else ()
-            ahead = (variable,) if inclusive else operands
-            settled = state
-            for event in self._events(state):
-                if not any(v in self._leading[event] for v in ahead):
-                    settled = self._fix(settled, event, False)
-            self._settled[key] = settled
-        return self._settled[key]
-
-    def _fix(self, state: State, event: NeuronSet, visited: bool) -> State:
-        return self._normal(_given(state, event, visited))
+    def _without_missed(self, state: State, ahead: Collection[Variable]) -> State:
+        """What is left where none of the events can be visited that do not lie ahead."""
+        for event in self._events(state):
+            if self._leading[event].isdisjoint(ahead):
+                state = _given(state, event, False)
+        return self._normal(state)
 
     def _events(self, state: State) -> list[NeuronSet]:
         """The events that a state still depends on, as it is written."""
@@ -95,7 +100,7 @@ class Automaton:
         if state in self._same:
             return self._same[state]
         events = self._events(state)
-        if len(events) > _COMPARED:
+        if 2 ** len(events) * len(state) > _COMPARED:
             return state
         outcomes: dict[tuple[bool, ...], State] = {}
         for happening in product((False, True), repeat=len(events)):
@@ -116,6 +121,32 @@ class Automaton:
 def is_settled(state: State) -> bool:
     """Whether it is known of every formula whether it holds."""
     return all(isinstance(left, bool) for left in state)
+
+
+def _split(regions: dict[State, Mask], event: NeuronSet, mask: Mask) -> dict[State, Mask]:
+    """Divide the neurons of each state by whether they are in an event."""
+    split: dict[State, Mask] = {}
+    for state, region in regions.items():
+        seen = _given(state, event, True)
+        if seen == state or mask is None:
+            _join(split, seen, region)
+            continue
+        for then, part in ((seen, mask), (state, 1 - mask)):
+            both = part if region is None else part * region
+            if bool(both.any()):  # sets of one layer often exclude each other
+                _join(split, then, both)
+    return split
+
+
+def _join(regions: dict[State, Mask], state: State, region: Mask) -> None:
+    """Add disjoint neurons to those of a state."""
+    if state in regions:
+        before = regions[state]
+        assert before is not None
+        assert region is not None
+        together = before + region
+        region = None if bool((together == 1).all()) else together
+    regions[state] = region
 
 
 def _given(state: State, event: NeuronSet, visited: bool) -> State:

@@ -8,13 +8,12 @@ hidden Markov models.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from nrm.automaton import Automaton, State, is_settled
-from nrm.formulas import NeuronSet
 from nrm.graph import Variable
 from nrm.passing import Mask
 from nrm.program import Pass
@@ -24,7 +23,6 @@ class ForwardMessages:
     """The relevance with which one formula comes to hold, at every neuron and in every state.
 
     Arguments:
-        masks: of each event at the variables where it lies.
         wanted: the states in which messages are needed, by variable, once it is visited.
         normalized: `False` multiplies unnormalised contributions (eq. 26) down to the leaves.
         open_to: factors at the neurons of some variables, as for `nrm.passing.travel`.
@@ -34,12 +32,11 @@ class ForwardMessages:
         self,
         forward: Pass,
         automaton: Automaton,
-        masks: Mapping[NeuronSet, Mapping[Variable, Mask]],
         wanted: Mapping[Variable, Iterable[State]],
         normalized: bool = True,
         open_to: Mapping[Variable, Mask] | None = None,
     ) -> None:
-        self.forward, self.automaton, self.masks = forward, automaton, masks
+        self.forward, self.automaton = forward, automaton
         self.normalized, self.open_to = normalized, open_to or {}
         self._known: dict[Variable, dict[State, Tensor]] = {}
         with torch.inference_mode(False), torch.no_grad():
@@ -60,25 +57,14 @@ class ForwardMessages:
         """`[1, *shape]`: of walks that come to a neuron in a state; `None`: zero."""
         if state is None:
             return None
-        found = self._visit(variable, state, self.automaton.events_at.get(variable, ()))
+        found: Tensor | None = None
+        for then, mask in self.automaton.visit(state, variable):
+            onward = self.after(variable, then)
+            if onward is not None:
+                part = onward if mask is None else onward * mask
+                found = part if found is None else found + part
         way = self.open_to.get(variable)
         return found if found is None or way is None else found * way
-
-    def _visit(
-        self, variable: Variable, state: State, events: Sequence[NeuronSet]
-    ) -> Tensor | None:
-        if not events:
-            return self.after(variable, self.automaton.leave(state, variable))
-        event, *others = events
-        seen = self.automaton.visit(state, event)
-        inside = self._visit(variable, seen, others)
-        mask = self.masks[event][variable]
-        if mask is None or seen == state:
-            return inside
-        outside = self._visit(variable, state, others)
-        parts = [inside if inside is None else inside * mask]
-        parts.append(outside if outside is None else outside * (1 - mask))
-        return _add(parts)
 
     def _needed(self, wanted: Mapping[Variable, Iterable[State]]) -> dict[Variable, set[State]]:
         """The states in which messages have to be computed, from the output down."""
@@ -89,9 +75,9 @@ class ForwardMessages:
                 for operand in producer.operands if producer else ():
                     coming = self.automaton.arrive(state, operand)
                     if coming is not None:
-                        after = states_after(self.automaton, self.masks, operand, coming)
-                        known = {s for s in after if self._is_known(s)}
-                        needed.setdefault(operand, set()).update(after - known)
+                        after = (then for then, _ in self.automaton.visit(coming, operand))
+                        unknown = {then for then in after if not self._is_known(then)}
+                        needed.setdefault(operand, set()).update(unknown)
         return {variable: states for variable, states in needed.items() if states}
 
     def _push(self, variable: Variable, states: Collection[State]) -> dict[State, Tensor]:
@@ -120,23 +106,3 @@ class ForwardMessages:
 
     def _ones(self, variable: Variable) -> Tensor:
         return self.forward.output.new_ones(()).expand((1, *self.forward.shape(variable)))
-
-
-def states_after(
-    automaton: Automaton,
-    masks: Mapping[NeuronSet, Mapping[Variable, Mask]],
-    variable: Variable,
-    state: State,
-) -> set[State]:
-    """The states that walks can be in once they have visited a variable."""
-    states = {state}
-    for event in automaton.events_at.get(variable, ()):
-        visited = {automaton.visit(s, event) for s in states}
-        states = visited if masks[event][variable] is None else visited | states
-    left = {automaton.leave(s, variable) for s in states}
-    return {s for s in left if s is not None}
-
-
-def _add(parts: Iterable[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return sum(found[1:], found[0]) if found else None

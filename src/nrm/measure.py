@@ -470,8 +470,14 @@ class Measure:
     def _laid_out(self, weights: Weights) -> Stops:
         forward = self.forward_pass
         found: Stops = {}
+        if not weights:
+            raise QueryError("there are no weights: name at least one layer.")
         for layer, values in weights.items():
             variable = self.graph.variable(layer)
+            if variable in found:
+                raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
+            if not isinstance(values, Tensor) or not bool(torch.isfinite(values).all()):
+                raise QueryError(f"the weights of {layer!r} are to be a tensor of finite numbers.")
             found[variable] = laid_out(values.to(self.output), variable, forward).unsqueeze(0)
         return found
 

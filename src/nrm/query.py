@@ -11,7 +11,7 @@ from torch import Tensor
 from nrm.automaton import Automaton, State, is_settled
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
-from nrm.forward_messages import ForwardMessages, states_after
+from nrm.forward_messages import ForwardMessages
 from nrm.graph import Variable
 from nrm.passing import Messages, send, travel
 from nrm.placing import Stops, in_order, per_sample, resolve
@@ -118,7 +118,7 @@ class Query:
                     )
             coming[variable] = automaton.arrive(automaton.root, variable)
         wanted = {
-            variable: states_after(automaton, self.masks, variable, state)
+            variable: [then for then, _ in automaton.visit(state, variable)]
             for variable, state in coming.items()
             if state is not None
         }
@@ -149,7 +149,7 @@ class Query:
             states = {
                 then
                 for state in coming.get(variable, ())
-                for then in states_after(automaton, self.masks, variable, state)
+                for then, _ in automaton.visit(state, variable)
                 if not is_settled(then) or not self._collects_at(variable)
             }
             operands = variable.producer.operands if variable.producer else ()
@@ -215,7 +215,7 @@ class Query:
         if automaton.start is None:
             return
         leading = None if recorded is None else self.graph.leading_to(recorded)
-        itinerary = _States(automaton, self.masks, settled, recorded, leading, self._collects_at)
+        itinerary = _States(automaton, settled, recorded, leading, self._collects_at)
         travelling = {v: {automaton.start: message} for v, message in self.start.items()}
         with torch.inference_mode(False), torch.no_grad():
             travel(self.forward, travelling, itinerary, self.normalized, self.open_to)
@@ -223,9 +223,7 @@ class Query:
     def _forward_messages(
         self, automaton: Automaton, wanted: Mapping[Variable, Collection[State]]
     ) -> ForwardMessages:
-        return ForwardMessages(
-            self.forward, automaton, self.masks, wanted, self.normalized, self.open_to
-        )
+        return ForwardMessages(self.forward, automaton, wanted, self.normalized, self.open_to)
 
     def _sum(self, messages: Messages) -> Tensor:
         total = self.forward.output.new_zeros(self.forward.batch)
@@ -266,24 +264,21 @@ class _States:
     def __init__(
         self,
         automaton: Automaton,
-        masks: Mapping[NeuronSet, Stops],
         settled: dict[Variable, dict[State, Tensor]] | None,
         recorded: dict[Variable, dict[State, Tensor]] | None,
         leading: Set[Variable] | None,
         collects_at: Callable[[Variable], bool],
     ) -> None:
-        self.automaton, self.masks = automaton, masks
+        self.automaton = automaton
         self.settled, self.recorded = settled, recorded
         self.leading, self.collects_at = leading, collects_at
 
     def visit(self, variable: Variable, messages: dict[State, Tensor]) -> dict[State, Tensor]:
-        for event in self.automaton.events_at.get(variable, ()):
-            messages = self._split(messages, event, self.masks[event][variable])
         left: dict[State, Tensor] = {}
         for state, message in messages.items():
-            then = self.automaton.leave(state, variable)
-            if then is not None:
-                _add(left, then, message)
+            for then, mask in self.automaton.visit(state, variable):
+                part = message if mask is None else message * mask
+                left[then] = left[then] + part if then in left else part
         if self.recorded is not None and variable in self.recorded:
             self.recorded[variable] = {state: message.clone() for state, message in left.items()}
         if self.settled is not None and self.collects_at(variable):
@@ -296,20 +291,3 @@ class _States:
         if self.leading is not None and variable not in self.leading:
             return None
         return self.automaton.arrive(state, variable)
-
-    def _split(
-        self, messages: dict[State, Tensor], event: NeuronSet, mask: Tensor | None
-    ) -> dict[State, Tensor]:
-        split: dict[State, Tensor] = {}
-        for state, message in messages.items():
-            seen = self.automaton.visit(state, event)
-            if seen == state or mask is None:
-                _add(split, seen, message)
-            else:
-                _add(split, seen, message * mask)
-                _add(split, state, message * (1 - mask))
-        return split
-
-
-def _add(messages: dict[State, Tensor], state: State, message: Tensor) -> None:
-    messages[state] = messages[state] + message if state in messages else message
