@@ -383,3 +383,84 @@ def test_six_formulas_at_once_on_squeezenet(torchvision_models):
         torch.testing.assert_close(together, torch.stack([R(f) for f in six]), atol=1e-6, rtol=0)
         one_by_one = sum(sum(rows_pulled(R, lambda f=f: R(f)).values()) for f in six)
         assert sum(counted.values()) < one_by_one
+
+
+# -- what a review found -------------------------------------------------------------------------
+
+
+def test_sets_do_not_change_when_callers_reuse_what_they_gave(chain):
+    R, buffer, index = chain, torch.zeros(4, 4, 4, dtype=torch.bool), [0]
+    first_index = nrm.patch("1", index, 0)
+    found = []
+    for channel in (0, 1):
+        buffer.zero_()
+        buffer[channel] = True
+        found.append(nrm.mask("1", buffer))
+    index[0] = 1
+    assert found[0] != found[1]
+    torch.testing.assert_close(R(found[0]), R(nrm.channels("1", 0)))
+    torch.testing.assert_close(R(first_index), R(nrm.patch("1", 0, 0)))
+
+
+def test_results_are_the_callers_to_change():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double().eval()
+    for composite in (nrm.composites.CPLRP(), nrm.composites.GammaFlat()):
+        x = torch.rand(1, 3).double()
+        R = nrm.Explainer(model, composite, bias="input")(x, target=0)
+        before = R.heatmap().clone(), R.activations("input").clone()
+        for result in (R.output, R.activations("input"), R.activations("0"), R.heatmap()):
+            result.mul_(3)
+        for result in (R.marginal("output"), *R.marginals().values(), *R.biases().values()):
+            result.zero_()
+        torch.testing.assert_close((R.heatmap(), R.activations("input")), before)
+
+
+def test_sets_that_exclude_each_other_make_few_states(chain):
+    """Of k disjoint sets of a layer a walk visits at most one."""
+    R = chain
+    parts = [nrm.patch("1", row, column) for row in range(4) for column in range(4)]
+    plan = R.plan(*parts)
+    assert plan.channels == 1
+    assert "1" not in plan.messages  # decided there
+    torch.testing.assert_close(R.relevances(*parts), torch.stack([R(s) for s in parts]))
+    pairs = [a & b for a in parts for b in (nrm.channels("3", c) for c in range(4))]
+    assert R.plan(*pairs).channels == 4
+    torch.testing.assert_close(R.relevances(*pairs), torch.stack([R(p) for p in pairs]))
+    torch.testing.assert_close(
+        R.conditionals(*parts[:2], layers="3")["3"].sum(), torch.zeros(()).double()
+    )
+
+
+def test_results_are_named_as_asked(chain):
+    R, a = chain, nrm.channels("1", 2)
+    assert set(R.marginals(a, layers=["output", "3"])) == {"output", "3"}
+    assert set(R.marginals(layers="input")) == {"input"}
+    assert set(R.conditionals(a, layers=["output"])) == {"output"}
+    torch.testing.assert_close(R.conditionals(a, layers="output")["output"][:, :1], R(a)[:, None])
+
+
+def test_walks_that_end_where_samples_are_mixed():
+    """The projection of attention has a bias without an axis for samples: told by the rest."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
+    x = torch.randn(3, 5, 4).double()
+    R = nrm.Explainer(model)(x, target=(0, 1))
+    assert any(v.batch_axis is None for v in R.graph.leaves)
+    token = nrm.neurons("input", (0, slice(None)))
+    torch.testing.assert_close(R(~token), 1 - R(token))
+    torch.testing.assert_close(sum(R.outcomes(token).values()), torch.ones(3).double())
+    single = [nrm.Explainer(model)(x[k : k + 1], target=(0, 1))(~token)[0] for k in range(3)]
+    torch.testing.assert_close(R(~token), torch.stack(single))
+    assert "input" in R.marginals(given=token)
+    with pytest.raises(QueryError, match="one sample at a time"):
+        R.outcomes(token, nrm.neurons("linear1", (0, 1)))
+
+
+def test_additive_relevance_needs_sets_and_layers(chain):
+    with pytest.raises(NeuronSetError, match="at least one"):
+        chain.additive()
+    with pytest.raises(QueryError, match="positive"):
+        chain.additive("1", layers=0)
+    with pytest.raises(QueryError, match="at least one"):
+        chain.conditionals()

@@ -172,6 +172,47 @@ def test_relmax_over_batches_the_last_of_one(explainer, images, batches, scale):
     torch.testing.assert_close(by_channel.values, table.sort(0, descending=True).values)
 
 
+def test_relmax_finds_each_samples_own_target():
+    """Wherever the batch lies, and however many samples there are to a call."""
+    torch.manual_seed(0)
+
+    class Series(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):  # [time, batch, features]
+            return self.b(torch.relu(self.a(x)).sum(0))
+
+    model, x = Series().double().eval(), torch.rand(2, 6, 3).double()
+    targets = [0, 1, 1, 0, 1, 0]
+    explainer = nrm.Explainer(model, batch_axis=1)
+    concept = nrm.mask("output", torch.tensor([False, True]))
+    values, indices = methods.relmax(explainer, x.split(4, 1), concept, targets, k=6)
+    assert values.tolist() == [1, 1, 1, 0, 0, 0]
+    assert indices.tolist() == [1, 2, 4, 0, 3, 5]
+    alone = nrm.Explainer(model, batch_axis=None)
+    graphs = [x[:, k : k + 1] for k in range(6)]
+    rows = [(0, target) for target in targets]
+    found = methods.relmax(alone, graphs, nrm.neurons("output", (0, 1)), rows, k=3)
+    assert found.indices.tolist() == [1, 2, 4]
+    with pytest.raises(QueryError, match="7 targets for 6"):
+        methods.relmax(explainer, x, concept, [*targets, 1])
+    with pytest.raises((QueryError, TargetError)):
+        methods.relmax(explainer, x.split(4, 1), concept, targets[:5])
+
+
+def test_conditions_are_checked(explainer, images):
+    for conditions, error in (
+        ({"2": [3]}, QueryError),
+        ([{"2": 3}], QueryError),
+        ([{"y": [0, 99]}], TargetError),
+        ([{"y": [0, -1]}], TargetError),
+    ):
+        with pytest.raises(error):
+            methods.crp_conditions(explainer, images, conditions)
+
+
 def test_relmax_targets(explainer, images):
     of_one = methods.relmax(explainer, images.split(3), "2", 1, k=2)
     torch.testing.assert_close(of_one, methods.relmax(explainer, images, "2", [1] * 7, k=2))

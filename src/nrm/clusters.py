@@ -72,10 +72,10 @@ def clusters(R: Measure, layer: str, k: int, seed: int = 0) -> Clusters:
     spread = values.movedim(axis, -1)
     points = spread.reshape(-1, spread.shape[-1]).double().cpu()
     different = len(torch.unique(points, dim=0))
-    if not 1 <= k <= different:
+    if not isinstance(k, int) or not 1 <= k <= different:
         raise NeuronSetError(
             f"{layer!r} has {different} different positions, so it can have 1 to {different} "
-            f"clusters, not {k}."
+            f"clusters, not {k!r}."
         )
     found = torch.from_numpy(kmeans(k, n_init=10, random_state=seed).fit(points.numpy()).labels_)
     order = torch.bincount(found.long(), minlength=k).argsort(descending=True, stable=True)

@@ -128,6 +128,12 @@ class Explainer:
         with torch.inference_mode(False):
             return self._program(self._bind(inputs, named)).graph
 
+    def samples(self, *inputs: Any, **named: Any) -> int:
+        """How many samples a call with these inputs explains."""
+        call = self._bind(inputs, named)
+        axis = self._batch_axis(call)
+        return 1 if axis is None else call.tensors[0].shape[axis]
+
     def refresh(self) -> None:
         """Forget the captured model, so that the next call captures it as it is then."""
         self._weights = ()

@@ -278,6 +278,18 @@ def apart(sets: Sequence[NeuronSet]) -> tuple[NeuronSet, ...]:
     return tuple(pieces)
 
 
+def united(sets: Iterable[Formula | str]) -> NeuronSet:
+    """The neurons in any of some sets.
+
+    Raises:
+        NeuronSetError: there are none.
+    """
+    members = tuple(member for chosen in sets for member in as_set(chosen).members)
+    if not members:
+        raise NeuronSetError("name at least one neuron set.")
+    return NeuronSet(members)
+
+
 def conjunction(formulas: Iterable[Formula | str]) -> tuple[Formula, ...]:
     """The parts that hold together, those of nested conjunctions one by one."""
     parts: list[Formula] = []

@@ -11,10 +11,10 @@ from torch import Tensor
 from nrm.channels import channel_pairs, only_sample, require_samples_apart, sum_by_channel
 from nrm.diagnostics import Diagnostics, diagnose
 from nrm.errors import QueryError
-from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction
+from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.passing import Messages, send
-from nrm.placing import Stops, laid_out, per_sample, resolve
+from nrm.placing import Stops, by_sample, divide, laid_out, per_sample, resolve
 from nrm.program import Pass
 from nrm.proper_form import ProperForm, depth, proper_form
 from nrm.query import Plan, Query
@@ -52,7 +52,7 @@ class Measure:
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
         self.target = explained.target
-        self.output = forward.output
+        self.output = forward.output.clone()
         self.scale = per_sample(
             explained.unnormalized.unsqueeze(0), forward.graph.output, self.batch
         )[0]
@@ -89,7 +89,7 @@ class Measure:
         joint = self._relevance([*sets, *conditions], within, normalized)
         if not conditions:
             return joint
-        return _divide(joint, self._relevance(conditions, None, normalized))
+        return divide(joint, self._relevance(conditions, None, normalized))
 
     def relevances(self, *formulas: Sets, given: Given = None, normalized: bool = True) -> Tensor:
         """The relevance of several formulas in one run (`plan` says at what cost).
@@ -103,7 +103,7 @@ class Measure:
         asked = [_together(f, *conditions) for f in formulas]
         known = [_together(*conditions)] if conditions else []
         totals = _finite(self._query([*asked, *known], None, normalized).totals())
-        return _divide(totals[:-1], totals[-1]) if known else totals
+        return divide(totals[:-1], totals[-1]) if known else totals
 
     def outcomes(self, *formulas: Sets) -> dict[tuple[bool, ...], Tensor]:
         """The relevance `[batch]` of each combination of formulas that hold, in one run.
@@ -155,15 +155,18 @@ class Measure:
         """`R(i, A, ...)` for every neuron i of every layer, in two passes (forward-backward).
 
         Arguments:
-            layers: some of them; by default all, upstream and downstream of the sets and beside.
+            layers: some of them; by default all, upstream and downstream of the sets and beside
+                (but, given a condition, those that mix the samples of a batch).
             others: as for a call of the measure.
 
         Returns:
-            a tensor shaped like each layer, by its name, from the inputs to the output.
+            a tensor shaped like each layer, by its name as given, from the inputs to the output.
         """
-        variables = self._variables(layers)
-        found = self._marginals(variables, sets, given, within, normalized)
-        return {variable.name: found[variable] for variable in variables}
+        named = self._named(layers)
+        if layers is None and given is not None and self.batch > 1:  # conditioned by sample
+            named = {name: v for name, v in named.items() if v.batch_axis is not None}
+        found = self._marginals(set(named.values()), sets, given, within, normalized)
+        return {name: found[variable] for name, variable in named.items()}
 
     def conditionals(self, *sets: Sets, layers: Collection[str] | None = None) -> dict[str, Tensor]:
         """`R(A, ... | j)` for every neuron j downstream of the sets, in one pass.
@@ -178,10 +181,12 @@ class Measure:
         Returns:
             a tensor shaped like each layer, by its name.
         """
+        if not sets:
+            raise QueryError("name at least one set.")
         query = self._query([_together(*sets)], None, True)
-        variables = query.undecided() if layers is None else self._variables(layers)
-        found = query.conditionals(variables)
-        return {v.name: _finite(found[v][0]).contiguous() for v in variables}
+        named = {v.name: v for v in query.undecided()} if layers is None else self._named(layers)
+        found = query.conditionals(set(named.values()))
+        return {name: _finite(found[v][0]).contiguous() for name, v in named.items()}
 
     def weighted(
         self,
@@ -213,7 +218,7 @@ class Measure:
             raise QueryError(f"weights are joined over='sum' or over='product', not {over!r}")
         if not conditions:
             return total
-        return _divide(total, self._relevance(conditions, None, True))
+        return divide(total, self._relevance(conditions, None, True))
 
     def additive(self, *sets: NeuronSet | str, layers: int | None = None) -> Tensor:
         """The additive relevance of neuron sets (Def. 3, Thm. 3): how much of a walk lies in them.
@@ -229,8 +234,9 @@ class Measure:
         Returns:
             `[batch]`.
         """
-        united = NeuronSet(tuple(m for chosen in sets for m in as_set(chosen).members))
-        weights = resolve(united, self.forward_pass)
+        if layers is not None and (not isinstance(layers, int) or layers < 1):
+            raise QueryError(f"layers is a positive number, not {layers!r}")
+        weights = resolve(united(sets), self.forward_pass)
         return self._expected(weights, True) / (depth(self.graph) if layers is None else layers)
 
     def heatmap(
@@ -350,7 +356,7 @@ class Measure:
 
     def activations(self, layer: str) -> Tensor:
         """The values of a layer's neurons, shaped like the layer, batch axis included."""
-        return self.forward_pass.value(self.graph.variable(layer))
+        return self.forward_pass.value(self.graph.variable(layer)).clone()
 
     def biases(self) -> dict[str, Tensor]:
         """The share `[batch]` of every bias and every other constant at which walks end.
@@ -364,10 +370,10 @@ class Measure:
         nothing = self.output.new_zeros(self.batch)
         shares = {}
         for leaf in constants:
-            share = nothing
+            share = nothing.clone()
             if leaf in arrived:
                 untold = self.batch > 1 and leaf.batch_axis is None
-                share = nothing + torch.nan
+                share += torch.nan
                 if not untold:
                     share = _finite(per_sample(arrived[leaf], leaf, self.batch)[0])
             shares[leaf.name] = share
@@ -445,12 +451,7 @@ class Measure:
             return messages
         known = self._relevance(conditions, None, normalized)
         for variable, message in messages.items():
-            if variable.batch_axis is None and self.batch > 1:
-                raise QueryError(
-                    f"{variable.name!r} mixes the batch with another axis, so its relevance "
-                    "cannot be conditioned sample by sample. Explain one sample at a time."
-                )
-            messages[variable] = _divide(message, _against(known, message, variable))
+            messages[variable] = divide(message, by_sample(known, message, variable))
         return messages
 
     def _expected(self, weights: Stops, formula: Formula | bool) -> Tensor:
@@ -462,10 +463,11 @@ class Measure:
             total = total + per_sample(inside, variable, self.batch)[0]
         return _finite(total)
 
-    def _variables(self, layers: Collection[str] | None) -> list[Variable]:
+    def _named(self, layers: Collection[str] | None) -> dict[str, Variable]:
         if layers is None:
-            return self.graph.variables
-        return [self.graph.variable(layer) for layer in layers]
+            return {variable.name: variable for variable in self.graph.variables}
+        named = (layers,) if isinstance(layers, str) else layers
+        return {layer: self.graph.variable(layer) for layer in named}
 
     def _laid_out(self, weights: Weights) -> Stops:
         forward = self.forward_pass
@@ -476,9 +478,17 @@ class Measure:
             variable = self.graph.variable(layer)
             if variable in found:
                 raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
-            if not isinstance(values, Tensor) or not bool(torch.isfinite(values).all()):
-                raise QueryError(f"the weights of {layer!r} are to be a tensor of finite numbers.")
-            found[variable] = laid_out(values.to(self.output), variable, forward).unsqueeze(0)
+            if (
+                not isinstance(values, Tensor)
+                or values.is_complex()
+                or not bool(torch.isfinite(values).all())
+            ):
+                raise QueryError(
+                    f"the weights of {layer!r} are to be a tensor of real, finite numbers."
+                )
+            found[variable] = laid_out(
+                values.detach().to(self.output), variable, forward
+            ).unsqueeze(0)
         return found
 
     def _message(self, variable: Variable, sets: Sequence[Sets] = ()) -> Tensor:
@@ -516,15 +526,3 @@ def _conditions(given: Given) -> list[Sets]:
 def _together(*formulas: Sets) -> Formula | bool:
     parts = conjunction(formulas)
     return All(parts) if parts else True
-
-
-def _divide(joint: Tensor, known: Tensor) -> Tensor:
-    """Conditional relevance, 0 where the condition has none (eq. 11)."""
-    return torch.where(known == 0, 0.0, joint / torch.where(known == 0, 1.0, known))
-
-
-def _against(value: Tensor, tensor: Tensor, variable: Variable) -> Tensor:
-    """`[batch]` shaped so that it broadcasts against a variable's tensor."""
-    if variable.batch_axis is None:
-        return value
-    return value.view((-1,) + (1,) * (tensor.dim() - 1 - variable.batch_axis))

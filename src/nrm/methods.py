@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nrm.errors import QueryError
+from nrm.errors import QueryError, TargetError
 from nrm.explainer import Explainer
-from nrm.formulas import NeuronSet, as_set
+from nrm.formulas import Formula, NeuronSet, united
 from nrm.measure import Given, Measure, Sets
 from nrm.neurons import channels, neurons
+from nrm.placing import by_sample, divide
 from nrm.targets import Target
 
 Scale = Literal["normalized", "logit"]
@@ -47,7 +48,7 @@ def lrp(R: Measure, at: str | None = None, scale: Scale = "normalized") -> Tenso
     Returns:
         shaped like the input.
     """
-    return in_units(R, R.heatmap(at=at), scale, _samples_axis(R, at))
+    return in_units(R, R.heatmap(at=at), scale, _input(R, at))
 
 
 def conrel(R: Measure, concept: Sets, scale: Scale = "normalized") -> Tensor:
@@ -87,8 +88,13 @@ def relmax(
         raise QueryError(f"k is a positive integer, not {k!r}")
     best: Samples | None = None
     seen = 0
+    each = _each(target)
     for batch in (batches,) if isinstance(batches, Tensor) else batches:
-        R = _explain(explainer, batch, target=_from(target, seen, batch))
+        if each is None:
+            R = _explain(explainer, batch, target=target)
+        else:
+            samples = explainer.samples(*_arguments(batch)[0], **_arguments(batch)[1])
+            R = _explain(explainer, batch, target=each[seen : seen + samples])
         relevance = conrel(R, concept, scale)
         indices = torch.arange(seen, seen + R.batch, device=relevance.device)
         indices = indices.view(-1, *[1] * (relevance.dim() - 1)).expand_as(relevance)
@@ -101,6 +107,8 @@ def relmax(
         seen += R.batch
     if best is None:
         raise QueryError("there are no samples: `batches` is empty.")
+    if each is not None and len(each) != seen:
+        raise QueryError(f"there are {len(each)} targets for {seen} samples.")
     return best
 
 
@@ -127,17 +135,16 @@ def crp(
     """
     if not concepts:
         raise QueryError("name at least one concept; without any, CRP is LRP.")
-    axis = _samples_axis(R, at)
     if not bypass:
         given = concepts if conditional else None
         sets = () if conditional else concepts
-        return in_units(R, R.heatmap(*sets, given=given, at=at), scale, axis)
-    united = NeuronSet(tuple(m for concept in concepts for m in as_set(concept).members))
-    joint = R.heatmap(within=united, at=at)
+        return in_units(R, R.heatmap(*sets, given=given, at=at), scale, _input(R, at))
+    together = united(concepts)
+    joint = R.heatmap(within=together, at=at)
     if conditional:
-        known = _along(R(within=united), joint, axis)
-        joint = torch.where(known == 0, 0.0, joint / torch.where(known == 0, 1.0, known))
-    return in_units(R, joint, scale, axis)
+        variable = R.graph.variable(_input(R, at))
+        joint = divide(joint, by_sample(R(within=together), joint, variable))
+    return in_units(R, joint, scale, _input(R, at))
 
 
 def crp_conditions(
@@ -170,7 +177,14 @@ def crp_conditions(
     """
     measures: dict[tuple[int, ...], Measure] = {}
     heatmaps = []
+    if isinstance(conditions, Mapping):
+        raise QueryError("conditions are a list; one alone is a list of one: [{...}].")
     for condition in conditions:
+        for name, chosen in condition.items():
+            if not isinstance(chosen, Sequence) or isinstance(chosen, str):
+                raise QueryError(
+                    f"a condition lists channels, as in {{{name!r}: [3]}}, not {chosen!r}."
+                )
         outputs = tuple(condition.get(OUTPUT, ()))
         if outputs not in measures:
             measures[outputs] = _explain_outputs(explainer, inputs, outputs)
@@ -206,9 +220,8 @@ def subgraph(
     Returns:
         `[batch]`.
     """
-    if not normalized:
-        return R(*sets, normalized=False)
-    return in_units(R, R(*sets), scale)
+    shares = in_units(R, R(*sets), scale)
+    return shares if normalized else R(*sets, normalized=False)
 
 
 def walk(
@@ -285,23 +298,36 @@ def additive(
     return in_units(R, R.additive(*sets, layers=layers), scale)
 
 
-def in_units(R: Measure, relevance: Tensor, scale: Scale, axis: int | None = 0) -> Tensor:
+def in_units(R: Measure, relevance: Tensor, scale: Scale, layer: str | None = None) -> Tensor:
     """Relevance as a share of the explained output, or in its units.
 
     Arguments:
-        axis: where the samples of the batch lie; `None` where there is but one.
+        layer: that it is shaped like; by default samples are along the first axis.
     """
     if scale not in ("normalized", "logit"):
         raise QueryError(f"scale is 'normalized' or 'logit', not {scale!r}")
-    return relevance * _along(R.scale, relevance, axis) if scale == "logit" else relevance
+    if scale == "normalized":
+        return relevance
+    if layer is None:
+        return relevance * R.scale.view(-1, *[1] * (relevance.dim() - 1))
+    return relevance * by_sample(R.scale, relevance, R.graph.variable(layer))
+
+
+def listed(sets: Sets | Sequence[Sets]) -> Sequence[Sets]:
+    """One set, formula or layer as a list of one."""
+    return [sets] if isinstance(sets, (str, Formula)) else sets
+
+
+def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """A tensor, or a tuple, list or dict of the model's arguments."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def _explain(explainer: Explainer, inputs: Any, **explained: Any) -> Measure:
-    """The measure of a tensor, or of a tuple, list or dict of the model's arguments."""
-    if isinstance(inputs, Mapping):
-        return explainer(**inputs, **explained)
-    listed = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    return explainer(*listed, **explained)
+    args, kwargs = _arguments(inputs)
+    return explainer(*args, **kwargs, **explained)
 
 
 def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]) -> Measure:
@@ -309,30 +335,22 @@ def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]
     if len(outputs) < 2:
         return _explain(explainer, inputs, target=outputs[0] if outputs else None)
     found = _explain(explainer, inputs).output
+    for number in outputs:
+        if not isinstance(number, int) or not 0 <= number < found.shape[-1]:
+            raise TargetError(
+                f"output {number!r} of a condition is out of range: there are {found.shape[-1]}."
+            )
     chosen = torch.zeros_like(found)
     chosen[..., list(outputs)] = found[..., list(outputs)]
     return _explain(explainer, inputs, output_relevance=chosen)
 
 
-def _from(target: Target, start: int, batch: Any) -> Target:
-    """The targets of the samples of one batch, where there is one for each sample."""
-    if target is None or isinstance(target, tuple) or torch.as_tensor(target).dim() == 0:
+def _each(target: Target) -> Sequence[Any] | Tensor | None:
+    """The targets of all samples one by one; `None`: they have one, or their own largest."""
+    if isinstance(target, list) or (isinstance(target, Tensor) and target.dim()):
         return target
-    first = batch
-    while not isinstance(first, Tensor):
-        first = next(iter(first.values())) if isinstance(first, Mapping) else first[0]
-    return target[start : start + len(first)]  # type: ignore[index] # not an int
+    return None
 
 
-def _samples_axis(R: Measure, at: str | None) -> int | None:
-    """Where the batch lies in an input's heatmap."""
-    return (R.graph.inputs[0] if at is None else R.graph.variable(at)).batch_axis
-
-
-def _along(values: Tensor, tensor: Tensor, axis: int | None) -> Tensor:
-    """`[batch]` shaped so that it broadcasts against a tensor with the samples along `axis`."""
-    if axis is not None:
-        return values.view(-1, *[1] * (tensor.dim() - 1 - axis))
-    if len(values) > 1:
-        raise QueryError("this layer mixes the batch with another axis: explain samples singly.")
-    return values
+def _input(R: Measure, at: str | None) -> str:
+    return R.graph.inputs[0].name if at is None else at

@@ -25,7 +25,8 @@ def neurons(layer: str, *indices: Any) -> NeuronSet:
     """
     if not indices:
         return every_neuron(layer)
-    chosen = [index if isinstance(index, tuple) else (index,) for index in indices]
+    # One entry for each axis.
+    chosen = [_frozen(index if isinstance(index, tuple) else (index,)) for index in indices]
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         picked = torch.zeros(shape, dtype=torch.bool)
@@ -55,13 +56,14 @@ def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
     """
     if not indices:
         raise NeuronSetError(f"channels({layer!r}) names no channel: the set is empty.")
+    chosen = _frozen(indices)
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         index: list[Any] = [slice(None)] * len(shape)
         along = channel_axis(variable, shape) if axis is None else axis
         if not -len(shape) <= along < len(shape):
             raise NeuronSetError(f"{layer!r} has no axis {axis}: its neurons are {tuple(shape)}.")
-        index[along] = list(indices)
+        index[along] = chosen
         return _block(index, shape, layer)
 
     return _made("channels", layer, indices, select, axis)
@@ -73,15 +75,16 @@ def patch(layer: str, *spatial: Index) -> NeuronSet:
     Example:
         >>> patch("features.28", slice(0, 7), slice(0, 7))  # upper left quarter of 14 x 14
     """
+    chosen = _frozen(spatial)
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         along = channel_axis(variable, shape)
-        if len(spatial) != len(shape) - 1:
+        if len(chosen) != len(shape) - 1:
             raise NeuronSetError(
                 f"{layer!r} has {len(shape) - 1} spatial axes (neurons of shape {tuple(shape)}), "
-                f"but the patch has {len(spatial)}."
+                f"but the patch has {len(chosen)}."
             )
-        index: list[Any] = list(spatial)
+        index: list[Any] = list(chosen)
         index.insert(along, slice(None))
         return _block(index, shape, layer)
 
@@ -98,6 +101,7 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
     if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
         what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
+    chosen = chosen.detach().clone()  # callers reuse theirs
 
     def select(variable: Variable, shape: torch.Size) -> Tensor:
         if chosen.shape != shape and chosen.shape[1:] != shape:
@@ -167,6 +171,13 @@ def _made(
     # Large tensors are shown in part, so that their text does not tell them apart.
     key = None if all(map(_is_plain, indices)) else object()
     return NeuronSet((Member(layer, select, text, key),))
+
+
+def _frozen(index: Any) -> Any:
+    """An index that the caller cannot change any more: a tuple for lists, tensors and arrays."""
+    if hasattr(index, "tolist"):
+        index = index.tolist()
+    return tuple(map(_frozen, index)) if isinstance(index, (list, tuple)) else index
 
 
 def _is_plain(index: Any) -> bool:

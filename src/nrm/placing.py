@@ -107,3 +107,24 @@ def per_sample(message: Tensor, variable: Variable, batch: int) -> Tensor:
         f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be told "
         "apart by sample. Explain one sample at a time."
     )
+
+
+def by_sample(values: Tensor, tensor: Tensor, variable: Variable) -> Tensor:
+    """`[batch]` shaped so that it broadcasts against a variable's tensor.
+
+    Raises:
+        QueryError: the variable mixes samples, and there are several.
+    """
+    if variable.batch_axis is not None:
+        return values.view((-1,) + (1,) * (tensor.dim() - 1 - variable.batch_axis))
+    if len(values) == 1:
+        return values
+    raise QueryError(
+        f"{variable.name!r} mixes the batch with another axis, so its relevance cannot be told "
+        "apart by sample. Explain one sample at a time."
+    )
+
+
+def divide(joint: Tensor, known: Tensor) -> Tensor:
+    """Conditional relevance, 0 where the condition has none (eq. 11)."""
+    return torch.where(known == 0, 0.0, joint / torch.where(known == 0, 1.0, known))

@@ -67,11 +67,24 @@ class Query:
         settled: dict[Variable, dict[State, Tensor]] = {}
         self._run(automaton, settled=settled)
         found: dict[State, Tensor] = {}
+        mixed: dict[State, tuple[Tensor, Variable]] = {}
         for variable, messages in settled.items():
             for state, message in messages.items():
+                if not self._tells_samples(variable):
+                    mixed[state] = message, variable
+                    continue
                 part = per_sample(message, variable, self.forward.batch)[0]
                 found[state] = found[state] + part if state in found else part
-        return found
+        if not mixed:
+            return found
+        if not keeps_failed:
+            return self.outcomes()
+        if len(mixed) > 1 or not self._stops_early:
+            per_sample(*next(iter(mixed.values())), self.forward.batch)  # says why not
+        (state,) = mixed
+        others = (relevance for other, relevance in found.items() if other != state)
+        nothing = self.forward.output.new_zeros(self.forward.batch)
+        return found | {state: 1 - sum(others, nothing)}
 
     def marginals(self, variables: Collection[Variable]) -> Messages:
         """`[1, *shape]` at variables: every neuron's relevance jointly with the one formula.
@@ -169,8 +182,10 @@ class Query:
 
     def _collects_at(self, variable: Variable) -> bool:
         """Whether messages that are settled stop at a variable."""
-        apart = self.forward.batch == 1 or variable.batch_axis is not None
-        return variable.is_leaf or (self._stops_early and apart)
+        return variable.is_leaf or (self._stops_early and self._tells_samples(variable))
+
+    def _tells_samples(self, variable: Variable) -> bool:
+        return self.forward.batch == 1 or variable.batch_axis is not None
 
     def _ends(self) -> Stops | None:
         # Columns do not sum to one, or some walks are cut off: follow all to their ends.

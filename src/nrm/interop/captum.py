@@ -18,7 +18,7 @@ from nrm.errors import InputError, QueryError, TargetError
 from nrm.explainer import Explainer
 from nrm.graph import Variable
 from nrm.measure import Given, Measure, Sets
-from nrm.methods import Scale, in_units
+from nrm.methods import Scale, in_units, listed
 from nrm.rules import Rule
 from nrm.targets import Target
 
@@ -91,7 +91,7 @@ class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         R = _measure(self.explainer, tensors, target, additional_forward_args)
         found = tuple(
-            self._relevance(R, place, x, _listed(sets), given) for place, x in enumerate(tensors)
+            self._relevance(R, place, x, listed(sets), given) for place, x in enumerate(tensors)
         )
         attributions = found if several else found[0]
         if not return_convergence_delta:
@@ -125,7 +125,7 @@ class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
         if variable is None:  # no walk ends there
             return torch.zeros_like(x)
         relevance = R.marginal(variable.name, *sets, given=given)
-        return in_units(R, relevance, self.scale, variable.batch_axis)
+        return in_units(R, relevance, self.scale, variable.name)
 
 
 class LayerLRP(LayerAttribution):  # type: ignore[misc] # untyped in some releases
@@ -170,9 +170,8 @@ class LayerLRP(LayerAttribution):  # type: ignore[misc] # untyped in some releas
         """
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         R = _measure(self.explainer, tensors, target, additional_forward_args)
-        relevance = R.marginal(self.address, *_listed(sets), given=given)
-        axis = R.graph.variable(self.address).batch_axis
-        return in_units(R, relevance, self.scale, axis)
+        relevance = R.marginal(self.address, *listed(sets), given=given)
+        return in_units(R, relevance, self.scale, self.address)
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -205,7 +204,3 @@ def _address(model: nn.Module, layer: nn.Module) -> str:
         if module is layer:
             return str(name) or "output"
     raise QueryError(f"the layer {type(layer).__name__} is no module of {type(model).__name__}.")
-
-
-def _listed(sets: Sets | Sequence[Sets]) -> Sequence[Sets]:
-    return sets if isinstance(sets, (tuple, list)) else [sets]  # type: ignore[list-item]

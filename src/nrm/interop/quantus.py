@@ -12,7 +12,7 @@ from torch import nn
 from nrm.composites import Composite
 from nrm.explainer import Explainer
 from nrm.measure import Given, Sets
-from nrm.methods import Scale, in_units
+from nrm.methods import Scale, in_units, listed
 from nrm.rules import Rule
 
 Array = NDArray[Any]
@@ -39,12 +39,12 @@ class Explain:
         composite: Composite | Rule | None = None,
         *,
         bias: Literal["drop", "input"] | None = None,
-        sets: Sequence[Sets] = (),
+        sets: Sets | Sequence[Sets] = (),
         given: Given = None,
         scale: Scale = "normalized",
     ) -> None:
         self.composite, self.bias = composite, bias
-        self.sets, self.given, self.scale = sets, given, scale
+        self.sets, self.given, self.scale = listed(sets), given, scale
         self._explainer: Explainer | None = None
 
     def __call__(
@@ -64,8 +64,13 @@ class Explain:
         if self._explainer is None or self._explainer.model is not model:
             self._explainer = Explainer(model, self.composite, bias=self.bias)
         like = next(model.parameters(), torch.empty(0))
-        x = torch.as_tensor(inputs).to(device or like.device, like.dtype)
-        R = self._explainer(x, target=torch.as_tensor(targets))
+        x = torch.as_tensor(inputs).to(device or like.device)
+        if not any(isinstance(module, nn.Embedding) for module in model.modules()):
+            x = x.to(like.dtype)
+        chosen = torch.as_tensor(targets)
+        if chosen.is_floating_point() and bool((chosen == chosen.round()).all()):
+            chosen = chosen.long()  # labels often come as floats
+        R = self._explainer(x, target=chosen)
         heatmap = R.heatmap(*self.sets, given=self.given)
         found: Array = in_units(R, heatmap, self.scale).cpu().numpy()
         return found
