@@ -232,6 +232,21 @@ def test_the_experiment_refuses_what_it_cannot_compare():
         experiment(explainer, [], ["stem", "last"], 2)
 
 
+def test_what_cannot_be_removed_is_refused():
+    x, R = _explained(tiny())
+    sets = [nrm.channels("stem", 1)]
+    with pytest.raises(InputError, match="one sample at a time, not from 2"):
+        outputs_without(R.graph, [torch.cat([x, x])], [None, *sets])
+    for first, second in ((sets, []), ([], sets)):
+        with pytest.raises(QueryError, match="each family one neuron set"):
+            contributions(R.graph, [x], 0, first, second)
+    with_bias = nrm.Explainer(tiny().double().eval(), bias="input")(x)
+    bias = nrm.neurons("last.bias")
+    for chosen in (bias, sets[0] | bias):
+        with pytest.raises(QueryError, match=r"'last\.bias' enters late"):
+            outputs_without(with_bias.graph, [x], [None, chosen])
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Some pictures, and the tiny model where the command finds it."""

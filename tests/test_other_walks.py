@@ -640,19 +640,31 @@ def test_baselines():
     x, y = case.inputs
     same = [
         composites.IntegratedGradients(b)
-        for b in (0.5, (0.5, torch.tensor(0.5)), [torch.full((2,), 0.5), torch.full((2, 3), 0.5)])
+        for b in (
+            0.5,
+            np.float32(0.5),
+            np.full(1, 0.5),
+            {"y": 0.5, "x": torch.tensor(0.5)},
+            {"x": torch.full((2,), 0.5), "y": np.full((2, 3), 0.5)[::-1]},
+        )
     ]
     heat = [nrm.Explainer(case.model, c)(x, y, target=0).heatmap(at="y") for c in same]
-    torch.testing.assert_close(heat[0], heat[1])
-    torch.testing.assert_close(heat[0], heat[2])
+    for other in heat[1:]:
+        torch.testing.assert_close(heat[0], other)
     with pytest.raises(InputError, match=r"\(5,\) does not broadcast to 'x'"):
         nrm.Explainer(case.model, composites.IntegratedGradients(torch.ones(5)))(
             x, y, target=0
         ).heatmap(at="x")
-    with pytest.raises(InputError, match="3 baselines were given for 2 inputs"):
-        nrm.Explainer(case.model, composites.IntegratedGradients([0, 0, 0]))(
-            x, y, target=0
-        ).heatmap(at="x")
+    for wrong in ({"x": 0}, {"x": 0, "y": 0, "z": 0}, {"x": 0, "last": 0}, {}):
+        given = ", ".join(map(repr, wrong)) or "none"
+        with pytest.raises(InputError, match=f"given for {given}, and the inputs are 'x', 'y'"):
+            nrm.Explainer(case.model, composites.IntegratedGradients(wrong))(x, y, target=0)
+    for values in (float("nan"), np.array([0, np.inf]), {"x": 0, "y": torch.tensor(-np.inf)}):
+        with pytest.raises(InputError, match="NaN or infinite"):
+            rules.PathIntegrated(values)
+    for values in ([0.0, 0.0], "x", None, {"x": {"y": 0}}):
+        with pytest.raises(TypeError, match="a mapping from the names"):
+            rules.PathIntegrated(values)
     with pytest.raises(ValueError, match="one step"):
         rules.PathIntegrated(steps=0)
     two = composites.Composite(
@@ -660,8 +672,67 @@ def test_baselines():
     )
     with pytest.raises(QueryError, match="2 different paths"):
         nrm.Explainer(case.model, two)(x, y, target=0)
-    at_baseline = nrm.Explainer(case.model, composites.IntegratedGradients([x, y]))(x, y, target=0)
+    at_baseline = nrm.Explainer(case.model, composites.IntegratedGradients({"y": y, "x": x}))(
+        x, y, target=0
+    )
     torch.testing.assert_close(at_baseline("x") + at_baseline("y"), torch.ones(2).double())
+
+
+def test_equal_paths_are_one():
+    def path(size: int = 3, steps: int = 4) -> rules.PathIntegrated:
+        return rules.PathIntegrated({"x": 0, "y": np.zeros(size)}, steps)
+
+    assert path() == path()
+    assert len({path(), path(), path(4), path(steps=5), rules.PathIntegrated(0.0, 4)}) == 4
+    assert rules.PathIntegrated(0, 4) == rules.PathIntegrated(np.float32(0), 4)
+    assert rules.PathIntegrated(torch.zeros(2)) == rules.PathIntegrated(torch.zeros(2))
+    assert rules.PathIntegrated(torch.zeros(2)) != rules.PathIntegrated(torch.ones(2))
+    assert rules.PathIntegrated(torch.zeros(2)) != rules.PathIntegrated(0.0)
+    case = make("TwoInputs", "zero", False, seed=1)
+    twice = composites.Composite(
+        [(composites.path("last"), rules.PathIntegrated(0.5, 4))], rules.PathIntegrated(0.5, 4)
+    )
+    one = composites.IntegratedGradients(0.5, 4)
+    found, expected = (
+        nrm.Explainer(case.model, c)(*case.inputs, target=0).heatmap(at="x") for c in (twice, one)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_baselines_by_name_reach_their_inputs(by_keyword):
+    """Whatever the order: of the signature, of keywords, with embeddings and ignored inputs."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+        def forward(self, ids, ignored, a, b):
+            return self.head(self.words(ids).sum(1) + a + 2 * b)
+
+    torch.manual_seed(0)
+    model, ids = Net().double().eval(), torch.tensor([[1, 4, 4], [0, 2, 3]])
+    ignored, a, b = (torch.randn(2, 3).double() for _ in range(3))
+    starts = {"b": 0.3, "words": torch.randn(3).double(), "ignored": 0.0, "a": np.full(3, -0.2)}
+    explainer = nrm.Explainer(model, composites.IntegratedGradients(starts))
+    R = (
+        explainer(ids, b=b, a=a, ignored=ignored, target=1)
+        if by_keyword
+        else explainer(ids, ignored, a, b, target=1)
+    )
+    with torch.no_grad():
+        w = model.head.weight[1]
+        parts = {
+            "words": ((model.words(ids) - starts["words"]) * w).sum((1, 2)),
+            "a": ((a + 0.2) * w).sum(1),
+            "b": 2 * ((b - 0.3) * w).sum(1),
+        }
+    for name, part in parts.items():
+        torch.testing.assert_close(R(name), part / sum(parts.values()))
+    del starts["words"]
+    with pytest.raises(InputError, match="Give one for each"):
+        nrm.Explainer(model, composites.IntegratedGradients(starts))(ids, ignored, a, b)
 
 
 def test_tokens_come_from_a_baseline_as_embeddings():
@@ -696,3 +767,90 @@ def test_forward_messages_are_the_transpose(network, rule):
         pushed = propagation.push(masses, message.shape[1:])
         total = sum((p * m).sum() for p, m in zip(pulled, masses, strict=True))
         torch.testing.assert_close((pushed * message).sum(), total)
+
+
+class OfTwo(nn.Module):
+    """A function with a row or without one."""
+
+    def __init__(self, without_row: bool):
+        super().__init__()
+        self.without_row = without_row
+
+    def forward(self, x, y):
+        return torch.lgamma(x + y + 1) if self.without_row else x * y
+
+
+@pytest.mark.parametrize("along_path", [False, True])
+@pytest.mark.parametrize("without_row", [False, True])
+def test_strict_holds_for_derivatives(along_path, without_row):
+    """Columns below zero: `x y` with factors of opposite sign, and lgamma where it falls."""
+    model = OfTwo(without_row).double().eval()
+    rule = rules.PathIntegrated(0.0, 4) if along_path else rules.LocalLinear()
+    fallback = LocalLinear() if without_row else None
+    good = [torch.full((1, 2), v).double() for v in (1.0, 3.0)]
+    bad = [torch.full((1, 2), v).double() for v in ((0.1, 0.2) if without_row else (-1.0, 3.0))]
+    for given, fails in ((good, False), (bad, True)):
+        relevance = torch.ones(1, 2).double()
+        explainer = nrm.Explainer(model, rule, strict=True, fallback=fallback)
+        R = explainer(*given, output_relevance=relevance)
+        if fails:
+            with pytest.raises(PositiveSumError, match="2 neurons whose contributions by its"):
+                R.heatmap(at="x")
+        else:
+            torch.testing.assert_close(R("x") + R("y"), torch.ones(1).double())
+        loose = nrm.Explainer(model, rule, fallback=fallback)
+        loose(*given, output_relevance=relevance).heatmap(at="x")
+        operation = R.graph.output.producer
+        shapes = [R.forward_pass.shape(operand) for operand in operation.operands]
+        propagation = R.forward_pass.propagations[operation]
+        propagation.push([torch.ones(1, *s).double() for s in shapes], relevance.shape)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_occlusion_pushes_the_transpose_of_what_it_pulls(late, normalized):
+    """Also at columns that vanish, here those of neurons without input, and of orphans."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 2, stride=2, padding=(0, 2), bias=late)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten()).double().eval()
+    x = torch.randn(1, 2, 4, 4).double()
+    x[..., :2, :2] = 0.0
+    if late:
+        nn.init.zeros_(conv.bias)
+    bias = "input" if late else "drop"
+    R = nrm.Explainer(model, rules.Occlusion(), bias=bias)(x, target=0)
+    operation = R.graph.variable("0").producer
+    propagation = R.forward_pass.propagations[operation]
+    assert propagation._column_sums[1] is not None
+    assert propagation.adopts_orphans != late
+    shapes = [R.forward_pass.shape(operand) for operand in operation.operands]
+    shape = R.forward_pass.shape(operation.output)
+    columns = torch.eye(shape.numel()).double().view(-1, *shape)
+    pulled = propagation.pull(columns, [True] * len(shapes), normalized)
+    for chosen in (range(len(shapes)), *([k] for k in range(len(shapes)))):
+        masses = [
+            torch.randn(3, *s).double() if k in chosen else None for k, s in enumerate(shapes)
+        ]
+        expected = sum(
+            torch.einsum("jp,kp->kj", p.flatten(1), m.flatten(1))
+            for p, m in zip(pulled, masses, strict=True)
+            if m is not None
+        )
+        found = propagation.push(masses, shape, normalized)
+        torch.testing.assert_close(found, expected.view(-1, *shape))
+
+
+def test_forward_messages_look_at_columns_once(monkeypatch):
+    """However many there are."""
+    case = make("Residual", "zero", False, seed=5)
+    R = nrm.Explainer(case.model, rules.Zero())(*case.inputs, target=1)
+    operation = R.graph.variable("last").producer
+    propagation = R.forward_pass.propagations[operation]
+    calls, pull = [], propagation.pull
+    monkeypatch.setattr(propagation, "pull", lambda *a: calls.append(1) or pull(*a))
+    shape = R.forward_pass.shape(operation.output)
+    masses = [torch.randn(4, *R.forward_pass.shape(v)).double() for v in operation.operands]
+    pushed = propagation.push(masses, shape)
+    assert len(calls) == 1
+    rows = [propagation.push([m[k : k + 1] for m in masses], shape) for k in range(4)]
+    torch.testing.assert_close(pushed, torch.cat(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -28,6 +28,7 @@ from nrm.rules import (
 )
 from nrm.rules import LocalLinear as LocalLinearRule
 from nrm.rules import Occlusion as OcclusionRule
+from nrm.rules.walks import Baseline
 
 Selector = Callable[[Operation, Graph], bool]
 """Says whether an operation is meant."""
@@ -275,7 +276,7 @@ def LocalLinear() -> Composite:
 
 
 def IntegratedGradients(
-    baseline: Tensor | float | Sequence[Tensor | float] = 0.0, steps: int = 16
+    baseline: Baseline | Mapping[str, Baseline] = 0.0, steps: int = 16
 ) -> Composite:
     """Every operation by its derivatives, integrated while the input comes from a baseline.
 
@@ -285,7 +286,8 @@ def IntegratedGradients(
     LRP-0 on the differences from the baseline (DeepLIFT's rescale rule), whatever the steps.
 
     Arguments:
-        baseline, steps: see `rules.PathIntegrated`.
+        baseline: a number or a tensor for all inputs, or by name: `{"x": 0.0, "y": tensor}`.
+        steps: see `rules.PathIntegrated`.
     """
     rule = PathIntegrated(baseline, steps)
     return Composite([], rule, name=f"IntegratedGradients(steps={steps})")

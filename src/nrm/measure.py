@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -14,20 +14,18 @@ from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.passing import Messages, send
-from nrm.placing import Stops, by_sample, divide, laid_out, per_sample, resolve
+from nrm.placing import Stops, by_sample, divide, per_sample, resolve
 from nrm.program import Pass
 from nrm.proper_form import ProperForm, depth, proper_form
 from nrm.query import Plan, Query
 from nrm.search import Flow, Flows, in_depth, top_flows
 from nrm.targets import Explained
+from nrm.weights import Weights, expected, weights_of
 
 Sets = Formula | str
 """A neuron set, a formula over such, or the name of a layer for all of its neurons."""
 
 Given = Sets | Sequence[Sets] | None
-Weights = Mapping[str, Tensor]
-"""For some layers, a weight of each of their neurons, shaped like the layer without its batch
-axis, or with it."""
 
 
 class Measure:
@@ -208,14 +206,15 @@ class Measure:
             `[batch]`.
         """
         conditions = _conditions(given)
-        laid = self._laid_out(weights)
+        laid = weights_of(weights, self.forward_pass)
         formula = _together(*sets, *conditions)
         if over == "product":
-            total = _finite(self._query([formula], None, True, laid).totals()[0])
+            total = self._query([formula], None, True, laid).totals()[0]
         elif over == "sum":
-            total = self._expected(laid, formula)
+            total = expected(laid, self._query([formula], None, True))
         else:
             raise QueryError(f"weights are joined over='sum' or over='product', not {over!r}")
+        total = _finite(total)
         if not conditions:
             return total
         return divide(total, self._relevance(conditions, None, True))
@@ -237,7 +236,8 @@ class Measure:
         if layers is not None and (not isinstance(layers, int) or layers < 1):
             raise QueryError(f"layers is a positive number, not {layers!r}")
         weights = resolve(united(sets), self.forward_pass)
-        return self._expected(weights, True) / (depth(self.graph) if layers is None else layers)
+        visits = _finite(expected(weights, self._query([True], None, True)))
+        return visits / (depth(self.graph) if layers is None else layers)
 
     def heatmap(
         self,
@@ -454,42 +454,11 @@ class Measure:
             messages[variable] = divide(message, by_sample(known, message, variable))
         return messages
 
-    def _expected(self, weights: Stops, formula: Formula | bool) -> Tensor:
-        """`[batch]`: the sum of neurons' weights over walks, by the relevance of each neuron."""
-        found = self._query([formula], None, True).marginals(weights)
-        total = self.output.new_zeros(self.batch)
-        for variable, weight in weights.items():
-            inside = found[variable] if weight is None else found[variable] * weight
-            total = total + per_sample(inside, variable, self.batch)[0]
-        return _finite(total)
-
     def _named(self, layers: Collection[str] | None) -> dict[str, Variable]:
         if layers is None:
             return {variable.name: variable for variable in self.graph.variables}
         named = (layers,) if isinstance(layers, str) else layers
         return {layer: self.graph.variable(layer) for layer in named}
-
-    def _laid_out(self, weights: Weights) -> Stops:
-        forward = self.forward_pass
-        found: Stops = {}
-        if not weights:
-            raise QueryError("there are no weights: name at least one layer.")
-        for layer, values in weights.items():
-            variable = self.graph.variable(layer)
-            if variable in found:
-                raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
-            if (
-                not isinstance(values, Tensor)
-                or values.is_complex()
-                or not bool(torch.isfinite(values).all())
-            ):
-                raise QueryError(
-                    f"the weights of {layer!r} are to be a tensor of real, finite numbers."
-                )
-            found[variable] = laid_out(
-                values.detach().to(self.output), variable, forward
-            ).unsqueeze(0)
-        return found
 
     def _message(self, variable: Variable, sets: Sequence[Sets] = ()) -> Tensor:
         """`[1, *shape]`: the message at a variable of the walks that visit `sets` before it.

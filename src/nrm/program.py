@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.errors import QueryError, UnsupportedOperatorError
+from nrm.errors import InputError, NrmError, QueryError, UnsupportedOperatorError
 from nrm.fusion import fusions, needed
 from nrm.graph import Graph, Operation, Variable, run
 from nrm.operators import (
@@ -27,6 +27,7 @@ from nrm.operators import (
     picks,
 )
 from nrm.rules import PathIntegrated
+from nrm.rules.walks import Baseline
 from nrm.telescope import Telescope, telescopes
 
 
@@ -102,6 +103,7 @@ class Program:
         self._nodes_fused = needed(graph, self._nodes, self._fused, _reads)
         self._last_use = self._plan_release()
         self._path = _path(graph)
+        self._starts = {} if self._path is None else _starts(graph, self._path)
         for operation in graph.operations:
             if operation.rule.reads_ahead:
                 self.settings[operation].following = self._following(operation)
@@ -193,8 +195,8 @@ class Program:
         """
         graph = self.graph
         moved: dict[Node, Callable[[Tensor, int], Tensor]] = {
-            variable.node: partial(path.point, name=variable.name, place=(k, len(graph.inputs)))
-            for k, variable in enumerate(graph.inputs)
+            variable.node: partial(path.point, name=variable.name, start=start)
+            for variable, start in self._starts.items()
             if variable.node is not None
         }
         found: dict[Operation, list[list[Tensor]]] = {}
@@ -308,9 +310,39 @@ def _path(graph: Graph) -> PathIntegrated | None:
     if len(paths) > 1:
         raise QueryError(
             f"the composite has {len(paths)} different paths. A network runs along one: give every "
-            "choice the same PathIntegrated rule object."
+            "choice the same PathIntegrated rule."
         )
     return next(iter(paths), None)
+
+
+def _starts(graph: Graph, path: PathIntegrated) -> dict[Variable, Baseline]:
+    """Where every input starts.
+
+    Raises:
+        InputError: baselines by name are not one for each input.
+    """
+    if not isinstance(path.baseline, Mapping):
+        return dict.fromkeys(graph.inputs, path.baseline)
+    named = [(_input(graph, name), start) for name, start in path.baseline.items()]
+    starts = {variable: start for variable, start in named if variable is not None}
+    if not len(named) == len(starts) == len(graph.inputs):
+        given, names = (
+            ", ".join(map(repr, found)) or "none"
+            for found in (path.baseline, [variable.name for variable in graph.inputs])
+        )
+        raise InputError(
+            f"baselines are given for {given}, and the inputs are {names}. Give one for each."
+        )
+    return starts
+
+
+def _input(graph: Graph, name: str) -> Variable | None:
+    """The input of this name or alias, if there is one."""
+    try:
+        variable = graph.variable(name)
+    except NrmError:
+        return None
+    return variable if variable in graph.inputs else None
 
 
 def _reads_path(operation: Operation, step: int) -> bool:

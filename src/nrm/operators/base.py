@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.errors import UnsupportedOperatorError
+from nrm.errors import PositiveSumError, UnsupportedOperatorError
 from nrm.operators.call import Call
 from nrm.rules import Rule, Weight
 
@@ -111,17 +111,21 @@ class Propagation(ABC):
         wanted = [mass is not None for mass in masses]
         known = [mass for mass in masses if mass is not None]
         pushed = known[0].new_zeros((len(known[0]), *shape))
-        for k, row in enumerate(pushed):
-            with torch.enable_grad():
-                # Ones: every column takes part. A copy, which `pull` may overwrite.
-                probe = known[0].new_ones((1, *shape)).requires_grad_()
-                pulled = self.pull(probe.clone(), wanted, normalized)
-            reached = [p for p in pulled if p is not None]
-            linked = [(p, m[k : k + 1]) for p, m in zip(reached, known, strict=True) if p.grad_fn]
-            if linked:
-                outputs, given = zip(*linked, strict=True)
-                (found,) = torch.autograd.grad(outputs, probe, given, materialize_grads=True)
-                row.copy_(found[0])
+        with torch.enable_grad():
+            # Ones: every column takes part. A copy, which `pull` may overwrite.
+            probe = known[0].new_ones((1, *shape)).requires_grad_()
+            pulled = self.pull(probe.clone(), wanted, normalized)
+        reached = [p for p in pulled if p is not None]
+        linked = [(p, mass) for p, mass in zip(reached, known, strict=True) if p.grad_fn]
+        for k, row in enumerate(pushed if linked else ()):
+            (found,) = torch.autograd.grad(
+                [p for p, _ in linked],
+                probe,
+                [mass[k : k + 1] for _, mass in linked],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            row.copy_(found[0])
         return pushed
 
     def late_shape(self) -> torch.Size:
@@ -282,6 +286,28 @@ def pull_back(output: Tensor, leaves: Sequence[Tensor], message: Tensor) -> list
             is_grads_batched=True,
         )
     )
+
+
+def refuse_failing(message: Tensor, failing: Tensor, address: str, cause: str, hint: str) -> None:
+    """Refuse a message that meets columns which violate the positive-sum condition (`strict`).
+
+    Arguments:
+        message: `[K, *output shape]`.
+        failing: which columns those are.
+        address: the operation.
+        cause: whose contributions fail.
+        hint: what to do.
+
+    Raises:
+        PositiveSumError
+    """
+    met = message.abs().sum(0)[failing]
+    if bool(met.any()):
+        raise PositiveSumError(
+            f"strict: at {address!r} relevance of absolute size {float(met.sum()):.3g} met "
+            f"{int((met > 0).sum())} neurons whose contributions {cause} sum to zero or less "
+            f"(eq. 15). {hint}"
+        )
 
 
 def _has_neurons(node: Node) -> bool:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators.base import Columns, Operator, Propagation, Setting, fill, pull_back
+from nrm.operators.base import (
+    Columns,
+    Operator,
+    Propagation,
+    Setting,
+    fill,
+    pull_back,
+    refuse_failing,
+)
 from nrm.operators.call import Call
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Rule
@@ -48,11 +56,11 @@ class LocalLinear(Operator):
                 Step.between(call, before, after)
                 for before, after in pairwise([*setting.path, values])
             ]
-            return output, Linearised(steps, output, None, setting.address)
+            return output, Linearised(steps, output, None, setting)
         step = Step.of(call, values, values)
         output = step.output.detach()
         added = self.constant(call, values, setting)
-        return output, Linearised([step], output, added, setting.address)
+        return output, Linearised([step], output, added, setting)
 
 
 class ToFirstOrder(LocalLinear):
@@ -137,9 +145,9 @@ class Linearised(Propagation):
     """
 
     def __init__(
-        self, steps: Sequence[Step], output: Tensor, added: Tensor | None, address: str
+        self, steps: Sequence[Step], output: Tensor, added: Tensor | None, setting: Setting
     ) -> None:
-        self.steps, self.output, self.added, self.address = steps, output, added, address
+        self.steps, self.output, self.added, self.setting = steps, output, added, setting
         sums = torch.stack([step.columns() for step in steps]).sum(0)
         self.sums = sums if added is None else sums + added
         kind = torch.finfo(sums.dtype)
@@ -154,6 +162,15 @@ class Linearised(Propagation):
     def pull(
         self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
     ) -> list[Tensor | None]:
+        if self.setting.strict and not message.requires_grad:
+            # Columns of zero are no violation: what they take ends in a leaf.
+            refuse_failing(
+                message,
+                (self.sums < 0) & ~self.flat,
+                self.setting.address,
+                "by its derivatives",
+                "Choose a rule for it that takes none, or drop strict.",
+            )
         share = message / self.divisor if normalized else message
         share = torch.where(self.flat, 0.0, share)
         pulled: list[Tensor | None] = [None] * len(wanted)
@@ -176,7 +193,7 @@ class Linearised(Propagation):
         ratio = torch.where(self.flat, 1.0, self.sums.abs() / size)
         reached = ratio[mass > 0]
         return Columns(
-            self.address,
+            self.setting.address,
             nearly_zero=float(mass[ratio < tolerance].sum()),
             negative=float(mass[(self.sums < 0) & ~self.flat].sum()),
             vanished=float(mass[self.flat].sum()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,38 @@ class Occluded(SharedOut):
     def group(self, index: int, known: Tensor | None = None) -> TermSum:
         return self._lost
 
+    def push(
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+    ) -> Tensor:
+        known = next(mass for mass in masses if mass is not None)
+        pushed = known.new_zeros((len(known), *shape))
+        with torch.no_grad():
+            self._lost.push(masses, pushed)
+            if not normalized:
+                return pushed
+            total, vanished = self._column_sums
+            if vanished is None:
+                return pushed.div_(total)
+            pushed /= total.index_put(vanished, total.new_ones(()))
+            for row, mean in zip(pushed, self._means(masses, pushed), strict=True):
+                row[vanished] = mean[vanished]
+        return pushed
+
+    def _means(self, masses: Sequence[Tensor | None], like: Tensor) -> Iterator[Tensor]:
+        """For every row, the mean mass of each neuron's parents, or that of the leaf it is."""
+        parents = self.uniform.output
+        orphaned = parents == 0
+        for k, row in enumerate(like):
+            met = torch.zeros_like(row)
+            for part in self.parts:
+                mass = masses[part.operand]
+                if mass is not None:
+                    met += part.uniform(mass[k])
+            adopted = masses[-1] if self.adopts_orphans else None
+            if adopted is not None:
+                met += orphaned * adopted[k]
+            yield met / torch.where(orphaned, 1, parents)
+
     def magnitude(self) -> Tensor:
         with torch.no_grad():
             return add_up(part.columns(torch.abs) for part in self._lost.parts)
@@ -60,9 +91,16 @@ class Losses(TermSum):
     def pull(self, share: Tensor, wanted: Sequence[bool], pulled: list[Tensor | None]) -> None:
         for operand, part in zip(self.operands, self.parts, strict=True):
             if wanted[operand]:
-                product: Tensor = _Linear.apply(share, part.pull, part.push)  # type: ignore[no-untyped-call]
+                product = part.pull(share)
                 before = pulled[operand]
                 pulled[operand] = product if before is None else before + product
+
+    def push(self, masses: Sequence[Tensor | None], pushed: Tensor) -> None:
+        """Add `sum_i T~_ij mass_i`, operand by operand: the transpose of `pull`."""
+        for operand, part in zip(self.operands, self.parts, strict=True):
+            mass = masses[operand]
+            if mass is not None:
+                pushed += part.push(mass)
 
 
 class Loss:
@@ -135,23 +173,3 @@ class Loss:
         """`max(-z, 0)` and `phi(z)`."""
         active = self.connections.neurons(self._phi(self.output).unsqueeze(0)).contiguous()
         return (-self._neurons).clamp(min=0), active
-
-
-class _Linear(torch.autograd.Function):
-    """A linear map whose transpose is known, so that derivatives of it keep nothing."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        return there(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, ctx.there, ctx.back = inputs
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _Linear.apply(gradient, ctx.back, ctx.there), None, None  # type: ignore[no-untyped-call]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nrm.errors import PositiveSumError, QueryError
-from nrm.operators.base import Columns, Propagation, Setting
+from nrm.errors import QueryError
+from nrm.operators.base import Columns, Propagation, Setting, refuse_failing
 from nrm.operators.contribution import Contribution, TermSum
 from nrm.operators.contribution import total as add_up
 from nrm.operators.memory import (
@@ -250,19 +250,17 @@ class SharedOut(Propagation):
     def _refuse_failing_columns(self, message: Tensor) -> None:
         if self.rule.nonnegative:
             return
-        mass = message.abs().sum(0)
-        total, magnitude, vanished = self._columns_like(mass)
+        total, magnitude, vanished = self._columns_like(message[0])
         # Contributions that all vanish are no violation: the uniform split defines them.
         cancelled = vanished & (magnitude > torch.finfo(total.dtype).tiny)
         failing = (total < 0) & ~vanished | cancelled
-        met = mass[failing]
-        if bool(met.any()):
-            raise PositiveSumError(
-                f"strict: at {self.setting.address!r} relevance of absolute size "
-                f"{float(met.sum()):.3g} met {int((met > 0).sum())} neurons whose contributions "
-                f"under {self.rule} sum to zero or less (eq. 15). The Gamma, ZPlus and Flat rules "
-                "cannot fail so."
-            )
+        refuse_failing(
+            message,
+            failing,
+            self.setting.address,
+            f"under {self.rule}",
+            "The Gamma, ZPlus and Flat rules cannot fail so.",
+        )
 
 
 def _gated(share: Tensor, gate: Gate) -> Tensor:

@@ -6,16 +6,22 @@ column sums of either sign, as LRP-0 does: a nearly zero sum amplifies (see `dia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nrm.errors import InputError
 from nrm.rules.base import Activation, Rule, Term, Weight
 from nrm.rules.contributions import Zero
+
+Baseline = Tensor | npt.NDArray[Any] | float
+"""Where one input starts: a number, or what broadcasts to it."""
 
 
 @dataclass(frozen=True)
@@ -61,42 +67,51 @@ class PathIntegrated(Rule):
     carry no relevance are those at the input.
 
     Arguments:
-        baseline: x': a number, a tensor that broadcasts to the input, or a sequence with one of
-            these for each input. Integer inputs start from it as embeddings.
+        baseline: x': a number or a tensor, which is to broadcast to every input, or for a model
+            with several a mapping from the name of each to one of these. Integer inputs start
+            from it as embeddings, and go by the names of those (`Graph.inputs` has all names).
         steps: into how many the way is divided; the network runs once more for each.
     """
 
-    baseline: Tensor | float | Sequence[Tensor | float] = 0.0
+    baseline: Baseline | Mapping[str, Baseline] = 0.0
     steps: int = 16
     first_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"a path has one step or more, not {self.steps!r}")
+        given = self.baseline
+        known = (
+            {name: _checked(start) for name, start in given.items()}
+            if isinstance(given, Mapping)
+            else _checked(given)
+        )
+        object.__setattr__(self, "baseline", known)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same path; tensors are compared by value."""
+        if not isinstance(other, PathIntegrated):
+            return NotImplemented
+        return self.steps == other.steps and _same(self.baseline, other.baseline)
+
+    def __hash__(self) -> int:
+        return hash((PathIntegrated, self.steps))
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         return [[] if x.constant else [(x.value, w.value)]]
 
-    def point(self, x: Tensor, step: int, name: str, place: tuple[int, int]) -> Tensor:
+    def point(self, x: Tensor, step: int, name: str, start: Baseline) -> Tensor:
         """Where an input is after some steps.
 
         Arguments:
             x: the input itself.
             name: of the input.
-            place: which input it is, and of how many.
+            start: its baseline.
 
         Raises:
             InputError: the baseline does not fit the input.
         """
-        index, number = place
-        chosen = self.baseline
-        if not isinstance(chosen, Tensor | float | int):
-            if len(chosen) != number:
-                raise InputError(
-                    f"{len(chosen)} baselines were given for {number} inputs; give one for each."
-                )
-            chosen = chosen[index]
-        baseline = torch.as_tensor(chosen, dtype=x.dtype, device=x.device)
+        baseline = torch.as_tensor(start, dtype=x.dtype, device=x.device)
         try:
             baseline = baseline.expand(x.shape)
         except RuntimeError:
@@ -105,3 +120,29 @@ class PathIntegrated(Rule):
                 f"{tuple(x.shape)}."
             ) from None
         return baseline + (step / self.steps) * (x - baseline)
+
+
+def _checked(start: Any) -> Tensor | float:
+    """A baseline as a tensor of its own or a number, both finite."""
+    if isinstance(start, np.ndarray):
+        start = torch.as_tensor(start.copy())
+    elif isinstance(start, Real):  # as numpy's numbers are
+        start = float(start)
+    if not isinstance(start, Tensor | float):
+        raise TypeError(
+            "a baseline is a number, a tensor or an array, or a mapping from the names of the "
+            f"inputs to these, not {start!r}"
+        )
+    if not bool(torch.as_tensor(start).isfinite().all()):
+        raise InputError("a baseline holds NaN or infinite values.")
+    return start.detach() if isinstance(start, Tensor) else start
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two baselines are equal."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        alike = a.dtype == b.dtype and a.device == b.device
+        return a is b or (alike and torch.equal(a, b))
+    return isinstance(a, float) and isinstance(b, float) and a == b

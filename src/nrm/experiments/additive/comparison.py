@@ -105,12 +105,9 @@ def scores(R: Measure, a: Clusters, b: Clusters) -> dict[Score, Tensor]:
     """`[clusters of a, clusters of b]`, for a measure of one sample."""
     joint = torch.stack([torch.stack([R(s, t)[0] for t in b]) for s in a])
     first, second = (torch.stack([R(s)[0] for s in family]) for family in (a, b))
-    parts_a, parts_b = (
-        torch.stack([R.additive(s, layers=2)[0] for s in family]) for family in (a, b)
-    )
     return {
         Score.JOINT: joint,
-        Score.ADDITIVE: parts_a[:, None] + parts_b,  # additive over neurons of any layers
+        Score.ADDITIVE: (first[:, None] + second) / 2,  # Theorem 3: `R.additive` of two layers
         Score.EITHER: first[:, None] + second - joint,  # the addition law
         Score.PRODUCT: first[:, None] * second,
         Score.OVERLAP: overlap(a.labels[0], b.labels[0], len(a), len(b)),

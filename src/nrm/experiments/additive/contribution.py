@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nrm.errors import InputError, QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable, run
 
@@ -49,7 +50,13 @@ def contributions(
         graph: what the explainer captured.
         inputs: one sample.
         target: the output neuron.
+
+    Raises:
+        InputError: there are several samples.
+        QueryError: a family is empty, or neurons cannot be removed.
     """
+    if not first or not second:
+        raise QueryError("give each family one neuron set or more.")
     unions = [NeuronSet(a.members + b.members) for a in first for b in second]
     found = outputs_without(graph, inputs, [None, *first, *second, *unions])[:, target]
     lost = found[0] - found[1:]
@@ -69,7 +76,19 @@ def outputs_without(
 
     Returns:
         `[sets, outputs]`; `None` removes nothing.
+
+    Raises:
+        InputError: there are several samples.
+        QueryError: neurons cannot be removed.
     """
+    axis = graph.captured.batch_axis
+    if axis is not None and any(x.shape[axis] != 1 for x in inputs):
+        raise InputError(
+            f"neurons are removed from one sample at a time, not from {inputs[0].shape[axis]}."
+        )
+    for layer in _layers(removed):
+        if graph.variable(layer).node is None:
+            raise QueryError(f"{layer!r} enters late and is computed nowhere: nothing to remove.")
     at_once = AT_ONCE if graph.captured.batched else 1
     parts = [
         _run(graph, inputs, removed[start : start + at_once])
@@ -81,8 +100,7 @@ def outputs_without(
 def _run(graph: Graph, inputs: Sequence[Tensor], removed: Sequence[NeuronSet | None]) -> Tensor:
     """The captured graph on copies of one sample, each without its set."""
     captured, copies = graph.captured, len(removed)
-    layers = {layer for chosen in removed if chosen is not None for layer in chosen.layers}
-    places = {graph.variable(layer).node: graph.variable(layer) for layer in layers}
+    places = {graph.variable(layer).node: graph.variable(layer) for layer in _layers(removed)}
     axis = captured.batch_axis
     repeated = [x if axis is None else x.repeat_interleave(copies, axis) for x in inputs]
     output: Tensor = run(
@@ -93,6 +111,10 @@ def _run(graph: Graph, inputs: Sequence[Tensor], removed: Sequence[NeuronSet | N
         ),
     )
     return output
+
+
+def _layers(removed: Sequence[NeuronSet | None]) -> set[str]:
+    return {layer for chosen in removed if chosen is not None for layer in chosen.layers}
 
 
 def _zeroed(value: Tensor, variable: Variable, removed: Sequence[NeuronSet | None]) -> Tensor:
