@@ -464,3 +464,42 @@ def test_additive_relevance_needs_sets_and_layers(chain):
         chain.additive("1", layers=0)
     with pytest.raises(QueryError, match="at least one"):
         chain.conditionals()
+
+
+def test_many_heatmaps_at_once():
+    """Conditions on the same layers travel together; others are none the worse for it."""
+    for network, name in (("Concat", "gamma"), ("Residual", "zplus"), ("Conv", "zero")):
+        case = make(network, name, True, seed=3)
+        for composite in (case.composite, nrm.composites.CPLRP()):
+            R = nrm.Explainer(case.model, composite, bias="input")(*case.inputs, target=1)
+            rng = np.random.default_rng(3)
+            net = case.oracles[0]
+            names = [n for n in net.values if not n.endswith(".bias") and n != "input"]
+            sets = [random_set(rng, R, net, 1)[0] for _ in range(6)]
+            same = [nrm.neurons(names[1], *[(0,) * len(R.graph.variable(names[1]).shape[1:])])] * 2
+            conditions = [
+                *sets,
+                *same,
+                names[0],
+                [sets[0], sets[1]],
+                [sets[0] | sets[2], names[2]],
+                ~sets[3],
+                [],
+                [same[0], names[-1]],
+            ]
+            done = []
+            for memory in (2**28, 1):
+                found = R.heatmaps(conditions, memory=memory, advance=done.append)
+                for heatmap, condition in zip(found, conditions, strict=True):
+                    listed = condition if isinstance(condition, list) else [condition]
+                    torch.testing.assert_close(heatmap, R.heatmap(*listed))
+            assert sum(done) == 2 * len(conditions)
+    torch.testing.assert_close(R.heatmaps(sets[:2], at=names[0])[1], R.marginal(names[0], sets[1]))
+    assert R.heatmaps([]).shape == (0, *R.heatmap().shape)
+
+
+def test_many_heatmaps_pass_what_lies_above_once(chain):
+    R = chain
+    counted = rows_pulled(R, lambda: R.heatmaps([nrm.channels("3", c) for c in range(4)]))
+    assert {counted[name] for name in ("5", "4")} == {1}
+    assert {counted[name] for name in ("3", "2", "1", "0")} == {4}

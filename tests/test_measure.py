@@ -224,7 +224,7 @@ def test_bad_sets_are_refused(R, make, message):
 def test_pairs_that_cannot_be_are_refused(R):
     with pytest.raises(QueryError, match="above both layers"):
         R.joint("3", "1", nrm.channels("1", 0))
-    with pytest.raises(QueryError, match="same layer"):
+    with pytest.raises(QueryError, match="two different layers"):
         R.joint("1", "1")
 
 

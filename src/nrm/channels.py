@@ -10,8 +10,6 @@ from torch import Tensor
 from nrm.errors import QueryError
 from nrm.graph import Variable
 from nrm.neurons import channel_axis
-from nrm.passing import send
-from nrm.program import Pass
 
 
 def sum_by_channel(message: Tensor, variable: Variable) -> Tensor:
@@ -50,40 +48,6 @@ def require_samples_apart(variable: Variable, batch: int) -> None:
             f"{variable.name!r} has no batch axis of its own, so its channels cannot be told "
             "apart by sample. Choose another layer, or explain one sample at a time."
         )
-
-
-def channel_pairs(
-    forward: Pass, message: Tensor, upper: Variable, lower: Variable, memory: int
-) -> Tensor:
-    """`R(channel of upper, channel of lower)` of all pairs, from the message at `upper`.
-
-    One message for each channel of `upper` that holds any relevance, a chunk at a time.
-
-    Returns:
-        `[batch, channels of upper, channels of lower]`.
-    """
-    for variable in (upper, lower):
-        require_samples_apart(variable, forward.batch)
-    held = sum_by_channel(message.abs(), upper)[0]
-    alive = torch.nonzero(held.sum(0))[:, 0].tolist()
-    batch, size = held.shape
-    if lower not in forward.graph.upstream(upper):
-        alive = []  # side by side: no walk passes both
-    below = sum_by_channel(message.new_zeros((1, *forward.shape(lower))), lower).shape[-1]
-    pairs = message.new_zeros((batch, size, below))
-    largest = max(
-        forward.shape(variable).numel()
-        for variable in forward.graph.variables
-        if min(lower.index, upper.index) <= variable.index <= upper.index
-    )
-    chunk = max(1, memory // (4 * largest * message.element_size()))
-    for begin in range(0, len(alive), chunk):
-        chosen = alive[begin : begin + chunk]
-        split = split_by_channel(message, upper, chosen)
-        arrived = send(forward, {upper: split}, {lower: None})
-        if lower in arrived:
-            pairs[:, chosen] = sum_by_channel(arrived[lower], lower).transpose(0, 1)
-    return pairs
 
 
 def _axis(message: Tensor, variable: Variable) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nrm.channels import channel_pairs, only_sample, require_samples_apart, sum_by_channel
+from nrm.channels import only_sample, require_samples_apart, sum_by_channel
 from nrm.diagnostics import Diagnostics, diagnose
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
+from nrm.many import marginals_of_chains
+from nrm.pairs import Method, all_pairs, best_method
+from nrm.partitions import Division, Partition, partition
 from nrm.passing import Messages, send
 from nrm.placing import Stops, by_sample, divide, per_sample, resolve
 from nrm.program import Pass
@@ -26,6 +29,8 @@ Sets = Formula | str
 """A neuron set, a formula over such, or the name of a layer for all of its neurons."""
 
 Given = Sets | Sequence[Sets] | None
+Parts = str | Iterable[NeuronSet]
+"""A layer by name, or sets of its neurons."""
 
 
 class Measure:
@@ -255,12 +260,52 @@ class Measure:
         Returns:
             shaped like the input; not summed over colours.
         """
-        if at is None:
-            if len(self.graph.inputs) > 1:
-                names = ", ".join(repr(v.name) for v in self.graph.inputs)
-                raise QueryError(f"the model has several inputs; name one with at=: {names}.")
-            at = self.graph.inputs[0].name
-        return self.marginal(at, *sets, given=given, within=within, normalized=normalized)
+        layer = self._input(at)
+        return self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
+
+    def heatmaps(
+        self,
+        conditions: Sequence[Sets | Sequence[Sets]],
+        *,
+        at: str | None = None,
+        memory: int = 2**28,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> Tensor:
+        """A heatmap jointly with each of many conditions: `heatmap(*condition)`, batched.
+
+        Arguments:
+            conditions: each a set, formula or layer, or several that hold together.
+            at: the input, for a model with several, or any other layer.
+            memory: bytes that the messages travelling at once may take, roughly.
+            advance: called with the number of conditions just done, e.g. by a progress bar.
+
+        Returns:
+            `[conditions, *input]`, in the order given.
+        """
+        variable = self.graph.variable(self._input(at))
+        found = self.output.new_zeros((len(conditions), *self.forward_pass.shape(variable)))
+        chains: dict[int, list[Stops]] = {}
+        for place, condition in enumerate(conditions):
+            sets = [condition] if isinstance(condition, (str, Formula)) else condition
+            chain = self._query([_together(*sets)], None, True).chain_above(variable)
+            if chain is None:
+                found[place] = self.marginal(variable.name, *sets)
+                advance(1)
+            else:
+                chains[place] = chain
+        if chains:
+            found[list(chains)] = marginals_of_chains(
+                self.forward_pass, self._start, list(chains.values()), variable, memory, advance
+            )
+        return _finite(found)
+
+    def _input(self, at: str | None) -> str:
+        if at is not None:
+            return at
+        if len(self.graph.inputs) > 1:
+            names = ", ".join(repr(v.name) for v in self.graph.inputs)
+            raise QueryError(f"the model has several inputs; name one with at=: {names}.")
+        return self.graph.inputs[0].name
 
     def tokens(
         self,
@@ -297,26 +342,53 @@ class Measure:
         message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
         return sum_by_channel(message.unsqueeze(0), variable)[0]
 
-    def joint(self, a: str, b: str, *sets: Sets, memory: int = 2**28) -> Tensor:
-        """`R(channel of a, channel of b, A, ...)` for all pairs of channels of two layers.
+    def joint(
+        self,
+        a: Parts,
+        b: Parts,
+        *sets: Sets,
+        by: Division = "channel",
+        method: Method = "auto",
+        memory: int = 2**28,
+    ) -> Tensor:
+        """`R(part of a, part of b, A, ...)` for all pairs of parts of two layers.
 
         Arguments:
-            a, b: two layers, in any order.
+            a, b: two layers, in any order: names, or sets of neurons of one layer (clusters,
+                patches).
             sets: further sets, above both layers.
+            by: what a layer given by name is divided into; its neurons in the order in which they
+                lie without the batch axis.
+            method: `"contraction"`: all at once, where one convolution or linear layer lies
+                between, and beside it only operations in which neurons have one parent;
+                `"messages"`: one for each part of the upper layer. `joint_method` says which it
+                is by default.
             memory: bytes that the messages travelling at once may take, roughly.
 
         Returns:
-            `[batch, channels of a, channels of b]`.
+            `[batch, parts of a, parts of b]`.
+
+        Example:
+            >>> R.joint("features.26", "features.28")  # [batch, 512, 512]
+            >>> R.joint(nrm.clusters(R, "features.10", 5), nrm.clusters(R, "features.12", 5))
         """
-        upper, lower = self.graph.variable(a), self.graph.variable(b)
-        if upper is lower:
-            raise QueryError(f"{a!r} and {b!r} are the same layer.")
-        swap = upper in self.graph.upstream(lower)
-        if swap:
-            upper, lower = lower, upper
-        message = self._message(upper, sets)
-        pairs = _finite(channel_pairs(self.forward_pass, message, upper, lower, memory))
-        return pairs.transpose(1, 2) if swap else pairs
+        upper, lower, swap = self._pair(a, b, by)
+        message = self._message(upper.variable, sets)
+        pairs = all_pairs(self.forward_pass, message, upper, lower, memory, method)
+        return _finite(pairs.transpose(1, 2) if swap else pairs)
+
+    def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
+        """How `joint` finds all pairs of these layers: `"contraction"` or `"messages"`."""
+        upper, lower, _ = self._pair(a, b, by)
+        return best_method(self.forward_pass, self._message(upper.variable), upper, lower)
+
+    def _pair(self, a: Parts, b: Parts, by: Division) -> tuple[Partition, Partition, bool]:
+        """The upper and the lower of two layers, and whether that is not the order given."""
+        upper, lower = (partition(_listed(parts), by, self.forward_pass) for parts in (a, b))
+        if upper.variable is lower.variable:
+            raise QueryError(f"{upper.variable.name!r} twice: pairs are of two different layers.")
+        swap = upper.variable in self.graph.upstream(lower.variable)
+        return (lower, upper, swap) if swap else (upper, lower, swap)
 
     def top(
         self, *layers: str, k: int = 5, sample: int = 0, beam: int = 64, memory: int = 2**28
@@ -490,6 +562,12 @@ def _conditions(given: Given) -> list[Sets]:
     if isinstance(given, (list, tuple)):
         return list(given)
     return [as_formula(given)]  # type: ignore[arg-type] # refuses anything else by name
+
+
+def _listed(parts: Parts) -> str | list[NeuronSet]:
+    if isinstance(parts, NeuronSet):
+        return [parts]
+    return parts if isinstance(parts, str) else [as_set(chosen) for chosen in parts]
 
 
 def _together(*formulas: Sets) -> Formula | bool:

@@ -91,8 +91,8 @@ class Query:
 
         Backward messages of all walks so far, times forward messages of how they go on.
         """
-        chain = self._chain()
-        if chain is not None and len(variables) == 1 and self._ends_at(*variables):
+        chain = self.chain_above(*variables) if len(variables) == 1 else None
+        if chain is not None:
             found = self._along(chain, dict.fromkeys(variables))
         else:
             automaton = self._automaton()
@@ -112,6 +112,11 @@ class Query:
             if variable not in found:
                 found[variable] = nothing.expand((1, *self.forward.shape(variable)))
         return found
+
+    def chain_above(self, variable: Variable) -> list[Stops] | None:
+        """The sets in the order in which walks meet them before a variable, if that is all."""
+        chain = self._chain()
+        return chain if chain is not None and self._ends_at(variable) else None
 
     def conditionals(self, variables: Collection[Variable]) -> Messages:
         """`[1, *shape]` at variables: with what relevance the formula holds of walks from there.

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrm.channels import channel_pairs, split_by_channel, sum_by_channel
+from nrm.channels import split_by_channel, sum_by_channel
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Variable
 from nrm.neurons import channels
+from nrm.pairs import all_pairs
+from nrm.partitions import Channels
 from nrm.passing import send
 from nrm.program import Pass
 
@@ -77,7 +79,8 @@ def top_flows(
     if len(layers) == 1:
         single = sum_by_channel(start, layers[0])[0].sum(0)
         return _best(single[:, None], [[]], k), single.sum(), True
-    pairs = channel_pairs(forward, start, layers[0], layers[1], memory).sum(0)
+    first, second = (Channels(layer, forward) for layer in layers[:2])
+    pairs = all_pairs(forward, start, first, second, memory).sum(0)
     if len(layers) == 2:
         found = _best(pairs.T, [[c] for c in range(pairs.shape[0])], k)
         return found, pairs.sum(), True

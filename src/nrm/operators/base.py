@@ -128,6 +128,20 @@ class Propagation(ABC):
             row.copy_(found[0])
         return pushed
 
+    def by_weight(self, message: Tensor, operand: int, by_sample: bool) -> Tensor | None:
+        """The relevance that passes to an operand over each weight.
+
+        That of all connections that share a weight, as the positions of a convolution do.
+
+        Arguments:
+            message: `[1, *output shape]`; it may be overwritten.
+            by_sample: the first axis of operand and output has samples; else all is one.
+
+        Returns:
+            `[samples, *weight]`; `None` where the operation has no such weight.
+        """
+        return None
+
     def late_shape(self) -> torch.Size:
         """The shape of the operand after the last (see `Operator.late_leaf`), if there is one."""
         raise NotImplementedError

@@ -27,6 +27,8 @@ class Contribution:
         transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
             factor; without it autograd finds it, at the cost of running `apply` once.
         operand: which operand this is; one may contribute in several ways.
+        weight_gradient: `(factor, [*output]) -> [*weight]`, the derivative of `apply` times an
+            output by the weight.
         connections: the connections one by one, given the output's shape, for rules that are no
             sums of terms.
     """
@@ -37,7 +39,22 @@ class Contribution:
     uniform: Callable[[Tensor], Tensor]
     transpose: Callable[[Tensor, Tensor], Tensor] | None = None
     operand: int = 0
+    weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     connections: Callable[[torch.Size], Connections] | None = None
+
+    def by_weight(
+        self, factor: Tensor, weight: Tensor | None, share: Tensor, by_sample: bool
+    ) -> Tensor:
+        """`[samples, *weight]`: `w_ij factor_i share_j` over the connections that share a weight.
+
+        Arguments:
+            by_sample: the first axis of operand and output has samples; else all is one.
+        """
+        assert self.weight_gradient is not None
+        samples = len(factor) if by_sample else 1
+        pairs = zip(factor.chunk(samples), share.chunk(samples), strict=True)
+        gradient = torch.stack([self.weight_gradient(x, s) for x, s in pairs])
+        return gradient if weight is None else gradient.mul_(weight)
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
         return self.uniform(factor) if weight is None else self.apply(factor, weight)

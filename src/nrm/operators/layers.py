@@ -77,6 +77,7 @@ class Layer(WeightedSum):
                 apply,
                 uniform,
                 _transpose(call, x, weight),
+                weight_gradient=_weight_gradient(call, weight),
                 connections=connections,
             )
         ]
@@ -95,37 +96,62 @@ class Layer(WeightedSum):
 
 def _transpose(call: Call, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The layer's transpose, all messages as one batch."""
-    axes = weight.dim() - 2
-    if axes <= 0:
+    if weight.dim() <= 2:
         return torch.matmul
     if isinstance(call["padding"], str) or x.dim() != weight.dim():
         return None
-    stride, padding, dilation = (
-        list(call[name]) * (axes if len(call[name]) == 1 else 1)
-        for name in ("stride", "padding", "dilation")
-    )
 
     def transpose(message: Tensor, weight: Tensor) -> Tensor:
         many = len(message)
         shaped_like = x if many == 1 else x.new_empty(()).expand(many * len(x), *x.shape[1:])
-        gradient, _, _ = torch.ops.aten.convolution_backward(
-            message.flatten(0, 1) if many > 1 else message[0],
-            shaped_like,
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * axes,
-            call["groups"],
-            [True, False, False],
-        )
+        one = message.flatten(0, 1) if many > 1 else message[0]
+        gradient = _backward(call, one, shaped_like, weight, [True, False, False])[0]
         if many == 1:
             return plain_strides(gradient).unsqueeze(0)
         return torch.unflatten(gradient, 0, (many, len(x)))
 
     return transpose
+
+
+def _weight_gradient(call: Call, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The derivative by the weight of the layer's output times another."""
+    if weight.dim() <= 2:
+        return lambda x, share: share.flatten(0, -2).mT @ x.flatten(0, -2)
+    if isinstance(call["padding"], str):
+        return None
+
+    def gradient(x: Tensor, share: Tensor) -> Tensor:
+        if x.dim() < weight.dim():
+            x, share = x.unsqueeze(0), share.unsqueeze(0)
+        x = x.contiguous()
+        return _backward(call, share, x, weight, [False, True, False])[1]
+
+    return gradient
+
+
+def _backward(
+    call: Call, message: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+) -> Sequence[Tensor]:
+    """The derivatives of a convolution by its input and its weight."""
+    axes = weight.dim() - 2
+    stride, padding, dilation = (
+        list(call[name]) * (axes if len(call[name]) == 1 else 1)
+        for name in ("stride", "padding", "dilation")
+    )
+    found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
+        message,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * axes,
+        call["groups"],
+        wanted,
+    )
+    return found
 
 
 def _sees_only_padding(call: Call) -> bool:

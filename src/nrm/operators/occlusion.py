@@ -68,6 +68,9 @@ class Occluded(SharedOut):
                 met += orphaned * adopted[k]
             yield met / torch.where(orphaned, 1, parents)
 
+    def by_weight(self, message: Tensor, operand: int, by_sample: bool) -> Tensor | None:
+        return None  # it is no sum of terms
+
     def magnitude(self) -> Tensor:
         with torch.no_grad():
             return add_up(part.columns(torch.abs) for part in self._lost.parts)

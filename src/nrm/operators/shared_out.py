@@ -98,20 +98,48 @@ class SharedOut(Propagation):
         if self.setting.strict and not message.requires_grad:
             self._refuse_failing_columns(message)
         pulled: list[Tensor | None] = [None] * len(self.shapes)
-        if normalized and self.rule.by_sign:
-            for index, taken in self._taken_by_sign(message):
-                share = self._divide(taken, self._sum_of(index), wanted, pulled)
-                self.group(index).pull(share, wanted, pulled)
-        else:
-            share = message
-            if normalized:
-                share = self._divide(message, self._column_sums, wanted, pulled)
-            for index, gate in enumerate(self._gates):
-                self.group(index).pull(_gated(share, gate), wanted, pulled)
+        for terms, share in self._shares(message, normalized):
+            if terms is None:
+                pulled[-1] = share if wanted[-1] else None
+            else:
+                terms.pull(share, wanted, pulled)
         for operand, shape in enumerate(self.shapes):
             if wanted[operand] and pulled[operand] is None:
                 pulled[operand] = message.new_zeros((message.shape[0], *shape))
         return pulled
+
+    def by_weight(self, message: Tensor, operand: int, by_sample: bool) -> Tensor | None:
+        parts = [part for part in self.parts if part.operand == operand]
+        if len(parts) != 1 or parts[0].weight_gradient is None:
+            return None
+        found: Tensor | None = None
+        for terms, share in self._shares(message, normalized=True, every_column=True):
+            for part, factor, weight in terms.summands if terms is not None else ():
+                if part.operand == operand:
+                    passed = part.by_weight(factor, weight, share[0], by_sample)
+                    found = passed if found is None else found.add_(passed)
+        return found
+
+    def _shares(
+        self, message: Tensor, normalized: bool, every_column: bool = False
+    ) -> Iterator[tuple[TermSum | None, Tensor]]:
+        """How a message is shared out: among which terms, `m_j gate_j / sum_i T~_ij` of each.
+
+        `None`: what late leaves take of neurons without parents. Columns that have one sum are
+        added up, unless `every_column` is wanted.
+        """
+        if normalized and self.rule.by_sign:
+            for index, taken in self._taken_by_sign(message):
+                share, stranded = self._divide(taken, self._sum_of(index), every_column)
+                yield from stranded
+                yield self.group(index), share
+            return
+        share = message
+        if normalized:
+            share, stranded = self._divide(message, self._column_sums, every_column)
+            yield from stranded
+        for index, gate in enumerate(self._gates):
+            yield self.group(index), _gated(share, gate)
 
     def _taken_by_sign(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
         """What group 0 takes of a message, and group 1 where there is any for it."""
@@ -125,22 +153,26 @@ class SharedOut(Propagation):
             yield 1, opposed
 
     def _divide(
-        self, message: Tensor, sums: Sums, wanted: Sequence[bool], pulled: list[Tensor | None]
-    ) -> Tensor:
-        """A message divided by column sums; what is at vanished columns is split uniformly."""
+        self, message: Tensor, sums: Sums, every_column: bool
+    ) -> tuple[Tensor, list[tuple[TermSum | None, Tensor]]]:
+        """A message divided by column sums, and what is at vanished columns, split uniformly."""
         total, vanished = sums
+        if every_column and total.shape != message.shape[1:]:
+            total, vanished = self._with_vanished(total.expand(message.shape[1:]))
         message = sum_to(message, total.shape)  # columns with one sum: one for all of them
         if vanished is None:
-            return message.div_(total) if dense(message) else message / total
+            return (message.div_(total) if dense(message) else message / total), []
         if message.requires_grad:  # the transpose divides nothing by nothing there
             total = total.index_put(vanished, total.new_ones(()))
         at: Any = (slice(None), *vanished)
         stranded = message[at]
         share = message.div_(total) if dense(message) else message / total
         share[at] = 0.0
-        if bool(stranded.any()):
-            self._split_uniformly(stranded, vanished, wanted, pulled)
-        return share
+        if not bool(stranded.any()):
+            return share, []
+        return share, self._split_uniformly(
+            stranded, vanished, total.shape if every_column else None
+        )
 
     @cached_property
     def _gates(self) -> Sequence[Gate]:
@@ -172,14 +204,17 @@ class SharedOut(Propagation):
         return total, smaller_than(total, floor)
 
     def _split_uniformly(
-        self,
-        stranded: Tensor,
-        vanished: Coordinates,
-        wanted: Sequence[bool],
-        pulled: list[Tensor | None],
-    ) -> None:
-        """Split what met vanished columns: `[K, columns]` at the coordinates `vanished`."""
+        self, stranded: Tensor, vanished: Coordinates, columns: torch.Size | None
+    ) -> list[tuple[TermSum | None, Tensor]]:
+        """Split what met vanished columns: `[K, columns]` at the coordinates `vanished`.
+
+        Arguments:
+            columns: their shape, if every one is wanted.
+        """
+        shares: list[tuple[TermSum | None, Tensor]] = []
         parents = self.uniform.output.detach()
+        if columns is not None:
+            parents = parents.expand(columns)
         at = tuple(
             axis if size > 1 else torch.zeros_like(axis)
             for axis, size in zip(vanished, parents.shape, strict=True)
@@ -188,9 +223,8 @@ class SharedOut(Propagation):
         every = torch.arange(len(stranded), device=stranded.device)[:, None]
         if self.adopts_orphans:
             orphaned = torch.where(count == 0, stranded, 0.0)
-            if wanted[-1]:
-                adopted = stranded.new_zeros((len(stranded), *self.shapes[-1]))
-                pulled[-1] = adopted.index_put_((every, *vanished), orphaned)
+            adopted = stranded.new_zeros((len(stranded), *self.shapes[-1]))
+            shares.append((None, adopted.index_put_((every, *vanished), orphaned)))
             stranded = stranded - orphaned
         elif not stranded.requires_grad and bool(((count == 0) & (stranded != 0)).any()):
             raise QueryError(
@@ -200,7 +234,8 @@ class SharedOut(Propagation):
             )
         share = stranded.new_zeros((len(stranded), *parents.shape))
         share.index_put_((every, *at), stranded / count.clamp(min=1e-30), accumulate=True)
-        self.uniform.pull(share, wanted, pulled)
+        shares.append((self.uniform, share))
+        return shares
 
     # -- looking at columns ----------------------------------------------------------------------
 
