@@ -10,22 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import venv
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
+from benchmarks.environment import ROOT, inside_crp, run_inside_crp
 from benchmarks.methods.chain import chain_rows
 from benchmarks.methods.graph import graph_rows
 from benchmarks.methods.table import methods_table, put, residual_table
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-CRP = "zennit-crp==0.6.0"
 
 
 def main() -> None:
@@ -35,8 +28,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="a page with places for the tables")
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-crp")
     arguments = parser.parse_args()
-    if os.environ.get("NRM_CRP_ENVIRONMENT") != "1":
-        raise SystemExit(_run_inside(arguments.environment))
+    if not inside_crp():
+        raise SystemExit(run_inside_crp(arguments.environment, "benchmarks.methods"))
     # They import zennit-crp.
     from benchmarks.methods.convolutions import convolution_rows
     from benchmarks.methods.residual import residual_example, residual_rows
@@ -54,21 +47,6 @@ def main() -> None:
         for name, table in tables.items():
             page = put(page, name, table)
         arguments.markdown.write_text(page)
-
-
-def _run_inside(environment: Path) -> int:
-    python = environment / "bin" / "python"
-    if not (environment / "ready").exists():
-        venv.create(environment, with_pip=True)
-        torch_here = f"torch=={torch.__version__.partition('+')[0]}"
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, torch_here], check=True)
-        subprocess.run([*pip, torch_here, "-e", f"{ROOT}[cli]", CRP], check=True)
-        (environment / "ready").touch()
-    command = [str(python), "-m", "benchmarks.methods", *sys.argv[1:]]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "NRM_CRP_ENVIRONMENT": "1"}, check=False
-    ).returncode
 
 
 if __name__ == "__main__":

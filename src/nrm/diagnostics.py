@@ -123,6 +123,21 @@ def _by_derivatives(forward: Pass, start: Messages, arrived: Messages) -> Crossi
     return None if found is None else list((arrived | found).items())
 
 
+def bias_shares(forward: Pass, start: Messages) -> dict[str, Tensor]:
+    """The share `[batch]` of every leaf but inputs; NaN where a leaf mixes the samples."""
+    constants = [v for v in forward.graph.leaves if v.kind in ("bias", "constant")]
+    arrived = send(forward, start, dict.fromkeys(constants)) if constants else {}
+    shares = {}
+    for leaf in constants:
+        share = forward.output.new_zeros(forward.batch)
+        if leaf in arrived and forward.batch > 1 and leaf.batch_axis is None:
+            share += torch.nan
+        elif leaf in arrived:
+            share = per_sample(arrived[leaf], leaf, forward.batch)[0]
+        shares[leaf.name] = share
+    return shares
+
+
 def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
     """Send the output relevance to the leaves and look at every cut on the way."""
     graph, batch = forward.graph, forward.batch

@@ -8,20 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nrm.channels import only_sample, require_samples_apart, sum_by_channel
-from nrm.diagnostics import Diagnostics, diagnose
+from nrm.channels import require_samples_apart, sum_by_channel
+from nrm.diagnostics import Diagnostics, bias_shares, diagnose
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.many import marginals_of_chains
 from nrm.pairs import Method, all_pairs, best_method
 from nrm.partitions import Division, Partition, partition
-from nrm.passing import Messages, send
+from nrm.passing import Messages
 from nrm.placing import Stops, by_sample, divide, per_sample, resolve
 from nrm.program import Pass
 from nrm.proper_form import ProperForm, depth, proper_form
 from nrm.query import Plan, Query
-from nrm.search import Flow, Flows, in_depth, top_flows
+from nrm.search import Flows, find_flows
 from nrm.targets import Explained
 from nrm.weights import Weights, expected, weights_of
 
@@ -402,29 +402,7 @@ class Measure:
             beam: for more than two layers, how many beginnings to follow (then not exact).
             memory: bytes that the messages travelling at once may take, roughly.
         """
-        if not layers:
-            raise QueryError("name at least one layer")
-        for what, number in (("k", k), ("beam", beam)):
-            if not isinstance(number, int) or number < 1:
-                raise QueryError(f"{what} is a positive integer, not {number!r}")
-        if not isinstance(sample, int) or not 0 <= sample < self.batch:
-            raise QueryError(f"sample {sample!r} is out of range: the batch has {self.batch}")
-        variables = [self.graph.variable(layer) for layer in layers]
-        upstream = {variable: self.graph.upstream(variable) for variable in variables}
-        order = in_depth(variables, upstream)
-        start = only_sample(self._message(order[0]), order[0], sample)
-        found, total, exact = top_flows(self.forward_pass, start, order, k, beam, memory)
-        flows = []
-        for chosen, relevance in found:
-            by_layer = dict(zip(order, chosen, strict=True))
-            flows.append(
-                Flow(
-                    {name: by_layer[v] for name, v in zip(layers, variables, strict=True)},
-                    relevance,
-                    relevance / float(total) if float(total) else 0.0,
-                )
-            )
-        return Flows(flows, exact)
+        return find_flows(self.forward_pass, self._message, layers, k, sample, beam, memory)
 
     def activations(self, layer: str) -> Tensor:
         """The values of a layer's neurons, shaped like the layer, batch axis included."""
@@ -435,20 +413,10 @@ class Measure:
 
         NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
         """
-        constants = [v for v in self.graph.leaves if v.kind in ("bias", "constant")]
-        arrived = (
-            send(self.forward_pass, self._start, dict.fromkeys(constants)) if constants else {}
-        )
-        nothing = self.output.new_zeros(self.batch)
-        shares = {}
-        for leaf in constants:
-            share = nothing.clone()
-            if leaf in arrived:
-                untold = self.batch > 1 and leaf.batch_axis is None
-                share += torch.nan
-                if not untold:
-                    share = _finite(per_sample(arrived[leaf], leaf, self.batch)[0])
-            shares[leaf.name] = share
+        shares = bias_shares(self.forward_pass, self._start)
+        for share in shares.values():
+            if not bool(share.isnan().all()):  # a leaf that mixes samples
+                _finite(share)
         return shares
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:

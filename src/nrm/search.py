@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nrm.channels import split_by_channel, sum_by_channel
+from nrm.channels import only_sample, split_by_channel, sum_by_channel
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
-from nrm.graph import Variable
+from nrm.graph import Graph, Variable
 from nrm.neurons import channels
 from nrm.pairs import all_pairs
 from nrm.partitions import Channels
@@ -63,7 +63,46 @@ class Flows:
         return self.flows[index]
 
 
-def top_flows(
+def find_flows(
+    forward: Pass,
+    message: Callable[[Variable], Tensor],
+    layers: Sequence[str],
+    k: int,
+    sample: int,
+    beam: int,
+    memory: int,
+) -> Flows:
+    """The `k` most relevant channel combinations of one sample, one channel of each layer.
+
+    Arguments:
+        message: gives the message `[1, *shape]` at a layer.
+        layers: in any order, each on a walk with the others.
+    """
+    if not layers:
+        raise QueryError("name at least one layer")
+    for what, number in (("k", k), ("beam", beam)):
+        if not isinstance(number, int) or number < 1:
+            raise QueryError(f"{what} is a positive integer, not {number!r}")
+    if not isinstance(sample, int) or not 0 <= sample < forward.batch:
+        raise QueryError(f"sample {sample!r} is out of range: the batch has {forward.batch}")
+    variables = [forward.graph.variable(layer) for layer in layers]
+    order = in_depth(variables, forward.graph)
+    start = only_sample(message(order[0]), order[0], sample)
+    found, total, exact = _top_flows(forward, start, order, k, beam, memory)
+    flows = []
+    for chosen, relevance in found:
+        by_layer = dict(zip(order, chosen, strict=True))
+        flows.append(
+            Flow(
+                {name: by_layer[v] for name, v in zip(layers, variables, strict=True)},
+                relevance,
+                relevance / float(total) if float(total) else 0.0,
+            )
+        )
+    return Flows(flows, exact)
+
+
+def _top_flows(
     forward: Pass, start: Tensor, layers: Sequence[Variable], k: int, beam: int, memory: int
 ) -> tuple[list[tuple[list[int], float]], Tensor, bool]:
     """The `k` most relevant channel combinations of one sample.
@@ -118,9 +157,7 @@ def _best(table: Tensor, prefixes: list[list[int]], k: int) -> list[tuple[list[i
     ]
 
 
-def in_depth(
-    layers: Sequence[Variable], upstream: Mapping[Variable, Set[Variable]]
-) -> list[Variable]:
+def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
     """Layers from the output down.
 
     Raises:
@@ -128,7 +165,7 @@ def in_depth(
     """
     ordered = sorted(layers, key=lambda variable: -variable.index)
     for upper, lower in itertools.pairwise(ordered):
-        if lower not in upstream[upper]:
+        if lower not in graph.upstream(upper):
             raise QueryError(
                 f"no walk passes both {upper.name!r} and {lower.name!r}: they are the same layer "
                 "or lie side by side."

@@ -112,7 +112,7 @@ def node_walks(
         if not isinstance(number, int) or number < 1:
             raise QueryError(f"{what} is a positive integer, not {number!r}")
     variables = [R.graph.variable(layer) for layer in layers or node_layers(R)]
-    order = in_depth(variables, {v: R.graph.upstream(v) for v in variables})
+    order = in_depth(variables, R.graph)
     start = R.marginal(order[0].name).unsqueeze(0)
     if beam is None:
         _refuse_too_many(R, order, start, max_walks, axis, memory)
