@@ -75,15 +75,14 @@ class Ways:
 
     def contraction(self) -> Tensor:
         """All pairs, of a message that is already there."""
-        from nrm.contraction import contracted_pairs
+        from nrm.contraction import contracted_pairs, find_contraction
 
         graph = self.ready.graph
         message = self.ready.marginal(UPPER).unsqueeze(0)
-        found = contracted_pairs(
-            self.ready.forward_pass, message, graph.variable(UPPER), graph.variable(LOWER)
-        )
+        layers = graph.variable(UPPER), graph.variable(LOWER)
+        found = find_contraction(self.ready.forward_pass, *layers)
         assert found is not None
-        return found[0]
+        return contracted_pairs(self.ready.forward_pass, message, *layers, found)[0]
 
     def message(self) -> Tensor:
         """What `contraction` needs first, to be taken off its time."""

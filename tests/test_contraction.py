@@ -270,3 +270,74 @@ def test_divisions_that_cannot_be_are_refused():
         R.joint("upper", "lower", by="patch")
     with pytest.raises(nrm.NrmError, match="not the formula"):
         R.joint([~nrm.channels("upper", 0)], "lower")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_are_told_from_winners_among_many_channels(dtype):
+    """What shares evenly among two channels has no one channel for a parent."""
+
+    class Tied(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(2, 6000), nn.Linear(3000, 4), nn.Linear(4, 2)
+            if tied:
+                self.a.weight.data[4100:4102], self.a.bias.data[4100:4102] = 0, 1
+
+        def forward(self, x):
+            h = torch.relu(self.a(x)).view(-1, 3000, 2).amax(2)
+            return self.c(torch.relu(self.b(h)))
+
+    for tied in (False, True):
+        torch.manual_seed(0)
+        model = Tied(tied).to(dtype).eval()
+        R = nrm.Explainer(model, Everywhere(rules.ZPlus()), bias="input")(
+            torch.rand(1, 2, dtype=dtype), target=0
+        )
+        pairs, slow = R.joint("a", "b"), R.joint("a", "b", method="messages")
+        torch.testing.assert_close(pairs, slow, atol=1e-6, rtol=1e-4)
+        assert R.joint_method("a", "b") == "messages"  # relu gives many ties at zero
+
+
+def test_many_channels_behind_a_pooling():
+    """Numbers beyond the precision of single floats' squares."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv1d(1, 5000, 1), nn.Linear(5000, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.c(torch.relu(self.b(nn.functional.max_pool1d(self.a(x), 4).flatten(1))))
+
+    torch.manual_seed(0)
+    R = nrm.Explainer(Wide().eval(), Everywhere(rules.ZPlus()))(torch.randn(2, 1, 4), target=0)
+    assert R.joint_method("a", "b") == "contraction"
+    torch.testing.assert_close(
+        R.joint("a", "b"), R.joint("a", "b", method="messages"), atol=1e-6, rtol=1e-4
+    )
+
+
+def test_pairs_without_a_batch_axis():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    explainer = nrm.Explainer(model.double().eval(), rules.Gamma(0.25), batch_axis=None)
+    agree(explainer(torch.randn(3).double(), target=0), "0", "2")
+    agree(explainer(torch.randn(6, 3).double(), target=(1, 0)), "1", "3")
+
+
+def test_sides_of_pairs_that_are_none_are_refused():
+    R = measure("plain", "gamma", "drop")
+    for side in (None, 3):
+        with pytest.raises(QueryError, match="a side of pairs"):
+            R.joint(side, "lower")
+    with pytest.raises(nrm.NrmError, match="not the formula"):
+        R.joint(nrm.channels("upper", 0) & nrm.channels("lower", 0), "start")
+    with pytest.raises(QueryError, match="list of one"):
+        R.heatmaps(nrm.channels("upper", 0))
+    with pytest.raises(QueryError, match="list of one"):
+        R.heatmaps("upper")
+    both = [
+        nrm.channels("upper", 0),
+        nrm.mask("upper", torch.rand(R.marginal("upper").shape) > 0.5),
+    ]
+    torch.testing.assert_close(R.heatmaps(both), torch.stack([R.heatmap(s) for s in both]))

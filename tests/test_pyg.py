@@ -427,3 +427,26 @@ def test_what_cannot_be_explained_is_refused(pyg, algorithm, caplog):
 
     with pytest.raises(QueryError, match="no variable has a row for each edge"):
         _explain(algorithm, Dense().eval(), "regression", "graph")
+
+
+def test_a_graph_classifier_with_its_batch():
+    """GCN normalises by a power in place, whose plain overload has another name."""
+    from torch_geometric.nn import GCNConv, global_add_pool
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = GCNConv(3, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x, edge_index, batch):
+            return self.head(global_add_pool(self.conv(x, edge_index).relu(), batch))
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    x, batch = torch.rand(5, 3), torch.tensor([0, 0, 0, 1, 1])
+    edge_index = torch.tensor([[0, 1, 1, 2, 3, 4], [1, 0, 2, 1, 4, 3]])
+    chosen = torch.tensor([[0.0, 1.0], [0.0, 0.0]]) * model(x, edge_index, batch).detach()
+    R = nrm.Explainer(model, batch_axis=None)(x, edge_index, batch, output_relevance=chosen)
+    heat = R.marginal("x")
+    torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
+    assert heat[3:].abs().max() == 0

@@ -77,48 +77,78 @@ def find_bridge(graph: Graph, upper: Variable, lower: Variable) -> Bridge | None
     return found
 
 
-def contracted_pairs(
-    forward: Pass, message: Tensor, upper: Variable, lower: Variable
-) -> Tensor | None:
-    """`R(channel of upper, channel of lower)` of all pairs, from the message at `upper`.
+@dataclass(frozen=True)
+class Contraction:
+    """How channels of two layers meet at the one weighted sum between them.
+
+    Attributes:
+        rows, columns: for every channel of the bridge's output, and of its parents, the channel
+            of the upper and of the lower layer it belongs to.
+    """
+
+    bridge: Bridge
+    rows: Tensor
+    columns: Tensor
+
+
+def find_contraction(forward: Pass, upper: Variable, lower: Variable) -> Contraction | None:
+    """How to find all pairs of channels of two layers at once, for this input.
 
     Returns:
-        `[batch, channels of upper, channels of lower]`; `None` where there is more than one
-        weighted sum between the layers, or its weights are not those of channels.
+        `None` where there is more than one weighted sum between the layers, or its weights are
+        not those of channels.
     """
     bridge = find_bridge(forward.graph, upper, lower)
-    if bridge is None or bridge.axis is None or message.dtype in (torch.float16, torch.bfloat16):
+    if bridge is None or bridge.axis is None:
         return None
+    if forward.output.dtype in (torch.float16, torch.bfloat16):
+        return None  # channels cannot be numbered
     above, below = bridge.above, bridge.below
     if forward.batch > 1 and not above.batch_axis == below.batch_axis == 0:
         return None
+    nothing = forward.output.new_zeros((1, *forward.shape(above)))
+    propagation = forward.propagations[bridge.operation]
+    if propagation.by_weight(nothing, bridge.operand, 1) is None:
+        return None
     rows = _numbers_above(forward, upper, above, bridge.axis)
     columns = _numbers_below(forward, lower, below, bridge.axis)
-    if rows is None or columns is None:
-        return None
+    return None if rows is None or columns is None else Contraction(bridge, rows, columns)
+
+
+def contracted_pairs(
+    forward: Pass, message: Tensor, upper: Variable, lower: Variable, found: Contraction
+) -> Tensor:
+    """`R(channel of upper, channel of lower)` of all pairs, from the message at `upper`.
+
+    Returns:
+        `[batch, channels of upper, channels of lower]`.
+    """
+    bridge, above = found.bridge, found.bridge.above
     if above is not upper:
         arrived = send(forward, {upper: message}, {above: None})
         message = arrived.get(above, message.new_zeros((1, *forward.shape(above))))
     with torch.inference_mode(False), torch.no_grad():
         propagation = forward.propagations[bridge.operation]
-        passed = propagation.by_weight(message.clone(), bridge.operand, forward.batch > 1)
-        if passed is None:
-            return None
-        pairs = _by_channels(passed.flatten(3).sum(3) if passed.dim() > 3 else passed, len(columns))
-        pairs = _gather(pairs, rows, _channels(forward, upper), 1)
-        return _gather(pairs, columns, _channels(forward, lower), 2)
+        by_sample = propagation.by_weight(message.clone(), bridge.operand, forward.batch)
+        assert by_sample is not None
+        pairs = []
+        for passed in by_sample:
+            joined = passed.flatten(2).sum(2) if passed.dim() > 2 else passed
+            joined = _by_channels(joined, len(found.columns))
+            joined = _gather(joined, found.rows, _channels(forward, upper), 0)
+            pairs.append(_gather(joined, found.columns, _channels(forward, lower), 1))
+        return torch.stack(pairs)
 
 
 def _by_channels(passed: Tensor, inputs: int) -> Tensor:
-    """`[samples, outputs, inputs of a group]` as `[samples, outputs, inputs]`."""
-    samples, outputs, of_group = passed.shape
+    """`[outputs, inputs of a group]` as `[outputs, inputs]`."""
+    outputs, of_group = passed.shape
     groups = inputs // of_group
     if groups == 1:
         return passed
-    pairs = passed.new_zeros((samples, groups, outputs // groups, groups, of_group))
-    every = torch.arange(groups, device=passed.device)
-    pairs[:, every, :, every] = passed.view(samples, groups, -1, of_group).transpose(0, 1)
-    return pairs.reshape(samples, outputs, inputs)
+    blocks = passed.view(groups, outputs // groups, of_group)
+    joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return joined
 
 
 def _gather(pairs: Tensor, numbers: Tensor, size: int, axis: int) -> Tensor:
@@ -137,15 +167,12 @@ def _numbers_above(forward: Pass, upper: Variable, above: Variable, axis: int) -
     if _same_shape(upper, above):
         return _of_channels(numbers, numbers >= 0, axis)
     # How many neurons of the upper layer have it for a parent, and their channels: all alike?
-    first = torch.stack([torch.ones_like(numbers), numbers, numbers.square()])
-    arrived = send(forward, {upper: first}, {above: None}).get(above)
+    arrived = send(forward, {upper: _digits(numbers)}, {above: None}).get(above)
     if arrived is None:
         return None
-    count, total, squares = arrived
-    reached = count > 0
-    if not torch.equal(squares * count, total.square()):
-        return None
-    return _of_channels(torch.where(reached, total / count, _NONE), reached, axis)
+    count = arrived[0]
+    found = _from_digits(arrived, count)
+    return None if found is None else _of_channels(found, count > 0, axis)
 
 
 def _numbers_below(forward: Pass, lower: Variable, below: Variable, axis: int) -> Tensor | None:
@@ -153,7 +180,7 @@ def _numbers_below(forward: Pass, lower: Variable, below: Variable, axis: int) -
     numbers = _number_of_neurons(forward, lower)
     if _same_shape(below, lower):
         return _of_channels(numbers, numbers >= 0, axis)
-    masses = {lower: torch.stack([torch.ones_like(numbers), numbers, numbers.square()])}
+    masses = {lower: _digits(numbers)}
     on_the_way = forward.graph.upstream(below) | {below}
     for variable in forward.graph.variables[lower.index + 1 : below.index + 1]:
         operation = variable.producer
@@ -163,13 +190,33 @@ def _numbers_below(forward: Pass, lower: Variable, below: Variable, axis: int) -
         if any(mass is not None for mass in given):
             propagation = forward.propagations[operation]
             masses[variable] = propagation.push(given, forward.shape(variable))
-    count, total, squares = masses[below]
-    reached = count == 1
-    if not torch.equal(squares, total.square()) or not bool((reached | (count == 0)).all()):
+    count = masses[below][0]
+    if not bool(((count == 1) | (count == 0)).all()):
         return None
     # A neuron beside others of its channel that has no parent in the lower layer: padding.
-    chosen = torch.where(reached, total, _NONE)
-    return _of_channels(chosen, torch.ones_like(reached), axis)
+    found = _from_digits(masses[below], count)
+    return None if found is None else _of_channels(found, torch.ones_like(count) > 0, axis)
+
+
+_BASE = 64
+
+
+def _digits(numbers: Tensor) -> Tensor:
+    """One, and each of two digits with its square: `[5, *shape]`, small enough to add exactly."""
+    low, high = numbers % _BASE, numbers // _BASE
+    return torch.stack([torch.ones_like(numbers), low, low.square(), high, high.square()])
+
+
+def _from_digits(added: Tensor, count: Tensor) -> Tensor | None:
+    """The numbers behind sums of digits, if those that were added are all alike."""
+    if float(added.abs().max()) * max(1.0, float(count.max())) >= 1 / torch.finfo(added.dtype).eps:
+        return None  # not exact
+    numbers = torch.zeros_like(count)
+    for place, (total, squares) in enumerate(((added[1], added[2]), (added[3], added[4]))):
+        if not torch.equal(squares * count, total.square()):
+            return None
+        numbers += _BASE**place * total / count.clamp(min=1)
+    return torch.where(count > 0, numbers, _NONE)
 
 
 def _same_shape(upper: Variable, lower: Variable) -> bool:
@@ -195,8 +242,9 @@ def _number_of_neurons(forward: Pass, variable: Variable) -> Tensor:
 
 def _of_channels(numbers: Tensor, known: Tensor, axis: int) -> Tensor | None:
     """`[channels]`, the number of each channel's neurons, if all that is known is alike."""
-    by_channel = numbers.movedim(axis, 0).flatten(1)
-    counts = known.movedim(axis, 0).flatten(1)
+    size = numbers.shape[axis]
+    by_channel = numbers.movedim(axis, 0).reshape(size, -1)
+    counts = known.movedim(axis, 0).reshape(size, -1)
     highest = torch.where(counts, by_channel, _NONE).amax(1, keepdim=True)
     if bool((counts & (by_channel != highest)).any()):
         return None

@@ -273,7 +273,7 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
     for name, x in zip(call.names, call.tensors, strict=True):
         what = f"input {name!r}" if len(call.tensors) > 1 else "the input"
         if x.dim() == 0 or x.numel() == 0:
-            raise InputError(f"{what} has shape {tuple(x.shape)}: no sample along its first axis")
+            raise InputError(f"{what} has shape {tuple(x.shape)}: there is no sample in it")
         if parameters and x.device not in {p.device for p in parameters}:
             raise InputError(
                 f"{what} is on {x.device}, the model on {parameters[0].device}. "

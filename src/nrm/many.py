@@ -60,11 +60,13 @@ def _stacked(sets: Sequence[Stops]) -> Stops:
     stacked: Stops = {}
     for variable in sets[0]:
         masks = [stops[variable] for stops in sets]
-        known = next((mask for mask in masks if mask is not None), None)
-        if known is None:
+        known = [mask for mask in masks if mask is not None]
+        if not known:
             stacked[variable] = None
             continue
+        shape = [max(sizes) for sizes in zip(*(mask.shape for mask in known), strict=True)]
+        ones = known[0].new_ones(()).expand(shape)
         stacked[variable] = torch.cat(
-            [torch.ones_like(known) if mask is None else mask for mask in masks]
+            [ones if mask is None else mask.expand(shape) for mask in masks]
         )
     return stacked

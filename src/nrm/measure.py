@@ -282,6 +282,8 @@ class Measure:
         Returns:
             `[conditions, *input]`, in the order given.
         """
+        if isinstance(conditions, (str, Formula)):
+            raise QueryError("conditions are a list; one alone is a list of one.")
         variable = self.graph.variable(self._input(at))
         found = self.output.new_zeros((len(conditions), *self.forward_pass.shape(variable)))
         chains: dict[int, list[Stops]] = {}
@@ -378,9 +380,12 @@ class Measure:
         return _finite(pairs.transpose(1, 2) if swap else pairs)
 
     def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
-        """How `joint` finds all pairs of these layers: `"contraction"` or `"messages"`."""
+        """How `joint` finds all pairs of these layers, `"contraction"` or `"messages"`.
+
+        It may depend on the input: on the winners of a max-pooling in between.
+        """
         upper, lower, _ = self._pair(a, b, by)
-        return best_method(self.forward_pass, self._message(upper.variable), upper, lower)
+        return best_method(self.forward_pass, upper, lower)
 
     def _pair(self, a: Parts, b: Parts, by: Division) -> tuple[Partition, Partition, bool]:
         """The upper and the lower of two layers, and whether that is not the order given."""
@@ -533,8 +538,10 @@ def _conditions(given: Given) -> list[Sets]:
 
 
 def _listed(parts: Parts) -> str | list[NeuronSet]:
-    if isinstance(parts, NeuronSet):
-        return [parts]
+    if isinstance(parts, Formula):
+        return [as_set(parts)]
+    if not isinstance(parts, Iterable):
+        raise QueryError(f"a side of pairs is a layer or neuron sets of one, not {parts!r}.")
     return parts if isinstance(parts, str) else [as_set(chosen) for chosen in parts]
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nrm.contraction import contracted_pairs
+from nrm.contraction import Contraction, contracted_pairs, find_contraction
 from nrm.errors import QueryError
 from nrm.partitions import Channels, Neurons, Partition
 from nrm.passing import send
@@ -39,9 +39,9 @@ def all_pairs(
     """
     if method not in get_args(Method):
         raise QueryError(f"the method is one of {get_args(Method)}, not {method!r}")
-    found = None if method == "messages" else _contracted(forward, message, upper, lower)
+    found = None if method == "messages" else _contraction(forward, upper, lower)
     if found is not None:
-        return found
+        return contracted_pairs(forward, message, upper.variable, lower.variable, found)
     if method == "contraction":
         raise QueryError(
             f"between {upper.variable.name!r} and {lower.variable.name!r} there is not just one "
@@ -51,19 +51,16 @@ def all_pairs(
 
 
 def best_method(
-    forward: Pass, message: Tensor, upper: Partition, lower: Partition
+    forward: Pass, upper: Partition, lower: Partition
 ) -> Literal["contraction", "messages"]:
     """How all pairs are found by default."""
-    found = _contracted(forward, message, upper, lower)
-    return "messages" if found is None else "contraction"
+    return "messages" if _contraction(forward, upper, lower) is None else "contraction"
 
 
-def _contracted(
-    forward: Pass, message: Tensor, upper: Partition, lower: Partition
-) -> Tensor | None:
+def _contraction(forward: Pass, upper: Partition, lower: Partition) -> Contraction | None:
     if not _by_channels(upper, forward) or not _by_channels(lower, forward):
         return None
-    return contracted_pairs(forward, message, upper.variable, lower.variable)
+    return find_contraction(forward, upper.variable, lower.variable)
 
 
 def _by_channels(part: Partition, forward: Pass) -> bool:

@@ -28,7 +28,8 @@ class Flow:
         channels: the channel of each layer, in the order that the layers were given.
         relevance: the joint relevance; all walks together have one.
         share: the relevance as a fraction of what passes the layers at all. Equal to the
-            relevance where every layer is a cut.
+            relevance where every layer is a cut; elsewhere what passes may be small or negative,
+            and shares beyond one or of the other sign.
     """
 
     channels: dict[str, int]

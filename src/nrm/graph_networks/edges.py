@@ -75,7 +75,9 @@ def edge_relevance(R: Measure, edge_index: Tensor, *sets: Formula | str) -> Tens
     """The relevance that flows along every edge, summed over the steps of message passing.
 
     A walk that takes an edge in two steps counts twice. What stays at its node, also over a loop
-    that the model adds by itself, flows along no edge.
+    that the model adds by itself, flows along no edge. Walks that end within a message, at a bias,
+    count, though they come to no node below; of loops given twice that the model makes one, the
+    first has all.
 
     Arguments:
         edge_index: `[2, edges]`, as the model was given.

@@ -71,6 +71,8 @@ def subgraph(
         NeuronSetError: no nodes, or not as many sequences as layers.
     """
     names = list(layers)
+    if hasattr(chosen, "tolist"):  # tensors and arrays
+        chosen = chosen.tolist()
     own = [list(one) for one in chosen if not isinstance(one, int)]
     if not own:
         own = [[int(node) for node in chosen if isinstance(node, int)]] * len(names)

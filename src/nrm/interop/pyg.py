@@ -148,8 +148,8 @@ def _explained(
             )
         chosen = (2 * target.to(by_row) - 1).view(by_row.shape)
     if index is not None:
-        rows = torch.zeros(len(by_row), dtype=torch.bool, device=output.device)
-        rows[index] = True
+        wanted = torch.arange(len(by_row), device=output.device)[index].reshape(-1)
+        rows = torch.bincount(wanted, minlength=len(by_row))  # one named twice counts twice
         chosen = chosen * rows.view(-1, *(1,) * (by_row.dim() - 1))
     return (by_row * chosen).view(output.shape)
 

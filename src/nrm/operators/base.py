@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -128,17 +128,17 @@ class Propagation(ABC):
             row.copy_(found[0])
         return pushed
 
-    def by_weight(self, message: Tensor, operand: int, by_sample: bool) -> Tensor | None:
-        """The relevance that passes to an operand over each weight.
+    def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
+        """The relevance that passes to an operand over each weight, sample by sample.
 
         That of all connections that share a weight, as the positions of a convolution do.
 
         Arguments:
             message: `[1, *output shape]`; it may be overwritten.
-            by_sample: the first axis of operand and output has samples; else all is one.
+            samples: how many the first axis of operand and output has; one: all is one sample.
 
         Returns:
-            `[samples, *weight]`; `None` where the operation has no such weight.
+            `[*weight]` for each sample; `None` where the operation has no such weight.
         """
         return None
 

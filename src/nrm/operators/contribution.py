@@ -42,18 +42,10 @@ class Contribution:
     weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
     connections: Callable[[torch.Size], Connections] | None = None
 
-    def by_weight(
-        self, factor: Tensor, weight: Tensor | None, share: Tensor, by_sample: bool
-    ) -> Tensor:
-        """`[samples, *weight]`: `w_ij factor_i share_j` over the connections that share a weight.
-
-        Arguments:
-            by_sample: the first axis of operand and output has samples; else all is one.
-        """
+    def by_weight(self, factor: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
+        """`[*weight]`: `w_ij factor_i share_j` over the connections that share a weight."""
         assert self.weight_gradient is not None
-        samples = len(factor) if by_sample else 1
-        pairs = zip(factor.chunk(samples), share.chunk(samples), strict=True)
-        gradient = torch.stack([self.weight_gradient(x, s) for x, s in pairs])
+        gradient = self.weight_gradient(factor, share)
         return gradient if weight is None else gradient.mul_(weight)
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:

@@ -116,7 +116,7 @@ def _transpose(call: Call, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tenso
 def _weight_gradient(call: Call, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The derivative by the weight of the layer's output times another."""
     if weight.dim() <= 2:
-        return lambda x, share: share.flatten(0, -2).mT @ x.flatten(0, -2)
+        return lambda x, share: share.reshape(-1, share.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
     if isinstance(call["padding"], str):
         return None
 

@@ -68,7 +68,7 @@ class Occluded(SharedOut):
                 met += orphaned * adopted[k]
             yield met / torch.where(orphaned, 1, parents)
 
-    def by_weight(self, message: Tensor, operand: int, by_sample: bool) -> Tensor | None:
+    def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
         return None  # it is no sum of terms
 
     def magnitude(self) -> Tensor:

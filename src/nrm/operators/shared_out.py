@@ -108,17 +108,24 @@ class SharedOut(Propagation):
                 pulled[operand] = message.new_zeros((message.shape[0], *shape))
         return pulled
 
-    def by_weight(self, message: Tensor, operand: int, by_sample: bool) -> Tensor | None:
+    def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
         parts = [part for part in self.parts if part.operand == operand]
         if len(parts) != 1 or parts[0].weight_gradient is None:
             return None
-        found: Tensor | None = None
-        for terms, share in self._shares(message, normalized=True, every_column=True):
-            for part, factor, weight in terms.summands if terms is not None else ():
-                if part.operand == operand:
-                    passed = part.by_weight(factor, weight, share[0], by_sample)
-                    found = passed if found is None else found.add_(passed)
-        return found
+        return self._by_weight(message, operand, samples)
+
+    def _by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor]:
+        shares = [
+            (part, factor.chunk(samples), weight, share[0].chunk(samples))
+            for terms, share in self._shares(message, normalized=True, every_column=True)
+            for part, factor, weight in (terms.summands if terms is not None else ())
+            if part.operand == operand
+        ]
+        for sample in range(samples):
+            yield add_up(
+                part.by_weight(factor[sample], weight, share[sample])
+                for part, factor, weight, share in shares
+            )
 
     def _shares(
         self, message: Tensor, normalized: bool, every_column: bool = False

@@ -84,7 +84,17 @@ def functional(target: OpOverload) -> OpOverload:
     if not name.endswith("_") or name.endswith("__"):
         return target
     plain = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    return getattr(plain, overload, target)
+    wanted = _types(target)
+    # Overloads of one name may differ: `pow_.Scalar` raises a tensor, `pow.Scalar` a number.
+    for candidate in (overload, *(plain.overloads() if plain is not None else ())):
+        found = getattr(plain, candidate, None)
+        if found is not None and _types(found) == wanted:
+            return found  # type: ignore[no-any-return]
+    return target
+
+
+def _types(target: OpOverload) -> list[str]:
+    return [str(argument.type) for argument in target._schema.arguments if not argument.is_out]
 
 
 def in_place(target: OpOverload) -> OpOverload:
