@@ -213,3 +213,37 @@ def test_a_step_function_is_constant_to_first_order():
     x = torch.randn(1, 2).double()
     R = nrm.Explainer(model, fallback=LocalLinear())(x, target=0)
     torch.testing.assert_close(sum(R.biases().values()), torch.ones(1).double())
+
+
+def test_a_pull_that_hides_its_derivatives_is_found_out():
+    """Forward messages are its transpose: they would be wrong without a word."""
+    from nrm.errors import QueryError
+    from nrm.operators import Identity, Propagation, operation
+
+    class Halved(Propagation):
+        def pull(self, message, wanted, normalized=True):
+            return [message.detach() / 2 + message / 2]
+
+    class Row(Identity):
+        def prepare(self, call, values, setting):
+            output, _ = super().prepare(call, values, setting)
+            return output, Halved()
+
+    @operation(Row("activation"))
+    def bend(x: torch.Tensor) -> torch.Tensor:
+        return x.tanh()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(bend(self.a(x)))
+
+    torch.manual_seed(0)
+    R = nrm.Explainer(Net().eval(), nrm.rules.ZPlus())(torch.rand(1, 3), target=0)
+    chosen = nrm.neurons("a")
+    torch.testing.assert_close(R(chosen), torch.ones(1))  # messages pass as they should
+    with pytest.raises(QueryError, match="derivatives by the message"):
+        R.conditionals(chosen)

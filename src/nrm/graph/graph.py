@@ -108,6 +108,14 @@ class Graph:
     @cached_property
     def cuts(self) -> list[Variable]:
         """The variables that every walk crosses exactly once, from the output down."""
+        return self.crossings()
+
+    def crossings(self, leaving_out: Collection[Kind] = ()) -> list[Variable]:
+        """The variables that every walk crosses exactly once, from the output down.
+
+        Arguments:
+            leaving_out: kinds of leaves; walks that end there do not count.
+        """
         found: list[Variable] = []
         pending = {self.output}
         ended = False
@@ -120,7 +128,8 @@ class Graph:
             if variable.producer is None:
                 ended = True
             else:
-                pending.update(variable.producer.operands)
+                operands = variable.producer.operands
+                pending.update(v for v in operands if v.kind not in leaving_out)
         return found
 
     def upstream(self, variable: Variable) -> frozenset[Variable]:

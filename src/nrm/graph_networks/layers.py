@@ -26,7 +26,9 @@ def node_layers(R: Measure) -> list[str]:
     graph = R.graph
     node_input = graph.inputs[0]
     size = _rows(node_input)
-    crossed = [v for v in _crossings(graph) if _rows(v) == size]
+    crossed = [
+        v for v in graph.crossings(leaving_out=("bias", "constant"))[::-1] if _rows(v) == size
+    ]
     steps = [v for v in graph.variables if v.producer and mixes(v.producer) and _rows(v) == size]
     if not steps:
         raise QueryError(
@@ -53,24 +55,6 @@ def node_layers(R: Measure) -> list[str]:
         chosen.append((outside or group)[-1])
     chosen.append(groups[-1][-1])
     return [variable.name for variable in chosen]
-
-
-def _crossings(graph: Graph) -> list[Variable]:
-    """The variables that every walk to an input crosses exactly once, from the input up."""
-    found: list[Variable] = []
-    pending, ended = {graph.output}, False
-    for variable in reversed(graph.variables):
-        if variable not in pending:
-            continue
-        if len(pending) == 1 and not ended:
-            found.append(variable)
-        pending.discard(variable)
-        if variable.producer is None:
-            ended = True
-        else:
-            operands = variable.producer.operands
-            pending.update(v for v in operands if v.kind not in ("bias", "constant"))
-    return found[::-1]
 
 
 def _rows(variable: Variable) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.errors import PositiveSumError, UnsupportedOperatorError
+from nrm.errors import PositiveSumError, QueryError, UnsupportedOperatorError
 from nrm.operators.call import Call
 from nrm.rules import Rule, Weight
 
@@ -117,16 +117,32 @@ class Propagation(ABC):
             pulled = self.pull(probe.clone(), wanted, normalized)
         reached = [p for p in pulled if p is not None]
         linked = [(p, mass) for p, mass in zip(reached, known, strict=True) if p.grad_fn]
-        for k, row in enumerate(pushed if linked else ()):
-            (found,) = torch.autograd.grad(
-                [p for p, _ in linked],
-                probe,
-                [mass[k : k + 1] for _, mass in linked],
-                retain_graph=True,
-                materialize_grads=True,
+        for k, row in enumerate(pushed):
+            if linked:
+                (found,) = torch.autograd.grad(
+                    [p for p, _ in linked],
+                    probe,
+                    [mass[k : k + 1] for _, mass in linked],
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                row.copy_(found[0])
+            self._check_transposed(
+                row, [p.detach() * m[k] for p, m in zip(reached, known, strict=True)]
             )
-            row.copy_(found[0])
         return pushed
+
+    def _check_transposed(self, pushed: Tensor, pulled: Sequence[Tensor]) -> None:
+        """What ones pull, weighed by the masses, and what the masses push add up to the same."""
+        expected = sum(float(part.sum(dtype=torch.float64)) for part in pulled)
+        size = sum(float(part.abs().sum(dtype=torch.float64)) for part in pulled)
+        found = float(pushed.sum(dtype=torch.float64))
+        if abs(found - expected) > 0.01 * size:
+            raise QueryError(
+                f"{type(self).__name__}.pull does not let derivatives by the message through (a "
+                "detach or no_grad in it), so forward messages cannot be found from it. Leave "
+                "them in, or give it a push of its own."
+            )
 
     def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
         """The relevance that passes to an operand over each weight, sample by sample.

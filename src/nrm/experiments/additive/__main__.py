@@ -4,11 +4,11 @@
 
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from nrm.cli.extras import needs
 from nrm.experiments.additive.comparison import Effect, Sample, Score, experiment
 from nrm.experiments.additive.correlation import LEVEL, Mean
 
@@ -21,7 +21,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command; `args` are those of the command line unless given."""
-    try:
+    with needs("demo"):
         import matplotlib  # noqa: F401
         import PIL  # noqa: F401
         import safetensors  # noqa: F401
@@ -39,11 +39,6 @@ def main(args: Sequence[str] | None = None) -> None:
         from nrm.cli.models import load_model
         from nrm.experiments.additive.drawing import draw
         from nrm.explainer import Explainer
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("nrm"):
-            raise
-        sys.stderr.write(f"error: {error.name} is not installed: pip install 'nrm[demo]'\n")
-        raise SystemExit(2) from None
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

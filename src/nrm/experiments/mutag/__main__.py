@@ -5,11 +5,11 @@
 import csv
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from nrm.cli.extras import needs
 from nrm.experiments.mutag.relevance import experiment
 
 PICTURE, TABLE, RESULT = "walks.png", "subgraphs.csv", "mutag.json"
@@ -17,7 +17,7 @@ PICTURE, TABLE, RESULT = "walks.png", "subgraphs.csv", "mutag.json"
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command; `args` are those of the command line unless given."""
-    try:
+    with needs("cli"):
         import matplotlib  # noqa: F401
         import networkx  # noqa: F401
         import safetensors  # noqa: F401
@@ -29,11 +29,6 @@ def main(args: Sequence[str] | None = None) -> None:
         from nrm.cli.errors import one_line_errors
         from nrm.cli.folder import check_folder, filled_at_once
         from nrm.experiments.mutag.drawing import draw
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("nrm"):
-            raise
-        sys.stderr.write(f"error: {error.name} is not installed: pip install 'nrm[cli]'\n")
-        raise SystemExit(2) from None
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -4,12 +4,12 @@
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from nrm.cli.extras import needs
 from nrm.experiments.recurrent.drawing import draw
 from nrm.experiments.recurrent.relevance import SEEDS, STEPS, experiment
 from nrm.experiments.recurrent.series import Task
@@ -19,7 +19,7 @@ PICTURE, RESULT = "recurrent.png", "recurrent.json"
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command; `args` are those of the command line unless given."""
-    try:
+    with needs("cli"):
         import matplotlib  # noqa: F401
         import typer
         from rich.console import Console
@@ -28,11 +28,6 @@ def main(args: Sequence[str] | None = None) -> None:
         from nrm import plot
         from nrm.cli.errors import one_line_errors
         from nrm.cli.folder import check_folder, filled_at_once
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("nrm"):
-            raise
-        sys.stderr.write(f"error: {error.name} is not installed: pip install 'nrm[cli]'\n")
-        raise SystemExit(2) from None
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

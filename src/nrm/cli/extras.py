@@ -1,0 +1,24 @@
+"""What to install where a package of an extra is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import packages of an extra; ends the command, saying what to install, if one is missing.
+
+    Example:
+        >>> with needs("cli"):
+        ...     import typer
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("nrm"):
+            raise
+        sys.stderr.write(f"error: {error.name} is not installed: pip install 'nrm[{extra}]'\n")
+        raise SystemExit(2) from None
