@@ -13,7 +13,16 @@ from torch.utils import _pytree as pytree
 
 from nrm.composites import Composite, Everywhere, suggested
 from nrm.errors import InputError, QueryError, TargetError
-from nrm.graph import Graph, ModelCall, Output, capture, check_nested, reproduces
+from nrm.graph import (
+    Graph,
+    ModelCall,
+    Output,
+    capture,
+    check_nested,
+    reproduces,
+    wide,
+    without_autocast,
+)
 from nrm.listing import Listing
 from nrm.measure import Measure
 from nrm.operators import Operator
@@ -29,6 +38,9 @@ class Explainer:
     shape, in batches of any size. The model is never changed. When its weights or modules were,
     it is captured again; after a change that leaves no trace on them (a Python attribute that
     the model branches on, a single number written through `.data`), call `refresh()`.
+
+    A model in float16 or bfloat16 takes inputs as ever and is answered in float32, from a copy of
+    its weights that takes twice their memory.
 
     Arguments:
         model: in evaluation mode.
@@ -108,9 +120,11 @@ class Explainer:
         Raises:
             InputError, TargetError, CaptureError, UnsupportedOperatorError, PositiveSumError
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_autocast(self.model):
             call = self._bind(inputs, named)
-            forward = self._program(call).run(call.tensors)
+            forward = self._program(call).run([wide(x) for x in call.tensors])
+            if isinstance(output_relevance, Tensor):
+                output_relevance = wide(output_relevance)
             if output_relevance is None:
                 explained = explain_target(target, forward, self.strict)
             elif target is None:
@@ -125,7 +139,7 @@ class Explainer:
 
     def graph(self, *inputs: Any, **named: Any) -> Graph:
         """The graph that these inputs are explained on."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_autocast(self.model):
             return self._program(self._bind(inputs, named)).graph
 
     def samples(self, *inputs: Any, **named: Any) -> int:
@@ -180,7 +194,7 @@ class Explainer:
         bias = self.bias or composite.bias
         graph = Graph(captured, composite, bias == "input", self.fallback)
         if along is not None and samples > 1:
-            _check_samples_are_apart(call, along)
+            _check_samples_are_apart(call, along, captured.rounds)
         program = Program(graph, self.strict)
         if captured.reusable:
             key = this_batch if any_batch in self._programs or not captured.batched else any_batch
@@ -209,8 +223,11 @@ class Explainer:
         return axis
 
 
-def _check_samples_are_apart(call: ModelCall, axis: int) -> None:
+def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
     """Refuse a batch whose samples depend on each other: its axis is something else.
+
+    Arguments:
+        rounds: the model computes in half precision.
 
     Raises:
         InputError: some samples' output is another beside other samples.
@@ -226,7 +243,9 @@ def _check_samples_are_apart(call: ModelCall, axis: int) -> None:
             keep = torch.tensor(list(kept), device=output.device)
             if not any(
                 length == size
-                and _alike(output.index_select(place, keep), other.index_select(place, keep))
+                and _alike(
+                    output.index_select(place, keep), other.index_select(place, keep), rounds
+                )
                 for place, length in enumerate(output.shape)
             ):
                 raise InputError(
@@ -237,8 +256,8 @@ def _check_samples_are_apart(call: ModelCall, axis: int) -> None:
                 )
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 3e-2)
+def _alike(a: Tensor, b: Tensor, rounds: bool) -> bool:
+    tolerance = 3e-2 if rounds else {torch.float64: 1e-9}.get(a.dtype, 1e-4)
     return float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) or 1.0)
 
 
@@ -281,6 +300,8 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
             )
         if not x.is_floating_point():
             continue
+        if x.element_size() == 1:
+            raise InputError(f"{what} is {x.dtype}: convert it to a type that can be added up.")
         if parameters and x.dtype not in {p.dtype for p in parameters}:
             raise InputError(
                 f"{what} is {x.dtype} but the model's parameters are {parameters[0].dtype}. "

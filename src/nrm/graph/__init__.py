@@ -3,6 +3,7 @@
 from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
 from nrm.graph.model_call import ModelCall, Output, check_nested
+from nrm.graph.precision import wide, without_autocast
 from nrm.graph.variables import Operation, Variable
 
 __all__ = [
@@ -17,4 +18,6 @@ __all__ = [
     "first_tokens",
     "reproduces",
     "run",
+    "wide",
+    "without_autocast",
 ]

@@ -26,14 +26,16 @@ from nrm.graph.eager import trace
 from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_batch_norms
 from nrm.graph.model_call import ModelCall
+from nrm.graph.precision import as_rounded, is_rounded, wide, widen
 from nrm.graph.recurrent import StepsAlongBatchError
+from nrm.graph.regions import inline
 from nrm.graph.variables import is_symbolic
 from nrm.operators import functional
 
 
 @dataclass
 class Captured:
-    """A model as a flat graph.
+    """A model as a flat graph, in single precision where the model's is half (see `precision`).
 
     Attributes:
         graph: operators only; parameters, buffers and inputs are placeholders.
@@ -59,6 +61,11 @@ class Captured:
     def reusable(self) -> bool:
         """Whether other inputs of the same shape may use the same graph."""
         return self.method == "export"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model computes anything in half precision."""
+        return is_rounded(self.graph)
 
 
 def capture(call: ModelCall, batch_axis: int | None) -> Captured:
@@ -120,7 +127,7 @@ def run(
     for node in reversed(captured.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
-    given = dict(zip(captured.inputs, inputs, strict=True))
+    given = dict(zip(captured.inputs, map(wide, inputs), strict=True))
     values: dict[Node, Any] = {}
     with torch.no_grad():
         for node in captured.graph.nodes:
@@ -239,6 +246,8 @@ def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
 
 def _rewritten(captured: Captured) -> Captured:
     """The graph as rules see it: no writing in place, no operators that hide a network."""
+    inline(captured.graph)
+    widen(captured.graph, captured.constants)
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph)
@@ -270,14 +279,15 @@ def reproduces(captured: Captured, call: ModelCall) -> bool:
 def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) -> str | None:
     """How the captured graph's output differs from what is expected; `None`: by rounding."""
     try:
-        found: Tensor = run(captured, inputs)
+        found: Tensor = run(captured, inputs, change=as_rounded)
     except (RuntimeError, TypeError, ValueError) as failure:
         return f"cannot be computed ({_first_line(failure)})"
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, the model's {tuple(expected.shape)}"
     if not bool(torch.isfinite(expected).all()):
         return "cannot be compared: the model's output holds NaN or infinite values"
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(expected.dtype, 3e-2)
+    tolerance = 1e-10 if expected.dtype is torch.float64 else 1e-4
+    tolerance = 3e-2 if captured.rounds else tolerance
     error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not error <= tolerance:
         return f"differs from the model's by {error:.2g} of its largest value"
