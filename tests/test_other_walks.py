@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import nrm
 from nrm import composites, rules
 from nrm.errors import InputError, PositiveSumError, QueryError, UnsupportedOperatorError
-from nrm.operators import LocalLinear, occlusion
+from nrm.operators import LocalLinear, Propagation, occlusion
 
 BIAS = ["drop", "input"]
 Walks = list[tuple[frozenset[o.Neuron], float]]
@@ -840,8 +840,8 @@ def test_occlusion_pushes_the_transpose_of_what_it_pulls(late, normalized):
         torch.testing.assert_close(found, expected.view(-1, *shape))
 
 
-def test_forward_messages_look_at_columns_once(monkeypatch):
-    """However many there are."""
+def test_forward_messages_by_derivatives_look_at_columns_once(monkeypatch):
+    """However many there are; where an operation pushes by itself, it finds the same."""
     case = make("Residual", "zero", False, seed=5)
     R = nrm.Explainer(case.model, rules.Zero())(*case.inputs, target=1)
     operation = R.graph.variable("last").producer
@@ -850,7 +850,9 @@ def test_forward_messages_look_at_columns_once(monkeypatch):
     monkeypatch.setattr(propagation, "pull", lambda *a: calls.append(1) or pull(*a))
     shape = R.forward_pass.shape(operation.output)
     masses = [torch.randn(4, *R.forward_pass.shape(v)).double() for v in operation.operands]
-    pushed = propagation.push(masses, shape)
+    pushed = Propagation.push(propagation, masses, shape)
     assert len(calls) == 1
-    rows = [propagation.push([m[k : k + 1] for m in masses], shape) for k in range(4)]
+    rows = [Propagation.push(propagation, [m[k : k + 1] for m in masses], shape) for k in range(4)]
     torch.testing.assert_close(pushed, torch.cat(rows))
+    torch.testing.assert_close(pushed, propagation.push(masses, shape))
+    assert len(calls) == 5

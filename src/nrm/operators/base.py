@@ -79,6 +79,8 @@ class Propagation(ABC):
 
     output_is_free: bool = False
     """The operation's output is a tensor of its own that nothing here keeps."""
+    nonnegative: bool = False
+    """No `R(i|j)` is ever negative."""
 
     @abstractmethod
     def pull(
@@ -144,19 +146,27 @@ class Propagation(ABC):
                 "them in, or give it a push of its own."
             )
 
-    def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
-        """The relevance that passes to an operand over each weight, sample by sample.
+    def by_channels(
+        self, message: Tensor, operand: int, samples: int, onward: Tensor | None = None
+    ) -> Iterator[Tensor] | None:
+        """The relevance that passes between channels of output and operand, sample by sample.
 
-        That of all connections that share a weight, as the positions of a convolution do.
+        Found by what passes over each weight, which many connections share.
 
         Arguments:
             message: `[1, *output shape]`; it may be overwritten.
             samples: how many the first axis of operand and output has; one: all is one sample.
+            onward: `[*operand shape]`, factors at the operand's neurons.
 
         Returns:
-            `[*weight]` for each sample; `None` where the operation has no such weight.
+            `[channels of the output, of the operand]` for each sample; `None` where the operation
+            has no weights that join channels.
         """
         return None
+
+    def absolute(self) -> Propagation | None:
+        """The same with `|R(i|j)|` or something larger, for bounds; `None` where none is known."""
+        return self if self.nonnegative else None
 
     def late_shape(self) -> torch.Size:
         """The shape of the operand after the last (see `Operator.late_leaf`), if there is one."""

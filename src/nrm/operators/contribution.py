@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Contribution:
         transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
             factor; without it autograd finds it, at the cost of running `apply` once.
         operand: which operand this is; one may contribute in several ways.
-        weight_gradient: `(factor, [*output]) -> [*weight]`, the derivative of `apply` times an
-            output by the weight.
+        by_channels: `([*operand], weight, [*output]) -> [outputs, inputs]`: `w_ij factor_i share_j`
+            added up over the connections of each two channels, where channels have one weight.
         connections: the connections one by one, given the output's shape, for rules that are no
             sums of terms.
     """
@@ -39,14 +39,8 @@ class Contribution:
     uniform: Callable[[Tensor], Tensor]
     transpose: Callable[[Tensor, Tensor], Tensor] | None = None
     operand: int = 0
-    weight_gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+    by_channels: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
     connections: Callable[[torch.Size], Connections] | None = None
-
-    def by_weight(self, factor: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
-        """`[*weight]`: `w_ij factor_i share_j` over the connections that share a weight."""
-        assert self.weight_gradient is not None
-        gradient = self.weight_gradient(factor, share)
-        return gradient if weight is None else gradient.mul_(weight)
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
         return self.uniform(factor) if weight is None else self.apply(factor, weight)
@@ -108,6 +102,19 @@ class TermSum:
                 pulled[operand] = product
             else:
                 pulled[operand] = product.add_(before) if dense(product) else before + product
+
+    def push(self, masses: Sequence[Tensor | None]) -> Tensor | None:
+        """`sum_i T_ij F(i)`: `[K, *output]`, perhaps broadcast; `None` where all F are zero."""
+        added = []
+        for part, factor, weight in self.summands:
+            mass = masses[part.operand]
+            if mass is not None:
+                weighed = mass * factor
+                if len(weighed) == 1:
+                    added.append(part.add(weighed[0], weight).unsqueeze(0))
+                else:
+                    added.append(torch.vmap(partial(part.add, weight=weight))(weighed))
+        return total(added) if added else None
 
     def _transposed(self, chosen: Sequence[int], share: Tensor) -> Sequence[Tensor]:
         if not self.direct:

@@ -40,6 +40,8 @@ class Filling(Routing):
 
 
 class Filled(Propagation):
+    nonnegative = True
+
     def __init__(self, routed: Routed, filled: Tensor) -> None:
         self.routed, self.filled = routed, filled
 

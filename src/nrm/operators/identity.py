@@ -90,6 +90,8 @@ class Copy(Identity):
 class Unchanged(Propagation):
     """The message as it is, summed over the copies where the operand was broadcast."""
 
+    nonnegative = True
+
     def __init__(self, operand: torch.Size, output: torch.Size) -> None:
         self.operand, self.broadcast = operand, operand != output
 
@@ -108,3 +110,13 @@ class Unchanged(Propagation):
             if stretched:
                 message = message.sum(stretched, keepdim=True)
         return [message]
+
+    def push(
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+    ) -> Tensor:
+        (mass,) = masses
+        assert mass is not None
+        if not self.broadcast:
+            return mass
+        added = (1,) * (len(shape) - len(self.operand))
+        return mass.reshape(len(mass), *added, *self.operand).expand(len(mass), *shape)

@@ -12,10 +12,10 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
-from nrm.operators.connections import Connections, Dense, Kernel, OneParent
+from nrm.operators.connections import Dense, Kernel, OneParent
 from nrm.operators.contribution import Contribution
+from nrm.operators.convolutions import Convolution
 from nrm.operators.identity import Unchanged
-from nrm.operators.memory import plain_strides
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Rule
 
@@ -65,10 +65,22 @@ class Layer(WeightedSum):
                 weight.shape[0] // groups, channel_axis
             )
 
-        def connections(output: torch.Size) -> Connections:
-            if weight.dim() == 2:
-                return Dense(weight)
-            return Kernel(call, x.shape, output)
+        if weight.dim() == 2:
+            return [
+                Contribution(
+                    Activation(x),
+                    setting.weight("weight", weight),
+                    apply,
+                    uniform,
+                    torch.matmul,
+                    by_channels=through_matrix,
+                    connections=lambda output: Dense(weight),
+                )
+            ]
+        convolution = Convolution(call)
+
+        def transpose(message: Tensor, weight: Tensor) -> Tensor:
+            return convolution.by_input(message, x, weight)
 
         return [
             Contribution(
@@ -76,9 +88,9 @@ class Layer(WeightedSum):
                 setting.weight("weight", weight),
                 apply,
                 uniform,
-                _transpose(call, x, weight),
-                weight_gradient=_weight_gradient(call, weight),
-                connections=connections,
+                transpose if x.dim() == weight.dim() else None,
+                by_channels=convolution.by_channels,
+                connections=partial(Kernel, call, x.shape),
             )
         ]
 
@@ -89,69 +101,24 @@ class Layer(WeightedSum):
         after = self._channel_from_end(call["weight"]) - 1
         return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
 
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which alone neurons are added up: those of the
+        positions, where every channel has a kernel of its own; else `None`."""
+        weight: Tensor = call["weight"].meta["val"]
+        if weight.dim() <= 2 or weight.shape[1] != 1 or call["groups"] != weight.shape[0]:
+            return None
+        return list(range(dim - weight.dim() + 2, dim))
+
     @staticmethod
     def _channel_from_end(weight: Tensor) -> int:
         return max(weight.dim() - 1, 1)
 
 
-def _transpose(call: Call, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The layer's transpose, all messages as one batch."""
-    if weight.dim() <= 2:
-        return torch.matmul
-    if isinstance(call["padding"], str) or x.dim() != weight.dim():
-        return None
-
-    def transpose(message: Tensor, weight: Tensor) -> Tensor:
-        many = len(message)
-        shaped_like = x if many == 1 else x.new_empty(()).expand(many * len(x), *x.shape[1:])
-        one = message.flatten(0, 1) if many > 1 else message[0]
-        gradient = _backward(call, one, shaped_like, weight, [True, False, False])[0]
-        if many == 1:
-            return plain_strides(gradient).unsqueeze(0)
-        return torch.unflatten(gradient, 0, (many, len(x)))
-
-    return transpose
-
-
-def _weight_gradient(call: Call, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The derivative by the weight of the layer's output times another."""
-    if weight.dim() <= 2:
-        return lambda x, share: share.reshape(-1, share.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-    if isinstance(call["padding"], str):
-        return None
-
-    def gradient(x: Tensor, share: Tensor) -> Tensor:
-        if x.dim() < weight.dim():
-            x, share = x.unsqueeze(0), share.unsqueeze(0)
-        x = x.contiguous()
-        return _backward(call, share, x, weight, [False, True, False])[1]
-
-    return gradient
-
-
-def _backward(
-    call: Call, message: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
-) -> Sequence[Tensor]:
-    """The derivatives of a convolution by its input and its weight."""
-    axes = weight.dim() - 2
-    stride, padding, dilation = (
-        list(call[name]) * (axes if len(call[name]) == 1 else 1)
-        for name in ("stride", "padding", "dilation")
-    )
-    found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
-        message,
-        x,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * axes,
-        call["groups"],
-        wanted,
-    )
-    return found
+def through_matrix(x: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
+    """`w_ij x_i share_j` of each two channels, for a weight `[outputs, inputs]`; added up over all
+    other axes."""
+    passed = share.reshape(-1, share.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+    return passed if weight is None else passed.mul_(weight)
 
 
 def _sees_only_padding(call: Call) -> bool:
@@ -186,6 +153,17 @@ class Averaging(WeightedSum):
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
 
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which neurons are added up, which the output has
+        no more or has in other sizes; `None` where no axes are known."""
+        target = getattr(call.target, "overloadpacket", None)
+        if target in _ALONG:
+            along = call.get("dim")
+            axes = range(dim) if along is None else [along] if isinstance(along, int) else along
+            return sorted(axis % dim for axis in axes) or list(range(dim))
+        positions = _POSITIONS.get(target)
+        return None if positions is None else list(range(dim - positions, dim))
+
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
@@ -198,6 +176,24 @@ class Averaging(WeightedSum):
 
         one = torch.ones((), dtype=values[0].dtype, device=values[0].device)
         return [Contribution(Activation(values[0]), setting.weight("one", one), apply, uniform)]
+
+
+_ALONG = frozenset([torch.ops.aten.mean, torch.ops.aten.sum, torch.ops.aten.cumsum])
+"""What adds up along the axes it is told, or along all."""
+
+_POSITIONS = {
+    getattr(torch.ops.aten, name): axes
+    for axes, names in enumerate(
+        (
+            "avg_pool1d adaptive_avg_pool1d upsample_linear1d",
+            "avg_pool2d adaptive_avg_pool2d upsample_bilinear2d _upsample_bilinear2d_aa",
+            "avg_pool3d adaptive_avg_pool3d upsample_trilinear3d",
+        ),
+        start=1,
+    )
+    for name in names.split()
+}
+"""How many axes, the last, have positions that are averaged."""
 
 
 class Elementwise(WeightedSum):

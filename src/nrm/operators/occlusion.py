@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nrm.operators.base import Setting, fill
+from nrm.operators.base import Propagation, Setting, fill
 from nrm.operators.call import Call
 from nrm.operators.connections import Connections, Piece
 from nrm.operators.contribution import Contribution, TermSum
@@ -36,39 +36,12 @@ class Occluded(SharedOut):
     def group(self, index: int, known: Tensor | None = None) -> TermSum:
         return self._lost
 
-    def push(
-        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
-    ) -> Tensor:
-        known = next(mass for mass in masses if mass is not None)
-        pushed = known.new_zeros((len(known), *shape))
-        with torch.no_grad():
-            self._lost.push(masses, pushed)
-            if not normalized:
-                return pushed
-            total, vanished = self._column_sums
-            if vanished is None:
-                return pushed.div_(total)
-            pushed /= total.index_put(vanished, total.new_ones(()))
-            for row, mean in zip(pushed, self._means(masses, pushed), strict=True):
-                row[vanished] = mean[vanished]
-        return pushed
+    def absolute(self) -> Propagation | None:
+        return None
 
-    def _means(self, masses: Sequence[Tensor | None], like: Tensor) -> Iterator[Tensor]:
-        """For every row, the mean mass of each neuron's parents, or that of the leaf it is."""
-        parents = self.uniform.output
-        orphaned = parents == 0
-        for k, row in enumerate(like):
-            met = torch.zeros_like(row)
-            for part in self.parts:
-                mass = masses[part.operand]
-                if mass is not None:
-                    met += part.uniform(mass[k])
-            adopted = masses[-1] if self.adopts_orphans else None
-            if adopted is not None:
-                met += orphaned * adopted[k]
-            yield met / torch.where(orphaned, 1, parents)
-
-    def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
+    def by_channels(
+        self, message: Tensor, operand: int, samples: int, onward: Tensor | None = None
+    ) -> Iterator[Tensor] | None:
         return None  # it is no sum of terms
 
     def magnitude(self) -> Tensor:
@@ -98,12 +71,13 @@ class Losses(TermSum):
                 before = pulled[operand]
                 pulled[operand] = product if before is None else before + product
 
-    def push(self, masses: Sequence[Tensor | None], pushed: Tensor) -> None:
-        """Add `sum_i T~_ij mass_i`, operand by operand: the transpose of `pull`."""
-        for operand, part in zip(self.operands, self.parts, strict=True):
-            mass = masses[operand]
-            if mass is not None:
-                pushed += part.push(mass)
+    def push(self, masses: Sequence[Tensor | None]) -> Tensor | None:
+        pushed = [
+            part.push(mass)
+            for operand, part in zip(self.operands, self.parts, strict=True)
+            if (mass := masses[operand]) is not None
+        ]
+        return add_up(pushed) if pushed else None
 
 
 class Loss:

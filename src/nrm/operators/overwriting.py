@@ -49,6 +49,8 @@ class Overwriting(Routing):
 class Overwritten(Propagation):
     """`winners` numbers, from one, what was written at each neuron; zero: it is as it was."""
 
+    nonnegative = True
+
     def __init__(
         self, winners: Tensor, written: torch.Size, sides: list[int | None], operands: int
     ) -> None:

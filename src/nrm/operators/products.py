@@ -20,6 +20,7 @@ from nrm.operators.connections import Connections, Dense
 from nrm.operators.contribution import Contribution
 from nrm.operators.gradient_share import gradient_share
 from nrm.operators.identity import Unchanged
+from nrm.operators.layers import through_matrix
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Rule, Weight
 
@@ -60,6 +61,7 @@ class Split(Propagation):
     ) -> None:
         self.parts = [Unchanged(factor.shape, output) for factor in factors]
         self.alphas = alphas
+        self.nonnegative = min(alphas) >= 0
 
     def pull(
         self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
@@ -172,6 +174,9 @@ class MatrixProduct(WeightedSum):
             product = message @ weight.mT if side == 0 else weight.mT @ message
             return product if share == 1 else product.mul_(share)
 
+        def by_channels(factor: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
+            return through_matrix(factor, None if weight is None else weight.mT, share)
+
         stacks = not isinstance(self.factors, str) and _stacks_alike(x, w.value, side)
         return Contribution(
             Activation(x),
@@ -180,8 +185,14 @@ class MatrixProduct(WeightedSum):
             uniform=lambda factor: plain(factor, torch.ones_like(w.value)),
             transpose=transpose if stacks else None,
             operand=operand,
+            by_channels=by_channels if self._is_linear(call, side, w.value, share) else None,
             connections=self._connections(side, w.value),
         )
+
+    def _is_linear(self, call: Call, side: int, weight: Tensor, share: float) -> bool:
+        """Whether it is a linear layer: one variable times a constant matrix on its right."""
+        alone = not isinstance(self.factors, str) and not isinstance(self._pair(call)[1], Slot)
+        return alone and side == 0 and weight.dim() == 2 and share == 1
 
     def _connections(self, side: int, weight: Tensor) -> Callable[[torch.Size], Connections] | None:
         """Those of one variable with a constant matrix."""

@@ -46,6 +46,8 @@ class Routing(Operator):
 
 
 class Routed(Propagation):
+    nonnegative = True
+
     def __init__(self, leaves: list[Tensor], output: Tensor) -> None:
         self.leaves, self.output = leaves, output
 

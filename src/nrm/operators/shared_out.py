@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -108,42 +109,72 @@ class SharedOut(Propagation):
                 pulled[operand] = message.new_zeros((message.shape[0], *shape))
         return pulled
 
-    def by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor] | None:
-        parts = [part for part in self.parts if part.operand == operand]
-        if len(parts) != 1 or parts[0].weight_gradient is None:
-            return None
-        return self._by_weight(message, operand, samples)
+    def push(
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+    ) -> Tensor:
+        # Columns do not mix: what a message of ones is divided into says it for all.
+        known = next(mass for mass in masses if mass is not None)
+        pushed = known.new_zeros((len(known), *shape))
+        with torch.no_grad():
+            ones = known.new_ones((1, *shape))
+            for terms, share in self._shares(ones, normalized, every_column=True, real=False):
+                met = masses[-1] if terms is None else terms.push(masses)
+                if met is not None:
+                    pushed.addcmul_(share, met)
+        return pushed
 
-    def _by_weight(self, message: Tensor, operand: int, samples: int) -> Iterator[Tensor]:
+    def absolute(self) -> Propagation | None:
+        if self.rule.nonnegative:
+            return self
+        return AbsoluteShares(self)
+
+    def by_channels(
+        self, message: Tensor, operand: int, samples: int, onward: Tensor | None = None
+    ) -> Iterator[Tensor] | None:
+        parts = [part for part in self.parts if part.operand == operand]
+        if len(parts) != 1 or parts[0].by_channels is None:
+            return None
+        return self._by_channels(message, operand, samples, onward)
+
+    def _by_channels(
+        self, message: Tensor, operand: int, samples: int, onward: Tensor | None
+    ) -> Iterator[Tensor]:
         shares = [
-            (part, factor.chunk(samples), weight, share[0].chunk(samples))
+            (
+                part,
+                (factor if onward is None else factor * onward).chunk(samples),
+                weight,
+                share[0].chunk(samples),
+            )
             for terms, share in self._shares(message, normalized=True, every_column=True)
             for part, factor, weight in (terms.summands if terms is not None else ())
             if part.operand == operand
         ]
         for sample in range(samples):
             yield add_up(
-                part.by_weight(factor[sample], weight, share[sample])
+                part.by_channels(factor[sample], weight, share[sample])
                 for part, factor, weight, share in shares
+                if part.by_channels is not None
             )
 
     def _shares(
-        self, message: Tensor, normalized: bool, every_column: bool = False
+        self, message: Tensor, normalized: bool, every_column: bool = False, real: bool = True
     ) -> Iterator[tuple[TermSum | None, Tensor]]:
         """How a message is shared out: among which terms, `m_j gate_j / sum_i T~_ij` of each.
 
         `None`: what late leaves take of neurons without parents. Columns that have one sum are
-        added up, unless `every_column` is wanted.
+        added up, unless `every_column` is wanted. Neurons that have nowhere to give relevance to
+        are refused it, unless the message is not `real`.
         """
         if normalized and self.rule.by_sign:
             for index, taken in self._taken_by_sign(message):
-                share, stranded = self._divide(taken, self._sum_of(index), every_column)
+                share, stranded = self._divide(taken, self._sum_of(index), every_column, real)
                 yield from stranded
                 yield self.group(index), share
             return
         share = message
         if normalized:
-            share, stranded = self._divide(message, self._column_sums, every_column)
+            share, stranded = self._divide(message, self._column_sums, every_column, real)
             yield from stranded
         for index, gate in enumerate(self._gates):
             yield self.group(index), _gated(share, gate)
@@ -160,7 +191,7 @@ class SharedOut(Propagation):
             yield 1, opposed
 
     def _divide(
-        self, message: Tensor, sums: Sums, every_column: bool
+        self, message: Tensor, sums: Sums, every_column: bool, real: bool
     ) -> tuple[Tensor, list[tuple[TermSum | None, Tensor]]]:
         """A message divided by column sums, and what is at vanished columns, split uniformly."""
         total, vanished = sums
@@ -178,7 +209,7 @@ class SharedOut(Propagation):
         if not bool(stranded.any()):
             return share, []
         return share, self._split_uniformly(
-            stranded, vanished, total.shape if every_column else None
+            stranded, vanished, total.shape if every_column else None, real
         )
 
     @cached_property
@@ -211,7 +242,7 @@ class SharedOut(Propagation):
         return total, smaller_than(total, floor)
 
     def _split_uniformly(
-        self, stranded: Tensor, vanished: Coordinates, columns: torch.Size | None
+        self, stranded: Tensor, vanished: Coordinates, columns: torch.Size | None, real: bool
     ) -> list[tuple[TermSum | None, Tensor]]:
         """Split what met vanished columns: `[K, columns]` at the coordinates `vanished`.
 
@@ -233,7 +264,7 @@ class SharedOut(Propagation):
             adopted = stranded.new_zeros((len(stranded), *self.shapes[-1]))
             shares.append((None, adopted.index_put_((every, *vanished), orphaned)))
             stranded = stranded - orphaned
-        elif not stranded.requires_grad and bool(((count == 0) & (stranded != 0)).any()):
+        elif real and bool(((count == 0) & (stranded != 0)).any()):
             raise QueryError(
                 f"relevance reached neurons of {self.setting.address!r} that have no parents "
                 "(their whole receptive field is padding), so it has nowhere to go. Use "
@@ -307,6 +338,33 @@ class SharedOut(Propagation):
 
 def _gated(share: Tensor, gate: Gate) -> Tensor:
     return share if isinstance(gate, float) and gate == 1.0 else share * gate
+
+
+class AbsoluteShares(SharedOut):
+    """Every connection with the absolute size of its terms."""
+
+    nonnegative = True
+
+    def __init__(self, owner: SharedOut) -> None:
+        super().__init__(owner.parts, replace(owner.setting, strict=False), len(owner.shapes))
+        self.shapes, self._owner = owner.shapes, owner
+        self._sizes: dict[int, TermSum] = {}
+
+    def _shares(
+        self, message: Tensor, normalized: bool, every_column: bool = False, real: bool = True
+    ) -> Iterator[tuple[TermSum | None, Tensor]]:
+        for terms, share in self._owner._shares(message, normalized, every_column, real):
+            yield None if terms is None else self._size_of(terms), share.abs()
+
+    def _size_of(self, terms: TermSum) -> TermSum:
+        if id(terms) not in self._sizes:  # the owner keeps them
+            self._sizes[id(terms)] = TermSum(
+                [
+                    (part, factor.abs(), None if weight is None else weight.abs())
+                    for part, factor, weight in terms.summands
+                ]
+            )
+        return self._sizes[id(terms)]
 
 
 class _SumsOnDemand(Sequence[Tensor]):

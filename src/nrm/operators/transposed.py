@@ -12,6 +12,7 @@ from nrm.operators.base import Setting
 from nrm.operators.call import Call
 from nrm.operators.connections import Kernel
 from nrm.operators.contribution import Contribution
+from nrm.operators.convolutions import Convolution
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Rule
 
@@ -40,13 +41,20 @@ class TransposedConvolution(WeightedSum):
             output: Tensor = call(input=factor, weight=weight, bias=None)
             return output
 
+        x, convolution = values[0], Convolution(call, transposed=True)
+
+        def transpose(message: Tensor, weight: Tensor) -> Tensor:
+            return convolution.by_input(message, x, weight)
+
         return [
             Contribution(
-                Activation(values[0]),
+                Activation(x),
                 setting.weight("weight", weight),
                 apply,
                 uniform=lambda factor: apply(factor, weight.new_ones(weight.shape)),
-                connections=partial(Kernel, call, values[0].shape, transposed=True),
+                transpose=transpose if x.dim() == weight.dim() else None,
+                by_channels=convolution.by_channels,
+                connections=partial(Kernel, call, x.shape, transposed=True),
             )
         ]
 
