@@ -9,8 +9,15 @@ from torch import nn
 
 import nrm
 from nrm import composites, rules
-from nrm.composites import Composite, Everywhere, first
+from nrm.composites import Composite, Everywhere, first, kind
 from nrm.errors import QueryError
+from nrm.joint.contraction import contracted_pairs, find_contraction
+from nrm.operators import MatrixProduct
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch's own
+
+SLOW = "backward"
+"""The method that is always right."""
 
 RULES = {
     "zero": rules.Zero(),
@@ -28,9 +35,12 @@ RULES = {
 class Net(nn.Module):
     """Two convolutions with something before, between and after, and a head."""
 
-    def __init__(self, lower, upper, between=torch.relu, after=torch.relu, before=torch.relu):
+    def __init__(
+        self, lower, upper, between=torch.relu, after=torch.relu, before=torch.relu, dims=2
+    ):
         super().__init__()
-        self.start, self.lower, self.upper = nn.LazyConv2d(4, 1), lower, upper
+        start = (nn.LazyConv1d, nn.LazyConv2d, nn.LazyConv3d)[dims - 1]
+        self.dims, self.start, self.lower, self.upper = dims, start(4, 1), lower, upper
         self.before, self.between, self.after = before, between, after
         self.head = nn.LazyLinear(3)
 
@@ -41,6 +51,23 @@ class Net(nn.Module):
 
 def conv(*args, **kwargs):
     return nn.Conv2d(*args, **kwargs)
+
+
+def up(*args, **kwargs):
+    return nn.ConvTranspose2d(*args, **kwargs)
+
+
+class Pooled(nn.Module):
+    """A pooling and a batch norm that no layer takes in."""
+
+    def __init__(self, pooling, channels=6):
+        super().__init__()
+        self.pooling, self.norm = pooling, nn.BatchNorm2d(channels)
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.pooling(torch.relu(x))))
 
 
 class Norm(nn.Module):
@@ -63,6 +90,13 @@ NETS = {
     "dilated": lambda: Net(conv(4, 6, 1), conv(6, 5, 2, dilation=2, padding=1)),
     "grouped": lambda: Net(conv(4, 6, 1), conv(6, 4, 2, groups=2)),
     "depthwise": lambda: Net(conv(4, 6, 1), conv(6, 12, 3, groups=6, padding=1)),
+    "depthwise alone": lambda: Net(conv(4, 6, 1), conv(6, 6, 3, groups=6, padding=1)),
+    "depthwise below": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), Pooled(conv(6, 6, 3, groups=6, padding=2))
+    ),
+    "depthwise above": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), after=Pooled(conv(5, 5, 2, groups=5, stride=2), 5)
+    ),
     "pooled": lambda: Net(
         conv(4, 6, 1), conv(6, 5, 2), lambda h: F.max_pool2d(torch.relu(h), 3, 1, 1)
     ),
@@ -71,6 +105,72 @@ NETS = {
     ),
     "normalised": lambda: Net(conv(4, 6, 1), Norm()),
     "same": lambda: Net(conv(4, 6, 1), conv(6, 5, 3, padding="same")),
+    "same, even": lambda: Net(conv(4, 6, 2, padding="same"), conv(6, 4, (2, 3), padding="same")),
+    "same, wide": lambda: Net(
+        conv(4, 6, 1), conv(6, 4, (4, 2), padding="same", dilation=(1, 3), groups=2)
+    ),
+    "valid": lambda: Net(conv(4, 6, 1), conv(6, 5, 2, padding="valid", stride=2)),
+    "transposed": lambda: Net(up(4, 6, 2), up(6, 5, 3, stride=2, padding=1, output_padding=1)),
+    "transposed, with gaps": lambda: Net(conv(4, 6, 1), up(6, 5, 1, stride=2)),
+    "transposed in groups": lambda: Net(
+        conv(4, 6, 2, stride=2), up(6, 4, (2, 3), groups=2, dilation=2, padding=(1, 0))
+    ),
+    "of one dimension": lambda: Net(
+        nn.Conv1d(4, 6, 3), nn.Conv1d(6, 4, 2, padding=1, groups=2), dims=1
+    ),
+    "same, of one dimension": lambda: Net(
+        nn.Conv1d(4, 6, 1), nn.Conv1d(6, 5, 4, padding="same"), dims=1
+    ),
+    "transposed, of one dimension": lambda: Net(
+        nn.Conv1d(4, 6, 2), nn.ConvTranspose1d(6, 5, 3, stride=2), dims=1
+    ),
+    "of three dimensions": lambda: Net(
+        nn.Conv3d(4, 6, 2), nn.Conv3d(6, 5, 2, stride=2, padding=1), dims=3
+    ),
+    "same, of three dimensions": lambda: Net(
+        nn.Conv3d(4, 6, 1), nn.Conv3d(6, 5, (1, 2, 3), padding="same"), dims=3
+    ),
+    "transposed, of three dimensions": lambda: Net(
+        nn.Conv3d(4, 6, 2), nn.ConvTranspose3d(6, 4, 2, groups=2), dims=3
+    ),
+    "averaged": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), lambda h: F.avg_pool2d(torch.relu(h), 3, 2, 1)
+    ),
+    "averaged, with signs": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), lambda h: F.avg_pool2d(h, 2, ceil_mode=True), torch.tanh
+    ),
+    "averaged after": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), after=lambda h: F.avg_pool2d(torch.relu(h), 2)
+    ),
+    "averaged before": lambda: Net(
+        conv(4, 6, 2), conv(6, 5, 2), before=lambda h: F.avg_pool2d(torch.relu(h), 2)
+    ),
+    "averaged, then normalised": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), Pooled(nn.AvgPool2d(2, 1))
+    ),
+    "averaged to a size": lambda: Net(
+        conv(4, 6, 1),
+        conv(6, 5, 2),
+        Pooled(nn.AdaptiveAvgPool2d((4, 3))),
+        Pooled(nn.AdaptiveAvgPool2d(2), 5),
+    ),
+    "averaged and largest": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), lambda h: F.avg_pool2d(F.max_pool2d(h.relu(), 2, 1), 2, 1)
+    ),
+    "enlarged": lambda: Net(
+        conv(4, 6, 1),
+        conv(6, 5, 2),
+        lambda h: F.interpolate(torch.relu(h), scale_factor=1.5, mode="bilinear"),
+    ),
+    "averaged by rows": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, (1, 2)), lambda h: torch.relu(h).mean(-2, keepdim=True)
+    ),
+    "averaged over all": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), after=lambda h: torch.relu(h).mean((2, 3))
+    ),
+    "scaled and added to": lambda: Net(
+        conv(4, 6, 1), conv(6, 5, 2), lambda h: torch.relu(h) * 2 + torch.ones(6, 1, 1)
+    ),
     "permuted": lambda: Net(conv(4, 6, 1), conv(6, 5, 2), lambda h: torch.relu(h).flip(1)),
     "rolled": lambda: Net(conv(4, 6, 1), conv(6, 5, 2), after=lambda h: h.roll(2, 1)),
 }
@@ -78,17 +178,18 @@ NETS = {
 
 def measure(name, rule, bias, batch=2):
     torch.manual_seed(0)
-    model, x = NETS[name](), torch.randn(batch, 2, 6, 6)
+    model = NETS[name]()
+    x = torch.randn(batch, 2, *(9, 6, 5)[model.dims - 1 : model.dims] * model.dims)
     model(x)
     return nrm.Explainer(model.double().eval(), Everywhere(RULES[rule]), bias=bias)(
         x.double(), target=1
     )
 
 
-def agree(R, a, b, *sets, way="contraction"):
-    assert R.joint_method(a, b) == way
+def agree(R, a, b, *sets, contracts=True):
+    assert (R.joint_method(a, b) == "contraction") == contracts
     quick = R.joint(a, b, *sets)
-    slow = R.joint(a, b, *sets, method="messages")
+    slow = R.joint(a, b, *sets, method=SLOW)
     scale = max(1.0, float(R.diagnostics().total_variation.max()))
     torch.testing.assert_close(quick, slow, atol=1e-10 * scale, rtol=0)
     torch.testing.assert_close(quick, R.joint(b, a, *sets).transpose(1, 2))
@@ -97,7 +198,7 @@ def agree(R, a, b, *sets, way="contraction"):
 
 @pytest.mark.parametrize("bias", ["drop", "input"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", [name for name in NETS if name not in ("same",)])
+@pytest.mark.parametrize("name", NETS)
 def test_pairs_of_convolutions(name, rule, bias):
     R = measure(name, rule, bias)
     pairs = agree(R, "lower", "upper")
@@ -106,9 +207,25 @@ def test_pairs_of_convolutions(name, rule, bias):
     torch.testing.assert_close(pairs.sum((1, 2)), R("lower", "upper"), atol=1e-10 * bound, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["pooled after", "rolled", "plain"])
-def test_layers_may_be_taken_on_either_side_of_what_has_one_parent(name):
-    R = measure(name, "gamma", "drop")
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pooled after",
+        "rolled",
+        "plain",
+        "averaged",
+        "averaged after",
+        "averaged to a size",
+        "averaged, then normalised",
+        "averaged over all",
+        "averaged, with signs",
+        "depthwise below",
+        "depthwise above",
+    ],
+)
+def test_layers_may_be_taken_on_either_side_of_what_keeps_channels_apart(name, bias):
+    R = measure(name, "gamma", bias)
     upper = next(v for v in R.graph.variables if v.name == "head").producer.operands[0].name
     flat = R.graph.variable(upper).producer.operands[0].name
     for a in ("lower", R.graph.variable("upper").producer.operands[0].name):
@@ -124,9 +241,9 @@ def test_pairs_given_sets_above_and_of_one_sample():
 
 def test_other_layers_are_joined_by_messages():
     """Where the contraction does not do, messages are sent, and it says so."""
-    R = measure("same", "gamma", "drop")
-    agree(R, "lower", "upper", way="messages")
-    agree(R, "start", "upper", way="messages")  # two weighted sums between
+    R = measure("averaged", "gamma", "drop")
+    agree(R, "start", "upper", contracts=False)  # two convolutions between
+    agree(R, "lower", R.graph.variable("upper").producer.operands[0].name, contracts=False)  # none
     with pytest.raises(QueryError, match="not just one"):
         R.joint("start", "upper", method="contraction")
     with pytest.raises(QueryError, match="method is one of"):
@@ -155,7 +272,7 @@ def test_pairs_across_a_concatenation():
     torch.testing.assert_close(agree(R, "joined", "b"), whole[:, :, 3:])
     for branch in ("a", "b"):
         agree(R, branch, "input")
-        agree(R, ":cat", "input", way="messages")  # over two convolutions side by side
+        agree(R, ":cat", "input", contracts=False)  # over two convolutions side by side
 
 
 def test_pairs_of_linear_layers_and_of_what_is_flattened():
@@ -233,7 +350,7 @@ def test_occlusion_has_no_terms_to_contract():
     R = nrm.Explainer(model.double().eval(), composites.Occlusion())(
         torch.rand(1, 1, 4, 4).double(), target=0
     )
-    agree(R, "0", "2", way="messages")
+    agree(R, "0", "2", contracts=False)
 
 
 def test_pairs_of_neurons_and_of_sets():
@@ -242,7 +359,7 @@ def test_pairs_of_neurons_and_of_sets():
     upper = [nrm.patch("upper", row, slice(None)) for row in range(3)] + [nrm.channels("upper", 1)]
     lower = nrm.clusters(R, "lower", 3)
     pairs = R.joint(upper, lower)
-    assert R.joint_method(upper, lower) == "messages"
+    assert R.joint_method(upper, lower) != "contraction"
     expected = torch.stack([torch.stack([R(a, b) for b in lower], -1) for a in upper], 1)
     torch.testing.assert_close(pairs, expected)
     torch.testing.assert_close(R.joint(lower, upper, memory=1), expected.transpose(1, 2))
@@ -260,7 +377,7 @@ def test_pairs_of_neurons_and_of_sets():
 
 def test_divisions_that_cannot_be_are_refused():
     R = measure("plain", "gamma", "drop")
-    with pytest.raises(QueryError, match="two different"):
+    with pytest.raises(QueryError, match="different layers"):
         R.joint([nrm.channels("upper", 0)], "upper")
     with pytest.raises(nrm.NrmError, match="one layer"):
         R.joint([nrm.channels("upper", 0), nrm.channels("lower", 0)], "start")
@@ -288,15 +405,15 @@ def test_ties_are_told_from_winners_among_many_channels(dtype):
             h = torch.relu(self.a(x)).view(-1, 3000, 2).amax(2)
             return self.c(torch.relu(self.b(h)))
 
-    for tied, way in ((False, "contraction"), (True, "messages")):
+    for tied in (False, True):
         torch.manual_seed(0)
         model = Tied(tied).to(dtype).eval()
         R = nrm.Explainer(model, Everywhere(rules.ZPlus()), bias="input")(
             torch.tensor([[0.3, 0.7]], dtype=dtype), target=0
         )
-        assert R.joint_method("a", "b") == way
+        assert (R.joint_method("a", "b") == "contraction") != tied
         pairs = R.joint("a", "b")
-        torch.testing.assert_close(pairs, R.joint("a", "b", method="messages"))
+        torch.testing.assert_close(pairs, R.joint("a", "b", method=SLOW))
         if tied:
             torch.testing.assert_close(pairs[:, 4100], pairs[:, 4101])
 
@@ -316,7 +433,7 @@ def test_many_channels_behind_a_pooling():
     R = nrm.Explainer(Wide().eval(), Everywhere(rules.ZPlus()))(torch.randn(2, 1, 4), target=0)
     assert R.joint_method("a", "b") == "contraction"
     torch.testing.assert_close(
-        R.joint("a", "b"), R.joint("a", "b", method="messages"), atol=1e-6, rtol=1e-4
+        R.joint("a", "b"), R.joint("a", "b", method=SLOW), atol=1e-6, rtol=1e-4
     )
 
 
@@ -344,3 +461,136 @@ def test_sides_of_pairs_that_are_none_are_refused():
         nrm.mask("upper", torch.rand(R.marginal("upper").shape) > 0.5),
     ]
     torch.testing.assert_close(R.heatmaps(both), torch.stack([R.heatmap(s) for s in both]))
+
+
+class OnTheRight(nn.Module):
+    """Linear layers as products with matrices of their own, as GPT-2 has them."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product = product
+        self.weights = nn.ParameterList([torch.randn(4, 6), torch.randn(6, 5), torch.randn(5, 3)])
+        self.biases = nn.ParameterList([torch.randn(6), torch.randn(5), torch.randn(3)])
+
+    def forward(self, x):
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            x = self.product(torch.tanh(x), weight, bias)
+        return x.flatten(1)
+
+
+PRODUCTS = {
+    "addmm": lambda x, w, b: torch.addmm(b, x, w),
+    "scaled": lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=-2),
+    "mm": lambda x, w, b: x.mm(w),
+    "matmul": lambda x, w, b: x @ w + b,
+    "addmm of one row for each token": lambda x, w, b: torch.addmm(
+        b, x.view(-1, x.shape[-1]), w
+    ).view(*x.shape[:-1], w.shape[1]),
+}
+
+
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_pairs_of_products_with_a_matrix(name, rule, bias):
+    torch.manual_seed(0)
+    model = OnTheRight(PRODUCTS[name]).double().eval()
+    shape = {"matmul": (2, 7, 4), "addmm of one row for each token": (1, 7, 4)}.get(name, (2, 4))
+    R = nrm.Explainer(model, Everywhere(RULES[rule]), bias=bias)(
+        torch.randn(shape).double(), target=1
+    )
+    products = [op for op in R.graph.operations if isinstance(op.operator, MatrixProduct)]
+    first, second, third = (product.output.name for product in products)
+    agree(R, first, second)
+    agree(R, second, third)
+    if len(shape) == 2:
+        agree(R, "input", first)
+
+
+def test_a_matrix_on_the_left_mixes_positions():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.w = nn.Linear(3, 4), nn.Linear(20, 2), torch.randn(5, 6)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.w @ self.a(x)).flatten(1))
+
+    torch.manual_seed(0)
+    model = Mixed()
+    model.w = model.w.double()
+    R = nrm.Explainer(model.double().eval(), rules.Gamma(0.25))(
+        torch.randn(2, 6, 3).double(), target=0
+    )
+    agree(R, "a", ":matmul", contracts=False)
+
+
+@pytest.mark.parametrize("size", [1, (2, 3)])
+@pytest.mark.parametrize("rule", RULES)
+def test_pairs_across_a_pooling_and_a_linear_layer(rule, size):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(size),
+        nn.Flatten(),
+        nn.LazyLinear(6),
+        nn.ReLU(),
+        nn.Linear(6, 3),
+    )
+    x = torch.rand(2, 2, 6, 6)
+    model(x)
+    for bias in ("drop", "input"):
+        R = nrm.Explainer(model.double().eval(), Everywhere(RULES[rule]), bias=bias)(
+            x.double(), target=0
+        )
+        for lower in ("0", "1", "2"):
+            agree(R, lower, "4")
+            agree(R, lower, "5")
+        agree(R, "2", "0", contracts=False)  # nothing between that joins channels
+        agree(R, "3", "input", contracts=size == 1)
+
+
+class Residual(nn.Module):
+    """A branch beside a skip connection between two convolutions, and a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.gate, self.c = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 2)
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        h = torch.relu(self.b(x) + x)
+        h = self.c(h * torch.sigmoid(self.gate(x)))
+        return self.head(F.avg_pool2d(h, 2).flatten(1))
+
+
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_flows_past_a_skip_connection_is_left_out(rule, bias):
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(2, 2, 6, 6)
+    model(x)
+    composite = Composite([(kind("product"), rules.Uniform())], RULES[rule])
+    R = nrm.Explainer(model.double().eval(), composite, bias=bias)(x.double(), target=0)
+    agree(R, "b", "c")
+    agree(R, "gate", "c")
+    agree(R, ":mul", ":avg_pool2d")
+    agree(R, "a", "c", contracts=False)  # over the branch and beside it
+
+
+@pytest.mark.parametrize("name", ["plain", "averaged", "transposed", "same, even", "pooled"])
+def test_pairs_with_factors_at_the_lower_layer(name):
+    """As for bounds: what becomes of walks below is a factor at each neuron."""
+    R = measure(name, "alpha2beta1", "input")
+    forward = R.forward_pass
+    upper, lower = R.graph.variable("upper"), R.graph.variable("lower")
+    message = R.marginal("upper").unsqueeze(0)
+    onward = torch.randn(1, *forward.shape(lower)).double()
+    found = find_contraction(forward, upper, lower)
+    pairs = contracted_pairs(forward, message, upper, lower, found, onward)
+    for channel in range(pairs.shape[1]):
+        expected = R.marginal("lower", nrm.channels("upper", channel)) * onward[0]
+        torch.testing.assert_close(pairs[:, channel], expected.sum((2, 3)), atol=1e-10, rtol=1e-10)

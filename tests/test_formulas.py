@@ -489,7 +489,7 @@ def test_many_heatmaps_at_once():
             ]
             done = []
             for memory in (2**28, 1):
-                found = R.heatmaps(conditions, memory=memory, advance=done.append)
+                found = R.heatmaps(conditions, memory=memory, progress=done.append)
                 for heatmap, condition in zip(found, conditions, strict=True):
                     listed = condition if isinstance(condition, list) else [condition]
                     torch.testing.assert_close(heatmap, R.heatmap(*listed))

@@ -12,9 +12,13 @@ from nrm.graph import Variable
 from nrm.neurons import channel_axis
 
 
-def sum_by_channel(message: Tensor, variable: Variable) -> Tensor:
-    """`[K, *shape]` summed over all neurons of a channel: `[K, batch, C]`."""
-    axis = _axis(message, variable)
+def sum_by_channel(message: Tensor, variable: Variable, along: int | None = None) -> Tensor:
+    """`[K, *shape]` summed over all neurons of a channel: `[K, batch, C]`.
+
+    Arguments:
+        along: another axis, not counting the batch, whose places are taken for channels.
+    """
+    axis = _axis(message, variable, along)
     if variable.batch_axis is None:  # all of it is one sample
         first = message.movedim(axis, 1).unsqueeze(1)
     else:
@@ -22,13 +26,25 @@ def sum_by_channel(message: Tensor, variable: Variable) -> Tensor:
     return first.reshape(*first.shape[:3], -1).sum(-1)
 
 
-def split_by_channel(message: Tensor, variable: Variable, chosen: Sequence[int]) -> Tensor:
+def split_by_channel(
+    message: Tensor, variable: Variable, chosen: Sequence[int], along: int | None = None
+) -> Tensor:
     """The parts of a message `[K, *shape]` that channels hold: `[K * len(chosen), *shape]`."""
-    axis = _axis(message, variable)
+    axis = _axis(message, variable, along)
     split = message.new_zeros((len(chosen), *message.shape))
     for part, channel in zip(split, chosen, strict=True):
         part.narrow(axis, channel, 1).copy_(message.narrow(axis, channel, 1))
     return split.transpose(0, 1).flatten(0, 1)
+
+
+def keep_channels(
+    message: Tensor, variable: Variable, chosen: Sequence[int], along: int | None = None
+) -> Tensor:
+    """The part of a message `[K, *shape]` that some channels hold together."""
+    axis = _axis(message, variable, along)
+    kept = message.new_zeros(message.shape[axis])
+    kept[list(chosen)] = 1
+    return message * kept.view(-1, *(1,) * (message.dim() - 1 - axis))
 
 
 def only_sample(message: Tensor, variable: Variable, sample: int) -> Tensor:
@@ -50,12 +66,18 @@ def require_samples_apart(variable: Variable, batch: int) -> None:
         )
 
 
-def _axis(message: Tensor, variable: Variable) -> int:
+def _axis(message: Tensor, variable: Variable, along: int | None) -> int:
     """Where the channels lie in a message `[K, *shape]`."""
     shape = list(message.shape[1:])
+    if variable.batch_axis is not None:
+        del shape[variable.batch_axis]
+    if along is None:
+        axis = channel_axis(variable, torch.Size(shape)) + 1
+    elif -len(shape) <= along < len(shape):
+        axis = along % len(shape) + 1
+    else:
+        raise QueryError(f"{variable.name!r} has no axis {along}: its neurons are {tuple(shape)}.")
     if variable.batch_axis is None:
-        return channel_axis(variable, torch.Size(shape)) + 1
+        return axis
     batch = variable.batch_axis + 1
-    del shape[batch - 1]
-    axis = channel_axis(variable, torch.Size(shape)) + 1
     return axis + 1 if axis >= batch else axis

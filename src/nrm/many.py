@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from nrm.chunks import in_chunks, message_size
 from nrm.graph import Variable
 from nrm.passing import Messages, send
 from nrm.placing import Stops
@@ -19,40 +20,44 @@ Chain = Sequence[Stops]
 def marginals_of_chains(
     forward: Pass,
     start: Messages,
-    chains: Sequence[Chain],
+    chains: Mapping[int, Chain],
     variable: Variable,
+    found: Tensor,
     memory: int,
     advance: Callable[[int], None],
-) -> Tensor:
-    """`[chains, *shape]`: every neuron's relevance jointly with each chain of sets above it.
+) -> None:
+    """Every neuron's relevance jointly with each chain of sets above it.
 
     Chains over the same layers travel together, as many at a time as the memory allows; what lies
     above their first layer is passed once.
 
     Arguments:
-        memory: bytes that the messages travelling at once may take, roughly.
+        chains: by the row of `found` where the result goes.
+        found: `[rows, *shape]`, zero.
+        memory: bytes that the messages travelling at once may take.
         advance: called with the number of chains just done.
     """
-    found = forward.output.new_zeros((len(chains), *forward.shape(variable)))
     groups: dict[tuple[frozenset[Variable], ...], list[int]] = {}
-    for place, chain in enumerate(chains):
-        groups.setdefault(tuple(frozenset(stops) for stops in chain), []).append(place)
-    largest = max(forward.shape(v).numel() for v in forward.graph.variables)
-    chunk = max(1, memory // (4 * largest * found.element_size()))
-    for layers, places in groups.items():
-        first = start
-        if layers:
-            first = send(forward, start, dict.fromkeys(layers[0])) if len(layers[0]) == 1 else start
-        for begin in range(0, len(places), chunk):
-            chosen = places[begin : begin + chunk]
+    for row, chain in chains.items():
+        groups.setdefault(tuple(frozenset(stops) for stops in chain), []).append(row)
+    for layers, rows in groups.items():
+        first, begin = start, forward.graph.output
+        if layers and len(layers[0]) == 1:
+            (begin,) = layers[0]
+            first = send(forward, start, {begin: None})
+
+        def travelled(
+            chosen: Sequence[int], first: Messages = first, depths: int = len(layers)
+        ) -> None:
             messages = first
-            for depth in range(len(layers)):
+            for depth in range(depths):
                 messages = send(forward, messages, _stacked([chains[c][depth] for c in chosen]))
             arrived = send(forward, messages, {variable: None}).get(variable)
             if arrived is not None:
                 found[chosen] = arrived.expand(len(chosen), *arrived.shape[1:])
             advance(len(chosen))
-    return found
+
+        in_chunks(rows, memory, message_size(forward, begin, variable), travelled)
 
 
 def _stacked(sets: Sequence[Stops]) -> Stops:

@@ -135,6 +135,30 @@ def send(
         return itinerary.arrived
 
 
+def bring_up(forward: Pass, mass: Tensor, lower: Variable, upper: Variable) -> Tensor:
+    """`F(j) = sum_i R(i|j) F(i)` over the walks from `upper` to `lower`: the transpose of `send`.
+
+    Arguments:
+        mass: `[K, *shape of lower]`; walks that do not come to `lower` count zero.
+
+    Returns:
+        `[K, *shape of upper]`.
+    """
+    graph = forward.graph
+    between = graph.upstream(upper) | {upper}
+    masses = {lower: mass}
+    with torch.inference_mode(False), torch.no_grad():
+        for variable in graph.variables[lower.index + 1 : upper.index + 1]:
+            operation = variable.producer
+            if operation is None or variable not in between:
+                continue
+            given = [masses.get(operand) for operand in operation.operands]
+            if any(one is not None for one in given):
+                pushed = forward.propagations[operation].push(given, forward.shape(variable))
+                masses[variable] = pushed
+    return masses.get(upper, mass.new_zeros((len(mass), *forward.shape(upper))))
+
+
 class _ToStops:
     """One message, of all walks that have not met a stop."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nrm.chunks import in_chunks, message_size
 from nrm.graph import Variable
 from nrm.passing import send
 from nrm.program import Pass
@@ -51,17 +53,17 @@ class Prefixes:
     def step(self, forward: Pass, lower: Variable, memory: int) -> Prefixes:
         """Every prefix with every node of a lower layer that its message gets to."""
         shape = forward.shape(self.variable)
-        between = forward.graph.variables[lower.index : self.variable.index + 1]
-        largest = max(forward.shape(variable).numel() for variable in between)
-        chunk = max(1, memory // (4 * largest * self.held.element_size()))
-        found = []
-        for begin in range(0, len(self), chunk):
-            part = self._at(slice(begin, begin + chunk))
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def stepped(chosen: Sequence[int]) -> None:
+            part = self._at(slice(chosen[0], chosen[-1] + 1))
             arrived = send(forward, {self.variable: part._messages(shape)}, {lower: None})
-            if lower not in arrived:
-                continue
-            parents, nodes, held = _parts(arrived[lower], self.axis)
-            found.append((parents + begin, nodes, held))
+            if lower in arrived:
+                parents, nodes, held = _parts(arrived[lower], self.axis)
+                found.append((parents + chosen[0], nodes, held))
+
+        each = message_size(forward, self.variable, lower)
+        in_chunks(range(len(self)), memory, each, stepped)
         if not found:
             blank = self.held.new_zeros((0, *forward.shape(lower)))
             found.append(_parts(blank, self.axis))

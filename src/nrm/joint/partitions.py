@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nrm.channels import require_samples_apart, split_by_channel, sum_by_channel
+from nrm.channels import keep_channels, require_samples_apart, split_by_channel, sum_by_channel
 from nrm.errors import NeuronSetError
 from nrm.formulas import NeuronSet
 from nrm.graph import Variable
+from nrm.neurons import channels, neurons
 from nrm.placing import neuron_shape, resolve
 from nrm.program import Pass
 
-Division = Literal["channel", "neuron"]
-"""What a layer is divided into."""
+Division = Literal["channel", "neuron"] | int
+"""What a layer is divided into; a number is that of an axis, not counting the batch: the nodes of
+a graph, the tokens of a text."""
 
 
 class Partition(ABC):
@@ -26,55 +28,85 @@ class Partition(ABC):
     Attributes:
         variable: the layer.
         size: how many parts there are.
+        name: the layer's, as it was given.
     """
 
     def __init__(self, variable: Variable, size: int) -> None:
         self.variable, self.size = variable, size
+        self.name = variable.name
 
     @abstractmethod
     def split(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
         """The parts of a message `[1, *shape]` that are held by some: `[chosen, *shape]`."""
 
+    def keep(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
+        """The part of a message `[1, *shape]` that some parts, which do not overlap, hold
+        together."""
+        return self.split(message, chosen).sum(0, keepdim=True)
+
     @abstractmethod
     def add_up(self, message: Tensor) -> Tensor:
         """`[K, *shape]` summed over the neurons of each part: `[K, batch, parts]`."""
 
+    @abstractmethod
+    def set_of(self, part: int) -> NeuronSet:
+        """One part, to query on with."""
+
+    def covered(self, message: Tensor) -> Tensor:
+        """The part of a message that is at neurons of any part."""
+        return message
+
 
 class Channels(Partition):
-    """A part for each channel."""
+    """A part for each channel, or for each place of another axis, not counting the batch."""
 
-    def __init__(self, variable: Variable, forward: Pass) -> None:
+    def __init__(self, variable: Variable, forward: Pass, axis: int | None = None) -> None:
+        self.axis = axis
         blank = forward.output.new_zeros(()).expand(1, *forward.shape(variable))
-        super().__init__(variable, sum_by_channel(blank, variable).shape[-1])
+        super().__init__(variable, sum_by_channel(blank, variable, axis).shape[-1])
 
     def split(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
-        return split_by_channel(message, self.variable, chosen)
+        return split_by_channel(message, self.variable, chosen, self.axis)
+
+    def keep(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
+        return keep_channels(message, self.variable, chosen, self.axis)
 
     def add_up(self, message: Tensor) -> Tensor:
-        return sum_by_channel(message, self.variable)
+        return sum_by_channel(message, self.variable, self.axis)
+
+    def set_of(self, part: int) -> NeuronSet:
+        return channels(self.variable.name, part, axis=self.axis)
 
 
 class Neurons(Partition):
     """A part for each neuron, in the order in which they lie without the batch axis."""
 
     def __init__(self, variable: Variable, forward: Pass) -> None:
-        super().__init__(variable, neuron_shape(variable, forward).numel())
+        self.shape = neuron_shape(variable, forward)
+        super().__init__(variable, self.shape.numel())
 
     def split(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
         flat = self.add_up(message)[0]
         picked = torch.zeros((len(chosen), *flat.shape), dtype=flat.dtype, device=flat.device)
         for part, neuron in zip(picked, chosen, strict=True):
             part[:, neuron] = flat[:, neuron]
-        axis, shape = self.variable.batch_axis, list(message.shape[1:])
+        return self.lay_out(picked)
+
+    def lay_out(self, flat: Tensor) -> Tensor:
+        """`[K, batch, neurons]` as a message `[K, *shape]`."""
+        axis = self.variable.batch_axis
         if axis is None:
-            return picked.view(-1, *shape)
-        samples = shape.pop(axis)
-        return picked.view(-1, samples, *shape).movedim(1, axis + 1)
+            return flat.reshape(len(flat), *self.shape)
+        return flat.reshape(*flat.shape[:2], *self.shape).movedim(1, axis + 1)
 
     def add_up(self, message: Tensor) -> Tensor:
         if self.variable.batch_axis is None:
             return message.flatten(1).unsqueeze(1)
         return message.movedim(self.variable.batch_axis + 1, 1).flatten(2)
+
+    def set_of(self, part: int) -> NeuronSet:
+        place = torch.unravel_index(torch.tensor(part), self.shape)
+        return neurons(self.variable.name, tuple(int(index) for index in place))
 
 
 class Sets(Partition):
@@ -97,6 +129,7 @@ class Sets(Partition):
         (variable,) = variables
         require_samples_apart(variable, forward.batch)
         super().__init__(variable, len(sets))
+        self.sets = list(sets)
         self.masks = []
         for stops in masks:
             mask = stops[variable]
@@ -114,6 +147,15 @@ class Sets(Partition):
             found.append(inside.flatten(2).sum(2) if inside.dim() > 2 else inside)
         return torch.stack(found, -1)
 
+    def set_of(self, part: int) -> NeuronSet:
+        return self.sets[part]
+
+    def covered(self, message: Tensor) -> Tensor:
+        union = self.masks[0]
+        for mask in self.masks[1:]:
+            union = torch.maximum(union, mask)
+        return message * union
+
 
 def partition(parts: str | Sequence[NeuronSet], by: Division, forward: Pass) -> Partition:
     """The parts of a layer: neuron sets as they are; of a layer by name, its channels or neurons.
@@ -121,10 +163,16 @@ def partition(parts: str | Sequence[NeuronSet], by: Division, forward: Pass) -> 
     Raises:
         NeuronSetError, QueryError: they cannot be told.
     """
-    if by not in get_args(Division):
-        raise NeuronSetError(f"layers are divided by 'channel' or 'neuron', not {by!r}.")
+    axis = by if isinstance(by, int) and not isinstance(by, bool) else None
+    if axis is None and by not in ("channel", "neuron"):
+        raise NeuronSetError(
+            f"layers are divided by 'channel', 'neuron' or the number of an axis, not {by!r}."
+        )
     if not isinstance(parts, str):
         return Sets(parts, forward)
     variable = forward.graph.variable(parts)
     require_samples_apart(variable, forward.batch)
-    return Channels(variable, forward) if by == "channel" else Neurons(variable, forward)
+    by_neuron = by == "neuron"
+    found = Neurons(variable, forward) if by_neuron else Channels(variable, forward, axis)
+    found.name = parts
+    return found
