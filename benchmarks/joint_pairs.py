@@ -1,13 +1,15 @@
 """All pairs of channels of two layers of VGG16, beside what zennit-crp's users would do.
 
-nrm: one forward pass, one relevance pass to the upper layer, one contraction. zennit-crp: one
-conditional attribution for every channel of the upper layer, the lower layer recorded. zennit
-restricted: one backward pass through the one convolution between the layers for every channel,
-which is the least that masks by hooks can do. Of the peers some channels are timed, and the time
-multiplied. Everything is timed in turn within one run. Weights are random, without biases, so that
-all compute the same; the figures of some channels are compared.
+nrm: one forward pass, one relevance pass to the upper layer, one contraction; for distant layers
+messages from the side with fewer channels. zennit-crp: one conditional attribution for every
+channel of the upper layer, the lower layer recorded. zennit restricted: one backward pass through
+what lies between the layers for every channel, which is the least that masks by hooks can do. Of
+the peers some channels are timed, and the time multiplied. Everything is timed in turn within one
+run. Weights are random, without biases, so that all compute the same; the figures of some channels
+are compared.
 
     python -m benchmarks.joint_pairs --json joint_pairs.json
+    python -m benchmarks.joint_pairs --layers features.10,features.28 --rounds 2 --channels 8
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import nrm
 from benchmarks.environment import ROOT, inside_crp, run_inside_crp
 from nrm import composites
 
-LOWER, UPPER, TARGET = "features.26", "features.28", 3
+TARGET = 3
 CHANNELS = 512
 
 
@@ -48,9 +50,13 @@ class Row:
 
 
 class Ways:
-    """The ways to all pairs, on one model and one input."""
+    """The ways to all pairs of two layers, on one model and one input.
 
-    def __init__(self, chosen: list[int]) -> None:
+    Arguments:
+        chosen: channels of the upper layer that are timed of the peers.
+    """
+
+    def __init__(self, lower: str, upper: str, chosen: list[int]) -> None:
         from nrm.cli.torchvision_mismatch import import_torchvision
 
         import_torchvision()
@@ -58,10 +64,11 @@ class Ways:
 
         torch.manual_seed(0)
         self.model: nn.Module = vgg16().eval().requires_grad_(False)
+        self.lower, self.upper = lower, upper
         self.x, self.chosen = torch.rand(1, 3, 224, 224), chosen
         self.explainer = nrm.Explainer(self.model, composites.EpsilonPlus())
         self.ready = self.explainer(self.x, target=TARGET)
-        self.ready.joint(UPPER, LOWER)
+        self.contracts = self.ready.joint_method(upper, lower) == "contraction"
 
     def forward_and_backward(self) -> Tensor:
         x = self.x.clone().requires_grad_()
@@ -71,22 +78,22 @@ class Ways:
 
     def whole_query(self) -> Tensor:
         """From the picture to all pairs."""
-        return self.explainer(self.x, target=TARGET).joint(UPPER, LOWER)[0]
+        return self.explainer(self.x, target=TARGET).joint(self.upper, self.lower)[0]
 
     def contraction(self) -> Tensor:
         """All pairs, of a message that is already there."""
-        from nrm.contraction import contracted_pairs, find_contraction
+        from nrm.joint.contraction import contracted_pairs, find_contraction
 
         graph = self.ready.graph
-        message = self.ready.marginal(UPPER).unsqueeze(0)
-        layers = graph.variable(UPPER), graph.variable(LOWER)
+        message = self.ready.marginal(self.upper).unsqueeze(0)
+        layers = graph.variable(self.upper), graph.variable(self.lower)
         found = find_contraction(self.ready.forward_pass, *layers)
         assert found is not None
         return contracted_pairs(self.ready.forward_pass, message, *layers, found)[0]
 
     def message(self) -> Tensor:
         """What `contraction` needs first, to be taken off its time."""
-        return self.ready.marginal(UPPER)
+        return self.ready.marginal(self.upper)
 
     def zennit_crp(self) -> Tensor:
         """A conditional attribution for each of some channels, as its tutorials do it."""
@@ -95,28 +102,28 @@ class Ways:
         from benchmarks.methods.hooks import composite
 
         attribution = CondAttribution(self.model)
-        conditions = [{UPPER: [channel], "y": [TARGET]} for channel in self.chosen]
+        conditions = [{self.upper: [channel], "y": [TARGET]} for channel in self.chosen]
         found = []
         for result in attribution.generate(
             self.x.clone().requires_grad_(),
             conditions,
             composite(),
-            record_layer=[LOWER],
+            record_layer=[self.lower],
             batch_size=8,
             verbose=False,
         ):
-            found.append(result.relevances[LOWER].flatten(2).sum(2))
+            found.append(result.relevances[self.lower].flatten(2).sum(2))
         return torch.cat(found)
 
     def restricted(self) -> Tensor:
-        """Backward through the one convolution alone, for each of some channels."""
+        """Backward through what lies between alone, for each of some channels."""
         from benchmarks.methods.hooks import composite
 
         layers: Any = self.model.features  # type: ignore[union-attr]
-        lower, upper = int(LOWER.rpartition(".")[2]), int(UPPER.rpartition(".")[2])
+        lower, upper = int(self.lower.rpartition(".")[2]), int(self.upper.rpartition(".")[2])
         with torch.no_grad():
             below = layers[: lower + 1](self.x)
-        whole = self.ready.marginal(UPPER) * self.ready.scale
+        whole = self.ready.marginal(self.upper) * self.ready.scale
         part = nn.Sequential(*layers[lower + 1 : upper + 1])
         found = []
         with composite().context(part) as modified:
@@ -137,6 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--channels", type=int, default=16, help="timed of zennit's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers", default="features.26,features.28")
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-crp")
     arguments = parser.parse_args()
     if not inside_crp():
@@ -144,7 +152,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
     step = CHANNELS // arguments.channels
-    ways = Ways(list(range(0, CHANNELS, step)))
+    lower, upper = arguments.layers.split(",")
+    ways = Ways(lower, upper, list(range(0, CHANNELS, step)))
     sys.stdout.write(f"{_differences(ways)}\n")
     rows = measured(ways, arguments.rounds)
     for row in rows:
@@ -162,11 +171,11 @@ def measured(ways: Ways, rounds: int) -> list[Row]:
     methods: dict[str, tuple[Callable[[], Tensor], float]] = {
         "forward+backward": (ways.forward_and_backward, 1),
         "nrm, whole query": (ways.whole_query, 1),
-        "nrm, contraction": (ways.contraction, 1),
-        "message": (ways.message, 1),
         "zennit-crp": (ways.zennit_crp, factor),
-        "zennit, one layer": (ways.restricted, factor),
+        "zennit, between": (ways.restricted, factor),
     }
+    if ways.contracts:
+        methods |= {"nrm, contraction": (ways.contraction, 1), "message": (ways.message, 1)}
     times: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
         for name, (run, scale) in methods.items():
@@ -175,12 +184,14 @@ def measured(ways: Ways, rounds: int) -> list[Row]:
             if turn:  # the first warms up
                 times[name].append(scale * (time.perf_counter() - begin))
     seconds = {name: statistics.median(found) for name, found in times.items()}
-    seconds["nrm, contraction"] -= seconds.pop("message")
-    against = {"zennit, one layer": seconds["nrm, contraction"]}
+    against = {}
+    if ways.contracts:
+        seconds["nrm, contraction"] -= seconds.pop("message")
+        against = {"zennit, between": seconds["nrm, contraction"]}
     return [
         Row(
             "vgg16",
-            f"{LOWER} x {UPPER}",
+            f"{ways.lower} x {ways.upper}",
             name,
             value,
             methods[name][1] != 1,
@@ -194,7 +205,7 @@ def measured(ways: Ways, rounds: int) -> list[Row]:
 def _differences(ways: Ways) -> str:
     pairs = ways.whole_query()[ways.chosen] * ways.ready.scale
     said = []
-    for name, found in (("zennit-crp", ways.zennit_crp()), ("one layer", ways.restricted())):
+    for name, found in (("zennit-crp", ways.zennit_crp()), ("between", ways.restricted())):
         error = float((found - pairs).abs().max() / pairs.abs().max())
         said.append(f"{name} differs by {error:.1e} of the largest pair")
     return "; ".join(said)

@@ -151,10 +151,36 @@ def test_the_top_walks_come_from_either_end():
     sizes = [abs(w.relevance) for w in walks.top(5, "absolute")]
     assert sizes == sorted(map(abs, values))[::-1][:5]
     assert len(walks.top(10**6)) == len(walks)
-    with pytest.raises(QueryError, match="'largest', 'smallest' or 'absolute'"):
+    with pytest.raises(QueryError, match="the order is one of"):
         walks.top(5, "best")
     with pytest.raises(QueryError, match="positive integer"):
         walks.top(0)
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest", "absolute"])
+@pytest.mark.parametrize("depth", [3, 4])
+def test_the_top_walks_are_found_without_listing_all(depth, order):
+    R, _ = _explained(depth)
+    found = gn.top_walks(R, k=10, order=order)
+    assert found.exact
+    assert found.visited < 1
+    layers = gn.node_layers(R)
+
+    def best(layers, k):
+        """With all that are no walks, as far as they are among the first k."""
+        every = gn.node_walks(R, *layers).relevance.tolist()
+        every += [0.0] * (NODES ** len(layers) - len(every))
+        key = {"largest": lambda r: -r, "smallest": lambda r: r, "absolute": lambda r: -abs(r)}
+        return [relevance for relevance in sorted(every, key=key[order])[:k] if relevance]
+
+    expected = best(layers, 10)
+    assert [flow.relevance for flow in found] == pytest.approx(expected, abs=1e-12)
+    for flow in found:
+        assert list(flow.parts) == layers
+        assert float(R(*flow.sets)) == pytest.approx(flow.relevance, abs=1e-12)
+    named = gn.top_walks(R, layers[0], layers[-1], k=3, order=order)
+    ends = (layers[0], layers[-1])
+    assert [f.relevance for f in named] == pytest.approx(best(ends, 3), abs=1e-12)
 
 
 def test_memory_only_decides_how_many_messages_travel_at_once():

@@ -210,7 +210,11 @@ def test_indices_as_tensors():
         (lambda R: R.top("0", k=-1), QueryError),
         (lambda R: R.top("0", k=0), QueryError),
         (lambda R: R.top("0", sample=1.5), QueryError),
-        (lambda R: R.top("0", beam=0), QueryError),
+        (lambda R: R.top("0", work=0), QueryError),
+        (lambda R: R.top("0", seconds=0), QueryError),
+        (lambda R: R.top("0", order="best"), QueryError),
+        (lambda R: R.top("0", method="beam"), QueryError),
+        (lambda R: R.top("0", "0"), QueryError),
         (lambda R: R.top(), QueryError),
     ],
 )

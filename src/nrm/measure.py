@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal
 
@@ -13,15 +14,16 @@ from nrm.diagnostics import Diagnostics, bias_shares, diagnose
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
+from nrm.joint.pairs import Method, all_combinations, best_method
+from nrm.joint.partitions import Division, Partition, partition
 from nrm.many import marginals_of_chains
-from nrm.pairs import Method, all_pairs, best_method
-from nrm.partitions import Division, Partition, partition
 from nrm.passing import Messages
 from nrm.placing import Stops, by_sample, divide, per_sample, resolve
 from nrm.program import Pass
+from nrm.progress import counted, narrowed
 from nrm.proper_form import ProperForm, depth, proper_form
 from nrm.query import Plan, Query
-from nrm.search import Flows, find_flows
+from nrm.search import Budget, Flows, Order, Way, find_flows
 from nrm.targets import Explained
 from nrm.weights import Weights, expected, weights_of
 
@@ -269,7 +271,7 @@ class Measure:
         *,
         at: str | None = None,
         memory: int = 2**28,
-        advance: Callable[[int], None] = lambda done: None,
+        progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
         """A heatmap jointly with each of many conditions: `heatmap(*condition)`, batched.
 
@@ -277,7 +279,8 @@ class Measure:
             conditions: each a set, formula or layer, or several that hold together.
             at: the input, for a model with several, or any other layer.
             memory: bytes that the messages travelling at once may take, roughly.
-            advance: called with the number of conditions just done, e.g. by a progress bar.
+            progress: whether to show a progress bar; or a function to call instead, with the
+                number of conditions just done.
 
         Returns:
             `[conditions, *input]`, in the order given.
@@ -285,20 +288,19 @@ class Measure:
         if isinstance(conditions, (str, Formula)):
             raise QueryError("conditions are a list; one alone is a list of one.")
         variable = self.graph.variable(self._input(at))
-        found = self.output.new_zeros((len(conditions), *self.forward_pass.shape(variable)))
+        forward = self.forward_pass
+        found = self.output.new_zeros((len(conditions), *forward.shape(variable)))
         chains: dict[int, list[Stops]] = {}
-        for place, condition in enumerate(conditions):
-            sets = [condition] if isinstance(condition, (str, Formula)) else condition
-            chain = self._query([_together(*sets)], None, True).chain_above(variable)
-            if chain is None:
-                found[place] = self.marginal(variable.name, *sets)
-                advance(1)
-            else:
-                chains[place] = chain
-        if chains:
-            found[list(chains)] = marginals_of_chains(
-                self.forward_pass, self._start, list(chains.values()), variable, memory, advance
-            )
+        with counted(progress, "heatmaps", len(conditions)) as advance:
+            for place, condition in enumerate(conditions):
+                sets = [condition] if isinstance(condition, (str, Formula)) else condition
+                chain = self._query([_together(*sets)], None, True).chain_above(variable)
+                if chain is None:
+                    found[place] = self.marginal(variable.name, *sets)
+                    advance(1)
+                else:
+                    chains[place] = chain
+            marginals_of_chains(forward, self._start, chains, variable, found, memory, advance)
         return _finite(found)
 
     def _input(self, at: str | None) -> str:
@@ -348,66 +350,112 @@ class Measure:
         self,
         a: Parts,
         b: Parts,
-        *sets: Sets,
+        *more: Parts | Formula,
         by: Division = "channel",
         method: Method = "auto",
         memory: int = 2**28,
     ) -> Tensor:
-        """`R(part of a, part of b, A, ...)` for all pairs of parts of two layers.
+        """`R(part of a, part of b, ...)` for all combinations of parts of two or more layers.
 
         Arguments:
             a, b: two layers, in any order: names, or sets of neurons of one layer (clusters,
                 patches).
-            sets: further sets, above both layers.
+            more: further layers, as names or lists of sets. A single set or formula holds jointly
+                with all the others; it lies above all of the layers.
             by: what a layer given by name is divided into; its neurons in the order in which they
                 lie without the batch axis.
             method: `"contraction"`: all at once, where one convolution or linear layer lies
-                between, and beside it only operations in which neurons have one parent;
-                `"messages"`: one for each part of the upper layer. `joint_method` says which it
-                is by default.
+                between two layers, and beside it only operations that keep channels apart;
+                `"backward"`: a message from each part of the upper layer; `"forward"`: one from
+                each part of the lower layer. `joint_method` says which it is by default. Of more
+                than two layers this joins the lowest two, for each combination of the others.
             memory: bytes that the messages travelling at once may take, roughly.
 
         Returns:
-            `[batch, parts of a, parts of b]`.
+            `[batch, parts of the first, parts of the second, ...]`, in the order given.
 
         Example:
             >>> R.joint("features.26", "features.28")  # [batch, 512, 512]
             >>> R.joint(nrm.clusters(R, "features.10", 5), nrm.clusters(R, "features.12", 5))
+            >>> strong = [[flow.sets[0] for flow in R.top(layer, k=20)] for layer in layers]
+            >>> R.joint(*strong)  # of three layers: [batch, 20, 20, 20]
         """
-        upper, lower, swap = self._pair(a, b, by)
-        message = self._message(upper.variable, sets)
-        pairs = all_pairs(self.forward_pass, message, upper, lower, memory, method)
-        return _finite(pairs.transpose(1, 2) if swap else pairs)
+        conditions = [part for part in more if isinstance(part, Formula)]
+        further = [part for part in more if not isinstance(part, Formula)]
+        sides, order = self._sides([a, b, *further], by)
+        message = self._message(sides[0].variable, conditions)
+        found = all_combinations(self.forward_pass, message, sides, memory, method)
+        return _finite(found.permute(0, *(order.index(place) + 1 for place in range(len(order)))))
 
     def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
-        """How `joint` finds all pairs of these layers, `"contraction"` or `"messages"`.
+        """How `joint` finds all pairs: by `"contraction"`, `"backward"` or `"forward"` messages.
 
         It may depend on the input: on the winners of a max-pooling in between.
         """
-        upper, lower, _ = self._pair(a, b, by)
-        return best_method(self.forward_pass, upper, lower)
+        sides, _ = self._sides([a, b], by)
+        return best_method(self.forward_pass, sides[0], sides[1])
 
-    def _pair(self, a: Parts, b: Parts, by: Division) -> tuple[Partition, Partition, bool]:
-        """The upper and the lower of two layers, and whether that is not the order given."""
-        upper, lower = (partition(_listed(parts), by, self.forward_pass) for parts in (a, b))
-        if upper.variable is lower.variable:
-            raise QueryError(f"{upper.variable.name!r} twice: pairs are of two different layers.")
-        swap = upper.variable in self.graph.upstream(lower.variable)
-        return (lower, upper, swap) if swap else (upper, lower, swap)
+    def _sides(self, layers: Sequence[Parts], by: Division) -> tuple[list[Partition], list[int]]:
+        """The parts of layers, from the output down, and the place where each was given."""
+        sides = [partition(_listed(layer), by, self.forward_pass) for layer in layers]
+        order = sorted(range(len(sides)), key=lambda place: -sides[place].variable.index)
+        ordered = [sides[place] for place in order]
+        for upper, lower in itertools.pairwise(ordered):
+            if upper.variable is lower.variable:
+                raise QueryError(f"{upper.name!r} twice: combinations are of different layers.")
+        return ordered, order
 
     def top(
-        self, *layers: str, k: int = 5, sample: int = 0, beam: int = 64, memory: int = 2**28
+        self,
+        *layers: Parts,
+        k: int = 5,
+        by: Division = "channel",
+        order: Order = "largest",
+        method: Way = "exact",
+        sample: int = 0,
+        work: int | None = None,
+        seconds: float | None = None,
+        memory: int = 2**28,
+        progress: bool | Callable[[float], None] = False,
     ) -> Flows:
-        """The combinations of channels, one of each layer, with the largest joint relevance.
+        """The combinations of parts, one of each layer, with the largest joint relevance.
+
+        Exact: the most promising beginnings are followed first, until bounds show that nothing
+        else comes in between (`Flows.gap` is zero). With a budget the search may end before.
 
         Arguments:
-            layers: in any order, each on a walk with the others.
+            layers: in any order, each on a walk with the others: names, or sets of neurons of one
+                layer (clusters, patches).
             k: how many.
+            by: what a layer given by name is divided into.
+            order: the `"largest"` first, the `"smallest"`, or the largest `"absolute"`.
+            method: `"greedy"` for the best part of the highest layer, the best of the next one
+                given it, and so on: fast, and not exact.
             sample: which sample of the batch.
-            beam: for more than two layers, how many beginnings to follow (then not exact).
-            memory: bytes that the messages travelling at once may take, roughly.
+            work: how many beginnings may be followed, each by a message, before the search ends.
+            seconds: how long it may take; checked between messages.
+            memory: bytes that messages may take, roughly.
+            progress: whether to show how far it is; or a function to call instead, after every
+                message, with the gap that is left.
+
+        Example:
+            >>> R.top("features.24", "features.26", "features.28", k=20)
+            >>> R.top("fc1", "fc2", by="neuron", order="absolute")
         """
-        return find_flows(self.forward_pass, self._message, layers, k, sample, beam, memory)
+        parts = [partition(_listed(layer), by, self.forward_pass) for layer in layers]
+        with narrowed(progress, "searching") as advance:
+            return find_flows(
+                self.forward_pass,
+                self._message,
+                parts,
+                k,
+                order,
+                sample,
+                method,
+                Budget(work, seconds),
+                memory,
+                advance,
+            )
 
     def activations(self, layer: str) -> Tensor:
         """The values of a layer's neurons, shaped like the layer, batch axis included."""

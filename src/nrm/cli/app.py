@@ -84,6 +84,10 @@ def explain(
         ),
     ] = "",
     top: Annotated[int, typer.Option(min=1, help="How many combinations.")] = 5,
+    search_seconds: Annotated[
+        float,
+        typer.Option(min=0.001, help="When to stop a search that is not over, and say the gap."),
+    ] = 60.0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and result.json.")] = Path(
         "out"
     ),
@@ -134,7 +138,9 @@ def explain(
         subject = Subject(str(image), model, index, names[index] if names else None)
         explainer = Explainer(network, rules, bias=bias.value if bias else None)
         named = [name.strip() for name in layers.split(",") if name.strip()]
-        result = report(explainer, picture, subject, named, out, top=top, say=say)
+        result = report(
+            explainer, picture, subject, named, out, top=top, seconds=search_seconds, say=say
+        )
         if as_json:
             typer.echo(to_json(result), nl=False)
         else:

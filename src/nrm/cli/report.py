@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def report(
     out: Path,
     *,
     top: int = 5,
+    seconds: float | None = None,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Explain one picture and write everything to a folder, complete or not at all.
@@ -68,7 +70,7 @@ def report(
     flows = None
     if layers:
         say(f"searching the most relevant channel combinations of {', '.join(layers)}")
-        flows = R.top(*layers, k=top)
+        flows = R.top(*layers, k=top, seconds=seconds)
     say("checking the totals over all cuts")
     checks = R.diagnostics()
     result = _result(explainer, R, subject, layers, flows)
@@ -116,10 +118,13 @@ def _result(
         "bias": "input" if R.graph.bias_is_input else "drop",
         "worst_cut_deviation": None,
         "total_variation": None,
-        "search": None if flows is None else "exact" if flows.exact else "beam",
+        "search": None if flows is None else "exact" if flows.exact else "stopped",
+        # How far beyond the last flow others may still be: null where nothing is known.
+        "gap": flows.gap if flows is not None and math.isfinite(flows.gap) else None,
+        "visited": None if flows is None else flows.visited,
         "flows": [
             {
-                "sets": {layer: [channel] for layer, channel in flow.channels.items()},
+                "sets": {layer: [channel] for layer, channel in flow.parts.items()},
                 "relevance": flow.relevance,
                 "share": flow.share,
                 "picture": f"flow_{k}.png",
@@ -153,7 +158,7 @@ def _draw(
     columns: list[list[plot.Panel]] = []
     for flow, entry in zip(flows or (), result["flows"], strict=True):
         joint = R.heatmap(*flow.sets)[0]
-        named = " & ".join(f"{layer} channel {c}" for layer, c in flow.channels.items())
+        named = " & ".join(f"{layer} channel {c}" for layer, c in flow.parts.items())
         amount = _amount(flow.relevance, flow.share)
         figure = plot.single(joint, picture=seen, title=f"{named}\n{amount}", ends=ends)
         plot.save(figure, folder / entry["picture"])
@@ -173,11 +178,11 @@ def _draw(
 
 def _column(flow: Flow, joint: Tensor, amount: str, singles: _Singles) -> list[plot.Panel]:
     """A flow in the overview: its channels one by one, then all of them jointly."""
-    if len(flow.channels) == 1:
-        (channel,) = flow.channels.values()
+    if len(flow.parts) == 1:
+        (channel,) = flow.parts.values()
         return [plot.Panel(f"channel {channel}\n{amount}", joint)]
-    panels = [singles.panel(layer, channel) for layer, channel in flow.channels.items()]
-    together = " & ".join(str(channel) for channel in flow.channels.values())
+    panels = [singles.panel(layer, channel) for layer, channel in flow.parts.items()]
+    together = " & ".join(str(channel) for channel in flow.parts.values())
     return [*panels, plot.Panel(f"{together}\n{amount}", joint)]
 
 
@@ -217,7 +222,9 @@ def _facts(result: dict[str, Any], subject: Subject) -> list[str]:
     ]
     if result["flows"]:
         shown = min(len(result["flows"]), MOST_COLUMNS)
-        how = "most relevant" if result["search"] == "exact" else "most relevant found (beam)"
+        how = "most relevant"
+        if result["search"] != "exact":
+            how += " found (search stopped)"
         of = "channels" if len(result["layers"]) == 1 else "channel combinations"
         facts.append(f"below: the {shown} {how} {of}")
     return facts

@@ -8,7 +8,7 @@ one walk of nodes.
 from nrm.graph_networks.edges import EdgeLayer, edge_layers, edge_relevance
 from nrm.graph_networks.layers import node_layers
 from nrm.graph_networks.sets import edges, nodes, step, subgraph
-from nrm.graph_networks.walks import NodeWalk, NodeWalks, node_walks
+from nrm.graph_networks.walks import NodeWalk, NodeWalks, node_walks, top_walks
 
 __all__ = [
     "EdgeLayer",
@@ -22,4 +22,5 @@ __all__ = [
     "nodes",
     "step",
     "subgraph",
+    "top_walks",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from nrm.graph import Variable
 from nrm.graph_networks.layers import node_layers
 from nrm.graph_networks.prefixes import Prefixes
 from nrm.measure import Measure
-from nrm.search import in_depth
-
-By = Literal["largest", "smallest", "absolute"]
+from nrm.search import Flows, Order, in_depth, keys
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,14 @@ class NodeWalks:
         """The relevance of all of them together."""
         return float(self.relevance.sum())
 
-    def top(self, k: int = 10, by: By = "largest") -> list[NodeWalk]:
+    def top(self, k: int = 10, order: Order = "largest") -> list[NodeWalk]:
         """The `k` walks with the largest, smallest or absolutely largest relevance, in order."""
-        if by not in ("largest", "smallest", "absolute"):
-            raise QueryError(
-                f"walks are ordered by 'largest', 'smallest' or 'absolute', not {by!r}"
-            )
+        if order not in get_args(Order):
+            raise QueryError(f"the order is one of {get_args(Order)}, not {order!r}")
         if not isinstance(k, int) or k < 1:
             raise QueryError(f"k is a positive integer, not {k!r}")
-        key = {"largest": self.relevance, "smallest": -self.relevance}.get(by)
-        order = (self.relevance.abs() if key is None else key).topk(min(k, len(self))).indices
-        return [self[place] for place in order.tolist()]
+        best = keys(self.relevance, order).topk(min(k, len(self))).indices
+        return [self[place] for place in best.tolist()]
 
     def inside(self, chosen: Sequence[int]) -> NodeWalks:
         """The walks that never leave some nodes: their total is the subgraph's relevance."""
@@ -79,6 +74,38 @@ class NodeWalks:
     def __repr__(self) -> str:
         kind = "exact" if self.exact else "beam"
         return f"NodeWalks({len(self)} walks over {list(self.layers)}, {kind})"
+
+
+def top_walks(
+    R: Measure,
+    *layers: str,
+    k: int = 10,
+    order: Order = "largest",
+    axis: int = 0,
+    work: int | None = None,
+    seconds: float | None = None,
+    memory: int = 2**28,
+) -> Flows:
+    """The most relevant walks of nodes, exactly, without listing all of them.
+
+    `R.top` with layers divided by node: `flow.parts` holds the node of each layer. Where
+    combinations that carry none, which are no walks, come before the k-th, the list is shorter.
+
+    Arguments:
+        layers: where to read walks; by default `node_layers(R)`.
+        axis: the axis of the nodes, not counting the batch.
+        others: as for `Measure.top`.
+    """
+    found = R.top(
+        *(layers or node_layers(R)),
+        k=k,
+        by=axis,
+        order=order,
+        work=work,
+        seconds=seconds,
+        memory=memory,
+    )
+    return replace(found, flows=[flow for flow in found if flow.relevance])
 
 
 def node_walks(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nrm.experiments.mutag.molecules import ATOMS, Molecule
 from nrm.experiments.mutag.relevance import TOP, Explained
 from nrm.graph_networks import NodeWalk
-from nrm.graph_networks.walks import By
+from nrm.search import Order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float64]
 Points = dict[int, Array]
 
 _ABREAST = 2
-_ENDS: dict[By, str] = {"largest": "#b2182b", "smallest": "#2166ac"}
+_ENDS: dict[Order, str] = {"largest": "#b2182b", "smallest": "#2166ac"}
 _GREY, _BOND = "0.35", "0.78"
 _SPREAD = 0.16  # how far walks over the same bond lie apart, in bonds
 

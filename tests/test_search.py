@@ -1,0 +1,314 @@
+"""The most relevant flows, against listing all of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import pytest
+import torch
+from networks import NETWORKS, make
+from torch import nn
+
+import nrm
+from nrm import composites, rules
+from nrm.composites import Everywhere
+from nrm.errors import NeuronSetError, QueryError
+from nrm.operators import LocalLinear
+from nrm.placing import resolve
+
+ORDERS = {"largest": lambda r: r, "smallest": lambda r: -r, "absolute": abs}
+
+
+@cache
+def explained(network, rule, bias):
+    case = make(network, rule, bias == "input", seed=3)
+    R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=1)
+    return R, case.oracles[1].walks(1)
+
+
+def chains(R, most):
+    """Some chains of layers, each upstream of the one before, and not always in that order."""
+    names = [v for v in R.graph.variables if not v.name.endswith("bias")]
+    found = []
+    for size in range(1, most + 1):
+        together = [
+            chain
+            for chain in itertools.combinations(names, size)
+            if all(a in R.graph.upstream(b) for a, b in itertools.pairwise(chain))
+        ]
+        step = max(1, len(together) // 3)
+        found += [[v.name for v in chain] for chain in together[::step]]
+    return [chain[::-1] if len(chain) == 2 else chain for chain in found]
+
+
+def numbers(R, layer, by):
+    """For every neuron of a layer, as the oracle counts them, the part it belongs to."""
+    (shape,) = {R.marginal(layer).shape[1:]}
+    if by == "neuron":
+        return list(range(shape.numel()))
+    count = R.channels(layer).shape[1]
+    parts = torch.full((shape.numel(),), -1)
+    for part in range(count):
+        (mask,) = resolve(nrm.channels(layer, part), R.forward_pass).values()
+        inside = torch.ones(()) if mask is None else mask
+        parts[inside.expand(1, 1, *shape).flatten().bool()] = part
+    return parts.tolist()
+
+
+def listed(R, walks, layers, by):
+    """The relevance of every combination, from all walks."""
+    of = {layer: numbers(R, layer, by) for layer in layers}
+    found = dict.fromkeys(itertools.product(*(range(max(of[layer]) + 1) for layer in layers)), 0.0)
+    for visited, relevance in walks:
+        at = {name: i for name, i in visited if name in of}
+        if len(at) == len(layers):
+            found[tuple(of[layer][at[layer]] for layer in layers)] += relevance
+    return found
+
+
+def check(R, flows, everything, order, k, size):
+    names = list(flows[0].parts)
+    best = sorted(everything.values(), key=ORDERS[order], reverse=True)[:k]
+    assert flows.exact
+    assert len(flows) == len(best)
+    for flow, relevance in zip(flows, best, strict=True):  # ties: the values, whichever walk
+        assert flow.relevance == pytest.approx(relevance, abs=1e-10 * size)
+        mine = everything[tuple(flow.parts[name] for name in names)]
+        assert flow.relevance == pytest.approx(mine, abs=1e-10 * size)
+        assert float(R(*flow.sets)[1]) == pytest.approx(mine, abs=1e-10 * size)
+    assert len({tuple(flow.parts.values()) for flow in flows}) == len(flows)
+
+
+@pytest.mark.parametrize("by", ["neuron", "channel"])
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("rule", ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1", "flat"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_search_finds_what_listing_all_walks_finds(network, rule, bias, by):
+    R, walks = explained(network, rule, bias)
+    size = max(1.0, sum(abs(relevance) for _, relevance in walks))
+    for layers in chains(R, 4):
+        everything = listed(R, walks, layers, by)
+        for order in ORDERS:
+            flows = R.top(*layers, k=6, by=by, order=order, sample=1)
+            check(R, flows, everything, order, 6, size)
+
+
+@pytest.mark.parametrize("rule", ["zero", "gamma", "zplus"])
+@pytest.mark.parametrize("network", ["MLP", "Residual"])
+def test_little_memory_changes_nothing(network, rule):
+    R, _ = explained(network, rule, "input")
+    layers = chains(R, 4)[-1]
+    much, little = R.top(*layers, k=8, by="neuron"), R.top(*layers, k=8, by="neuron", memory=1)
+    assert [f.relevance for f in much] == pytest.approx([f.relevance for f in little], abs=1e-12)
+
+
+class Tower(nn.Module):
+    """Convolutions with activations between them."""
+
+    def __init__(self, *channels, steps=nn.ReLU):
+        super().__init__()
+        pairs = itertools.pairwise(channels)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
+        self.step, self.head = steps(), nn.Linear(channels[-1], 3)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = self.step(conv(x))
+        return self.head(x.mean((2, 3)))
+
+
+def tower(composite, *channels, seed=0, **options):
+    torch.manual_seed(seed)
+    model = Tower(*channels).double().eval()
+    x = torch.randn(1, channels[0], 6, 6).double()
+    return nrm.Explainer(model, composite, **options)(x, target=1)
+
+
+LAYERS = ["convs.1", "convs.2", "convs.3"]
+
+
+def all_of(R, layers):
+    sizes = [R.channels(layer).shape[1] for layer in layers]
+    return R.joint(*layers)[0], sizes
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "rule", [rules.Zero(), rules.Gamma(0.25), rules.ZPlus(), rules.AlphaBeta(2.0, 1.0)], ids=repr
+)
+def test_channels_of_convolutions(rule, order):
+    R = tower(Everywhere(rule), 2, 6, 8, 7, 9)
+    table, _ = all_of(R, LAYERS)
+    flows = R.top(*LAYERS, k=10, order=order)
+    best = sorted(table.flatten().tolist(), key=ORDERS[order], reverse=True)[:10]
+    assert flows.exact
+    assert [f.relevance for f in flows] == pytest.approx(best, abs=1e-11)
+    assert all(f.share == pytest.approx(f.relevance / float(R(*LAYERS))) for f in flows)
+
+
+def test_bounds_spare_most_of_the_search_where_relevance_is_concentrated():
+    """Nonnegative relevance, most of it in a few channels: little has to be looked at."""
+    torch.manual_seed(0)
+    model = Tower(2, 24, 24, 24, 24).double().eval()
+    with torch.no_grad():
+        for conv in model.convs:
+            conv.weight *= torch.linspace(0, 1, len(conv.weight)).pow(8)[:, None, None, None]
+    x = torch.rand(1, 2, 6, 6).double()
+    R = nrm.Explainer(model, Everywhere(rules.ZPlus()))(x, target=1)
+    flows = R.top(*LAYERS, k=5)
+    table = R.joint(*LAYERS)[0]
+    best = table.flatten().topk(5).values.tolist()
+    assert [f.relevance for f in flows] == pytest.approx(best, abs=1e-12)
+    assert flows.visited < 0.25
+    assert flows.expanded < 10
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("work", [1, 2, 5])
+def test_a_search_that_stops_says_the_gap(work, order):
+    R = tower(Everywhere(rules.Zero()), 2, 6, 8, 7, 9)
+    layers = ["convs.0", *LAYERS]
+    best = sorted(R.joint(*layers)[0].flatten().tolist(), key=ORDERS[order], reverse=True)[:4]
+    stopped = R.top(*layers, k=4, order=order, work=work)
+    assert len(stopped) == 4
+    key = ORDERS[order]
+    for flow in stopped:
+        assert float(R(*flow.sets)) == pytest.approx(flow.relevance, abs=1e-11)
+    # Nothing that is not listed goes beyond the last one listed by more than the gap.
+    assert key(best[0]) <= key(stopped[-1].relevance) + stopped.gap + 1e-12 or math.isclose(
+        best[0], stopped[0].relevance
+    )
+    listed = {f.relevance for f in stopped}
+    others = [v for v in best if not any(math.isclose(v, r, rel_tol=1e-9) for r in listed)]
+    for value in others:
+        assert key(value) <= key(stopped[-1].relevance) + stopped.gap + 1e-12
+    if work == 1:
+        assert not stopped.exact
+        assert 0 < stopped.gap < math.inf
+    assert R.top(*layers, k=4, order=order, seconds=1e-9).expanded <= 4
+
+
+def test_progress_is_told_with_the_gap_that_is_left():
+    R = tower(Everywhere(rules.Zero()), 2, 6, 8, 7, 9)
+    gaps = []
+    flows = R.top("convs.0", *LAYERS, progress=gaps.append)
+    assert len(gaps) == flows.expanded
+    assert gaps[-1] == flows.gap == 0
+    assert R.top("convs.0", *LAYERS, progress=True)[0] == flows[0]
+
+
+@pytest.mark.parametrize("rule", [rules.Occlusion(), rules.LocalLinear()], ids=repr)
+def test_without_bounds_all_beginnings_are_followed(rule):
+    """Rules that cannot tell absolute sizes: exact nevertheless, and no gap is known."""
+    R = tower(Everywhere(rule), 2, 3, 4, 3, 3)
+    layers = ["convs.0", "convs.2", "convs.3"]
+    flows = R.top(*layers, k=5)
+    best = R.joint(*layers)[0].flatten().topk(5).values.tolist()
+    assert flows.exact
+    assert [f.relevance for f in flows] == pytest.approx(best, rel=1e-9)
+    if isinstance(rule, rules.Occlusion):
+        assert R.top(*layers, k=5, work=1).gap == math.inf
+
+
+def test_operations_without_a_row_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4), nn.Softmin(1), nn.Linear(4, 3)
+    )
+    model.double().eval()
+    R = nrm.Explainer(model, fallback=LocalLinear())(torch.randn(1, 4).double(), target=0)
+    flows = R.top("0", "2", "input", k=3, by="neuron")
+    best = R.joint("0", "2", "input", by="neuron")[0].flatten().topk(3).values.tolist()
+    assert [f.relevance for f in flows] == pytest.approx(best, rel=1e-9)
+
+
+def test_ties_give_the_same_values():
+    """Channels twice over: each best combination is there four times."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        for layer, parents in ((model[0], False), (model[2], True), (model[4], True)):
+            if layer is not model[4]:
+                half = len(layer.weight) // 2
+                layer.weight[half:], layer.bias[half:] = layer.weight[:half], layer.bias[:half]
+            if parents:
+                half = layer.weight.shape[1] // 2
+                layer.weight[:, half:] = layer.weight[:, :half]
+    R = nrm.Explainer(model.double().eval())(torch.randn(1, 3).double(), target=0)
+    for order in ORDERS:
+        flows = R.top("0", "2", "input", k=8, by="neuron", order=order)
+        table = R.joint("0", "2", "input", by="neuron")[0].flatten().tolist()
+        best = sorted(table, key=ORDERS[order], reverse=True)[:8]
+        assert [f.relevance for f in flows] == pytest.approx(best, abs=1e-12)
+        assert flows[0].relevance == pytest.approx(flows[3].relevance)
+
+
+def test_sets_as_parts_which_may_overlap():
+    R = tower(Everywhere(rules.Gamma(0.25)), 2, 6, 8, 7, 9)
+    upper = [nrm.patch("convs.3", slice(a, a + 3), slice(b, b + 3)) for a in (0, 2) for b in (1, 3)]
+    lower = [nrm.channels("convs.1", 0, c) for c in range(1, 5)]
+    for order in ORDERS:
+        flows = R.top(upper, "convs.2", lower, k=6, order=order)
+        everything = {
+            (a, m, b): float(R(upper[a], nrm.channels("convs.2", m), lower[b]))
+            for a in range(4)
+            for m in range(7)
+            for b in range(4)
+        }
+        check_values = sorted(everything.values(), key=ORDERS[order], reverse=True)[:6]
+        assert flows.exact
+        assert [f.relevance for f in flows] == pytest.approx(check_values, abs=1e-12)
+        for flow in flows:
+            assert everything[tuple(flow.parts.values())] == pytest.approx(flow.relevance)
+
+
+def test_the_greedy_search_follows_the_best_of_each_layer():
+    """The best unit of the top is not on the best flow: two of its parents cancel."""
+    model = nn.Sequential(
+        nn.Linear(1, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False), nn.Identity(),
+        nn.Linear(2, 1, bias=False),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[0].weight.copy_(torch.ones(3, 1))
+        model[2].weight.copy_(torch.tensor([[0.4, 0.3, 0.3], [0.0, 0.9, 0.0]]))
+        model[4].weight.fill_(1.0)
+    R = nrm.Explainer(model.eval(), Everywhere(rules.Zero()))(torch.ones(1, 1), target=0)
+    greedy, exact = (R.top("2", "0", k=1, method=way)[0] for way in ("greedy", "exact"))
+    assert (greedy.parts, exact.parts) == ({"2": 0, "0": 0}, {"2": 1, "0": 1})
+    assert greedy.relevance == pytest.approx(0.4 / 1.9)
+    assert exact.relevance == pytest.approx(0.9 / 1.9)
+    flows = R.top("2", "0", k=2, method="greedy")
+    assert [f.relevance for f in flows] == pytest.approx([0.9 / 1.9, 0.4 / 1.9])
+    assert flows.gap == math.inf
+    assert not flows.exact
+
+
+def test_nodes_and_tokens_are_places_of_an_axis():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 3)).double().eval()
+    x = torch.randn(2, 5, 8).double()
+    R = nrm.Explainer(model)(x, target=1)
+    layers = ["input", "0"]
+    pairs = R.joint(layers[0], layers[-1], by=0)
+    assert pairs.shape == (2, 5, 5)
+    sets = [nrm.channels(layers[k], n, axis=0) for k, n in ((0, 2), (-1, 4))]
+    torch.testing.assert_close(pairs[:, 2, 4], R(*sets))
+    best = R.top(layers[0], layers[-1], k=3, by=0, sample=1)
+    expected = pairs[1].flatten().topk(3).values.tolist()
+    assert [f.relevance for f in best] == pytest.approx(expected, abs=1e-11)
+    assert R.joint(layers[0], layers[-1], by=-1).shape == (2, 8, 8)
+    with pytest.raises(QueryError, match="has no axis 2"):
+        R.joint(layers[0], layers[-1], by=2)
+    with pytest.raises(NeuronSetError, match="number of an axis"):
+        R.joint(layers[0], layers[-1], by="token")
+
+
+def test_a_composite_of_several_rules():
+    R = tower(composites.EpsilonGammaBox(-3.0, 3.0), 3, 6, 8, 7, 9)
+    layers = ["input", "convs.0", *LAYERS]
+    flows = R.top(*layers, k=5)
+    expected = R.joint(*layers)[0].flatten().topk(5).values.tolist()
+    assert [f.relevance for f in flows] == pytest.approx(expected, abs=1e-11)
