@@ -49,6 +49,51 @@ def test_gammas_fall_from_three_to_zero(network):
 
 
 @needs_data
+@pytest.mark.parametrize("number", [0, 137])
+def test_the_best_walks_of_neurons_are_those_of_a_plain_recursion(network, molecules, number):
+    """Viterbi's, written out: the ten best and worst continuations of every neuron, layer by
+    layer, over a matrix of all connections."""
+    model, molecule = network[0], molecules[number]
+    R = explain(make_explainer(model), molecule)
+    theirs = of_model(model, gammas(3), molecule.adjacency, molecule.features)
+    ways = torch.ones(molecule.features.numel(), 1).double()
+    for depth in range(3):
+        ways = _ends((_steps(theirs, depth).unsqueeze(-1) * ways).flatten(1))
+    top = torch.tensor(theirs.h[-1])[:, int(R.target)]
+    start = torch.zeros(theirs.h[-1].shape).double()
+    start[:, int(R.target)] = top / top.sum()
+    best = _ends((start.flatten()[:, None] * ways).flatten()[None])[0]
+    layers = gn.node_layers(R)
+    for order, expected in (("largest", best[:10]), ("smallest", best[10:])):
+        found = R.top(*layers, k=10, by="neuron", order=order)
+        assert found.exact
+        values = torch.tensor([flow.relevance for flow in found], dtype=torch.float64)
+        torch.testing.assert_close(values, expected, atol=1e-12, rtol=1e-9)
+
+
+def _steps(theirs, depth):
+    """`R(i | j)` of all neurons after and before a block: `[after, before]`."""
+    inside = [torch.tensor(h) for h in theirs._inside(theirs.blocks[depth], theirs.h[depth])]
+    gamma = theirs.gammas[depth]
+    through = torch.eye(inside[-1].shape[1]).double().expand(len(inside[0]), -1, -1)
+    for (weight, bias), below in zip(theirs.blocks[depth][::-1], inside[-2::-1], strict=True):
+        weight, bias = torch.tensor(weight), torch.tensor(bias)
+        columns = below[:, :, None] * (weight + gamma * weight.clamp(min=0))
+        total = columns.sum(1, keepdim=True) + bias + gamma * bias.clamp(min=0)
+        through = (columns / torch.where(total == 0, 1, total)) @ through  # [node, below, after]
+    h, near = torch.tensor(theirs.h[depth]), torch.tensor(theirs.neighbours)
+    sent = near[:, :, None] * h[:, None]  # [sender, node, feature]
+    share = (sent / sent.sum(0).clamp(min=1e-300)).nan_to_num()
+    steps = torch.einsum("snf,nfj->njsf", share, through)
+    return steps.reshape(steps.shape[0] * steps.shape[1], -1)
+
+
+def _ends(products):
+    """The ten largest of each row, from the largest, and the ten smallest, from the smallest."""
+    return torch.cat([products.topk(10).values, -(-products).topk(10).values], 1)
+
+
+@needs_data
 @pytest.mark.parametrize("number", [31, 67, 109, 142, 157])
 def test_walks_and_subgraphs_are_those_of_gnn_lrp(network, molecules, number):
     model, molecule = network[0], molecules[number]
