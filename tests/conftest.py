@@ -6,6 +6,9 @@ import warnings
 from types import ModuleType
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # networks are small; two threads that wait for each other are slower
 
 
 @pytest.fixture(scope="session")

@@ -205,3 +205,75 @@ def test_chunks_become_smaller_where_memory_runs_out():
     assert all(size == 2 for size in tried[2:])
     with pytest.raises(torch.OutOfMemoryError):
         in_chunks([1], 1, 1, lambda chosen: work([0] * 4))
+
+
+@pytest.mark.parametrize("memory", [0, -5, float("nan"), float("inf"), True, None, "1GB"])
+def test_budgets_that_are_none(memory):
+    R = tower(Everywhere(rules.ZPlus()))
+    for ask in (
+        lambda: R.joint("2", "6", memory=memory),
+        lambda: R.top("2", "6", "0", memory=memory),
+        lambda: R.heatmaps([nrm.channels("2", 0)], memory=memory),
+    ):
+        with pytest.raises(QueryError, match="positive number of bytes"):
+            ask()
+    torch.testing.assert_close(R.joint("2", "6", memory=1e5), R.joint("2", "6"))
+
+
+def test_forward_messages_take_no_more_memory_through_many_layers():
+    peaks = []
+    for depth in (4, 24):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        R = nrm.Explainer(model.eval(), rules.ZPlus())(torch.rand(1, 8, 24, 24), target=0)
+        ends = (str(2 * depth - 2), "0")
+        R.joint(*ends, method="forward")  # prepares
+        with Peak() as peak:
+            R.joint(*ends, method="forward", memory=2**20)
+        peaks.append(peak.most)
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_winners_that_tie_share_and_keep_their_channel():
+    """Saturated at all six positions: each has a sixth, and the sum is no whole number."""
+
+    class Saturated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(nn.functional.relu6(self.conv(x)).amax((2, 3)))
+
+    torch.manual_seed(0)
+    model = Saturated().eval()
+    with torch.no_grad():
+        model.conv.weight.abs_()
+        model.conv.weight[5] *= 1e3
+    for height, width in ((2, 3), (5, 7), (7, 7), (6, 11)):
+        x = torch.rand(1, 3, height, width) + 0.1
+        R = nrm.Explainer(model, rules.ZPlus())(x, target=0)
+        pairs = R.joint(":amax", "input")
+        torch.testing.assert_close(pairs, R.joint(":amax", "input", method="backward"))
+        expected = R(nrm.channels(":amax", 5), nrm.channels("input", 2))
+        torch.testing.assert_close(pairs[:, 5, 2], expected)
+
+
+def test_neurons_without_parents_end_in_their_own_leaf():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, padding=1), nn.Flatten(), nn.Linear(18, 2))
+    R = nrm.Explainer(model.double().eval(), rules.Flat(), bias="drop")(
+        torch.rand(1, 1, 1, 1).double(), target=0
+    )
+    down, up = (R.joint("0", "0.padding", method=way) for way in ("backward", "forward"))
+    torch.testing.assert_close(down, up)
+    torch.testing.assert_close(down[0], torch.eye(2).double() * 4 / 9)
+
+
+def test_a_measure_is_not_asked_under_autocast():
+    R = tower(Everywhere(rules.ZPlus()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(QueryError, match=r"within torch\.autocast"):
+            R.heatmap()
+        with torch.autocast("cpu", enabled=False):
+            R.heatmap()

@@ -312,3 +312,126 @@ def test_a_composite_of_several_rules():
     flows = R.top(*layers, k=5)
     expected = R.joint(*layers)[0].flatten().topk(5).values.tolist()
     assert [f.relevance for f in flows] == pytest.approx(expected, abs=1e-11)
+
+
+# -- what a review found ---------------------------------------------------------------------------
+
+
+def deep(seed, depth):
+    """LRP-0 through many layers: absolute sizes overflow in single precision."""
+    torch.manual_seed(seed)
+    inner = [layer for _ in range(depth) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    model = nn.Sequential(nn.Linear(4, 8), *inner, nn.Linear(8, 3)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.kaiming_normal_(parameter)
+    return nrm.Explainer(model, rules.Zero())(torch.randn(1, 4), target=0)
+
+
+def test_sizes_that_overflow_bound_nothing():
+    R = deep(1, 110)
+    pairs = R.joint("220", "0")[0]
+    assert bool(torch.isfinite(pairs).all())
+    for order in ORDERS:
+        for by in ("channel", "neuron"):
+            flows = R.top("220", "0", k=4, order=order, by=by)
+            best = sorted(pairs.flatten().tolist(), key=ORDERS[order], reverse=True)[:4]
+            assert [f.relevance for f in flows] == pytest.approx(best, rel=1e-3)
+    lists = [[nrm.neurons(layer, i) for i in range(5)] for layer in ("220", "100", "0")]
+    flows = R.top(*lists, k=3)
+    best = R.joint(*lists)[0].flatten().topk(3).values.tolist()
+    assert [f.relevance for f in flows] == pytest.approx(best, rel=1e-3)
+
+
+def test_relevance_that_overflows_is_refused():
+    R = deep(0, 300)
+    for method in ("exact", "greedy"):
+        with pytest.raises(QueryError, match="overflowed"):
+            R.top("600", "0", method=method)
+
+
+def test_a_row_whose_contributions_have_a_sign_of_their_own():
+    """Nothing bounds them; the search is exact nevertheless."""
+    from nrm.operators import Contribution, WeightedSum, register
+    from nrm.rules import Activation
+
+    class Negated(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(size, size))
+
+        def forward(self, input):
+            return -(input @ self.weight.T)
+
+    class Row(WeightedSum):
+        passes = ("input",)
+
+        def contributions(self, call, values, setting):
+            return [
+                Contribution(
+                    Activation(values[0]),
+                    setting.weight("weight", call["weight"]),
+                    apply=lambda factor, weight: -(factor @ weight.T),
+                    uniform=lambda factor: factor.sum(-1, keepdim=True).expand(-1, 5),
+                )
+            ]
+
+    register(Row("linear"), Negated)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layers = [nn.Linear(4, 5), nn.ReLU(), Negated(5), nn.ReLU(), nn.Linear(5, 2)]
+        R = nrm.Explainer(nn.Sequential(*layers).double().eval(), Everywhere(rules.ZPlus()))(
+            torch.randn(1, 4).double(), target=0
+        )
+        flows = R.top("3", "0", "input", k=3)
+        best = R.joint("3", "0", "input")[0].flatten().topk(3).values.tolist()
+        assert [f.relevance for f in flows] == pytest.approx(best, abs=1e-12)
+
+
+def test_single_neurons_where_pairs_cannot_be_bounded():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 6)
+            self.g, self.h = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.h(torch.relu(self.b(self.a(x)) + self.g(x)))
+
+    torch.manual_seed(0)
+    R = nrm.Explainer(Sum().double().eval(), rules.Occlusion())(
+        torch.randn(1, 4).double(), target=0
+    )
+    flows = R.top(":relu", "a", "input", by="neuron", k=4)
+    best = R.joint(":relu", "a", "input", by="neuron")[0].flatten().topk(4).values.tolist()
+    assert [f.relevance for f in flows] == pytest.approx(best, abs=1e-10)
+
+
+@pytest.mark.parametrize("product", [torch.mul, lambda a, b: (a[:, :, None] @ b[:, None]).sum(2)])
+def test_alphas_may_be_negative(product):
+    """Relevance is then of either sign, also under rules that share out nothing negative."""
+
+    class Extreme(rules.Alpha):
+        def coefficients(self, gates):
+            return [1.5, -0.5]
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = torch.relu(self.first(x))
+            return self.head(product(self.a(h), self.b(h)))
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        composite = composites.Composite([], rules.ZPlus(), alpha_default=Extreme())
+        x = torch.rand(1, 3).double()
+        R = nrm.Explainer(Gated().double().eval(), composite)(x, target=0)
+        table = R.joint("first", "b", "input")[0].flatten().tolist()
+        for order in ORDERS:
+            flows = R.top("first", "b", "input", k=3, order=order)
+            best = sorted(table, key=ORDERS[order], reverse=True)[:3]
+            assert [f.relevance for f in flows] == pytest.approx(best, abs=1e-10)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
+from nrm.errors import QueryError
 from nrm.graph import Variable
 from nrm.program import Pass
 
@@ -43,6 +45,18 @@ def message_size(forward: Pass, upper: Variable, lower: Variable | None = None) 
     return most * forward.output.element_size()
 
 
+def checked(memory: float) -> int:
+    """A memory budget in bytes.
+
+    Raises:
+        QueryError: it is no positive number.
+    """
+    known = isinstance(memory, int | float) and not isinstance(memory, bool)
+    if not known or not 0 < memory < math.inf:
+        raise QueryError(f"memory is a positive number of bytes, not {memory!r}")
+    return int(memory)
+
+
 def in_chunks(
     items: Sequence[T], memory: int, each: int, work: Callable[[Sequence[T]], None]
 ) -> None:
@@ -54,7 +68,7 @@ def in_chunks(
         each: bytes that one item takes.
         work: done to each chunk; it keeps nothing where it raises.
     """
-    size = max(1, memory // max(1, each))
+    size = max(1, checked(memory) // max(1, each))
     begin = 0
     while begin < len(items):
         chosen = items[begin : begin + size]

@@ -17,7 +17,7 @@ from nrm.graph import Graph, Variable, first_tokens
 from nrm.joint.pairs import Method, all_combinations, best_method
 from nrm.joint.partitions import Division, Partition, partition
 from nrm.many import marginals_of_chains
-from nrm.passing import Messages
+from nrm.passing import Messages, finite
 from nrm.placing import Stops, by_sample, divide, per_sample, resolve
 from nrm.program import Pass
 from nrm.progress import counted, narrowed
@@ -107,7 +107,7 @@ class Measure:
         conditions = [as_formula(c) for c in _conditions(given)]
         asked = [_together(f, *conditions) for f in formulas]
         known = [_together(*conditions)] if conditions else []
-        totals = _finite(self._query([*asked, *known], None, normalized).totals())
+        totals = finite(self._query([*asked, *known], None, normalized).totals())
         return divide(totals[:-1], totals[-1]) if known else totals
 
     def outcomes(self, *formulas: Sets) -> dict[tuple[bool, ...], Tensor]:
@@ -119,7 +119,7 @@ class Measure:
         """
         found = self._query([as_formula(f) for f in formulas], None, True).outcomes()
         return {
-            tuple(bool(held) for held in state): _finite(relevance)
+            tuple(bool(held) for held in state): finite(relevance)
             for state, relevance in found.items()
         }
 
@@ -191,7 +191,7 @@ class Measure:
         query = self._query([_together(*sets)], None, True)
         named = {v.name: v for v in query.undecided()} if layers is None else self._named(layers)
         found = query.conditionals(set(named.values()))
-        return {name: _finite(found[v][0]).contiguous() for name, v in named.items()}
+        return {name: finite(found[v][0]).contiguous() for name, v in named.items()}
 
     def weighted(
         self,
@@ -221,7 +221,7 @@ class Measure:
             total = expected(laid, self._query([formula], None, True))
         else:
             raise QueryError(f"weights are joined over='sum' or over='product', not {over!r}")
-        total = _finite(total)
+        total = finite(total)
         if not conditions:
             return total
         return divide(total, self._relevance(conditions, None, True))
@@ -243,7 +243,7 @@ class Measure:
         if layers is not None and (not isinstance(layers, int) or layers < 1):
             raise QueryError(f"layers is a positive number, not {layers!r}")
         weights = resolve(united(sets), self.forward_pass)
-        visits = _finite(expected(weights, self._query([True], None, True)))
+        visits = finite(expected(weights, self._query([True], None, True)))
         return visits / (depth(self.graph) if layers is None else layers)
 
     def heatmap(
@@ -301,7 +301,7 @@ class Measure:
                 else:
                     chains[place] = chain
             marginals_of_chains(forward, self._start, chains, variable, found, memory, advance)
-        return _finite(found)
+        return finite(found)
 
     def _input(self, at: str | None) -> str:
         if at is not None:
@@ -385,7 +385,7 @@ class Measure:
         sides, order = self._sides([a, b, *further], by)
         message = self._message(sides[0].variable, conditions)
         found = all_combinations(self.forward_pass, message, sides, memory, method)
-        return _finite(found.permute(0, *(order.index(place) + 1 for place in range(len(order)))))
+        return finite(found.permute(0, *(order.index(place) + 1 for place in range(len(order)))))
 
     def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
         """How `joint` finds all pairs: by `"contraction"`, `"backward"` or `"forward"` messages.
@@ -432,8 +432,9 @@ class Measure:
             method: `"greedy"` for the best part of the highest layer, the best of the next one
                 given it, and so on: fast, and not exact.
             sample: which sample of the batch.
-            work: how many beginnings may be followed, each by a message, before the search ends.
-            seconds: how long it may take; checked between messages.
+            work: how many beginnings may be followed, each by a message, before the search ends;
+                it goes on until k combinations are known.
+            seconds: how long it may take, likewise; looked at between messages.
             memory: bytes that messages may take, roughly.
             progress: whether to show how far it is; or a function to call instead, after every
                 message, with the gap that is left.
@@ -469,7 +470,7 @@ class Measure:
         shares = bias_shares(self.forward_pass, self._start)
         for share in shares.values():
             if not bool(share.isnan().all()):  # a leaf that mixes samples
-                _finite(share)
+                finite(share)
         return shares
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
@@ -501,9 +502,16 @@ class Measure:
         """The forward pass that messages travel back through.
 
         Raises:
-            QueryError: the model has changed since.
+            QueryError: the model has changed since; or `torch.autocast` is on, under which messages
+                would be rounded.
         """
         self._check()
+        device = self.output.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            raise QueryError(
+                "a measure is not asked within torch.autocast, which would round its messages. Ask "
+                "it outside, or within torch.autocast(..., enabled=False)."
+            )
         return self._forward_pass
 
     # -- the engine behind -----------------------------------------------------------------------
@@ -526,7 +534,7 @@ class Measure:
         self, sets: Sequence[Sets], within: NeuronSet | str | None, normalized: bool
     ) -> Tensor:
         """`[batch]`: the sum over the walks on which all sets hold (eqs. 25, 27)."""
-        return _finite(self._query([_together(*sets)], within, normalized).totals()[0])
+        return finite(self._query([_together(*sets)], within, normalized).totals()[0])
 
     def _marginals(
         self,
@@ -539,7 +547,7 @@ class Measure:
         conditions = _conditions(given)
         formula = _together(*sets, *conditions)
         found = self._query([formula], within, normalized).marginals(variables)
-        messages = {v: _finite(message[0]).contiguous() for v, message in found.items()}
+        messages = {v: finite(message[0]).contiguous() for v, message in found.items()}
         if not conditions:
             return messages
         known = self._relevance(conditions, None, normalized)
@@ -565,16 +573,7 @@ class Measure:
                 f"{place.name!r} lies between {variable.name!r} and the inputs. Here sets are "
                 "given that lie above both layers, or beside them."
             )
-        return _finite(query.marginals([variable])[variable])
-
-
-def _finite(result: Tensor) -> Tensor:
-    if not bool(torch.isfinite(result).all()):
-        raise QueryError(
-            "relevance overflowed: nearly zero columns amplified it without bound (see "
-            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
-        )
-    return result
+        return finite(query.marginals([variable])[variable])
 
 
 def _conditions(given: Given) -> list[Sets]:

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from nrm.errors import QueryError
 from nrm.graph import Variable
 from nrm.program import Pass
 
@@ -145,18 +146,37 @@ def bring_up(forward: Pass, mass: Tensor, lower: Variable, upper: Variable) -> T
         `[K, *shape of upper]`.
     """
     graph = forward.graph
-    between = graph.upstream(upper) | {upper}
+    between = (graph.upstream(upper) | {upper}) & graph.leading_to([lower])
+    order = [v for v in graph.variables[lower.index + 1 : upper.index + 1] if v in between]
+    last = {operand: v for v in order if v.producer for operand in v.producer.operands}
     masses = {lower: mass}
     with torch.inference_mode(False), torch.no_grad():
-        for variable in graph.variables[lower.index + 1 : upper.index + 1]:
+        for variable in order:
             operation = variable.producer
-            if operation is None or variable not in between:
+            if operation is None:
                 continue
             given = [masses.get(operand) for operand in operation.operands]
-            if any(one is not None for one in given):
-                pushed = forward.propagations[operation].push(given, forward.shape(variable))
-                masses[variable] = pushed
+            pushed = forward.propagations[operation].push(given, forward.shape(variable))
+            masses[variable] = pushed
+            for operand in operation.operands:
+                if last[operand] is variable:
+                    masses.pop(operand, None)
+            del given
     return masses.get(upper, mass.new_zeros((len(mass), *forward.shape(upper))))
+
+
+def finite(result: Tensor) -> Tensor:
+    """The result as it is.
+
+    Raises:
+        QueryError: it overflowed.
+    """
+    if not bool(torch.isfinite(result).all()):
+        raise QueryError(
+            "relevance overflowed: nearly zero columns amplified it without bound (see "
+            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
+        )
+    return result
 
 
 class _ToStops:

@@ -96,6 +96,7 @@ def top_walks(
         axis: the axis of the nodes, not counting the batch.
         others: as for `Measure.top`.
     """
+    _require_one(R)
     found = R.top(
         *(layers or node_layers(R)),
         k=k,
@@ -133,8 +134,7 @@ def node_walks(
     Raises:
         QueryError: there are more walks than `max_walks`, and there is no beam.
     """
-    if R.batch > 1:
-        raise QueryError("walks of nodes are those of one sample: explain one graph at a time.")
+    _require_one(R)
     for what, number in (("max_walks", max_walks), ("beam", 1 if beam is None else beam)):
         if not isinstance(number, int) or number < 1:
             raise QueryError(f"{what} is a positive integer, not {number!r}")
@@ -155,6 +155,11 @@ def node_walks(
         prefixes.relevance,
         exact,
     )
+
+
+def _require_one(R: Measure) -> None:
+    if R.batch > 1:
+        raise QueryError("walks of nodes are those of one sample: explain one graph at a time.")
 
 
 def _refuse_too_many(

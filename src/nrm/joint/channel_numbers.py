@@ -108,6 +108,8 @@ def _digits(numbers: Tensor) -> Tensor:
 def _from_digits(added: Tensor) -> Tensor | None:
     """The numbers behind sums of digits, if those that were added are all alike."""
     count = added[0]
+    if not torch.equal(count, count.round()):
+        return None  # winners that tie, of which each has a part
     if float(added.abs().max()) * max(1.0, float(count.max())) >= 1 / torch.finfo(added.dtype).eps:
         return None  # not exact
     numbers = torch.zeros_like(count)

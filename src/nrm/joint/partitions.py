@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,7 @@ class Neurons(Partition):
         return message.movedim(self.variable.batch_axis + 1, 1).flatten(2)
 
     def set_of(self, part: int) -> NeuronSet:
-        place = torch.unravel_index(torch.tensor(part), self.shape)
+        place = np.unravel_index(part, self.shape)
         return neurons(self.variable.name, tuple(int(index) for index in place))
 
 
@@ -124,7 +125,8 @@ class Sets(Partition):
         if len(variables) > 1:
             names = ", ".join(sorted(repr(variable.name) for variable in variables))
             raise NeuronSetError(
-                f"the sets of one side of a pair lie in one layer, not in {names}."
+                f"sets given as a list lie in one layer, not in {names}. Give each layer a list of "
+                "its own."
             )
         (variable,) = variables
         require_samples_apart(variable, forward.batch)

@@ -45,6 +45,7 @@ class BatchNorm(Elementwise):
                 setting.weight("scale", weight),
                 torch.mul,
                 lambda factor: factor,
+                keeps_sign=True,
                 connections=partial(OneParent, weight, values[0].shape),
             )
         ]

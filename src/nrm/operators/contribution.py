@@ -29,6 +29,8 @@ class Contribution:
         operand: which operand this is; one may contribute in several ways.
         by_channels: `([*operand], weight, [*output]) -> [outputs, inputs]`: `w_ij factor_i share_j`
             added up over the connections of each two channels, where channels have one weight.
+        keeps_sign: whether `apply` adds up factors times weights with constants of its own, if any,
+            that are not negative: then it is largest where both are taken at their sizes.
         connections: the connections one by one, given the output's shape, for rules that are no
             sums of terms.
     """
@@ -40,6 +42,7 @@ class Contribution:
     transpose: Callable[[Tensor, Tensor], Tensor] | None = None
     operand: int = 0
     by_channels: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
+    keeps_sign: bool = False
     connections: Callable[[torch.Size], Connections] | None = None
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:

@@ -74,6 +74,7 @@ class Layer(WeightedSum):
                     uniform,
                     torch.matmul,
                     by_channels=through_matrix,
+                    keeps_sign=True,
                     connections=lambda output: Dense(weight),
                 )
             ]
@@ -90,6 +91,7 @@ class Layer(WeightedSum):
                 uniform,
                 transpose if x.dim() == weight.dim() else None,
                 by_channels=convolution.by_channels,
+                keeps_sign=True,
                 connections=partial(Kernel, call, x.shape),
             )
         ]
@@ -175,7 +177,8 @@ class Averaging(WeightedSum):
             return uniform(factor) * weight
 
         one = torch.ones((), dtype=values[0].dtype, device=values[0].device)
-        return [Contribution(Activation(values[0]), setting.weight("one", one), apply, uniform)]
+        w = setting.weight("one", one)
+        return [Contribution(Activation(values[0]), w, apply, uniform, keeps_sign=True)]
 
 
 _ALONG = frozenset([torch.ops.aten.mean, torch.ops.aten.sum, torch.ops.aten.cumsum])
@@ -238,6 +241,7 @@ class Sum(Elementwise):
                         uniform=lambda factor: factor,
                         transpose=torch.mul if alike and len(values) > 1 else None,
                         operand=call[name].index,
+                        keeps_sign=True,
                         connections=partial(OneParent, w.value, x.shape),
                     )
                 )

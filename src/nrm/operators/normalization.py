@@ -60,12 +60,15 @@ class Centring(WeightedSum):
             return self.add_up(call, weighted) * weight_of_group
 
         return [
-            Contribution(x, setting.weight("own", own), torch.mul, lambda factor: factor),
+            Contribution(
+                x, setting.weight("own", own), torch.mul, lambda factor: factor, keeps_sign=True
+            ),
             Contribution(
                 x,
                 setting.weight("shared", shared),
                 gather,
                 lambda factor: self.add_up(call, factor).expand(x.value.shape),
+                keeps_sign=weight is None or bool((weight >= 0).all()),
             ),
         ]
 

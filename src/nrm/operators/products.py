@@ -186,6 +186,7 @@ class MatrixProduct(WeightedSum):
             transpose=transpose if stacks else None,
             operand=operand,
             by_channels=by_channels if self._is_linear(call, side, w.value, share) else None,
+            keeps_sign=share >= 0,
             connections=self._connections(side, w.value),
         )
 

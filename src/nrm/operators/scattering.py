@@ -97,6 +97,7 @@ class ScatterSum(WeightedSum):
                     torch.mul,
                     lambda factor: factor,
                     operand=call["self"].index,
+                    keeps_sign=True,
                 )
             )
         if isinstance(call[self.added], Slot):
@@ -107,6 +108,7 @@ class ScatterSum(WeightedSum):
                     lambda factor, weight: scatter(factor) * weight,
                     scatter,
                     operand=call[self.added].index,
+                    keeps_sign=True,
                 )
             )
         return parts

@@ -124,9 +124,9 @@ class SharedOut(Propagation):
         return pushed
 
     def absolute(self) -> Propagation | None:
-        if self.rule.nonnegative:
-            return self
-        return AbsoluteShares(self)
+        if not all(part.keeps_sign for part in self.parts):
+            return None
+        return self if self.rule.nonnegative else AbsoluteShares(self)
 
     def by_channels(
         self, message: Tensor, operand: int, samples: int, onward: Tensor | None = None
@@ -195,6 +195,8 @@ class SharedOut(Propagation):
     ) -> tuple[Tensor, list[tuple[TermSum | None, Tensor]]]:
         """A message divided by column sums, and what is at vanished columns, split uniformly."""
         total, vanished = sums
+        # What late leaves adopt goes to each column's own neuron of the leaf.
+        every_column = every_column or (self.adopts_orphans and vanished is not None)
         if every_column and total.shape != message.shape[1:]:
             total, vanished = self._with_vanished(total.expand(message.shape[1:]))
         message = sum_to(message, total.shape)  # columns with one sum: one for all of them

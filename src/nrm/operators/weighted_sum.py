@@ -123,5 +123,6 @@ def _bias_as_input(bias: Tensor, output: Tensor, setting: Setting, number: int) 
         uniform=lambda factor: factor,
         transpose=torch.mul,
         operand=number,
+        keeps_sign=True,
         connections=lambda shape: OneParent(weight.value, shape, shape),
     )

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from nrm.absolute import Absolute
+from nrm.chunks import checked
 from nrm.joint.contraction import Contraction, contracted_pairs
 from nrm.joint.pairs import contraction_between
 from nrm.joint.partitions import Neurons, Partition
+from nrm.passing import finite
 from nrm.program import Pass
 from nrm.search.flows import Order, keys
 from nrm.search.intervals import Arrivals, Interval, arrivals, intervals, one_step
@@ -66,7 +68,7 @@ class Found:
         Arguments:
             rows: which parts of the next layer these are; by default all.
         """
-        flat = keys(table, self.order).flatten()
+        flat = keys(finite(table), self.order).flatten()
         self.evaluated += flat.numel()
         places = flat.topk(min(self.k, flat.numel())).indices
         chosen = torch.unravel_index(places, table.shape)
@@ -114,7 +116,7 @@ class BranchAndBound:
         advance: Callable[[float], None] = lambda gap: None,
     ) -> None:
         self.forward, self.layers, self.order = forward, layers, order
-        self.memory, self.advance = memory, advance
+        self.memory, self.advance = checked(memory), advance
         self.sizes = Absolute(forward)
         self.start = start
         self.shape = [layer.size for layer in layers]
@@ -142,6 +144,7 @@ class BranchAndBound:
                 child = (*prefix, part)
                 heapq.heappush(waiting, (-key, -len(child), child))
             self.advance(_gap(waiting, found))
+        assert waiting or len(found.best) == min(k, math.prod(self.shape))
         best = [(chosen, value) for _, chosen, value in found.best]
         return best, _gap(waiting, found), found.evaluated, followed
 
@@ -187,7 +190,7 @@ class BranchAndBound:
             return self._arrived[prefix]
         upper, lower = self.layers[len(prefix) - 1], self.layers[len(prefix)]
         held = upper.split(self._message(prefix[:-1]), prefix[-1:])
-        return one_step(self.forward, held, upper, lower)
+        return finite(one_step(self.forward, held, upper, lower))
 
     def _remember(self, prefix: Prefix, message: Tensor) -> None:
         """Keep a message for what it leads to; the oldest are forgotten, and sent again."""
@@ -215,14 +218,21 @@ class BranchAndBound:
         layer = self.layers[depth]
         sums = layer.add_up(message * here.sum)[0].sum(0)
         bounds = self._key(sums, layer.add_up(size * here.width)[0].sum(0))
-        if below is not None and self._contractions[depth] is not None:
-            onward = self._intervals[depth + 1]
-            assert onward is not None  # or nothing were known here
+        onward = None if below is None else self._intervals[depth + 1]
+        if below is not None and onward is not None and self._bounds_pairs(depth):
             pairs = self._pairs(self.forward, message, depth, onward.sum).sum(0)
             widths = self._pairs(self.sizes, size, depth, onward.width).sum(0)
             by_pair = torch.minimum(self._key(pairs, widths), below)
             bounds = torch.minimum(bounds, by_pair.amax(1))
-        return bounds
+        # Where sizes overflowed nothing is known.
+        return torch.nan_to_num(bounds, nan=torch.inf, posinf=torch.inf)
+
+    def _bounds_pairs(self, depth: int) -> bool:
+        """Whether all pairs of a layer's parts and the next one's are bounded at once."""
+        if self._contractions[depth] is None:
+            return False
+        upper, lower = self.layers[depth : depth + 2]
+        return self.sizes.covers(upper.variable, lower.variable)
 
     def _key(self, total: Tensor, size: Tensor) -> Tensor:
         """The best that any part of some walks can be, of which the relevances are known."""

@@ -110,9 +110,10 @@ def _check(forward: Pass, k: int, order: str, sample: int, method: str, budget: 
     if budget.work is not None:
         _require_positive("work", budget.work)
     seconds = budget.seconds
-    if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
+    known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if seconds is not None and not (known and seconds > 0):
         raise QueryError(f"seconds is a positive number, not {seconds!r}")
-    if not isinstance(sample, int) or not 0 <= sample < forward.batch:
+    if not isinstance(sample, int) or isinstance(sample, bool) or not 0 <= sample < forward.batch:
         raise QueryError(f"sample {sample!r} is out of range: the batch has {forward.batch}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nrm.joint.partitions import Partition
-from nrm.passing import send
+from nrm.passing import finite, send
 from nrm.program import Pass
 from nrm.search.flows import Order, keys
 
@@ -36,7 +36,7 @@ def greedy(
             arrived = send(forward, {upper.variable: held}, {lower.variable: None})
             nothing = held.new_zeros((1, *forward.shape(lower.variable)))
             message = arrived.get(lower.variable, nothing)
-            table = lower.add_up(message)[0].sum(0)
+            table = finite(lower.add_up(message)[0].sum(0))
             chosen.append(int(keys(table, order).argmax()))
             held, relevance = lower.split(message, chosen[-1:]), table[chosen[-1]]
         found.append((tuple(chosen), float(relevance)))

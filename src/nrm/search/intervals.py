@@ -123,9 +123,11 @@ def _within(bounds: Sequence[tuple[Tensor, Tensor]], layer: Partition) -> Interv
     """What several bounds say together."""
     if not bounds:
         return None
-    low, high = bounds[0]
-    for lowest, highest in bounds[1:]:
-        low, high = torch.maximum(low, lowest), torch.minimum(high, highest)
+    low = high = torch.full_like(bounds[0][0], torch.inf)
+    low = -low
+    for lowest, highest in bounds:  # sizes that overflowed say nothing
+        low = torch.maximum(low, lowest.nan_to_num(-torch.inf, torch.inf, -torch.inf))
+        high = torch.minimum(high, highest.nan_to_num(torch.inf, torch.inf, -torch.inf))
     return Interval(layer.covered(low.clamp(max=0)), layer.covered(high.clamp(min=0)))
 
 
