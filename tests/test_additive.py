@@ -15,6 +15,7 @@ from torch import nn
 import nrm
 from nrm import composites
 from nrm.errors import InputError, QueryError
+from nrm.evaluation import Interventions, pearson
 from nrm.experiments.additive import (
     Effect,
     Mean,
@@ -24,8 +25,6 @@ from nrm.experiments.additive import (
     contributions,
     experiment,
     mean_with_interval,
-    outputs_without,
-    pearson,
 )
 from nrm.experiments.additive.__main__ import PICTURE, RESULT, choose, main
 from nrm.experiments.additive.comparison import overlap, scores
@@ -101,7 +100,7 @@ def test_contributions_are_those_of_forward_hooks(upper):
     x, R = _explained(model)
     target = int(R.target)
     a, b = nrm.clusters(R, "stem", 3), nrm.clusters(R, upper, 4)
-    found = contributions(R.graph, [x], target, a.sets, b.sets)
+    found = contributions(Interventions(nrm.Explainer(model), x, target=target), a.sets, b.sets)
     whole = _hooked(model, x, {})[target]
     torch.testing.assert_close(found.output, whole)
     first = [a.labels == i for i in range(3)]
@@ -118,34 +117,6 @@ def test_contributions_are_those_of_forward_hooks(upper):
             joint = whole - _hooked(model, x, {"stem": gone})[target] - alone + both
             torch.testing.assert_close(found.joint[i, j], joint)
     assert found.joint.abs().max() > 1e-3
-
-
-def test_any_neurons_can_be_removed():
-    model = tiny()
-    x, R = _explained(model)
-    gone = torch.zeros(1, 6, 9, 9, dtype=torch.bool)
-    gone[:, 2], gone[:, 4, 1, 3] = True, True
-    chosen = nrm.channels("stem", 2) | nrm.neurons("stem", (4, 1, 3))
-    nothing, without = outputs_without(R.graph, [x], [None, chosen])
-    torch.testing.assert_close(nothing, R.output[0])
-    torch.testing.assert_close(without, _hooked(model, x, {"stem": gone}))
-    inputs_gone = outputs_without(R.graph, [x], [nrm.neurons("input")])
-    torch.testing.assert_close(inputs_gone[0], model(torch.zeros_like(x))[0].detach())
-
-
-def test_samples_are_told_apart_where_a_graph_holds_for_one_batch_only():
-    class Fixed(Branching):
-        def forward(self, x):
-            return super().forward(x.reshape(1, 3, 17, 17))
-
-    torch.manual_seed(3)
-    x, R = _explained(Fixed(nn.ReLU()))
-    assert not R.graph.captured.batched
-    _, other = _explained(tiny())
-    sets = [None, nrm.channels("stem", 1), nrm.channels("last", 3)]
-    torch.testing.assert_close(
-        outputs_without(R.graph, [x], sets), outputs_without(other.graph, [x], sets)
-    )
 
 
 def test_scores_are_queries_of_the_measure():
@@ -176,7 +147,8 @@ def test_relevance_is_contribution_where_the_network_is_linear():
     x, R = _explained(linear(), composites.LRPZero())
     for layer in ("branch", "last"):
         a, b = nrm.clusters(R, "stem", 3), nrm.clusters(R, layer, 3)
-        found = contributions(R.graph, [x], int(R.target), a.sets, b.sets)
+        interventions = Interventions(nrm.Explainer(linear().double().eval()), x, target=R.target)
+        found = contributions(interventions, a.sets, b.sets)
         by_score = scores(R, a, b)
         torch.testing.assert_close(by_score[Score.JOINT] * R.scale, found.joint)
         torch.testing.assert_close(by_score[Score.EITHER] * R.scale, found.total)
@@ -188,13 +160,6 @@ def test_overlap_is_the_share_of_the_picture_in_both():
     expected = torch.tensor([[0.25, 0.25], [0, 1 / 16], [0.25, 3 / 16]])
     torch.testing.assert_close(overlap(fine, coarse, 3, 2), expected)
     torch.testing.assert_close(overlap(coarse, fine, 2, 3), expected.T)
-
-
-def test_correlations():
-    a, b = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    assert pearson(a, b) == pytest.approx(np.corrcoef(a.flatten(), b.flatten())[0, 1], abs=1e-6)
-    assert pearson(a, 3 * a + 1) == pytest.approx(1)
-    assert pearson(a, torch.ones(4, 5)) is None
 
 
 def test_no_sum_over_rows_and_columns_correlates_better_than_the_ceiling():
@@ -230,21 +195,6 @@ def test_the_experiment_refuses_what_it_cannot_compare():
             experiment(explainer, [sample], layers, 2)
     with pytest.raises(InputError, match="no pictures"):
         experiment(explainer, [], ["stem", "last"], 2)
-
-
-def test_what_cannot_be_removed_is_refused():
-    x, R = _explained(tiny())
-    sets = [nrm.channels("stem", 1)]
-    with pytest.raises(InputError, match="one sample at a time, not from 2"):
-        outputs_without(R.graph, [torch.cat([x, x])], [None, *sets])
-    for first, second in ((sets, []), ([], sets)):
-        with pytest.raises(QueryError, match="each family one neuron set"):
-            contributions(R.graph, [x], 0, first, second)
-    with_bias = nrm.Explainer(tiny().double().eval(), bias="input")(x)
-    bias = nrm.neurons("last.bias")
-    for chosen in (bias, sets[0] | bias):
-        with pytest.raises(QueryError, match=r"'last\.bias' enters late"):
-            outputs_without(with_bias.graph, [x], [None, chosen])
 
 
 @pytest.fixture

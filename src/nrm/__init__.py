@@ -3,6 +3,7 @@
 from nrm import composites, methods, rules
 from nrm.clusters import Clusters, clusters
 from nrm.errors import NrmError
+from nrm.evaluation import evaluate
 from nrm.explainer import Explainer
 from nrm.formulas import Formula, NeuronSet
 from nrm.measure import Measure
@@ -18,6 +19,7 @@ __all__ = [
     "channels",
     "clusters",
     "composites",
+    "evaluate",
     "mask",
     "methods",
     "neurons",

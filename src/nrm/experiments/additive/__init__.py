@@ -7,13 +7,8 @@ their additive relevance (Def. 3, Thm. 3), and what the network loses without th
 """
 
 from nrm.experiments.additive.comparison import Effect, Sample, Score, experiment
-from nrm.experiments.additive.contribution import Contributions, contributions, outputs_without
-from nrm.experiments.additive.correlation import (
-    Mean,
-    additive_ceiling,
-    mean_with_interval,
-    pearson,
-)
+from nrm.experiments.additive.contribution import Contributions, contributions
+from nrm.experiments.additive.correlation import Mean, additive_ceiling, mean_with_interval
 
 __all__ = [
     "Contributions",
@@ -25,6 +20,4 @@ __all__ = [
     "contributions",
     "experiment",
     "mean_with_interval",
-    "outputs_without",
-    "pearson",
 ]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nrm.clusters import Clusters, clusters
 from nrm.errors import InputError, QueryError
+from nrm.evaluation import Interventions, pearson
 from nrm.experiments.additive.contribution import Contributions, contributions
-from nrm.experiments.additive.correlation import additive_ceiling, mean_with_interval, pearson
+from nrm.experiments.additive.correlation import additive_ceiling, mean_with_interval
 from nrm.explainer import Explainer
 from nrm.measure import Measure
 
@@ -82,14 +83,16 @@ class Compared:
         return pearson(self.scores[score], self.effects[effect])
 
 
-def compare(R: Measure, sample: Sample, a: Clusters, b: Clusters) -> Compared:
-    """All pairs of clusters of two layers, for the measure of one picture."""
+def compare(
+    R: Measure, interventions: Interventions, sample: Sample, a: Clusters, b: Clusters
+) -> Compared:
+    """All pairs of clusters of two layers, for the measure of one picture, and without them."""
     for family in (a, b):
         if family.labels.dim() != 3:
             raise QueryError(f"{family.layer!r} has no height and width, as a picture has.")
     assert R.target is not None
     target = int(R.target[0])
-    found = contributions(R.graph, [sample.x], target, a.sets, b.sets)
+    found = contributions(interventions, a.sets, b.sets)
     return Compared(
         sample,
         (a.layer, b.layer),
@@ -149,10 +152,11 @@ def experiment(
     composite = ""
     for sample in samples:
         R = explainer(sample.x)
+        interventions = Interventions(explainer, sample.x, target=R.target)
         composite = repr(R.graph.specification)
         parts = {layer: clusters(R, layer, k, seed) for layer in layers}
         for a, b in pairs:
-            found[a, b].append(compare(R, sample, parts[a], parts[b]))
+            found[a, b].append(compare(R, interventions, sample, parts[a], parts[b]))
         done()
     if not composite:
         raise InputError("there are no pictures to explain")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from nrm.evaluation import pearson
+
 RESAMPLES = 10_000
 LEVEL = 95
 """Per cent of the bootstrap's means that lie in the interval."""
@@ -25,14 +27,6 @@ class Mean:
     low: float
     high: float
     pictures: int
-
-
-def pearson(a: Tensor, b: Tensor) -> float | None:
-    """The correlation of two tensors' elements; `None` where one of them is constant."""
-    x, y = (t.detach().cpu().double().flatten() for t in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    size = float(x.norm() * y.norm())
-    return float(x @ y) / size if size > 0 else None
 
 
 def additive_ceiling(values: Tensor) -> float | None:

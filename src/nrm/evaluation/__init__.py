@@ -1,0 +1,40 @@
+"""Evaluation of relevance by intervention (sections 4.1, 4.2; appendix I).
+
+removal        what takes the place of removed activations
+families       neuron sets laid out for many removals at once
+downstream     the captured graph again from some node on, for many copies of a sample
+affine         where an output is affine in a layer, so that effects are sums
+combinations   all combinations of sets of several families, removed in turn
+intervention   outputs without sets, and joint contributions (eqs. 34, 57)
+metrics        correlations, contribution of the k best (eq. 58), bootstrap intervals
+baselines      joint relevance, and the scores it is compared with (section 4.1)
+fingerprint    settings as text, the same in every process
+store          a folder of finished samples, from which an interrupted run goes on
+faithfulness   `evaluate`: all of it over samples
+"""
+
+from nrm.evaluation.baselines import Families
+from nrm.evaluation.faithfulness import Evaluation, evaluate
+from nrm.evaluation.intervention import Interventions, joint_contributions
+from nrm.evaluation.metrics import (
+    Mean,
+    bootstrap,
+    bootstrap_difference,
+    contribution_of_top,
+    pearson,
+    spearman,
+)
+
+__all__ = [
+    "Evaluation",
+    "Families",
+    "Interventions",
+    "Mean",
+    "bootstrap",
+    "bootstrap_difference",
+    "contribution_of_top",
+    "evaluate",
+    "joint_contributions",
+    "pearson",
+    "spearman",
+]

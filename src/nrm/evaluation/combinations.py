@@ -1,0 +1,242 @@
+"""All combinations of sets of several families: each removed in turn, what is shared run once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.chunks import in_chunks
+from nrm.evaluation.affine import gradients
+from nrm.evaluation.downstream import Replay, Stage, Values
+from nrm.evaluation.families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Copies of the sample, each with a choice of sets removed, up to some place of the graph.
+
+    Attributes:
+        count: how many.
+        values: of the changed nodes that are still read.
+        chosen: for each family so far `[copies]`, the number of a set from one on, or zero.
+    """
+
+    count: int
+    values: Values
+    chosen: tuple[Tensor, ...]
+
+
+class Combinations:
+    """All combinations of sets of some families, those that are computed first being removed first.
+
+    Arguments:
+        removed: `[neurons]` of each node, what activations become when they are removed.
+        output: `f_y(x)`.
+        target: the number of the explained output among all of a sample.
+        memory: bytes that copies may take.
+        shortcuts: whether to leave out runs whose result is known without them.
+
+    Attributes:
+        affine: the last family's effects are sums over its neurons, found without runs.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        families: Sequence[Family],
+        removed: Mapping[Node, Tensor],
+        output: Tensor,
+        target: int,
+        memory: int,
+        shortcuts: bool = True,
+    ) -> None:
+        self.replay, self.families, self.removed = replay, families, removed
+        self.output, self.target, self.shortcuts = output, target, shortcuts
+        self.told: Callable[[int], None] = lambda done: None
+        nodes = [list(family.picked) for family in families]
+        self.begins = [min(self.replay.place[node] for node in found) for found in nodes]
+        self.changed = [
+            self.replay.changed_by({node for found in nodes[: level + 1] for node in found})
+            for level in range(len(families))
+        ]
+        self.gradients = self._gradients(nodes) if self.shortcuts else None
+        self.batched = all(
+            self.replay.separates(node) for node in (*self.removed, self.replay.captured.output)
+        )
+        self.stages = self._stages()
+        self.memory = max(1, memory // len(families))
+
+    @property
+    def affine(self) -> bool:
+        return self.gradients is not None
+
+    @property
+    def total(self) -> int:
+        """How many combinations there are to find: the output itself is known."""
+        known = not self.affine and len(self.families) == 1
+        return math.prod(self._shape(0)) - known
+
+    def effects(self, told: Callable[[int], None]) -> Tensor:
+        """`[sets of the first family and none in front, ..., of the last]`.
+
+        The output; where the last family is affine, what it loses without each of its sets, which
+        has no entry for none.
+
+        Arguments:
+            told: how many combinations have just been found.
+        """
+        self.told = told
+        return self._effects(0, State(1, {}, ()))[0]
+
+    def _gradients(self, nodes: Sequence[Sequence[Node]]) -> dict[Node, Tensor] | None:
+        others = {node for found in nodes[:-1] for node in found}
+        return gradients(self.replay, nodes[-1], others, self.target, self.removed)
+
+    def _stages(self) -> list[Stage]:
+        """What to compute after the removal of each family, from the last back to the first."""
+        wanted = {self.replay.captured.output}
+        if self.affine:
+            before = self.changed[-2] if len(self.changed) > 1 else set()
+            wanted = {node for node in self.families[-1].picked if node in before}
+        stages: list[Stage] = []
+        levels = range(len(self.families) - self.affine)
+        for level in reversed(levels):
+            changed = self.changed[level]
+            stage = self.replay.stage(wanted, changed, self.begins[level], self.batched)
+            stages.insert(0, stage)
+            # What comes before is to keep what this one reads of it, and what is removed here.
+            before = self.changed[level - 1] if level else set()
+            wanted = {node for node in stage.enters if node in before}
+            wanted |= {self._first(level)} & before
+        return stages
+
+    def _first(self, level: int) -> Node:
+        """The node of a family that has been computed when its removal begins."""
+        return self.replay.order[self.begins[level]]
+
+    # -- one family after the other --------------------------------------------------------------
+
+    def _effects(self, level: int, state: State) -> Tensor:
+        """`[copies, *effects of this family and those after it]`."""
+        if self.affine and level == len(self.families) - 1:
+            return self._sums(state)
+        last = level == len(self.families) - 1
+        family, deeper = self.families[level], self._shape(level + 1)
+        found = self.output.new_empty(state.count, len(family) + 1, *deeper)
+        rows, sets, same = self._pairs(level, state)
+        if last and not state.chosen:  # nothing removed at all: that is known
+            found[0, 0] = self.output
+            rows, sets = rows[1:], sets[1:]
+
+        def work(chunk: Sequence[int]) -> None:
+            part = slice(chunk[0], chunk[-1] + 1)
+            after = self._removed(level, state, rows[part], sets[part])
+            if last:
+                output = after.values[self.replay.captured.output]
+                values = self.replay.rows(self.replay.captured.output, output, after.count)
+                found[rows[part], sets[part]] = values[:, self.target]
+                self.told(after.count)
+            else:
+                found[rows[part], sets[part]] = self._effects(level + 1, after)
+
+        each = self.stages[level].each + 2 * math.prod(deeper) * found.element_size()
+        in_chunks(range(len(rows)), self.memory if self.batched else 1, each, work)
+        if same is not None:
+            found[same[0], same[1] + 1] = found[same[0], 0]
+            self.told(len(same[0]) * math.prod(deeper))
+        return found
+
+    def _shape(self, level: int) -> list[int]:
+        """The shape of the effects of a family and those after it."""
+        sizes = [len(family) + 1 for family in self.families[level:]]
+        if sizes and self.affine:
+            sizes[-1] -= 1
+        return sizes
+
+    def _pairs(
+        self, level: int, state: State
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Which sets are removed from which copies: none first, then those that change something.
+
+        Returns:
+            copies, sets from one on; and copies and sets, from zero on, where nothing changes.
+        """
+        family, device = self.families[level], self.output.device
+        changing = self._changing(level, state) if self.shortcuts else None
+        if changing is None:
+            changing = torch.ones(state.count, len(family), dtype=torch.bool, device=device)
+        copies, sets = changing.nonzero().unbind(1)
+        none = torch.arange(state.count, device=device)
+        same = (~changing).nonzero()
+        return (
+            torch.cat([none, copies]),
+            torch.cat([torch.zeros_like(none), sets + 1]),
+            (same[:, 0], same[:, 1]) if len(same) else None,
+        )
+
+    def _changing(self, level: int, state: State) -> Tensor | None:
+        """`[copies, sets]`: where an activation differs from what it becomes; `None`: not known."""
+        family = self.families[level]
+        if level and len(family.picked) > 1:
+            return None  # some of it is computed after the removal of the rest
+        found = None
+        for node, picked in family.picked.items():
+            differs = self._rows(node, state) != self.removed[node]
+            several = picked.sums(differs.to(self.output.dtype)) > 0
+            found = several if found is None else found | several
+        return None if found is None else found.expand(state.count, -1)
+
+    def _rows(self, node: Node, state: State) -> Tensor:
+        """`[copies, neurons]`, or one row where they are all alike."""
+        if node in state.values:
+            return self.replay.rows(node, state.values[node], state.count)
+        return self.replay.rows(node, self.replay.values[node], 1)
+
+    def _removed(self, level: int, state: State, rows: Tensor, sets: Tensor) -> State:
+        """Copies of copies without sets of a family, computed up to the next one."""
+        replay, stage = self.replay, self.stages[level]
+        copies = rows if self.batched else None
+        chosen = (*(known[rows] for known in state.chosen), sets)
+        base = torch.zeros_like(rows) if self.batched else None
+        entering: Values = {}
+        for node in stage.enters:
+            if node in state.values:
+                entering[node] = replay.take(node, state.values[node], copies)
+            else:
+                entering[node] = replay.take(node, replay.values[node], base)
+        first = self._first(level)
+        if first in entering:
+            entering[first] = self._put(level, first, entering[first], sets)
+
+        def change(node: Node, value: Any) -> Any:
+            for before in range(level + 1):
+                if node in self.families[before].picked:
+                    value = self._put(before, node, value, chosen[before])
+            return value
+
+        values = replay.compute(stage, entering, base, change)
+        return State(len(rows), values, chosen)
+
+    def _put(self, level: int, node: Node, value: Tensor, sets: Tensor) -> Tensor:
+        """A value without the neurons of the sets of a family."""
+        rows = self.replay.rows(node, value, len(sets)).clone()
+        self.families[level].picked[node].put(rows, sets, self.removed[node])
+        return self.replay.unrows(node, rows)
+
+    def _sums(self, state: State) -> Tensor:
+        """`[copies, sets]`, what the output loses without each set of the last family."""
+        assert self.gradients is not None
+        found = None
+        for node, picked in self.families[-1].picked.items():
+            change = (self._rows(node, state) - self.removed[node]).mul_(self.gradients[node])
+            lost = picked.sums(change)
+            found = lost if found is None else found + lost
+        assert found is not None
+        self.told(state.count * found.shape[1])
+        return found.expand(state.count, -1)

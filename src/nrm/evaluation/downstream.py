@@ -1,0 +1,367 @@
+"""The captured graph run again from where something changed on, for many copies at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from nrm.graph import Graph, wide
+
+Values = dict[Node, Any]
+"""What nodes hold: tensors, sizes, tuples of them."""
+Change = Callable[[Node, Any], Any]
+"""What takes the place of a node's value."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value holds copies of a sample.
+
+    Attributes:
+        axis: the copies follow each other along it; `None`: all share the value.
+        step: how much each further copy adds to a size.
+    """
+
+    axis: int | None = None
+    step: int = 0
+
+
+Spread = tuple[Layout, ...] | None
+"""The layouts of the leaves of a value; `None`: a copy cannot be told from the value."""
+
+_SPREADS: WeakKeyDictionary[Graph, dict[Node, Spread]] = WeakKeyDictionary()
+"""Layouts hold for every sample, and cost several runs to find."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the graph to run again.
+
+    Attributes:
+        nodes: what to compute, in order.
+        enters: changed nodes that were computed before.
+        clean: nodes that nothing changed, whose values are those of the sample.
+        wanted: what to keep.
+        each: bytes that one copy takes at most.
+    """
+
+    nodes: tuple[Node, ...]
+    enters: frozenset[Node]
+    clean: tuple[Node, ...]
+    wanted: frozenset[Node]
+    last_use: Mapping[Node, tuple[Node, ...]]
+    each: int
+
+
+class Replay:
+    """The captured graph of one sample, to run again from any node on.
+
+    Attributes:
+        values: of every node, for the sample.
+        place: of every node in the order of computation.
+        spreads: how each node holds several copies; empty where the graph takes one sample only.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
+        self.graph, self.captured = graph, graph.captured
+        needed = {self.captured.output, *self.captured.inputs}
+        for node in reversed(self.captured.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        self.order: list[Node] = [node for node in self.captured.graph.nodes if node in needed]
+        self.place = {node: place for place, node in enumerate(self.order)}
+        inputs = [wide(x) for x in inputs]
+        self.values: Values = {}
+        self._run_all(inputs, self.values.__setitem__)
+        if graph not in _SPREADS:
+            _SPREADS[graph] = self._spread(inputs) if self.captured.batched else {}
+        self.spreads = _SPREADS[graph]
+
+    # -- what changes ----------------------------------------------------------------------------
+
+    def changed_by(self, nodes: Collection[Node]) -> set[Node]:
+        """The nodes whose values depend on those of some, themselves included."""
+        found = set(nodes)
+        for node in self.order:
+            if not _is_size(node) and not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def stage(
+        self, wanted: Collection[Node], changed: Collection[Node], begin: int, batched: bool
+    ) -> Stage:
+        """What to compute for some nodes' values.
+
+        Arguments:
+            changed: the nodes that do not have the sample's values.
+            begin: changed nodes up to this place have been computed.
+            batched: for several copies; what cannot be copied is computed again.
+        """
+        computed: set[Node] = set()
+        enters: set[Node] = set()
+        clean: set[Node] = set()
+        waiting, seen = list(wanted), set(wanted)
+        while waiting:
+            node = waiting.pop()
+            again = batched and self.spreads[node] is None
+            if again or (node in changed and self.place[node] > begin):
+                computed.add(node)
+                new = set(node.all_input_nodes) - seen
+                seen |= new
+                waiting += new
+            else:
+                (enters if node in changed else clean).add(node)
+        nodes = tuple(sorted(computed, key=self.place.__getitem__))
+        last_use = self._last_use(nodes, wanted)
+        return Stage(
+            nodes,
+            frozenset(enters),
+            tuple(clean),
+            frozenset(wanted),
+            last_use,
+            self._bytes(nodes, enters | clean, last_use),
+        )
+
+    def compute(
+        self, stage: Stage, entering: Values, rows: Tensor | None, change: Change
+    ) -> Values:
+        """The values of the wanted nodes.
+
+        Arguments:
+            entering: the changed nodes computed before.
+            rows: zero for each copy; `None`: the graph takes one only.
+            change: what takes the place of each computed value.
+        """
+        values = dict(entering)
+        for node in stage.clean:
+            values[node] = self.take(node, self.values[node], rows)
+        for node in stage.nodes:
+            if node.op == "call_function":
+                value = _evaluate(node, values)
+            else:  # an input that is changed itself
+                value = self.take(node, self.values[node], rows)
+            values[node] = change(node, value)
+            for dead in stage.last_use.get(node, ()):
+                del values[dead]
+        return {node: values[node] for node in stage.wanted}
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def separates(self, node: Node) -> bool:
+        """Whether each copy has values of its own at a node."""
+        spread = self.spreads.get(node)
+        return spread is not None and len(spread) == 1 and spread[0].axis is not None
+
+    def take(self, node: Node, value: Any, rows: Tensor | None) -> Any:
+        """The chosen copies of a value, which share no memory with it."""
+        if rows is None:
+            return value
+        spread = self.spreads[node]
+        assert spread is not None
+        leaves, tree = pytree.tree_flatten(value)
+        return pytree.tree_unflatten(
+            [
+                _take(leaf, one, layout, rows)
+                for leaf, one, layout in zip(
+                    leaves, pytree.tree_leaves(self.values[node]), spread, strict=True
+                )
+            ],
+            tree,
+        )
+
+    def rows(self, node: Node, value: Tensor, copies: int) -> Tensor:
+        """`[copies, neurons]`."""
+        if copies == 1:
+            return value.reshape(1, -1)
+        axis = self._axis(node)
+        return _apart(value, axis, copies).movedim(axis, 0).reshape(copies, -1)
+
+    def unrows(self, node: Node, rows: Tensor) -> Tensor:
+        """The value with these rows: the inverse of `rows`."""
+        shape = self.values[node].shape
+        if len(rows) == 1:
+            return rows.view(shape)
+        axis = self._axis(node)
+        return rows.view(len(rows), *shape).movedim(0, axis).flatten(axis, axis + 1)
+
+    def _axis(self, node: Node) -> int:
+        spread = self.spreads[node]
+        assert spread is not None
+        axis = spread[0].axis
+        assert axis is not None
+        return axis
+
+    # -- the whole graph -------------------------------------------------------------------------
+
+    def _run_all(self, inputs: Sequence[Tensor], done: Callable[[Node, Any], None]) -> None:
+        given = dict(zip(self.captured.inputs, inputs, strict=True))
+        readers: dict[Node, Node] = {}
+        for node in self.order:
+            readers.update(dict.fromkeys(node.all_input_nodes, node))
+        values: Values = {}
+        with torch.no_grad():
+            for node in self.order:
+                if node.op == "call_function":
+                    values[node] = _evaluate(node, values)
+                else:
+                    values[node] = given[node] if node in given else self.captured.constants[node]
+                done(node, values[node])
+                for dead in node.all_input_nodes:
+                    if readers[dead] is node:
+                        del values[dead]
+
+    def _spread(self, inputs: Sequence[Tensor]) -> dict[Node, Spread]:
+        """How each node holds copies: found on two equal samples, and on two that differ.
+
+        Equal ones show values that depend on a sample's number; others, samples that mix.
+        """
+        axis = self.captured.batch_axis
+        assert axis is not None
+        spreads: dict[Node, Spread] = {}
+
+        def equal(node: Node, value: Any) -> None:
+            spreads[node] = _compare(self.values[node], value)
+
+        def different(node: Node, value: Any) -> None:
+            spread = spreads[node]
+            if spread is not None and not _starts_with(value, self.values[node], spread):
+                spreads[node] = None
+
+        self._run_all([torch.cat([x, x], axis) for x in inputs], equal)
+        self._run_all([torch.cat([x, _another(x)], axis) for x in inputs], different)
+        return spreads
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _last_use(
+        self, nodes: Sequence[Node], wanted: Collection[Node]
+    ) -> dict[Node, tuple[Node, ...]]:
+        """By node, what nothing reads after it."""
+        used: set[Node] = set(wanted)
+        found: dict[Node, tuple[Node, ...]] = {}
+        for node in reversed(nodes):
+            found[node] = tuple(operand for operand in node.all_input_nodes if operand not in used)
+            if node not in used:  # nothing reads it
+                found[node] += (node,)
+            used.update(node.all_input_nodes)
+        return found
+
+    def _bytes(
+        self,
+        nodes: Sequence[Node],
+        given: Collection[Node],
+        last_use: Mapping[Node, tuple[Node, ...]],
+    ) -> int:
+        """What one copy takes at most, with as much again while the largest value is changed."""
+        now = sum(self._size(node) for node in given)
+        most = now
+        for node in nodes:
+            size = self._size(node)
+            now += size
+            most = max(most, now + size)
+            now -= sum(self._size(dead) for dead in last_use[node])
+        return most
+
+    def _size(self, node: Node) -> int:
+        spread = self.spreads.get(node)
+        leaves = pytree.tree_leaves(self.values[node])
+        layouts = (Layout(0),) * len(leaves) if spread is None else spread
+        return sum(
+            leaf.numel() * leaf.element_size()
+            for leaf, layout in zip(leaves, layouts, strict=True)
+            if isinstance(leaf, Tensor) and layout.axis is not None
+        )
+
+
+def _evaluate(node: Node, values: Values) -> Any:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def _is_size(node: Node) -> bool:
+    """Whether a node says how large a tensor is, and nothing of its values."""
+    return str(node.target).startswith(("aten.sym_", "aten.size"))
+
+
+def _take(value: Any, one: Any, layout: Layout, rows: Tensor) -> Any:
+    """The chosen copies of a leaf.
+
+    Arguments:
+        one: the sample's value.
+    """
+    if layout.axis is None:
+        return one + (len(rows) - 1) * layout.step if layout.step else value
+    if one.shape[layout.axis] == 1:
+        return value.index_select(layout.axis, rows)
+    apart = _apart(value, layout.axis, value.shape[layout.axis] // one.shape[layout.axis])
+    return apart.index_select(layout.axis, rows).flatten(layout.axis, layout.axis + 1)
+
+
+def _apart(value: Tensor, axis: int, copies: int) -> Tensor:
+    """With an axis for the copies in front of the one that holds them."""
+    return value.reshape(*value.shape[:axis], copies, -1, *value.shape[axis + 1 :])
+
+
+def _another(x: Tensor) -> Tensor:
+    """Another sample; numbers of tokens, nodes or classes stay what they are."""
+    return 0.75 * x - 0.1 if x.is_floating_point() else x
+
+
+def _compare(one: Any, two: Any) -> Spread:
+    """How a value holds copies, from that of one sample and of the same sample twice."""
+    leaves, tree = pytree.tree_flatten(one)
+    doubled, other = pytree.tree_flatten(two)
+    if tree != other:
+        return None
+    layouts = [_layout(a, b) for a, b in zip(leaves, doubled, strict=True)]
+    return None if None in layouts else tuple(layout for layout in layouts if layout is not None)
+
+
+def _layout(one: Any, two: Any) -> Layout | None:
+    if not isinstance(one, Tensor):
+        if one == two:
+            return Layout()
+        return Layout(step=two - one) if isinstance(one, int) else None
+    if one.shape == two.shape:
+        return Layout() if _alike(one, two) else None
+    if one.dim() != two.dim():
+        return None
+    differing = [a for a in range(one.dim()) if one.shape[a] != two.shape[a]]
+    axis, size = differing[0], one.shape[differing[0]]
+    if len(differing) > 1 or two.shape[axis] != 2 * size:
+        return None
+    if not _alike(torch.cat([one, one], axis), two):
+        return None
+    if size > 1 and _alike(one.repeat_interleave(2, axis), two):
+        return None  # the copies may as well alternate
+    return Layout(axis)
+
+
+def _starts_with(value: Any, one: Any, spread: tuple[Layout, ...]) -> bool:
+    """Whether the first copy is the sample."""
+    for leaf, first, layout in zip(
+        pytree.tree_leaves(value), pytree.tree_leaves(one), spread, strict=True
+    ):
+        if not isinstance(leaf, Tensor) or layout.axis is None:
+            continue
+        if leaf.shape[layout.axis] != 2 * first.shape[layout.axis]:
+            return False
+        if not _alike(leaf.narrow(layout.axis, 0, first.shape[layout.axis]), first):
+            return False
+    return True
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    finite = a[torch.isfinite(a)]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)

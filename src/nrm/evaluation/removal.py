@@ -1,0 +1,78 @@
+"""What takes the place of removed activations: zero, a mean, or values of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nrm.errors import QueryError
+from nrm.graph import Graph, Variable
+from nrm.neurons import channel_axis
+
+Removal = str | float | Mapping[str, float | Tensor]
+"""What takes the place of removed activations."""
+
+
+def by_variable(removal: Removal, graph: Graph) -> str | float | dict[Variable, float | Tensor]:
+    """The removal, with variables in the place of their names.
+
+    Raises:
+        QueryError: it is none.
+    """
+    if isinstance(removal, Mapping):
+        return {graph.variable(layer): value for layer, value in removal.items()}
+    if removal in ("zero", "mean"):
+        return removal
+    if isinstance(removal, int | float) and math.isfinite(removal):
+        return float(removal)
+    raise QueryError(
+        "removal is 'zero', 'mean', a number or a mapping of layers to numbers or tensors, not "
+        f"{removal!r}."
+    )
+
+
+def replacement(
+    removal: str | float | dict[Variable, float | Tensor], variable: Variable, value: Tensor
+) -> Tensor:
+    """`[neurons]`, what the activations of a variable become.
+
+    Arguments:
+        value: of the sample.
+
+    Raises:
+        QueryError: it has another shape, or is not finite.
+    """
+    shape = neuron_shape(variable, value)
+    if removal == "mean":
+        return _means(value.reshape(shape), variable).reshape(-1)
+    given = removal.get(variable, 0.0) if isinstance(removal, dict) else removal
+    found = torch.as_tensor(0.0 if isinstance(given, str) else given).detach().to(value)
+    if found.shape not in (torch.Size(), shape):
+        raise QueryError(
+            f"the removal of {variable.name!r} has shape {tuple(found.shape)}, its neurons "
+            f"{tuple(shape)} (without the batch)."
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise QueryError(f"the removal of {variable.name!r} holds NaN or infinite values.")
+    return found.expand(shape).reshape(-1)
+
+
+def _means(values: Tensor, variable: Variable) -> Tensor:
+    """For each neuron the mean of its channel; of all, where channels have one neuron each."""
+    shape = values.shape
+    axes = tuple(range(values.dim()))
+    if values.dim() > 1:
+        along = channel_axis(variable, shape)
+        rest = tuple(axis for axis in axes if axis != along)
+        if math.prod(shape[axis] for axis in rest) > 1:
+            axes = rest
+    return values.mean(axes, keepdim=True).expand(shape) if axes else values
+
+
+def neuron_shape(variable: Variable, value: Tensor) -> torch.Size:
+    """The shape of a variable's value of one sample, without its batch axis."""
+    axis = variable.batch_axis
+    return torch.Size(size for place, size in enumerate(value.shape) if place != axis)

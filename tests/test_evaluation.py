@@ -1,0 +1,640 @@
+"""Metrics of faithfulness, baselines, and evaluations that may be interrupted (section 4.1)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nrm
+from nrm import composites
+from nrm.errors import InputError, QueryError
+from nrm.evaluation.baselines import Families, activation, joint, lrp, occlusion, sums
+from nrm.evaluation.faithfulness import evaluate
+from nrm.evaluation.fingerprint import described, digest
+from nrm.evaluation.intervention import Interventions, joint_contributions
+from nrm.evaluation.metrics import (
+    Mean,
+    bootstrap,
+    bootstrap_difference,
+    contribution_of_top,
+    pearson,
+    ranks,
+    spearman,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def mlp():
+    torch.manual_seed(2)
+    layers = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+    return nn.Sequential(*layers).double().eval()
+
+
+def conv_net():
+    torch.manual_seed(5)
+    return (
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 5, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(80, 3),
+        )
+        .double()
+        .eval()
+    )
+
+
+def vectors(count=4):
+    return list(torch.rand(count, 1, 6, generator=generator(1), dtype=torch.float64))
+
+
+def pictures(count=2):
+    return list(torch.rand(count, 1, 2, 8, 8, generator=generator(1), dtype=torch.float64))
+
+
+def output_without(model, x, target, places):
+    """The output with entries of modules' outputs set to zero by hooks."""
+
+    def zero(indices):
+        def hook(module, inputs, output):
+            output = output.clone()
+            for index in indices:
+                output[0, index] = 0
+            return output
+
+        return hook
+
+    handles = [
+        model.get_submodule(layer).register_forward_hook(zero(indices))
+        for layer, indices in places.items()
+    ]
+    with torch.no_grad():
+        found = model(x)[0, target]
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def contributions_by_hooks(model, x, target, layers, sizes):
+    """Eq. 57 for channels, term by term."""
+    found = torch.zeros(sizes, dtype=torch.float64)
+    for chosen in itertools.product(*map(range, sizes)):
+        for taken in itertools.product((False, True), repeat=len(layers)):
+            parts = zip(layers, chosen, taken, strict=True)
+            places = {layer: [index] for layer, index, removed in parts if removed}
+            found[chosen] += (-1) ** sum(taken) * output_without(model, x, target, places)
+    return found
+
+
+# -- metrics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pearson_is_numpys(dtype):
+    a = torch.randn(13, 7, 5, generator=generator(), dtype=dtype)
+    b = a + torch.randn(13, 7, 5, generator=generator(1), dtype=dtype)
+    wanted = np.corrcoef(a.double().numpy().ravel(), b.double().numpy().ravel())[0, 1]
+    assert pearson(a, b) == pytest.approx(wanted, abs=1e-12)
+    turned = a.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # other strides, the same elements
+    assert pearson(turned, b) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_pearson_joins_chunks_and_withstands_cancellation():
+    # More than one chunk, of other means, far from zero, where sums of squares lose digits.
+    a = torch.randn(2**20 + 12345, generator=generator(), dtype=torch.float64) + 1e4
+    b = 0.5 * a + torch.randn(len(a), generator=generator(1), dtype=torch.float64)
+    b[2**20 :] += 3
+    x, y = a.numpy() - a.numpy().mean(), b.numpy() - b.numpy().mean()
+    wanted = (x @ y) / np.sqrt((x @ x) * (y @ y))
+    assert pearson(a, b) == pytest.approx(wanted, abs=1e-10)
+    assert pearson(a, -2 * a) == -1.0
+
+
+def test_correlation_with_a_constant_is_not_defined():
+    constant, other = torch.full((7,), 0.1), torch.arange(7.0)
+    assert pearson(constant, other) is None
+    assert pearson(other, constant) is None
+    assert spearman(constant, other) is None
+    assert pearson(torch.ones(1), torch.ones(1)) is None
+
+
+def test_comparisons_that_make_no_sense_are_refused():
+    with pytest.raises(QueryError, match="not to be compared"):
+        pearson(torch.rand(2, 3), torch.rand(3, 2))
+    with pytest.raises(QueryError, match="nothing to compare"):
+        spearman(torch.rand(0), torch.rand(0))
+    with pytest.raises(QueryError, match="infinite"):
+        pearson(torch.tensor([1.0, float("nan"), 2.0]), torch.rand(3))
+
+
+def test_ranks_share_ties():
+    values = torch.tensor([[3.0, 1.0, 3.0], [0.0, -0.0, 7.0]])
+    assert ranks(values).tolist() == [4.5, 3.0, 4.5, 1.5, 1.5, 6.0]
+
+
+def test_spearman_is_that_of_the_closed_form():
+    # Without ties: 1 - 6 sum d^2 / (n (n^2 - 1)); monotonous functions change nothing.
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    b = torch.tensor([2.0, 1.0, 4.0, 3.0, 5.0])
+    assert spearman(a, b.exp()) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    # With ties: Pearson of ranks (1, 2.5, 2.5, 4) and (1, 2, 3, 4), which is 4.5 / sqrt(4.5 * 5).
+    tied = torch.tensor([0.0, 1.0, 1.0, 2.0])
+    assert spearman(tied, torch.arange(4.0)) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+def test_contribution_of_top_by_hand():
+    relevance = torch.tensor([[0.5, -0.9], [0.2, 0.0]])
+    contribution = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    found = contribution_of_top(relevance, contribution, (1, 2, 3, 4, 9))
+    assert found.tolist() == [1.0, 5.0, 13.0, 15.0, 15.0]  # more than all is all
+    assert contribution_of_top(relevance, contribution, (1, 2), "absolute").tolist() == [2.0, 3.0]
+    assert contribution_of_top(relevance, contribution, (3, 1), "smallest").tolist() == [14.0, 2.0]
+    assert contribution_of_top(relevance, contribution, ()).tolist() == []
+
+
+def test_contribution_of_top_shares_ties():
+    relevance = torch.tensor([0.0, 2.0, 1.0, 1.0, 0.0, 0.0])
+    contribution = torch.tensor([3.0, 10.0, 1.0, 5.0, 6.0, 0.0])
+    wanted = [10.0, 13.0, 16.0, 19.0, 22.0, 25.0]
+    found = contribution_of_top(relevance, contribution, range(1, 7))
+    assert found.tolist() == wanted
+    shuffled = torch.tensor([5, 3, 0, 1, 4, 2])  # the order of the elements does not matter
+    again = contribution_of_top(relevance[shuffled], contribution[shuffled], range(1, 7))
+    assert again.tolist() == wanted
+
+
+def test_contribution_of_top_is_the_sum_over_a_sort():
+    relevance = torch.randn(40, 30, generator=generator())
+    contribution = torch.randn(40, 30, generator=generator(1))
+    order = relevance.flatten().argsort(descending=True)
+    wanted = contribution.flatten()[order].double().cumsum(0)[[0, 9, 99, 1199]]
+    found = contribution_of_top(relevance, contribution, (1, 10, 100, 1200))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest", "absolute"])
+def test_contribution_of_top_goes_chunk_by_chunk(monkeypatch, order):
+    relevance = torch.randint(-3, 4, (5, 4, 5), generator=generator()).float()
+    contribution = torch.randn(5, 4, 5, generator=generator(1))
+    whole = contribution_of_top(relevance, contribution, range(1, 101), order)
+    monkeypatch.setattr("nrm.evaluation.metrics._CHUNK", 7)
+    chunked = contribution_of_top(relevance, contribution, range(1, 101), order)
+    assert torch.equal(whole, chunked)
+    assert float(whole[-1]) == pytest.approx(float(contribution.sum()), rel=1e-4)
+    turned = relevance.permute(2, 0, 1), contribution.permute(2, 0, 1)
+    torch.testing.assert_close(contribution_of_top(*turned, range(1, 101), order), whole)
+
+
+@pytest.mark.parametrize(("ks", "order"), [((0,), "largest"), ((1.5,), "largest"), ((1,), "best")])
+def test_contribution_of_top_refuses(ks, order):
+    with pytest.raises(QueryError):
+        contribution_of_top(torch.rand(3), torch.rand(3), ks, order)
+
+
+def test_bootstrap_is_seeded_and_leaves_out_what_is_missing():
+    values = torch.randn(50, generator=generator()).tolist()
+    found = bootstrap([*values, None])
+    assert found == bootstrap([*values, None])
+    assert found.samples == 50
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found != bootstrap(values, seed=1)
+    # For many samples the interval is that of the normal distribution.
+    error = np.std(values) / np.sqrt(50)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert found.low < found.mean < found.high
+    narrow = bootstrap(values, level=0.5)
+    assert found.low < narrow.low < narrow.high < found.high
+    assert bootstrap([2.0]) == Mean(2.0, 2.0, 2.0, 1)
+    assert bootstrap([None]) == Mean(None, None, None, 0)
+    with pytest.raises(QueryError):
+        bootstrap(values, resamples=0)
+
+
+def test_paired_difference_is_surer_than_two_means():
+    noise = torch.randn(40, generator=generator()).tolist()
+    a = [value + 0.1 for value in noise]
+    found = bootstrap_difference([*a, None, 1.0], [*noise, 1.0, None])
+    assert found.samples == 40
+    assert found.low == pytest.approx(0.1)
+    assert found.high == pytest.approx(0.1)
+    with pytest.raises(QueryError, match="paired"):
+        bootstrap_difference([1.0], [])
+
+
+# -- baselines -----------------------------------------------------------------------------------
+
+
+def test_scores_of_neurons_of_three_layers():
+    model, x, layers = mlp(), vectors()[0], ["1", "input", "3"]  # in no order of their own
+    explainer = nrm.Explainer(model)
+    R = explainer(x)
+    families = Families(R, layers, by="neuron")
+    interventions = Interventions(explainer, x, target=int(R.target))
+    assert families.shape == (5, 6, 4)
+    found = [score(families, interventions) for score in (joint, lrp, activation, occlusion)]
+    values = R.activations("1")[0], x[0], R.activations("3")[0]
+    for chosen in itertools.product(range(5), range(6), range(4)):
+        sets = [nrm.neurons(layer, number) for layer, number in zip(layers, chosen, strict=True)]
+        alone = sum(interventions.output - interventions.without([[one]])[0] for one in sets)
+        wanted = [
+            R(*sets)[0] * R.scale[0],
+            sum(R(one)[0] for one in sets) * R.scale[0],
+            sum(value[number] for value, number in zip(values, chosen, strict=True)),
+            alone,
+        ]
+        for score, one in zip(found, wanted, strict=True):
+            torch.testing.assert_close(score[chosen], one)
+
+
+def test_scores_of_channels_by_hooks():
+    model, x, layers = conv_net(), pictures()[0], ["1", "4"]
+    explainer = nrm.Explainer(model, composites.EpsilonPlus())
+    R = explainer(x, target=1)
+    families = Families(R, layers)
+    interventions = Interventions(explainer, x, target=1)
+    output = model(x)[0, 1].detach()
+    torch.testing.assert_close(interventions.output, output)
+    drops = [
+        [output - output_without(model, x, 1, {layer: [channel]}) for channel in range(size)]
+        for layer, size in (("1", 4), ("4", 5))
+    ]
+    alone = torch.tensor(drops[0])[:, None] + torch.tensor(drops[1])
+    torch.testing.assert_close(occlusion(families, interventions), alone)
+    total = [R.activations(layer)[0].sum((1, 2)) for layer in layers]
+    torch.testing.assert_close(activation(families), total[0][:, None] + total[1])
+    marginal = [R.channels(layer)[0] for layer in layers]
+    torch.testing.assert_close(lrp(families), (marginal[0][:, None] + marginal[1]) * R.scale)
+    wanted = contributions_by_hooks(model, x, 1, layers, (4, 5))
+    torch.testing.assert_close(joint_contributions(interventions, *families.sets), wanted)
+
+
+def test_sets_of_a_function_may_overlap():
+    R = nrm.Explainer(conv_net())(pictures()[0])
+    halves = [slice(0, 5), slice(3, 8)], [slice(0, 2), slice(1, 4)]
+    sides = dict(zip(("1", "4"), halves, strict=True))
+    given = []
+
+    def patches(measure, layer):
+        given.append((measure, layer))
+        return (nrm.patch(layer, rows, slice(None)) for rows in sides[layer])
+
+    families = Families(R, ["1", "4"], patches)
+    assert given == [(R, "1"), (R, "4")]
+    sets = families.sets
+    wanted = torch.stack([torch.stack([R(a, b)[0] for b in sets[1]]) for a in sets[0]])
+    torch.testing.assert_close(joint(families), wanted * R.scale)
+    first, second = (torch.stack([R(one)[0] for one in family]) for family in sets)
+    torch.testing.assert_close(lrp(families), (first[:, None] + second) * R.scale)
+    values = R.activations("4")[0]
+    below = torch.stack([values[:, rows].sum() for rows in sides["4"]])
+    torch.testing.assert_close(families.activations()[1], below)
+
+
+def test_one_layer_has_marginals():
+    R = nrm.Explainer(mlp())(vectors()[0])
+    families = Families(R, ["1"], by="neuron")
+    torch.testing.assert_close(joint(families), R.marginal("1")[0] * R.scale)
+
+
+def test_relevance_has_the_sign_of_contributions_below_zero():
+    # One hidden neuron takes the output below zero: it has relevance, and so does it contribute.
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[2].weight.copy_(torch.tensor([[-1.0, -0.25]]))
+    explainer, x = nrm.Explainer(model.eval(), composites.LRPZero()), torch.ones(1, 2)
+    families = Families(explainer(x, target=0), ["0", "1"], "neuron")
+    contribution = joint_contributions(Interventions(explainer, x, target=0), *families.sets)
+    assert pearson(joint(families), contribution) == pytest.approx(1)
+
+
+def test_families_are_of_one_sample():
+    R = nrm.Explainer(mlp())(torch.cat(vectors()))
+    with pytest.raises(QueryError, match="one sample"):
+        Families(R, ["1", "3"])
+    with pytest.raises(QueryError, match="list"):
+        Families(nrm.Explainer(mlp())(vectors()[0]), "1")
+
+
+def test_sums_are_over_all_combinations():
+    a, b, c = torch.arange(2.0), torch.arange(3.0) * 10, torch.arange(4.0) * 100
+    found = sums([a, b, c])
+    assert found.shape == (2, 3, 4)
+    assert found[1, 2, 3] == 321
+
+
+# -- evaluate ------------------------------------------------------------------------------------
+
+
+def by_hand(model, x, layers, by, target=None):
+    """The scores and contributions of one sample."""
+    explainer = nrm.Explainer(model)
+    R = explainer(x, target=target)
+    families = Families(R, layers, by)
+    interventions = Interventions(explainer, x, target=int(R.target))
+    scores = {
+        "joint": R.joint(*layers, by=by)[0] * R.scale,
+        "lrp": lrp(families),
+        "activation": activation(families),
+        "occlusion": occlusion(families, interventions),
+    }
+    contribution = joint_contributions(interventions, *families.sets)
+    by_hooks = contributions_by_hooks(model, x, int(R.target), layers, families.shape)
+    torch.testing.assert_close(contribution, by_hooks)
+    return scores, contribution, R
+
+
+@pytest.mark.parametrize(
+    ("model", "samples", "layers", "by"),
+    [(mlp(), vectors(2), ["1", "3"], "neuron"), (conv_net(), pictures(), ["4", "1"], "channel")],
+    ids=["mlp", "conv"],
+)
+def test_evaluation_against_hooks(model, samples, layers, by):
+    found = evaluate(nrm.Explainer(model), samples, layers, by, ks=(1, 5))
+    assert found.methods == ("joint", "lrp", "activation", "occlusion")
+    assert found.figures == ("pearson", "spearman", "SC_1", "SC_5")
+    assert len(found.rows) == 4 * len(samples)
+    for number, x in enumerate(samples):
+        scores, contribution, R = by_hand(model, x, layers, by)
+        rows = [row for row in found.rows if row.sample == str(number)]
+        for row, (method, score) in zip(rows, scores.items(), strict=True):
+            assert (row.method, row.target) == (method, int(R.target))
+            assert row.output == pytest.approx(float(R.scale))
+            top = contribution_of_top(score, contribution, (1, 5)).tolist()
+            wanted = [pearson(score, contribution), spearman(score, contribution), *top]
+            assert list(row.figures.values()) == pytest.approx(wanted)
+
+
+def test_joint_relevance_is_the_contribution_of_a_network_of_products():
+    # Without biases and with all neurons active, joint relevance is joint contribution.
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
+    x = torch.rand(1, 4, generator=generator(), dtype=torch.float64)
+    explainer = nrm.Explainer(model.eval(), composites.LRPZero())
+    found = evaluate(explainer, [x], ["input", "0"], by="neuron", target=2)
+    assert found.rows[0].figures["pearson"] == pytest.approx(1)
+    assert found.rows[0].target == 2
+
+
+def test_table_and_json():
+    samples = [(name, x) for name, x in zip("abcd", vectors(), strict=True)]
+    found = evaluate(nrm.Explainer(mlp()), samples, ["1", "3"], "neuron", ("joint", "lrp"), ks=(2,))
+    pearsons = found.values("joint")
+    line = found.table()[0]
+    assert line["method"] == "joint"
+    assert line["pearson"] == pytest.approx(np.mean(pearsons))
+    wanted = bootstrap(pearsons, 0)
+    assert (line["pearson_low"], line["pearson_high"]) == (wanted.low, wanted.high)
+    assert line["SC_2_samples"] == 4
+    assert found.mean("joint") == wanted
+    wanted = bootstrap_difference(pearsons, found.values("lrp"), 0)
+    assert found.difference("joint", "lrp") == wanted
+    read = json.loads(found.to_json())
+    assert [row["sample"] for row in read["rows"]] == [name for name in "abcd" for _ in range(2)]
+    assert read["means"] == found.table()
+    assert read["layers"] == ["1", "3"]
+    with pytest.raises(QueryError, match="no 'SC_3'"):
+        found.values("joint", "SC_3")
+
+
+def test_targets():
+    explainer, layers = nrm.Explainer(mlp()), ["1", "3"]
+    labels = {"a": 2, "b": 0}
+    samples = list(zip(labels, vectors(2), strict=True))
+    asked = []
+
+    def label(name, x):
+        asked.append((name, x))
+        return torch.tensor(labels[name])
+
+    found = evaluate(explainer, samples, layers, "neuron", ("joint",), target=label)
+    assert [row.target for row in found.rows] == [2, 0]
+    assert [name for name, _ in asked] == ["a", "b"]
+    assert torch.equal(asked[0][1], samples[0][1])
+    found = evaluate(explainer, samples, layers, "neuron", ("joint",), target=1)
+    assert [row.target for row in found.rows] == [1, 1]
+    with pytest.raises(QueryError, match="'likely'"):
+        evaluate(explainer, samples, layers, "neuron", target="likely")
+
+
+class TwoInputs(nn.Module):
+    """Its outputs are `[batch, 2, 3]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(3, 4), nn.Linear(2, 4), nn.ReLU()
+        self.head = nn.Linear(4, 6)
+
+    def forward(self, x, y):
+        hidden = self.act(self.first(x) + self.second(y))
+        return self.head(hidden).view(-1, 2, 3)
+
+
+def test_several_inputs_and_outputs_of_several_axes(tmp_path):
+    torch.manual_seed(1)
+    explainer = nrm.Explainer(TwoInputs().double().eval())
+    x, y = (torch.rand(1, n, generator=generator(), dtype=torch.float64) for n in (3, 2))
+    run = partial(evaluate, explainer, [("a", (x, y)), [x, y]], ["x", "act"], "neuron")
+    found = run(target=(1, 2), removal="mean", store=tmp_path)
+    assert [row.sample for row in found.rows[::4]] == ["a", "1"]
+    assert found.rows[0].target == (1, 2)
+    assert found.rows[0].figures == found.rows[4].figures
+    again = run(target=lambda name, inputs: torch.tensor([-1, 2]), removal="mean", store=tmp_path)
+    assert again.rows == found.rows
+    assert run(target=(1, 2), removal="mean", store=tmp_path) == found
+    by_hand = Interventions(explainer, x, y, target=(1, 2), removal="mean")
+    families = Families(explainer(x, y, target=(1, 2)), ["x", "act"], "neuron")
+    wanted = pearson(joint(families), joint_contributions(by_hand, *families.sets))
+    assert found.values("joint")[0] == pytest.approx(wanted)
+    with pytest.raises(InputError, match="other settings: removal 'mean'"):
+        run(store=tmp_path)
+
+
+def test_scores_of_ones_own_and_the_limit_on_ranks():
+    explainer = nrm.Explainer(mlp())
+    own = {"none": lambda families, interventions: torch.zeros(families.shape)}
+    found = evaluate(explainer, vectors(2), ["1", "3"], "neuron", own, ks=(20,), ranked=19)
+    assert found.figures == ("pearson", "SC_20")
+    assert found.values("none") == [None, None]
+    assert found.table()[0]["pearson"] is None
+    assert found.table()[0]["pearson_samples"] == 0
+    assert json.loads(found.to_json())["rows"][0]["figures"]["pearson"] is None
+
+
+def test_evaluations_that_make_no_sense_are_refused():
+    explainer = nrm.Explainer(mlp())
+    with pytest.raises(QueryError, match="methods are some of joint"):
+        evaluate(explainer, vectors(), ["1", "3"], methods=("guess",))
+    with pytest.raises(QueryError, match="SC_k"):
+        evaluate(explainer, vectors(), ["1", "3"], ks=(0,))
+    with pytest.raises(QueryError, match="list of names"):
+        evaluate(explainer, vectors(), "1")
+    with pytest.raises(InputError, match="no sample"):
+        evaluate(explainer, [], ["1", "3"])
+    with pytest.raises(InputError, match="'x' is to be a tensor"):
+        evaluate(explainer, [("x", [1.0])], ["1", "3"])
+    with pytest.raises(QueryError, match="twice"):
+        evaluate(explainer, vectors(), ["1", "1"])
+
+
+def test_progress_is_told():
+    told = []
+    explainer = nrm.Explainer(mlp())
+    evaluate(explainer, iter(vectors(3)), ["1", "3"], methods=("lrp",), progress=told.append)
+    assert told == [1, 1, 1]
+
+
+# -- the folder of finished samples --------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    pass
+
+
+def interrupted_after(samples, count):
+    yield from samples[:count]
+    raise StoppedError
+
+
+def test_interrupted_evaluation_goes_on(tmp_path):
+    samples = [(f"picture {n}/x.png", x) for n, x in enumerate(vectors())]
+    run = partial(evaluate, layers=["1", "3"], by="neuron", ks=(1, 3), seed=7)
+    whole = run(nrm.Explainer(mlp()), samples)
+    store = tmp_path / "deep" / "folder"
+    with pytest.raises(StoppedError):
+        run(nrm.Explainer(mlp()), interrupted_after(samples, 2), store=store)
+    assert len(list(store.iterdir())) == 3
+    explainer, explained = nrm.Explainer(mlp()), set()  # another process has another model object
+
+    class Counting(nrm.Explainer):
+        def __call__(self, *inputs, **named):
+            explained.add(float(inputs[0].sum()))
+            return super().__call__(*inputs, **named)
+
+    found = run(Counting(explainer.model), samples, store=store)
+    assert len(explained) == 2
+    assert found == whole
+    assert found.to_json() == whole.to_json()
+    assert not [path for path in store.iterdir() if path.name.startswith(".")]
+    # In another order, and with another sample: only that one is new.
+    new = "new", 2 * samples[0][1]
+    again = run(Counting(explainer.model), [*samples[::-1], new], store=store)
+    assert len(explained) == 3
+    assert again.values("joint")[:4] == whole.values("joint")[::-1]
+
+
+def test_error_within_a_sample_keeps_those_before(tmp_path):
+    calls = []
+
+    def failing(families, interventions):
+        calls.append(1)
+        if len(calls) == 3:
+            raise StoppedError
+        return lrp(families)
+
+    run = partial(evaluate, nrm.Explainer(mlp()), vectors(), ["1", "3"], methods={"a": failing})
+    with pytest.raises(StoppedError):
+        run(store=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_changed_samples_and_targets_are_not_those_of_the_folder(tmp_path):
+    run = partial(evaluate, nrm.Explainer(mlp()), layers=["1", "3"], store=tmp_path)
+    first = run([("a", vectors()[0])])
+    second = run([("a", vectors()[1])])
+    assert first != second
+    assert run([("a", vectors()[0])], target=first.rows[0].target).rows == first.rows
+    assert run([("a", vectors()[0])], target=lambda name, x: 2).rows[0].target == 2
+
+
+def other_model():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1e-9
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"layers": ["3", "1"]}, "layers"),
+        ({"by": "channel"}, "by"),
+        ({"by": lambda R, layer: [nrm.channels(layer, 0)]}, "by"),
+        ({"methods": ("joint",)}, "methods"),
+        ({"ks": (1, 2)}, "ks"),
+        ({"seed": 1}, "seed"),
+        ({"order": "absolute"}, "order"),
+        ({"ranked": 0}, "ranked"),
+        ({"explainer": nrm.Explainer(other_model())}, "model"),
+        ({"explainer": nrm.Explainer(mlp(), composites.GammaFlat(0.25))}, "composite"),
+        ({"explainer": nrm.Explainer(mlp(), bias="input")}, "rules"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changed, named):
+    settings = {
+        "explainer": nrm.Explainer(mlp()),
+        "samples": vectors(1),
+        "layers": ["1", "3"],
+        "by": "neuron",
+        "store": tmp_path,
+    }
+    evaluate(**settings)
+    evaluate(**settings)
+    with pytest.raises(InputError, match=f"other settings: {named}"):
+        evaluate(**settings | changed)
+
+
+def test_files_that_were_cut_off_are_written_again(tmp_path):
+    run = partial(evaluate, nrm.Explainer(mlp()), vectors(2), ["1", "3"], store=tmp_path)
+    whole = run()
+    for path in tmp_path.glob("*.json"):
+        if path.name != "settings.json":
+            path.write_text(path.read_text()[:20])
+    assert run() == whole
+    assert run() == whole
+
+
+def test_functions_are_told_apart_by_what_they_enclose():
+    def clusters(k):
+        return lambda R, layer: nrm.clusters(R, layer, k)
+
+    assert described(clusters(3)) == described(clusters(3))
+    assert described(clusters(3)) != described(clusters(4))
+    assert described(partial(clusters, 3)) != described(partial(clusters, 4))
+    assert described(lambda x: x + 1) != described(lambda x: x + 2)
+    chosen = torch.tensor([True, False])
+
+    def given(mask):
+        return lambda R, layer: [nrm.mask(layer, mask)]
+
+    assert described(given(chosen)) == described(given(chosen.clone()))
+    assert described(given(chosen)) != described(given(~chosen))
+    sets = [nrm.mask("1", chosen)], [nrm.mask("1", chosen)], [nrm.mask("1", ~chosen)]
+    same, again, other = (digest(lambda R, layer, each=each: each) for each in sets)
+    assert same == again != other
+
+
+def test_composites_are_told_apart_by_their_selectors():
+    def composite(pattern):
+        choice = composites.path(pattern), nrm.rules.Gamma(0.1)
+        return composites.Composite([choice], nrm.rules.Zero())
+
+    assert digest(composite("1.*")) == digest(composite("1.*"))
+    assert digest(composite("1.*")) != digest(composite("2.*"))
+    assert "0x" not in described(composite("1.*"))
+    assert digest(torch.zeros(2)) != digest(torch.zeros(2, dtype=torch.float64))
+    assert digest([np.zeros(2)]) != digest([np.ones(2)])
+    itself = []
+    itself.append(itself)
+    assert described(itself) == "list(itself)"
