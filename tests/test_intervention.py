@@ -703,3 +703,76 @@ def test_inputs_by_name_and_an_output_among_several() -> None:
     placed = Interventions(explainer, x, y, 2.0, target=1)
     torch.testing.assert_close(named.joint(*sets), placed.joint(*sets))
     torch.testing.assert_close(named.output, model(x, y, 2.0)["a"][0, 1])
+
+
+# -- what a review found ---------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Something that all samples of a batch share, or that runs over them."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.b(self.between(torch.relu(self.a(x))))))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: h / (h.max() + 1),
+        lambda h: h + h.amax(),
+        lambda h: h.cummax(0)[0],
+        lambda h: h - h.mean(),
+        lambda h: h + 1e-3 * h.mean(),
+    ],
+)
+def test_what_samples_share_is_of_each_copy_alone(between: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(between).double().eval(), torch.randn(1, 3).double()
+    interventions = Interventions(nrm.Explainer(model, nrm.composites.AttnLRP()), x, target=0)
+    sets = [[nrm.channels("a", c)] for c in range(4)]
+    alone = torch.cat([interventions.without([one]) for one in sets])
+    torch.testing.assert_close(interventions.without(sets), alone)
+
+
+def test_division_that_rounds_is_not_affine() -> None:
+    torch.manual_seed(0)
+
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(torch.div(self.b(self.a(x)), 1.0, rounding_mode="floor"))
+
+    model, x = Rounded().double().eval(), torch.randn(1, 3).double()
+    explainer = nrm.Explainer(model)
+    families = [[nrm.channels(layer, c) for c in range(4)] for layer in ("a", "b")]
+    quick, plain = (Interventions(explainer, x, target=0) for _ in range(2))
+    plain._shortcuts = False
+    torch.testing.assert_close(quick.joint(*families), plain.joint(*families))
+
+
+def test_a_model_that_changed_is_not_asked_on() -> None:
+    model, inputs = made("mlp")
+    interventions = Interventions(nrm.Explainer(model), *inputs, target=1)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(QueryError, match="changed"):
+        interventions.without([[nrm.neurons("1", 2)]])
+
+
+@pytest.mark.parametrize("value", ["foo", True, 1 + 2j])
+def test_removals_by_layer_are_zero_mean_or_numbers(value: Any) -> None:
+    model, inputs = made("mlp")
+    with pytest.raises(QueryError, match="'zero', 'mean', a number or a tensor"):
+        Interventions(nrm.Explainer(model), *inputs, target=1, removal={"1": value})
+    by_layer = Interventions(nrm.Explainer(model), *inputs, target=1, removal={"1": "mean"})
+    mean = Interventions(nrm.Explainer(model), *inputs, target=1, removal="mean")
+    sets = [[nrm.neurons("1", 2)]]
+    torch.testing.assert_close(by_layer.without(sets), mean.without(sets))

@@ -22,6 +22,7 @@ from nrm.cli.labels import TOP, find_labels, find_target
 from nrm.cli.models import find_attribute, find_device, load_model
 from nrm.cli.pictures import Picture, imagenet, read_image, transformed
 from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
+from nrm.cli.reproduce import reproduce
 from nrm.explainer import Explainer
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(reproduce)
 
 IMAGENET = "imagenet"
 

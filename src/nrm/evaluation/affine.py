@@ -61,7 +61,7 @@ def _is_affine(graph: Graph, node: Node, changed: Collection[Node]) -> bool:
     read = [name for name, operand in operation.call.nodes() if operand in changed]
     row = operation.operator
     if isinstance(row, Quotient):
-        return read == ["self"]
+        return read == ["self"] and operation.call.get("rounding_mode") is None
     if isinstance(row, Product | MatrixProduct):
         return len(read) == 1
     return _is_affine_row(operation) and set(read) <= {name for name, _ in operation.named_slots}
@@ -98,15 +98,31 @@ def _holds(
     found: dict[Node, Tensor],
     output: Tensor,
 ) -> bool:
-    """Whether a run without all neurons of the nodes gives what the derivatives say."""
-    changes = {node: removed[node] - replay.values[node].reshape(-1) for node in nodes}
-    lost = sum((found[node] * change).sum() for node, change in changes.items())
-    size = sum((found[node] * change).abs().sum() for node, change in changes.items())
-    values = {node: removed[node].view(replay.values[node].shape) for node in nodes}
-    with torch.no_grad():
-        expected = _output(replay, values, after)[target]
+    """Whether runs with other values at the nodes give what the derivatives say.
+
+    Without all of their neurons, and far away on both sides: a row of one's own may call a
+    function linear that is not.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    changes = [{node: removed[node] - replay.values[node].reshape(-1) for node in nodes}]
+    away = {}
+    for node in nodes:
+        value = replay.values[node].reshape(-1)
+        noise = torch.randn(value.shape, generator=drawn).to(value)
+        away[node] = 3 * (1 + value.abs().max()) * noise
+    changes += [away, {node: -change for node, change in away.items()}]
     tolerance = _TOLERANCE.get(output.dtype, 1e-4)
-    return bool((expected - output - lost).abs() <= tolerance * (output.abs() + size))
+    for change in changes:
+        products = [found[node] * change[node] for node in nodes]
+        lost = sum(product.sum() for product in products)
+        size = sum(product.abs().sum() for product in products)
+        there = {node: replay.values[node] for node in nodes}
+        values = {n: (v.reshape(-1) + change[n]).view_as(v) for n, v in there.items()}
+        with torch.no_grad():
+            expected = _output(replay, values, after)[target]
+        if not bool((expected - output - lost).abs() <= tolerance * (output.abs() + size)):
+            return False
+    return True
 
 
 def _output(replay: Replay, values: dict[Node, Any], after: set[Node]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -218,25 +219,49 @@ class Replay:
                         del values[dead]
 
     def _spread(self, inputs: Sequence[Tensor]) -> dict[Node, Spread]:
-        """How each node holds copies: found on two equal samples, and on two that differ.
+        """How each node holds copies; nothing, where samples mix: then they run one at a time.
 
-        Equal ones show values that depend on a sample's number; others, samples that mix.
+        Two equal samples show values that depend on a sample's number. Samples mix where something
+        that all share is computed from the inputs, or where the values of one depend on another,
+        before it or after it.
         """
         axis = self.captured.batch_axis
         assert axis is not None
         spreads: dict[Node, Spread] = {}
+        mixes = False
 
         def equal(node: Node, value: Any) -> None:
             spreads[node] = _compare(self.values[node], value)
 
-        def different(node: Node, value: Any) -> None:
-            spread = spreads[node]
-            if spread is not None and not _starts_with(value, self.values[node], spread):
-                spreads[node] = None
-
         self._run_all([torch.cat([x, x], axis) for x in inputs], equal)
-        self._run_all([torch.cat([x, _another(x)], axis) for x in inputs], different)
-        return spreads
+        for node in self._computed_from_inputs():
+            leaves, spread = pytree.tree_leaves(self.values[node]), spreads[node]
+            if spread is not None:
+                layouts = zip(leaves, spread, strict=True)
+                mixes |= any(isinstance(a, Tensor) and b.axis is None for a, b in layouts)
+
+        def different(node: Node, value: Any, last: bool) -> None:
+            nonlocal mixes
+            spread = spreads[node]
+            if spread is not None and not _holds(value, self.values[node], spread, last):
+                mixes = True
+
+        for scale, shift in ((0.75, -0.1), (1.5, 0.1)):
+            others = [_another(x, scale, shift) for x in inputs]
+            for last in (False, True):
+                pairs = ((y, x) if last else (x, y) for x, y in zip(inputs, others, strict=True))
+                if not mixes:
+                    joined = [torch.cat(pair, axis) for pair in pairs]
+                    self._run_all(joined, partial(different, last=last))
+        return {} if mixes else spreads
+
+    def _computed_from_inputs(self) -> list[Node]:
+        """The nodes whose values, and not only their sizes, depend on an input's."""
+        found = set(self.captured.inputs)
+        for node in self.order:
+            if not _is_size(node) and not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return [node for node in self.order if node in found and node.op == "call_function"]
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -286,9 +311,12 @@ def _evaluate(node: Node, values: Values) -> Any:
     return target(*args, **kwargs)
 
 
+_SIZES = ("aten.sym_", "aten.size", "aten.new_", "aten.zeros_like", "aten.ones_like")
+
+
 def _is_size(node: Node) -> bool:
-    """Whether a node says how large a tensor is, and nothing of its values."""
-    return str(node.target).startswith(("aten.sym_", "aten.size"))
+    """Whether a node reads how large a tensor is, and nothing of its values."""
+    return str(node.target).startswith((*_SIZES, "aten.full_like", "aten.empty_like"))
 
 
 def _take(value: Any, one: Any, layout: Layout, rows: Tensor) -> Any:
@@ -310,9 +338,11 @@ def _apart(value: Tensor, axis: int, copies: int) -> Tensor:
     return value.reshape(*value.shape[:axis], copies, -1, *value.shape[axis + 1 :])
 
 
-def _another(x: Tensor) -> Tensor:
-    """Another sample; numbers of tokens, nodes or classes stay what they are."""
-    return 0.75 * x - 0.1 if x.is_floating_point() else x
+def _another(x: Tensor, scale: float, shift: float) -> Tensor:
+    """Another sample; numbers of tokens, nodes or classes change places."""
+    if x.is_floating_point():
+        return scale * x + shift
+    return x.flip(-1) if x.dim() > 1 and x.dtype is not torch.bool else x
 
 
 def _compare(one: Any, two: Any) -> Spread:
@@ -345,16 +375,17 @@ def _layout(one: Any, two: Any) -> Layout | None:
     return Layout(axis)
 
 
-def _starts_with(value: Any, one: Any, spread: tuple[Layout, ...]) -> bool:
-    """Whether the first copy is the sample."""
-    for leaf, first, layout in zip(
+def _holds(value: Any, one: Any, spread: tuple[Layout, ...], last: bool) -> bool:
+    """Whether the first of two copies is the sample, or the last."""
+    for leaf, alone, layout in zip(
         pytree.tree_leaves(value), pytree.tree_leaves(one), spread, strict=True
     ):
         if not isinstance(leaf, Tensor) or layout.axis is None:
             continue
-        if leaf.shape[layout.axis] != 2 * first.shape[layout.axis]:
+        size = alone.shape[layout.axis]
+        if leaf.shape[layout.axis] != 2 * size:
             return False
-        if not _alike(leaf.narrow(layout.axis, 0, first.shape[layout.axis]), first):
+        if not _alike(leaf.narrow(layout.axis, size if last else 0, size), alone):
             return False
     return True
 
@@ -364,4 +395,5 @@ def _alike(a: Tensor, b: Tensor) -> bool:
         return bool((a == b).all())
     finite = a[torch.isfinite(a)]
     size = float(finite.abs().max()) if finite.numel() else 0.0
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
+    rounding = 1e3 * torch.finfo(a.dtype).eps
+    return torch.allclose(a, b, rtol=rounding, atol=rounding * size, equal_nan=True)

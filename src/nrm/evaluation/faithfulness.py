@@ -169,7 +169,9 @@ def evaluate(
             samples just done.
         store: a folder where every sample is kept as soon as it is there. Called again, `evaluate`
             goes on, and gives the same as without interruption. Samples are known by their name,
-            values and target: there may be others the second time.
+            values and target: there may be others the second time. Settings and weights are those
+            of the folder, or it is refused; code is not compared: after changing what the model
+            or a score of your own computes, take another folder.
         seed: of the bootstrap intervals.
 
     Raises:
@@ -286,13 +288,16 @@ def _kept_rows(task: _Task, kept: Store | None, name: str, inputs: Sequence[Tens
     target = _target(task.target, name, inputs)
     if kept is None:
         return task.rows(name, inputs, target)
-    key = digest([name, inputs, target])
+    key = digest([kept.settings, name, inputs, target])
     known = kept.read(key)
-    if known is None:
+    try:
+        rows = [Row(**row | {"target": _neuron(row["target"])}) for row in known or ()]
+    except (TypeError, KeyError):
+        rows = []  # not what was written
+    if not rows:
         rows = task.rows(name, inputs, target)
         kept.write(key, [asdict(row) for row in rows])
-        return rows
-    return [Row(**row | {"target": _neuron(row["target"])}) for row in known]
+    return rows
 
 
 def _named(samples: Iterable[Inputs | tuple[str, Inputs]]) -> Iterator[tuple[str, list[Tensor]]]:

@@ -37,13 +37,14 @@ class Interventions:
     nothing else reads that: remove its neurons after the norm.
 
     Arguments:
-        explainer: of the model; its rules play no role.
+        explainer: of the model; its rules decide only what is a layer: gates that take no
+            relevance are none.
         inputs, named: the model's arguments, one sample.
         target: the output neuron, as for a measure; `None`: the largest.
         removal: what removed activations become. `"zero"`, as in the paper; `"mean"`: the mean
             of the sample's activations over the positions of the neuron's channel, or over the
             layer where channels have one neuron each; a number; or for each layer, by name, a
-            number or a tensor shaped like its neurons (layers not named: zero).
+            number, `"mean"` or a tensor shaped like its neurons (layers not named: zero).
         memory: bytes that the copies of the sample may take while they are computed; results
             come on top.
 
@@ -54,7 +55,7 @@ class Interventions:
     Raises:
         InputError: there are several samples.
         TargetError: there is no such output.
-        QueryError: the removal makes no sense.
+        QueryError: the removal makes no sense; later, the model has changed since.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Interventions:
         chosen = explainer(*inputs, target=target, **named)
         assert chosen.target is not None
         self.target, self.graph, self.memory = chosen.target, chosen.graph, checked(memory)
-        self._model = explainer.model
+        self._model, self._measure = explainer.model, chosen
         self._shortcuts = True  # tests switch them off
         call = ModelCall(explainer.model, inputs, named, explainer.output)
         with torch.inference_mode(False), without_autocast(self._model):
@@ -108,6 +109,7 @@ class Interventions:
                 variables = {self._variable(layer): None for layer in chosen.layers}
                 groups.setdefault(tuple(variables), []).append(number)
         with counted(progress, "interventions", len(removed)) as told, _plainly(self._model):
+            _ = self._measure.forward_pass  # refused where the model has changed since
             found = self.output.repeat(len(removed))
             told(sum(not chosen.members for chosen in united))
             for numbers in groups.values():
@@ -125,6 +127,7 @@ class Interventions:
         if not all(sets):
             raise QueryError("a family is empty: give each one neuron set or more.")
         with _plainly(self._model):
+            _ = self._measure.forward_pass  # refused where the model has changed since
             compiled = [self._family(family) for family in sets]
             order = sorted(range(len(families)), key=lambda i: self._place(compiled[i]))
             run = self._combinations([compiled[i] for i in order])

@@ -12,11 +12,13 @@ from nrm.errors import QueryError
 from nrm.graph import Graph, Variable
 from nrm.neurons import channel_axis
 
-Removal = str | float | Mapping[str, float | Tensor]
+Removal = str | float | Mapping[str, str | float | Tensor]
 """What takes the place of removed activations."""
 
 
-def by_variable(removal: Removal, graph: Graph) -> str | float | dict[Variable, float | Tensor]:
+def by_variable(
+    removal: Removal, graph: Graph
+) -> str | float | dict[Variable, str | float | Tensor]:
     """The removal, with variables in the place of their names.
 
     Raises:
@@ -26,7 +28,8 @@ def by_variable(removal: Removal, graph: Graph) -> str | float | dict[Variable, 
         return {graph.variable(layer): value for layer, value in removal.items()}
     if removal in ("zero", "mean"):
         return removal
-    if isinstance(removal, int | float) and math.isfinite(removal):
+    number = isinstance(removal, int | float) and not isinstance(removal, bool)
+    if number and math.isfinite(float(removal)):
         return float(removal)
     raise QueryError(
         "removal is 'zero', 'mean', a number or a mapping of layers to numbers or tensors, not "
@@ -35,7 +38,7 @@ def by_variable(removal: Removal, graph: Graph) -> str | float | dict[Variable, 
 
 
 def replacement(
-    removal: str | float | dict[Variable, float | Tensor], variable: Variable, value: Tensor
+    removal: str | float | dict[Variable, str | float | Tensor], variable: Variable, value: Tensor
 ) -> Tensor:
     """`[neurons]`, what the activations of a variable become.
 
@@ -46,10 +49,18 @@ def replacement(
         QueryError: it has another shape, or is not finite.
     """
     shape = neuron_shape(variable, value)
-    if removal == "mean":
+    given = removal.get(variable, "zero") if isinstance(removal, dict) else removal
+    if isinstance(given, str) and given == "mean":
         return _means(value.reshape(shape), variable).reshape(-1)
-    given = removal.get(variable, 0.0) if isinstance(removal, dict) else removal
-    found = torch.as_tensor(0.0 if isinstance(given, str) else given).detach().to(value)
+    if isinstance(given, str) and given == "zero":
+        given = 0.0
+    wrong = isinstance(given, str | bool | complex)
+    if wrong or (isinstance(given, Tensor) and (given.is_complex() or given.dtype is torch.bool)):
+        raise QueryError(
+            f"the removal of {variable.name!r} is 'zero', 'mean', a number or a tensor, not "
+            f"{given!r}."
+        )
+    found = torch.as_tensor(given).detach().to(value)
     if found.shape not in (torch.Size(), shape):
         raise QueryError(
             f"the removal of {variable.name!r} has shape {tuple(found.shape)}, its neurons "

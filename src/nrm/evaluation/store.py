@@ -26,8 +26,13 @@ class Store:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(settings))  # as it comes back from the file
+        self.settings = wanted = json.loads(json.dumps(settings))  # as it comes back
         known = self.read(_SETTINGS)
+        if known is None and any(file.suffix == ".json" for file in self.folder.iterdir()):
+            raise InputError(
+                f"{self.folder} holds samples, and no settings of theirs that can be read. Give "
+                "another folder, or delete this one."
+            )
         if known is None:
             self.write(_SETTINGS, wanted)
         elif known != wanted:
@@ -40,7 +45,7 @@ class Store:
         """What was written, if anything was."""
         try:
             return json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):  # cut off where the machine went down
+        except (FileNotFoundError, ValueError):  # cut off where the machine went down
             return None
 
     def write(self, key: str, value: Any) -> None:

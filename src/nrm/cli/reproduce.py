@@ -1,0 +1,96 @@
+"""`nrm reproduce NAME`: the paper's experiments, with own figures beside the paper's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nrm.cli.errors import CommandError, one_line_errors
+from nrm.cli.folder import check_folder, filled_at_once
+from nrm.experiments.report import HEADS, PAGE, RESULT, Report, cells
+from nrm.experiments.reproduce import EXPERIMENTS, find
+from nrm.experiments.request import Request
+
+KEPT = "kept"
+"""The folder in `--out` that a run after an interruption goes on from."""
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(help=f"Which: {', '.join(EXPERIMENTS)}.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of the data set; mlp-mnist also takes 'digits'.")
+    ],
+    out: Annotated[Path, typer.Option(help=f"Folder for {PAGE}, its pictures and {RESULT}.")],
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many samples to report on.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of training, choices and the bootstrap.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help=f"Where to write {RESULT} as well.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run an experiment of the paper; the same command again goes on after an interruption."""
+    with one_line_errors(debug):
+        experiment = find(name)
+        check_folder(out)
+        if json_file is not None and json_file.is_dir():
+            raise CommandError(f"--json {json_file}: it is a folder, not a file")
+        report = experiment.run(
+            Request(
+                data,
+                out / KEPT,
+                samples,
+                seed,
+                progress=sys.stderr.isatty(),
+                say=lambda line: typer.echo(line, err=True),
+            )
+        )
+        with filled_at_once(out, last=RESULT) as folder:
+            report.write(folder)
+        if json_file is not None:
+            _write_whole(json_file, report.as_json())
+        _summarise(report)
+        typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / PAGE}.")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Beside it first, so that no half of it is ever seen."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(beside, file)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def _summarise(report: Report) -> None:
+    """The facts and the table for people."""
+    typer.echo(report.title)
+    for name, value in report.facts.items():
+        typer.echo(f"  {name}: {value}")
+    table = Table(box=None, pad_edge=False)
+    for head in HEADS:
+        table.add_column(Text(head), overflow="fold")
+    before: str | None = None
+    for row in report.rows:
+        layers, *others = cells(row)
+        table.add_row(*(Text(cell) for cell in ("" if layers == before else layers, *others)))
+        before = layers
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000
+        console.width = console.measure(table).maximum
+    console.print(table)
+    for note in report.notes:
+        typer.echo(note)

@@ -1,0 +1,28 @@
+"""The paper's experiments by name: what `nrm reproduce NAME` runs."""
+
+from __future__ import annotations
+
+import difflib
+
+from nrm.errors import InputError
+from nrm.experiments.mlp.experiment import MlpMnist
+from nrm.experiments.request import Experiment
+
+_ALL: tuple[Experiment, ...] = (MlpMnist(),)
+
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
+
+
+def find(name: str) -> Experiment:
+    """The experiment of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in EXPERIMENTS:
+        near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"no experiment is called {name!r}.{hint} There is: {', '.join(EXPERIMENTS)}."
+        )
+    return EXPERIMENTS[name]
