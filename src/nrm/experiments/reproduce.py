@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 
 from nrm.errors import InputError
+from nrm.experiments.cnn.experiment import CnnPairs
+from nrm.experiments.cnn.plan import CHANNELS, CLUSTERS
 from nrm.experiments.mlp.experiment import MlpMnist
 from nrm.experiments.request import Experiment
 
-_ALL: tuple[Experiment, ...] = (MlpMnist(),)
+_ALL: tuple[Experiment, ...] = (MlpMnist(), CnnPairs(CHANNELS), CnnPairs(CLUSTERS))
 
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 

@@ -48,6 +48,19 @@ class Contribution:
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
         return self.uniform(factor) if weight is None else self.apply(factor, weight)
 
+    def add_each(self, factors: Tensor, weight: Tensor | None) -> Tensor:
+        """The same for each of `[K, *operand]`."""
+        if factors.device.type != "cpu" and len(factors) > 1:
+            return torch.vmap(partial(self.add, weight=weight))(factors)
+        first = self.add(factors[0], weight)
+        if len(factors) == 1:
+            return first.unsqueeze(0)
+        found = first.new_empty((len(factors), *first.shape))
+        found[0] = first
+        for row, factor in zip(found[1:], factors[1:], strict=True):
+            row.copy_(self.add(factor, weight))
+        return found
+
 
 Summand = tuple[Contribution, Tensor, Tensor | None]
 """A term of a rule: what it adds, factor and weight."""
@@ -112,11 +125,7 @@ class TermSum:
         for part, factor, weight in self.summands:
             mass = masses[part.operand]
             if mass is not None:
-                weighed = mass * factor
-                if len(weighed) == 1:
-                    added.append(part.add(weighed[0], weight).unsqueeze(0))
-                else:
-                    added.append(torch.vmap(partial(part.add, weight=weight))(weighed))
+                added.append(part.add_each(mass * factor, weight))
         return total(added) if added else None
 
     def _transposed(self, chosen: Sequence[int], share: Tensor) -> Sequence[Tensor]:
