@@ -21,10 +21,11 @@ from nrm.experiments.cnn.experiment import CnnPairs, report
 from nrm.experiments.cnn.one_class import of_class
 from nrm.experiments.cnn.plan import CHANNELS, CLUSTERS
 from nrm.experiments.cnn.study import METHODS, Study, steps, typical
-from nrm.experiments.cnn.walks import OTHERS, PAPERS, JointRelevance
+from nrm.experiments.cnn.walks import PAPERS
 from nrm.experiments.report import PAGE, RESULT
 from nrm.experiments.reproduce import EXPERIMENTS
 from nrm.experiments.request import Request
+from nrm.experiments.walks import OTHERS, JointRelevance
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

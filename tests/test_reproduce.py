@@ -17,9 +17,10 @@ from nrm.experiments.mlp import network, study
 from nrm.experiments.mlp.data import load, read_idx
 from nrm.experiments.mlp.network import RECIPES, NotAccurateError, trained
 from nrm.experiments.mlp.study import BASELINES, METHODS
-from nrm.experiments.mlp.walks import OTHERS, PAPERS
+from nrm.experiments.mlp.walks import PAPERS
 from nrm.experiments.report import PAGE, RESULT, Report, Row, cells
 from nrm.experiments.reproduce import EXPERIMENTS, find
+from nrm.experiments.walks import OTHERS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

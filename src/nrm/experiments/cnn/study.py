@@ -18,9 +18,10 @@ from nrm.evaluation.metrics import pearson
 from nrm.experiments.cnn.data import Photo
 from nrm.experiments.cnn.one_class import of_class
 from nrm.experiments.cnn.plan import Plan
-from nrm.experiments.cnn.walks import OTHERS, PAPERS, JointRelevance
+from nrm.experiments.cnn.walks import PAPERS
 from nrm.experiments.mlp.drawing import Cloud, Curve
 from nrm.experiments.report import Row
+from nrm.experiments.walks import OTHERS, JointRelevance
 from nrm.measure import Measure
 
 BASELINES = {"lrp": "LRP", "occlusion": "occlusion", "activation": "activation"}

@@ -20,9 +20,10 @@ from nrm.experiments.mlp.drawing import (
 )
 from nrm.experiments.mlp.network import RECIPES, Trained, trained
 from nrm.experiments.mlp.study import DOTS, METHODS, SECOND, THIRD, Order, Study
-from nrm.experiments.mlp.walks import PAPERS, Walks
+from nrm.experiments.mlp.walks import PAPERS
 from nrm.experiments.report import Picture, Report, Row
 from nrm.experiments.request import Request
+from nrm.experiments.walks import Walks
 from nrm.progress import counted
 
 

@@ -20,8 +20,9 @@ from nrm.evaluation.baselines import SCORES, Score
 from nrm.experiments.mlp.data import Part
 from nrm.experiments.mlp.drawing import Array, Cloud, Curve
 from nrm.experiments.mlp.network import INPUT, LAYERS, Trained
-from nrm.experiments.mlp.walks import OTHERS, PAPERS, JointRelevance, Walks
+from nrm.experiments.mlp.walks import PAPERS
 from nrm.experiments.report import Row
+from nrm.experiments.walks import OTHERS, JointRelevance, Walks
 
 BASELINES = {"lrp": "LRP", "occlusion": "occlusion", "activation": "activation"}
 """What `evaluate` calls them, and tables do."""
