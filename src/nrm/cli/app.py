@@ -23,6 +23,7 @@ from nrm.cli.models import find_attribute, find_device, load_model
 from nrm.cli.pictures import Picture, imagenet, read_image, transformed
 from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
 from nrm.cli.reproduce import reproduce
+from nrm.experiments import digit_net
 from nrm.explainer import Explainer
 
 app = typer.Typer(
@@ -187,7 +188,7 @@ def list_layers(
 @app.command("demo")
 def run_demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = demo.EPOCHS,
+    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = digit_net.EPOCHS,
     debug: Debug = False,
 ) -> None:
     """Train a small network on handwritten digits and explain what it makes of some."""
@@ -195,7 +196,7 @@ def run_demo(
         check_folder(out)
         say = _say(quiet=False)
         say("training a small network on scikit-learn's digits")
-        trained = demo.train(epochs)
+        trained = digit_net.train(epochs)
         typer.echo(
             f"Trained on {trained.seen} digits in {trained.seconds:.1f} s; of {len(trained.y)} "
             f"others it recognises {trained.accuracy:.1%}."

@@ -25,12 +25,17 @@ KEPT = "kept"
 
 def reproduce(
     name: Annotated[str, typer.Argument(help=f"Which: {', '.join(EXPERIMENTS)}.")],
-    data: Annotated[
-        str, typer.Option(help="Folder of the data set; mlp-mnist also takes 'digits'.")
-    ],
+    data: Annotated[str, typer.Option(help="Folder of the data set, or 'digits': scikit-learn's.")],
     out: Annotated[Path, typer.Option(help=f"Folder for {PAGE}, its pictures and {RESULT}.")],
     samples: Annotated[
         int | None, typer.Option(min=1, help="How many samples to report on.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Two layers with a comma between; may be given several times."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of VGG16, instead of the network in the data.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of training, choices and the bootstrap.")] = 0,
     json_file: Annotated[
@@ -42,6 +47,9 @@ def reproduce(
     with one_line_errors(debug):
         experiment = find(name)
         check_folder(out)
+        for option, given in (("layers", layers), ("weights", weights)):
+            if given and option not in experiment.options:
+                raise CommandError(f"--{option}: {name} takes none")
         if json_file is not None and json_file.is_dir():
             raise CommandError(f"--json {json_file}: it is a folder, not a file")
         report = experiment.run(
@@ -49,6 +57,8 @@ def reproduce(
                 data,
                 out / KEPT,
                 samples,
+                tuple(_layers(text) for text in layers or ()),
+                weights,
                 seed,
                 progress=sys.stderr.isatty(),
                 say=lambda line: typer.echo(line, err=True),
@@ -60,6 +70,14 @@ def reproduce(
             _write_whole(json_file, report.as_json())
         _summarise(report)
         typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / PAGE}.")
+
+
+def _layers(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) < 2 or not all(names):
+        raise CommandError(f"--layers {text}: give names of layers with commas between")
+    return names
 
 
 def _write_whole(file: Path, text: str) -> None:

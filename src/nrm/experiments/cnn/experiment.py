@@ -32,6 +32,7 @@ class CnnPairs:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.name, self.summary = plan.name, plan.summary
+        self.options: frozenset[str] = frozenset()
 
     def run(self, request: Request) -> Report:
         """Choose pictures, compare, and draw."""

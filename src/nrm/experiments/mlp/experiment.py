@@ -32,6 +32,7 @@ class MlpMnist:
 
     name = "mlp-mnist"
     summary = "joint relevance of neurons in a multilayer perceptron (Table 2, Fig. 4, App. J)"
+    options: frozenset[str] = frozenset()
 
     def run(self, request: Request) -> Report:
         """Train or load the network, then choose walks, report, and draw, order by order."""
