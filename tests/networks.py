@@ -30,7 +30,8 @@ RULES: dict[str, tuple[rules.Rule, o.ColumnRule]] = {
 }
 
 OCCLUSION: dict[str, tuple[rules.Rule, o.Occlusion]] = {
-    "occlusion": (rules.Occlusion(), o.Occlusion())
+    "occlusion": (rules.Occlusion(), o.Occlusion()),
+    "occlusion-rest": (rules.Occlusion(rest_to_bias=True), o.Occlusion(rest_to_bias=True)),
 }
 
 

@@ -89,8 +89,11 @@ def fixed(parents: list[Parent]) -> list[float]:
     return [p.weight for p in parents]
 
 
+@dataclass
 class Occlusion:
     """`phi(z_j) - phi(z_j - z_ij)`: it needs z_j with its bias, and what follows it."""
+
+    rest_to_bias: bool = False
 
     def lost(
         self, parents: list[Parent], z: float, phi: Callable[[np.ndarray], np.ndarray] | None
@@ -98,7 +101,10 @@ class Occlusion:
         contributions = zero(parents)
         if phi is None:
             return contributions
-        return [float(phi(np.array(z)) - phi(np.array(z - c))) for c in contributions]
+        lost = [float(phi(np.array(z)) - phi(np.array(z - c))) for c in contributions]
+        if self.rest_to_bias and parents[-1].neuron[0].endswith(".bias"):
+            lost[-1] = float(phi(np.array(z))) - sum(lost[:-1])
+        return lost
 
 
 def by_alpha(rule: ColumnRule) -> ColumnRule:

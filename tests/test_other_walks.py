@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import NETWORKS as ARCHITECTURES
 from architectures import built
-from networks import NETWORKS, make
+from networks import NETWORKS, OCCLUSION, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,10 +70,11 @@ def check_queries(explainer: nrm.Explainer, inputs, oracles: list[o.Oracle]) -> 
 # -- occlusion -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rule", OCCLUSION)
 @pytest.mark.parametrize("bias", BIAS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_occlusion_equals_the_sum_over_walks(network, bias):
-    case = make(network, "occlusion", bias == "input", seed=1)
+def test_occlusion_equals_the_sum_over_walks(network, bias, rule):
+    case = make(network, rule, bias == "input", seed=1)
     explainer = nrm.Explainer(case.model, case.composite, bias=bias)
     check_queries(explainer, case.inputs, case.oracles)
 
@@ -171,7 +172,7 @@ def test_a_layer_larger_than_a_chunk():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.Flatten()).eval()
     x = torch.randn(1, 16, 48, 48)
-    explainer = nrm.Explainer(model, composites.Occlusion())
+    explainer = nrm.Explainer(model, composites.Occlusion(rest_to_bias=False))
     R = explainer(x, target=70_000)
     operation = R.graph.variable("0").producer
     whole = model[0](x).numel()
@@ -194,7 +195,7 @@ def test_occlusion_by_hand():
     layer.weight.data = torch.tensor([[-1.0, 2.0, 4.0]])
     layer.bias.data = torch.tensor([-2.0])
     model, x = nn.Sequential(layer, nn.ReLU()).eval(), torch.ones(1, 3)
-    R = nrm.Explainer(model, composites.Occlusion())(x, target=0)
+    R = nrm.Explainer(model, composites.Occlusion(rest_to_bias=False))(x, target=0)
     torch.testing.assert_close(R.heatmap(), torch.tensor([[-1.0, 2.0, 3.0]]) / 2)
     torch.testing.assert_close(R("0.bias"), torch.tensor([-1.0]))
     R = nrm.Explainer(model, rules.Occlusion())(x, target=0)
@@ -202,6 +203,9 @@ def test_occlusion_by_hand():
     (met,) = [c for c in R.diagnostics(tolerance=0.9).columns if c.address == "0"]
     assert met.smallest == pytest.approx(4 / 6)
     assert met.nearly_zero == 1.0
+    R = nrm.Explainer(model, composites.Occlusion())(x, target=0)
+    torch.testing.assert_close(R.heatmap(), torch.tensor([[-1.0, 2.0, 3.0]]) / 3)
+    torch.testing.assert_close(R("0.bias"), torch.tensor([-1.0]) / 3)  # 3 - (-1 + 2 + 3)
     heavy = nn.Sequential(nn.Linear(2, 1), nn.ReLU()).eval()
     heavy[0].weight.data, heavy[0].bias.data = torch.tensor([[-5.0, 1.0]]), torch.tensor([6.0])
     strict = nrm.Explainer(heavy, rules.Occlusion(), strict=True)(torch.ones(1, 2), target=0)
@@ -806,9 +810,10 @@ def test_strict_holds_for_derivatives(along_path, without_row):
         propagation.push([torch.ones(1, *s).double() for s in shapes], relevance.shape)
 
 
+@pytest.mark.parametrize("rest", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_occlusion_pushes_the_transpose_of_what_it_pulls(late, normalized):
+def test_occlusion_pushes_the_transpose_of_what_it_pulls(late, normalized, rest):
     """Also at columns that vanish, here those of neurons without input, and of orphans."""
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 2, stride=2, padding=(0, 2), bias=late)
@@ -818,7 +823,7 @@ def test_occlusion_pushes_the_transpose_of_what_it_pulls(late, normalized):
     if late:
         nn.init.zeros_(conv.bias)
     bias = "input" if late else "drop"
-    R = nrm.Explainer(model, rules.Occlusion(), bias=bias)(x, target=0)
+    R = nrm.Explainer(model, rules.Occlusion(rest), bias=bias)(x, target=0)
     operation = R.graph.variable("0").producer
     propagation = R.forward_pass.propagations[operation]
     assert propagation._column_sums[1] is not None

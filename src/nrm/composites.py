@@ -250,17 +250,21 @@ def LRPAll(rule: Rule | None = None) -> Composite:
     return Composite([], rule or Zero(), name=f"LRPAll({rule or ''})", bias="input")
 
 
-def Occlusion() -> Composite:
+def Occlusion(rest_to_bias: bool = True) -> Composite:
     """Occlusion walks (section 3.5.3): each parent contributes what is lost without it.
 
     Assumes that a neuron's activation says what its parents are good for: a positive contribution
     to a rectified neuron counts as far as the neuron is active, and one that a larger negative
     sum outweighs counts for nothing. Parents are taken out one at a time, so that one that others
-    can stand in for counts for little. Biases count as inputs: most of what is left is theirs.
-    For networks of a few layers: over many, columns that nearly cancel add up to a total
-    variation without bound (see `diagnostics`).
+    can stand in for counts for little. Biases are inputs, and take what no parent alone takes.
+
+    Arguments:
+        rest_to_bias: otherwise a bias contributes what is lost without it, as any parent does.
+            Columns then nearly cancel here and there, and over many layers the total variation
+            has no bound (see `diagnostics`).
     """
-    return Composite([], OcclusionRule(), name="Occlusion()", bias="input")
+    name = "Occlusion()" if rest_to_bias else "Occlusion(rest_to_bias=False)"
+    return Composite([], OcclusionRule(rest_to_bias), name=name, bias="input")
 
 
 def LocalLinear() -> Composite:

@@ -38,7 +38,12 @@ class Walks:
 
 OTHERS = (
     Walks("zero", "NRM (LRP-0, biases as inputs)", Zero(), "input"),
-    Walks("occlusion walks", "NRM (occlusion, biases as inputs)", Occlusion(), "input"),
+    Walks(
+        "occlusion walks",
+        "NRM (occlusion, biases take the rest)",
+        Occlusion(rest_to_bias=True),
+        "input",
+    ),
 )
 """Beyond the paper."""
 

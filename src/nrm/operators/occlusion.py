@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,6 +15,7 @@ from nrm.operators.connections import Connections, Piece
 from nrm.operators.contribution import Contribution, TermSum
 from nrm.operators.contribution import total as add_up
 from nrm.operators.shared_out import SharedOut
+from nrm.rules import Occlusion
 
 CHUNK = 2**20
 """How many connections are looked at together, at least one of every neuron."""
@@ -31,7 +33,9 @@ class Occluded(SharedOut):
         self, parts: list[Contribution], setting: Setting, operands: int, output: Tensor
     ) -> None:
         super().__init__(parts, setting, operands)
-        self._lost = Losses(parts, output, setting.following)
+        rule, biased = setting.rule, setting.late_leaf == "bias"
+        rests = biased and isinstance(rule, Occlusion) and rule.rest_to_bias
+        self._lost = Losses(parts, output, setting.following, rests)
 
     def group(self, index: int, known: Tensor | None = None) -> TermSum:
         return self._lost
@@ -50,18 +54,33 @@ class Occluded(SharedOut):
 
 
 class Losses(TermSum):
-    """What is lost without each operand's neurons, in place of a sum of terms."""
+    """What is lost without each operand's neurons, in place of a sum of terms.
+
+    Arguments:
+        rests: the last operand, the bias, takes what the others leave.
+    """
 
     def __init__(
-        self, parts: Sequence[Contribution], output: Tensor, following: Sequence[Call]
+        self,
+        parts: Sequence[Contribution],
+        output: Tensor,
+        following: Sequence[Call],
+        rests: bool = False,
     ) -> None:
         super().__init__([])
         self.operands = [part.operand for part in parts]
-        self.parts = [Loss(part, output, following) for part in parts]
+        self.rests = rests
+        self.activation = Following(output, following)
+        alone = [Loss(part, self.activation) for part in (parts[:-1] if rests else parts)]
+        self.parts: list[Loss | Rest] = [*alone]
+        if rests:
+            self.parts.append(Rest(alone, self.activation))
 
     @cached_property
     def output(self) -> Tensor:
         with torch.no_grad():
+            if self.rests:
+                return self.activation.value
             return add_up(part.columns() for part in self.parts)
 
     def pull(self, share: Tensor, wanted: Sequence[bool], pulled: list[Tensor | None]) -> None:
@@ -80,20 +99,47 @@ class Losses(TermSum):
         return add_up(pushed) if pushed else None
 
 
+@dataclass(frozen=True, eq=False)
+class Following:
+    """A weighted sum and the activation phi that follows it.
+
+    Attributes:
+        sum: z, of the output's shape.
+    """
+
+    sum: Tensor
+    calls: Sequence[Call]
+
+    @property
+    def rectifies(self) -> bool:
+        return [call.target for call in self.calls] == [torch.ops.aten.relu.default]
+
+    @cached_property
+    def value(self) -> Tensor:
+        """phi(z)."""
+        return self(self.sum)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for call in self.calls:
+            value = fill(call, [value])()
+        return value
+
+
 class Loss:
     """`T~_ij` of one operand, some connections of every neuron at a time."""
 
-    def __init__(self, part: Contribution, output: Tensor, following: Sequence[Call]) -> None:
+    def __init__(self, part: Contribution, activation: Following) -> None:
         assert part.connections is not None
-        self.x, self.output, self.following = part.x.value, output, following
-        self.connections: Connections = part.connections(output.shape)
+        self.x, self.activation = part.x.value, activation
+        self.shape = activation.sum.shape
+        self.connections: Connections = part.connections(self.shape)
 
     def columns(self, size: Callable[[Tensor], Tensor] = lambda lost: lost) -> Tensor:
         """`sum_i size(T~_ij)`, of the output's shape."""
         found = torch.zeros_like(self._neurons)
         for _, lost in self._pieces():
             found += size(lost).sum(0)
-        return found.reshape(self.output.shape)
+        return found.reshape(self.shape)
 
     def pull(self, share: Tensor) -> Tensor:
         """`[K, *output]` to `sum_j T~_ij share_j`, `[K, *operand]`."""
@@ -112,41 +158,52 @@ class Loss:
         for piece, lost in self._pieces():
             met = torch.unflatten(self.connections.gather(masses, piece), 1, (many, -1))
             found = [f + (lost * met[:, k]).sum(0) for k, f in enumerate(found)]
-        return torch.stack(found).reshape(many, *self.output.shape)
+        return torch.stack(found).reshape(many, *self.shape)
 
     def _pieces(self) -> Iterator[tuple[Piece, Tensor]]:
         """`T~_ij`, as `[connections, samples, groups, outputs, positions]`."""
         x = self.x.unsqueeze(0)
-        for piece in self.connections.pieces(max(1, CHUNK // self.output.numel())):
+        for piece in self.connections.pieces(max(1, CHUNK // self.shape.numel())):
             weight, met = self.connections.weight(piece), self.connections.gather(x, piece)
             yield piece, self._lost(weight, met)
 
     def _lost(self, weight: Tensor, x: Tensor) -> Tensor:
-        if self._rectified:
+        if self.activation.rectifies:
             # min(z_ij, z_j) where z_j > 0, and min(z_ij - z_j, 0) elsewhere: nothing cancels
             silent, active = self._sides
             return torch.addcmul(silent, weight, x).clamp_(max=active)
         without = torch.addcmul(self._neurons, weight, x, value=-1)
         for one in without:  # phi may have parameters, and say by axis which are whose
-            rest = self._phi(one.reshape(self.output.shape)).reshape(one.shape)
+            rest = self.activation(one.reshape(self.shape)).reshape(one.shape)
             torch.sub(self._sides[1], rest, out=one)
         return without
 
-    @property
-    def _rectified(self) -> bool:
-        return [call.target for call in self.following] == [torch.ops.aten.relu.default]
-
-    def _phi(self, value: Tensor) -> Tensor:
-        for call in self.following:
-            value = fill(call, [value])()
-        return value
-
     @cached_property
     def _neurons(self) -> Tensor:
-        return self.connections.neurons(self.output.unsqueeze(0)).contiguous()
+        return self.connections.neurons(self.activation.sum.unsqueeze(0)).contiguous()
 
     @cached_property
     def _sides(self) -> tuple[Tensor, Tensor]:
         """`max(-z, 0)` and `phi(z)`."""
-        active = self.connections.neurons(self._phi(self.output).unsqueeze(0)).contiguous()
+        active = self.connections.neurons(self.activation.value.unsqueeze(0)).contiguous()
         return (-self._neurons).clamp(min=0), active
+
+
+class Rest:
+    """What no other operand takes of `phi(z_j)`: the `T~_ij` of a bias, one for each neuron."""
+
+    def __init__(self, others: Sequence[Loss], activation: Following) -> None:
+        self._others, self._activation = others, activation
+
+    @cached_property
+    def _left(self) -> Tensor:
+        return self._activation.value - add_up(other.columns() for other in self._others)
+
+    def columns(self, size: Callable[[Tensor], Tensor] = lambda lost: lost) -> Tensor:
+        return size(self._left)
+
+    def pull(self, share: Tensor) -> Tensor:
+        return share * self._left
+
+    def push(self, masses: Tensor) -> Tensor:
+        return masses * self._left

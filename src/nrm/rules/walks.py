@@ -36,8 +36,16 @@ class Occlusion(Zero):
     Evaluated connection by connection, so that a message costs some ten times what it costs
     under LRP-0. Weighted sums that an activation follows say their `connections`: layers,
     convolutions and sums do; others are refused there.
+
+    Arguments:
+        rest_to_bias: a bias that is an input takes what no other parent alone takes, `phi(z_j)`
+            less all other `T~_ij`, instead of what is lost without it. A column then sums to the
+            neuron's activation, of which its relevance is a part: nothing is amplified, and
+            `R(i, j)` of two neurons whose later ones act linearly on the output is what an
+            intervention on both finds. Sums without such a bias are divided by their sum still.
     """
 
+    rest_to_bias: bool = False
     reads_ahead: ClassVar[bool] = True
 
 

@@ -82,9 +82,9 @@ _READING = (
     "The paper's figures are those of Table 2, for a network that its authors trained on MNIST "
     "(784-256-128-10). The NRM with gamma = 0.1 and without biases is the paper's; the other two "
     "walks are not. LRP, occlusion and activation add up what is known of single neurons.",
-    "With biases as inputs, LRP-0 divides the relevance of a neuron, which is a multiple of its "
-    "activation, by that activation: nothing is amplified. What occlusion divides by may be nearly "
-    "zero or negative, and then a single neuron can spoil the correlation of a picture.",
+    "Both others divide the relevance of a neuron, which is a part of its activation, by that "
+    "activation: nothing is amplified. Occlusion walks take no more from it than the neuron has, "
+    "and what no input alone takes is the share of the bias.",
 )
 
 
