@@ -203,6 +203,16 @@ def test_contribution_of_top_refuses(ks, order):
         contribution_of_top(torch.rand(3), torch.rand(3), ks, order)
 
 
+def test_contribution_of_top_of_numbers_without_order_or_opposite():
+    nan = torch.tensor([1.0, torch.nan])
+    for pair in ((nan, torch.ones(2)), (torch.ones(2), nan)):
+        with pytest.raises(QueryError, match="NaN"):
+            contribution_of_top(*pair, (1,))
+    small = torch.tensor([-128, 3], dtype=torch.int8)
+    found = contribution_of_top(small, torch.tensor([5.0, 1.0]), (1,), "smallest")
+    assert found.tolist() == [5.0]
+
+
 def test_bootstrap_is_seeded_and_leaves_out_what_is_missing():
     values = torch.randn(50, generator=generator()).tolist()
     found = bootstrap([*values, None])
@@ -486,6 +496,16 @@ def test_evaluations_that_make_no_sense_are_refused():
         evaluate(explainer, [("x", [1.0])], ["1", "3"])
     with pytest.raises(QueryError, match="twice"):
         evaluate(explainer, vectors(), ["1", "1"])
+    with pytest.raises(QueryError, match="ks are a list"):
+        evaluate(explainer, vectors(), ["1", "3"], ks=5)
+    with pytest.raises(QueryError, match="a seed is"):
+        evaluate(explainer, vectors(), ["1", "3"], seed=-1)
+    for odd in (None, 1.5, "first"):
+        with pytest.raises(QueryError, match="target is"):
+            evaluate(explainer, vectors(), ["1", "3"], target=lambda name, x, odd=odd: odd)
+    own = {"mine": lambda families, interventions: np.zeros((6, 4))}
+    with pytest.raises(QueryError, match="'mine' is to give a tensor"):
+        evaluate(explainer, vectors(), ["1", "3"], by="neuron", methods=own)
 
 
 def test_progress_is_told():

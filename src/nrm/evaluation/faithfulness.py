@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import length_hint
+from operator import index, length_hint
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nrm.evaluation.metrics import (
     pearson,
     ranks,
     require_ranking,
+    require_seed,
 )
 from nrm.evaluation.removal import Removal
 from nrm.evaluation.store import Store
@@ -183,6 +184,7 @@ def evaluate(
         >>> found.mean("joint"), found.difference("joint", "lrp")
     """
     require_ranking(ks, order)
+    require_seed(seed)
     if isinstance(layers, str):
         raise QueryError(f"layers are a list of names, not {layers!r}.")
     task = _Task(
@@ -261,7 +263,7 @@ class _Task:
                 method,
                 neuron,
                 float(interventions.output),
-                contribution.figures(score(families, interventions)),
+                contribution.figures(_tensor(method, score(families, interventions))),
             )
             for method, score in self.scores.items()
         ]
@@ -292,7 +294,7 @@ def _kept_rows(task: _Task, kept: Store | None, name: str, inputs: Sequence[Tens
     known = kept.read(key)
     try:
         rows = [Row(**row | {"target": _neuron(row["target"])}) for row in known or ()]
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, QueryError):
         rows = []  # not what was written
     if not rows:
         rows = task.rows(name, inputs, target)
@@ -317,6 +319,16 @@ def _listed(name: str, inputs: Any) -> list[Tensor]:
     return listed
 
 
+def _tensor(method: str, score: Any) -> Tensor:
+    """What a score of the user's own gives."""
+    if not isinstance(score, Tensor):
+        raise QueryError(
+            f"the score {method!r} is to give a tensor with an axis for each layer, not "
+            f"{type(score).__name__}."
+        )
+    return score
+
+
 def _target(chosen: Chosen, name: str, inputs: Sequence[Tensor]) -> Neuron | None:
     if chosen == "predicted":
         return None
@@ -331,7 +343,12 @@ def _target(chosen: Chosen, name: str, inputs: Sequence[Tensor]) -> Neuron | Non
 
 def _neuron(found: Any) -> Neuron:
     found = found.tolist() if isinstance(found, Tensor) else found
-    return tuple(map(int, found)) if isinstance(found, Sequence) else int(found)
+    try:
+        return tuple(map(index, found)) if isinstance(found, Sequence) else index(found)
+    except TypeError:
+        raise QueryError(
+            f"a target is the number of an output, or one for each of its axes, not {found!r}."
+        ) from None
 
 
 def _scores(methods: Sequence[str] | Mapping[str, Score]) -> dict[str, Score]:

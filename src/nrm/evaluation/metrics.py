@@ -5,6 +5,7 @@ Everything is added up in double precision, whatever the tensors are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -74,6 +75,8 @@ def contribution_of_top(
     require_ranking(ks, order)
     if not ks:
         return torch.zeros(0, dtype=torch.float64)
+    for values in (relevance, contribution):
+        _require_finite(values)
     wanted = [min(k, relevance.numel()) for k in ks]
     key = _key(relevance, order)
     added = _by_place(key, contribution.reshape(-1).to(key.device), max(wanted)).cumsum(0)
@@ -82,6 +85,8 @@ def contribution_of_top(
 
 def require_ranking(ks: Sequence[int], order: Ranking) -> None:
     """Refuse what `contribution_of_top` refuses, before there are any combinations."""
+    if not isinstance(ks, Sequence) or isinstance(ks, str):
+        raise QueryError(f"ks are a list of numbers, as in (1, 10, 100), not {ks!r}.")
     if order not in get_args(Ranking):
         raise QueryError(f"the order is one of {get_args(Ranking)}, not {order!r}")
     for k in ks:
@@ -120,12 +125,19 @@ def bootstrap(
             f"a bootstrap draws at least once, for a level between 0 and 1; not {resamples} times "
             f"for {level}."
         )
+    require_seed(seed)
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if not len(known):
         return Mean(None, None, None, 0)
     means = _means_of_draws(known, np.random.default_rng(seed), resamples)
     low, high = np.percentile(means, [50 - 50 * level, 50 + 50 * level])
     return Mean(float(known.mean()), float(low), float(high), len(known))
+
+
+def require_seed(seed: int) -> None:
+    """Refuse what no random numbers can be drawn by."""
+    if not isinstance(seed, int) or seed < 0:
+        raise QueryError(f"a seed is 0, 1, 2, …, not {seed!r}.")
 
 
 def bootstrap_difference(
@@ -209,6 +221,8 @@ def _kth(values: Tensor, k: int) -> Tensor:
 def _key(relevance: Tensor, order: Ranking) -> Tensor:
     """What is largest where the relevance comes first."""
     flat = relevance.reshape(-1)
+    if not flat.is_floating_point():
+        flat = flat.double()  # which has an opposite of every number
     if order == "largest":
         return flat
     return -flat if order == "smallest" else flat.abs()
@@ -232,10 +246,20 @@ def _constant(values: Tensor) -> bool:
     Raises:
         QueryError: some are not finite.
     """
-    low, high = torch.aminmax(values)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    low, high = _require_finite(values)
+    return low == high
+
+
+def _require_finite(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest element.
+
+    Raises:
+        QueryError: some are not finite.
+    """
+    low, high = (float(end) for end in torch.aminmax(values))
+    if not math.isfinite(low) or not math.isfinite(high):
         raise QueryError("values to be compared hold NaN or infinite ones.")
-    return bool(low == high)
+    return low, high
 
 
 def _require_alike(a: Tensor, b: Tensor) -> None:

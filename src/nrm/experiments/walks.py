@@ -16,10 +16,13 @@ from nrm.formulas import NeuronSet
 from nrm.measure import Measure
 from nrm.rules import Occlusion, Rule, Zero
 
+Explained = Literal["logit", "logits", "probabilities"]
+"""The output relevance R~ (eq. 13): that of the target alone, all logits, or their softmax."""
+
 
 @dataclass(frozen=True)
 class Walks:
-    """Which rules apply, and what becomes of biases.
+    """Which rules apply, what becomes of biases, and where walks begin.
 
     Attributes:
         key: what `evaluate` calls them.
@@ -30,6 +33,7 @@ class Walks:
     method: str
     rules: Rule | Composite
     bias: Literal["drop", "input"]
+    explained: Explained = "logit"
 
     def explainer(self, model: nn.Module) -> Explainer:
         """An explainer of a model by these walks."""
@@ -67,12 +71,26 @@ class JointRelevance:
     def __call__(self, families: Families, interventions: Interventions) -> Tensor:
         """`[n1, n2, ...]`: `f(x) R(S_1, S_2, ...)`."""
         explainer: Explainer = self._explainer  # type: ignore[attr-defined]
-        (entry,) = families.R.graph.inputs
-        R = explainer(families.R.activations(entry.name), target=families.R.target)
-        known = dict(zip(self.layers, families.sets, strict=True))
-
-        def given(R: Measure, layer: str) -> Iterable[NeuronSet]:
-            return known[layer]  # clusters are not found again
-
-        by = given if callable(self.by) else self.by
+        R = self._measure(explainer, families.R)
+        by = self.by if isinstance(self.by, str) else _found(self.layers, families)
         return (Families(R, self.layers, by).joint() * R.scale).contiguous()
+
+    def _measure(self, explainer: Explainer, R: Measure) -> Measure:
+        """The measure by these walks for the input of another."""
+        (entry,) = R.graph.inputs
+        x = R.activations(entry.name)
+        if self.walks.explained == "logit":
+            return explainer(x, target=R.target)
+        logits = R.activations(R.graph.output.name)
+        chosen = logits if self.walks.explained == "logits" else logits.softmax(-1)
+        return explainer(x, output_relevance=chosen)
+
+
+def _found(layers: tuple[str, ...], families: Families) -> By:
+    """The sets of other walks' families: clusters are not found again."""
+    known = dict(zip(layers, families.sets, strict=True))
+
+    def by(R: Measure, layer: str) -> Iterable[NeuronSet]:
+        return known[layer]
+
+    return by
