@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,21 +14,26 @@ from torch import nn
 
 import nrm
 from nrm import composites
-from nrm.errors import InputError, QueryError
+from nrm.errors import NrmError
 from nrm.evaluation import Interventions, pearson
+from nrm.experiments import digit_net
 from nrm.experiments.additive import (
     Effect,
     Mean,
-    Sample,
     Score,
     additive_ceiling,
     contributions,
-    experiment,
     mean_with_interval,
 )
-from nrm.experiments.additive.__main__ import PICTURE, RESULT, choose, main
+from nrm.experiments.additive import experiment as experiments
 from nrm.experiments.additive.comparison import overlap, scores
-from nrm.experiments.additive.drawing import typical
+from nrm.experiments.additive.drawing import EFFECTS, SCORES, typical
+from nrm.experiments.additive.experiment import Additive
+from nrm.experiments.additive.study import Study, means
+from nrm.experiments.cnn.data import Photo, read
+from nrm.experiments.cnn.subject import Subject, load
+from nrm.experiments.report import PAGE, RESULT
+from nrm.experiments.request import Request
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -187,117 +192,153 @@ def test_intervals():
     assert mean_with_interval([None], 0) is None
 
 
-def test_the_experiment_refuses_what_it_cannot_compare():
-    explainer = nrm.Explainer(tiny().double().eval())
-    sample = Sample("noise", _picture(), _picture()[0].permute(1, 2, 0).numpy())
-    for layers in (["stem"], ["stem", "stem"]):
-        with pytest.raises(QueryError, match="at least two layers, each once"):
-            experiment(explainer, [sample], layers, 2)
-    with pytest.raises(InputError, match="no pictures"):
-        experiment(explainer, [], ["stem", "last"], 2)
+# -- the experiment -------------------------------------------------------------------------------
+
+LAYERS = [("stem", "last"), ("branch", "last")]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Some pictures, and the tiny model where the command finds it."""
-    from PIL import Image
-
-    made = np.random.default_rng(0)
-    (tmp_path / "pictures").mkdir()
-    for name in ("a.png", "b.JPG", "c.png", "d.png"):
-        Image.fromarray(made.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(
-            tmp_path / "pictures" / name
-        )
-    (tmp_path / "pictures" / "names.txt").write_text("no picture")
-    module = ModuleType("tiny_model")
-    module.tiny = tiny
-    monkeypatch.setitem(sys.modules, "tiny_model", module)
-    return tmp_path
-
-
-def _command(folder, out, *more):
-    with pytest.raises(SystemExit) as ended:
-        main(
-            [
-                *("--pictures", str(folder / "pictures"), "--out", str(folder / out)),
-                *("--model", "tiny_model:tiny", "--layers", "stem,branch,last"),
-                *("--k", "3", "--size", "32", *more),
-            ]
-        )
-    return ended.value.code
-
-
-def test_the_command_writes_its_results(folder, capsys):
-    assert _command(folder, "out", "--samples", "3") == 0
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [RESULT, PICTURE]
-    assert (folder / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
-    text = (folder / "out" / RESULT).read_text()
-    result = json.loads(text)
-    assert [pair["layers"] for pair in result["pairs"]] == [
-        ["stem", "branch"],
-        ["stem", "last"],
-        ["branch", "last"],
+def subject(monkeypatch):
+    """The tiny model in place of the experiment's network."""
+    photos = [
+        Photo(f"picture {seed}", _picture(seed), _picture(seed)[0].permute(1, 2, 0).numpy())
+        for seed in range(4)
     ]
-    for pair in result["pairs"]:
+    model = tiny().double().eval().requires_grad_(False)
+    found = Subject("SqueezeNet", "tiny", "noise", model, photos, None)
+    monkeypatch.setattr(
+        experiments, "load", lambda request, count: replace(found, photos=photos[:count])
+    )
+    return found
+
+
+def _request(folder, **more):
+    return Request("anywhere", folder / "kept", **{"samples": 3, "layers": tuple(LAYERS), **more})
+
+
+def test_the_experiment_from_end_to_end(subject, tmp_path):
+    Additive().run(_request(tmp_path)).write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "additive-2.png",
+        "additive.png",
+        "kept",
+        PAGE,
+        RESULT,
+    ]
+    result = json.loads((tmp_path / RESULT).read_text(encoding="utf-8"))
+    pairs = result["details"]["pairs"]
+    assert [tuple(pair["layers"]) for pair in pairs] == LAYERS
+    rows = iter(result["rows"])
+    for pair in pairs:
         assert len(pair["pictures"]) == 3
         for effect in Effect:
-            each = [one["correlations"][effect]["joint"] for one in pair["pictures"]]
-            found = pair["correlations"][effect]["joint"]
-            assert found["mean"] == pytest.approx(np.mean(each))
-            assert found["low"] <= found["mean"] <= found["high"]
-            for one in pair["pictures"]:
-                assert one["correlations"][effect]["additive"] == pytest.approx(
-                    pearson(
-                        torch.tensor(one["scores"]["additive"]),
-                        torch.tensor(one["contributions"][effect]),
-                    ),
-                    abs=1e-6,
-                )
-    assert "stem x branch, 3 pictures" in capsys.readouterr().out
-    assert _command(folder, "again", "--samples", "3") == 0
-    assert (folder / "again" / RESULT).read_text() == text
-    assert sorted(p.name for p in folder.iterdir()) == ["again", "out", "pictures"]
+            for score in Score:
+                each = [one["correlations"][effect][score] for one in pair["pictures"]]
+                for one, value in zip(pair["pictures"], each, strict=True):
+                    scores, effects = (
+                        torch.tensor(one[kind][name])
+                        for kind, name in (("scores", score), ("contributions", effect))
+                    )
+                    assert value == pytest.approx(pearson(scores, effects), abs=1e-6)
+                row = next(rows)
+                assert row["layers"] == pair["layers"]
+                assert row["method"] == f"{SCORES[score]}, with {EFFECTS[effect]}"
+                assert row["pearson"] == pytest.approx(np.mean(each))
+                assert row["ci_low"] <= row["pearson"] <= row["ci_high"]
+                assert (row["paper"], row["samples"]) == (None, 3)
+            for limit in pair["limits"][effect].values():
+                assert limit["low"] <= limit["mean"] <= limit["high"]
+    assert next(rows, None) is None
+    (table,) = result["tables"]
+    assert len(table["lines"]) == 12
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert "Correlation with what removing two clusters does" in page
 
 
-def test_the_seed_chooses_the_pictures(folder):
-    pictures = folder / "pictures"
-    assert len(choose(pictures, 10, 0)) == 4
-    assert choose(pictures, 2, 0) == choose(pictures, 2, 0)
-    assert {tuple(choose(pictures, 2, seed)) for seed in range(9)} != {
-        tuple(choose(pictures, 2, 0))
-    }
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take longer than all else."""
+    monkeypatch.setattr(experiments, "draw", lambda *_: None)
 
 
-def test_the_command_refuses_in_one_line(folder, capsys):
-    assert _command(folder, "out", "--layers", "stem") == 2
-    assert "at least two layers" in capsys.readouterr().err
-    assert _command(folder, "out", "--layers", "stem,nowhere") == 2
-    assert "nowhere" in capsys.readouterr().err
-    assert _command(folder, "out", "--pictures", str(folder / "none")) == 2
-    assert "no such folder" in capsys.readouterr().err
-    (folder / "empty").mkdir()
-    assert _command(folder, "out", "--pictures", str(folder / "empty")) == 2
-    assert "holds none of" in capsys.readouterr().err
-    assert not (folder / "out").exists()
+def test_it_goes_on_after_an_interruption(subject, undrawn, tmp_path, monkeypatch):
+    whole = Additive().run(_request(tmp_path / "whole")).as_json()
+    real, calls = Study._compare, []
+
+    def interrupted(self, photo, pairs):
+        calls.append((photo.name, pairs))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, photo, pairs)
+
+    monkeypatch.setattr(Study, "_compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Additive().run(_request(tmp_path))
+    assert Additive().run(_request(tmp_path)).as_json() == whole
+    assert calls[3:] == [("picture 2", LAYERS)]  # those before were not compared again
+    assert Additive().run(_request(tmp_path)).as_json() == whole
+    assert len(calls) == 4
+
+    for damage in ("{", "{}", '{"labels": [1]}'):  # as a full disk may leave it
+        file = next(f for f in (tmp_path / "kept").rglob("*.json") if f.stem != "settings")
+        file.write_text(damage)
+        assert Additive().run(_request(tmp_path)).as_json() == whole
+    assert len(calls) == 7
+
+
+def test_more_pictures_and_layers_keep_those_before(subject, undrawn, tmp_path):
+    few = Additive().run(_request(tmp_path, samples=2, layers=(LAYERS[0],)))
+    more = Additive().run(_request(tmp_path, samples=4))
+    (before,), (after, _) = (run.details["pairs"] for run in (few, more))
+    assert after["pictures"][:2] == before["pictures"]
+
+
+def test_other_weights_are_not_taken_for_the_same(subject, undrawn, tmp_path):
+    before = Additive().run(_request(tmp_path))
+    with torch.no_grad():
+        subject.model.head.weight += 1
+    after = Additive().run(_request(tmp_path))
+    assert before.facts["weights"] != after.facts["weights"]
+    assert before.rows != after.rows
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("stem",), "name two different layers"),
+        (("stem", "stem"), "name two different layers"),
+        (("stem", "branch", "last"), "name two different layers"),
+        (("last", "stem"), "Name the lower layer first"),
+        (("stem", "nowhere"), "nowhere"),
+        (("stem", "head"), "no channels"),
+    ],
+)
+def test_layers_that_cannot_be_compared(subject, tmp_path, layers, message):
+    with pytest.raises(NrmError, match=message):
+        Additive().run(_request(tmp_path, layers=(layers,)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits_are_explained_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(digit_net, "train", partial(digit_net.train, epochs=1))
+    report = Additive().run(Request("digits", tmp_path / "kept", samples=2))
+    assert {row.layers for row in report.rows} == {("relu2", "relu3")}
+    assert {row.samples for row in report.rows} == {2}
+    assert report.title.endswith("in DigitNet, beside interventions")
 
 
 @pytest.mark.skipif(
     not (DATA / "squeezenet").exists(), reason="needs the pretrained SqueezeNet in ../shared/data"
 )
-def test_joint_relevance_predicts_what_is_lost_only_jointly(torchvision_models):
-    from safetensors.torch import load_file
-
-    from nrm.cli.pictures import imagenet, read_image
-
-    model = torchvision_models.squeezenet1_0()
-    model.load_state_dict(load_file(DATA / "squeezenet" / "squeezenet1_0.safetensors"))
-    picture = imagenet(read_image(DATA / "imagenet" / "n01833805_hummingbird.JPEG"))
-    sample = Sample("hummingbird", picture.x, picture.shown)
-    explainer = nrm.Explainer(model.eval())
-    result, drawn = experiment(explainer, [sample], ["features.10", "features.12"], 4)
-    found = result["pairs"][0]["correlations"]
-    assert found["joint"]["joint"]["mean"] > 0.85
-    assert found["joint"]["joint"]["mean"] > found["joint"]["additive"]["mean"] + 0.1
-    assert found["total"]["additive"]["mean"] > 0.8
-    assert found["total"]["either"]["mean"] > found["total"]["additive"]["mean"]
-    assert typical(drawn) is drawn[0]
+def test_joint_relevance_predicts_what_is_lost_only_jointly(torchvision_models, tmp_path):
+    request = Request(str(DATA), tmp_path, samples=1)
+    subject = load(request, 1)
+    study = Study(subject, [("features.10", "features.12")], 4, tmp_path, 0)
+    compared = study.compared(read(DATA / "imagenet" / "n01833805_hummingbird.JPEG"))
+    assert typical(compared) is compared[0]
+    found = means(compared, 0)
+    assert found["joint"]["joint"].mean > 0.85
+    assert found["joint"]["joint"].mean > found["joint"]["additive"].mean + 0.1
+    assert found["total"]["additive"].mean > 0.8
+    assert found["total"]["either"].mean > found["total"]["additive"].mean

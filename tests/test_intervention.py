@@ -14,7 +14,7 @@ from torch.fx import Node
 import nrm
 from nrm import NeuronSet
 from nrm.errors import InputError, NeuronSetError, QueryError, TargetError, UnknownLayerError
-from nrm.evaluation import combinations, downstream, intervention
+from nrm.evaluation import Families, combinations, downstream, intervention
 from nrm.evaluation.intervention import Interventions, joint_contributions
 
 Removed = dict[str, Tensor]
@@ -297,6 +297,112 @@ def test_a_single_affine_family_is_not_run_at_all(monkeypatch: pytest.MonkeyPatc
     assert not runs[0].stages
     families = [[{"value": torch.arange(4) == i} for i in range(4)]]
     torch.testing.assert_close(found, expected_joint(model, inputs, 0, families, {}))
+
+
+class Fire(nn.Module):
+    """As SqueezeNet ends: branches side by side, and a convolution that mixes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU())
+        self.left = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.Tanh())
+        self.mix = nn.Sequential(nn.Dropout(), nn.Conv2d(8, 3, 3, padding=1, stride=2), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.squeeze(x)
+        return self.mix(torch.cat([self.left(h), self.right(h)], 1)).mean((2, 3))
+
+
+def vgg() -> nn.Module:
+    """As VGG ends: pooling, and linear layers that read channels position by position."""
+    convolutions = (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU())
+    pooling = (nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout())
+    linear = (nn.Linear(20, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))
+    return nn.Sequential(*convolutions, *pooling, *linear)
+
+
+BY_CHANNEL = [  # the layers, whether channels of the last one lead on by themselves
+    (Fire, ["squeeze", "right"], True),
+    (Fire, ["left", "right"], True),
+    (Fire, ["right", "left"], True),
+    (Fire, ["right"], True),
+    (Fire, ["right", "right"], True),
+    (Fire, ["input", "squeeze"], False),  # two ways lead on
+    (Fire, ["squeeze", "mix.1"], False),  # no weighted sum lies above
+    (vgg, ["1", "3"], True),
+    (vgg, ["input", "1", "3"], True),
+    (vgg, ["3", "1"], True),
+    (vgg, ["3", "9"], True),
+    (vgg, ["3", "11"], False),  # affine: not run at all
+    (Residual, ["input", "stem"], False),
+    (Residual, ["stem", "inner"], False),
+]
+
+
+@pytest.mark.parametrize("removal", ["zero", "mean"])
+@pytest.mark.parametrize("memory", [1, 5000, 2**28])
+@pytest.mark.parametrize(("build", "layers", "leads"), BY_CHANNEL, ids=str)
+def test_channels_by_what_they_add_to_the_next_weighted_sum(
+    build: Callable[[], nn.Module],
+    layers: list[str],
+    leads: bool,
+    memory: int,
+    removal: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(4)
+    model, x = build().double().eval(), torch.randn(1, 2, 8, 8).double()
+    if build is Residual:
+        x = x[..., :4, :4]
+    runs = recorded(monkeypatch)
+    found = []
+    for shortcuts in (True, False):
+        interventions = Interventions(
+            nrm.Explainer(model), x, target=1, memory=memory, removal=removal
+        )
+        interventions._shortcuts = shortcuts
+        families = Families(interventions._measure, layers).sets
+        done: list[int] = []
+        found.append(interventions.joint(*families, progress=done.append))
+        assert sum(done) == runs[-1].total
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert (runs[0].channels is not None) == leads
+    assert runs[1].channels is None
+
+
+def test_sets_of_some_of_a_channel_and_channels_of_no_activation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(5)
+    model, x = vgg().double().eval(), torch.randn(1, 2, 8, 8).double()
+    model[2].bias.data[3] = -100  # type: ignore[operator, union-attr]
+    parts = [{"3": torch.zeros(5, 6, 6, dtype=torch.bool)} for _ in range(4)]
+    for number, part in enumerate(parts):
+        part["3"][number, :, number:] = True
+    several = {"3": torch.zeros(5, 6, 6, dtype=torch.bool)}
+    several["3"][1:3] = True
+    first = random_sets(model, [x], ["1"], 3)
+    runs = recorded(monkeypatch)
+    for family in (parts, [*parts, several]):
+        interventions = Interventions(nrm.Explainer(model), x, target=0)
+        found = interventions.joint([as_set(s) for s in first], [as_set(s) for s in family])
+        expected = expected_joint(model, [x], 0, [first, family], {})
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        assert (found[:, 3] == 0).all()
+    assert [run.channels is not None for run in runs] == [True, False]
+
+
+def test_infinite_activations_are_run_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(6)
+    model, x = Fire().double().eval(), torch.randn(1, 2, 8, 8).double()
+    model.right[1] = nn.ReLU().eval()
+    model.right[0].bias.data[2] = -torch.inf  # type: ignore[operator, union-attr]
+    runs = recorded(monkeypatch)
+    interventions = Interventions(nrm.Explainer(model), x, target=0)
+    outputs = interventions.without([[nrm.channels("right.0", 2)]])
+    assert torch.isfinite(outputs).all()
+    assert runs[0].channels is None
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[combinations.Combinations]:

@@ -19,7 +19,10 @@ from nrm.experiments.recurrent import (
     relevance_over_time,
     train,
 )
-from nrm.experiments.recurrent.__main__ import PICTURE, RESULT, main
+from nrm.experiments.recurrent.experiment import METHODS, Recurrent
+from nrm.experiments.recurrent.study import Network
+from nrm.experiments.report import PAGE, RESULT
+from nrm.experiments.request import Request
 
 STEPS = 10
 SEEDS = range(2)
@@ -151,27 +154,82 @@ def test_what_is_unnormalised_grows_with_the_length_of_the_series():
     assert long > 50
 
 
-def test_the_command_writes_its_results(tmp_path):
-    out, file = tmp_path / "new" / "out", tmp_path / "copy.json"
-    with pytest.raises(SystemExit) as ended:
-        main(["--out", str(out), "--seeds", "1", "--steps", "3", "--json", str(file)])
-    assert ended.value.code == 0
-    assert sorted(path.name for path in out.iterdir()) == [RESULT, PICTURE]
-    assert (out / PICTURE).read_bytes().startswith(b"\x89PNG")
-    assert file.read_text() == (out / RESULT).read_text()
-    result = json.loads(file.read_text())
-    assert result["steps"] == 3
+# -- the experiment -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few():
+    """The experiment on series so short that all of it takes seconds."""
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is missing")
+    return Recurrent(steps=3)
+
+
+@pytest.fixture(scope="module")
+def whole(few, tmp_path_factory):
+    """What a run without interruption finds."""
+    return few.run(_request(tmp_path_factory.mktemp("whole"), seed=1))
+
+
+def _request(folder, **more):
+    return Request("no data", folder / "kept", **{"samples": 2, **more})
+
+
+def test_the_experiment_from_end_to_end(whole, tmp_path):
+    whole.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recurrent.png", PAGE, RESULT]
+    result = json.loads((tmp_path / RESULT).read_text(encoding="utf-8"))
+    assert result["rows"] == []
+    assert result["details"]["steps"] == 3
     for task in TASKS:
-        found = result["tasks"][task]
-        assert [network["accuracy"] for network in found["networks"]] == [1.0]
+        found = result["details"]["tasks"][task]
+        assert [network["accuracy"] for network in found["networks"]] == [1.0, 1.0]
+        assert "2 of 2 networks always right" in result["facts"][task]
         for method in Method:
             assert len(found["methods"][method]["curve"]["median"]) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.json", "new"]
+    (table,) = result["tables"]
+    assert [line[:2] for line in table["lines"]] == [
+        [task, name] for task in TASKS for name in METHODS.values()
+    ]
+    medians = [line[2] for line in table["lines"]]
+    assert medians == [
+        result["details"]["tasks"][task]["methods"][method]["at_label_step"]["median"]
+        for task in TASKS
+        for method in Method
+    ]
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "Correlation" not in page  # there is none
+    assert table["title"] in page
+    assert page.count("data:image/png;base64,") == 1
 
 
-def test_the_command_refuses_a_file_as_its_folder(tmp_path, capsys):
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(SystemExit) as ended:
-        main(["--out", str(tmp_path / "taken"), "--seeds", "1", "--steps", "4"])
-    assert ended.value.code == 2
-    assert "is not a folder" in capsys.readouterr().err
+def test_it_goes_on_after_an_interruption(few, whole, tmp_path, monkeypatch):
+    real, studied = Network.studied, []
+    first = 1_000_000  # of the seed 1
+
+    def interrupted(task, steps, seed):
+        studied.append((task, seed))
+        if len(studied) == 4:
+            raise KeyboardInterrupt
+        return real(task, steps, seed)
+
+    monkeypatch.setattr(Network, "studied", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        few.run(_request(tmp_path, seed=1))
+    for task, damage in ((Task.EVENT, "{"), (Task.POSITION, '{"seed": 0, "found": []}')):
+        next((tmp_path / "kept").glob(f"*/{task}-{first}.json")).write_text(damage)
+    assert few.run(_request(tmp_path, seed=1)).as_json() == whole.as_json()
+    # what was whole was not trained again
+    again = [(Task.EVENT, first), (Task.POSITION, first), (Task.POSITION, first + 1)]
+    assert studied[4:] == again
+    assert few.run(_request(tmp_path, seed=1)).as_json() == whole.as_json()
+    assert len(studied) == 7
+
+
+def test_other_seeds_have_other_networks_and_more_keep_those_before(few, whole, tmp_path):
+    one, more = (few.run(_request(tmp_path, samples=count)) for count in (1, 2))
+    for task in TASKS:
+        (first,), all_of_them, others = (
+            run.details["tasks"][task]["networks"] for run in (one, more, whole)
+        )
+        assert all_of_them[0] == first
+        assert len({network["seed"] for network in all_of_them + others}) == 4

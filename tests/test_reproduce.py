@@ -13,13 +13,18 @@ import torch
 
 from nrm.errors import InputError
 from nrm.evaluation import Families, Interventions, faithfulness
+from nrm.experiments.comparison import BASELINES, steps
+from nrm.experiments.everything import Everything
 from nrm.experiments.mlp import network, study
 from nrm.experiments.mlp.data import load, read_idx
 from nrm.experiments.mlp.network import RECIPES, NotAccurateError, trained
-from nrm.experiments.mlp.study import BASELINES, METHODS
+from nrm.experiments.mlp.study import METHODS
 from nrm.experiments.mlp.walks import PAPERS
-from nrm.experiments.report import PAGE, RESULT, Report, Row, cells
+from nrm.experiments.recurrent.experiment import Recurrent
+from nrm.experiments.recurrent.study import Network
+from nrm.experiments.report import PAGE, RESULT, Report, Row, Table, cells
 from nrm.experiments.reproduce import EXPERIMENTS, find
+from nrm.experiments.tables import brief
 from nrm.experiments.walks import OTHERS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -328,9 +333,9 @@ def test_points_of_a_scatter_plot():
 
 
 def test_ks_end_with_all_combinations():
-    assert study._ks(100) == (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
-    assert study._ks(69)[-2:] == (50, 69)
-    assert study._ks(1) == (1,)
+    assert steps(100) == (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+    assert steps(69)[-2:] == (50, 69)
+    assert steps(1) == (1,)
 
 
 # -- the command and its report -------------------------------------------------------------------
@@ -377,3 +382,197 @@ def test_a_report_without_figures(tmp_path):
     assert "&lt;a&gt;, b" in page
     assert cells(row) == ("<a>, b", "a & b", "-", "-", "-", "0")
     assert json.loads((tmp_path / RESULT).read_text())["rows"][0]["pearson"] is None
+
+
+def test_tables_of_a_report(tmp_path):
+    lines = [("a<b", 0.25, None), ("a<b", 1e9, 3), ("c", -1234.5, "x & y")]
+    table = Table("T > 1", ("task", "mean", "more"), lines, note="so & so")
+    report = Report("some", "Some", (), tables=[table])
+    report.write(tmp_path)
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert "Correlation" not in page
+    for text in ("T &gt; 1", "<td>a&lt;b</td><td>0.250</td><td>-</td>", "so &amp; so"):
+        assert text in page
+    assert "<td></td><td>1.00e9</td><td>3</td>" in page  # the same task
+    assert page.count('class="begins"') == 2
+    told = json.loads((tmp_path / RESULT).read_text())["tables"]
+    assert told == [
+        {"title": "T > 1", "heads": ["task", "mean", "more"], "lines": [[*x] for x in lines]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.00"),
+        (-0.0, "0.00"),
+        (100.0, "100"),
+        (999.96, "1000"),
+        (99_999.4, "99999"),
+        (123_456.0, "1.23e5"),
+        (-2e-7, "-2.00e-7"),
+        (7, "7"),
+        (None, "-"),
+    ],
+)
+def test_numbers_of_any_size_are_brief(value, text):
+    assert brief(value) == text
+
+
+def test_files_in_folders_move_at_once(tmp_path):
+    from nrm.cli.errors import CommandError
+    from nrm.cli.folder import filled_at_once
+
+    def fill():
+        with filled_at_once(tmp_path / "out", last="z") as folder:
+            (folder / "part").mkdir()
+            for name in ("z", "part/z", "part/a"):
+                (folder / name).write_text("new")
+
+    fill()
+    old = tmp_path / "out" / "part" / "old"
+    old.write_text("old")
+    fill()
+    assert old.read_text() == "old"
+    assert sorted(f.name for f in (tmp_path / "out").rglob("*")) == ["a", "old", "part", "z", "z"]
+
+    (tmp_path / "out" / "z").write_text("old")
+    for file in (tmp_path / "out" / "part").iterdir():
+        file.unlink()
+    (tmp_path / "out" / "part").rmdir()
+    (tmp_path / "out" / "part").write_text("a file")
+    with pytest.raises(CommandError, match="part is a file, not a folder"):
+        fill()
+    assert (tmp_path / "out" / "z").read_text() == "old"
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["out", "part", "z"]
+
+
+# -- all of them ----------------------------------------------------------------------------------
+
+
+class Little:
+    """An experiment that says what it was asked."""
+
+    summary = "something"
+    options = frozenset({"layers"})
+
+    def __init__(self, name, error=None):
+        self.name, self.error = name, error
+
+    def run(self, request):
+        request.kept.mkdir(parents=True)
+        (request.kept / "finished").touch()
+        if self.error:
+            raise self.error
+        row = Row(self.name, ("a", "b"), "<some>", 0.5, 0.4, 0.6, None, request.samples or 7)
+        table = Table("Of its own", ("x",), [(1.5,)], group=0)
+        request.say("done")
+        return Report(self.name, f"About {self.name}", [row], tables=[table])
+
+
+@pytest.fixture
+def every(monkeypatch):
+    """Puts other experiments in place of all."""
+    return lambda *parts: monkeypatch.setitem(EXPERIMENTS, "all", Everything(parts))
+
+
+def test_all_of_them_are_all_others():
+    names = [experiment.name for experiment in EXPERIMENTS["all"].experiments]
+    assert [*names, "all"] == list(EXPERIMENTS)
+    assert {"mlp-mnist", "cnn-channels", "cnn-clusters", "rnn", "additive"} <= set(names)
+
+
+def test_all_of_them_have_folders_and_a_page(every, tmp_path):
+    every(Little("first"), Little("second"))
+    out = tmp_path / "out"
+    found = command("all", "--data", "digits", "--out", out, "--json", tmp_path / "all.json")
+    assert found.exit_code == 0, found.output
+    assert "second: done" in found.output
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert files == {
+        *(f"{part}{name}" for part in ("", "first/", "second/") for name in (PAGE, RESULT)),
+        "kept/first/finished",
+        "kept/second/finished",
+    }
+    assert (tmp_path / "all.json").read_text() == (out / RESULT).read_text()
+    told = result(out)
+    assert told["rows"] == [*result(out / "first")["rows"], *result(out / "second")["rows"]]
+    assert [row["samples"] for row in told["rows"]] == [7, 7]
+    assert told["failures"] == {}
+    assert [table["title"] for table in told["tables"]] == [
+        "first: Of its own",
+        "second: Of its own",
+        "Experiments",
+    ]
+    page = (out / PAGE).read_text(encoding="utf-8")
+    assert '<a href="second/report.html">About second</a>' in page
+    assert "<td>second</td><td>a, b</td><td>&lt;some&gt;</td>" in page
+
+
+def test_one_that_fails_does_not_lose_the_others(every, tmp_path):
+    missing = InputError("no photographs <here>\n at all")
+    every(Little("first"), Little("second", missing), Little("third"))
+    out = tmp_path / "out"
+    found = command("all", "--data", "digits", "--out", out, "--samples", 3)
+    assert found.exit_code == 1
+    assert "error: second: no photographs <here> at all" in found.output
+    assert sorted(file.name for file in out.iterdir()) == [
+        "first",
+        "kept",
+        PAGE,
+        RESULT,
+        "third",
+    ]
+    told = result(out)
+    assert told["failures"] == {"second": "no photographs <here> at all"}
+    assert told["facts"]["experiments"] == "2 of 3"
+    assert [row["experiment"] for row in told["rows"]] == ["first", "third"]
+    assert [row["samples"] for row in told["rows"]] == [3, 3]
+    assert told["tables"][-1]["lines"][1] == ["second", "failed", "no photographs <here> at all"]
+    page = (out / PAGE).read_text(encoding="utf-8")
+    assert "no photographs &lt;here&gt; at all" in page
+    assert "second/" not in page
+
+
+def test_a_mistake_in_the_code_is_not_taken_for_missing_data(every, tmp_path):
+    every(Little("first"), Little("second", ZeroDivisionError()))
+    found = command("all", "--data", "digits", "--out", tmp_path / "out")
+    assert isinstance(found.exception, ZeroDivisionError)
+
+
+def test_all_of_them_go_on_after_an_interruption(every, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr("nrm.experiments.recurrent.experiment.draw", lambda found: Figure())
+    parts = Recurrent(steps=3), Recurrent(steps=4)
+    parts[0].name = "short"
+    every(*parts)
+
+    def all_of_them(out, code=0):
+        found = command("all", "--data", "digits", "--out", out, "--samples", 1)
+        assert found.exit_code == code, found.output
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    all_of_them(whole)
+    real, studied = Network.studied, []
+
+    def interrupted(*given):
+        studied.append(given)
+        if len(studied) == 4:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(Network, "studied", interrupted)
+    all_of_them(out, code=130)
+    assert [file.name for file in out.iterdir()] == ["kept"]  # no half of a report
+    all_of_them(out)
+    assert studied[4:] == studied[3:4]  # nothing was trained again
+    for part in (".", "short", "rnn"):
+        assert result(out / part) == result(whole / part)
+
+
+def test_layers_are_not_for_all_of_them(tmp_path):
+    given = ("--data", "digits", "--out", tmp_path / "out", "--layers", "a,b")
+    found = command("all", *given)
+    assert found.exit_code == 2
+    assert "--layers: all takes none" in found.output

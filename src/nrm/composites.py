@@ -151,6 +151,12 @@ def GammaFlat(gamma: float = 0.25) -> Composite:
     """The paper's composite, nrm's default: flat first layer, gamma in between, LRP-0 at the head.
 
     Gamma is the sign-aware rule, whose column sums are positive whatever the signs.
+
+    The default is for heatmaps without noise: their total variation is one, where that of LRP-0
+    is near a hundred. Of what interventions find on pairs and triples of neuron sets a smaller
+    gamma says more: 0.1 at hardly more noise, 0.02 at a total variation of two (measured on a
+    pretrained SqueezeNet, docs/reproduction.md). Biases as inputs change little here, and are
+    what LRP-0 needs.
     """
     return Composite(
         [(first, Flat()), (head, Gamma(0.0))], Gamma(gamma), name=f"GammaFlat({gamma})"

@@ -25,6 +25,8 @@ def check_folder(out: Path) -> None:
 def filled_at_once(out: Path, last: str) -> Iterator[Path]:
     """A temporary folder whose files all move to `out` at the end; after an error none does.
 
+    Those in its folders move to folders of the same names.
+
     Arguments:
         last: the file to move last: once it is there, so are the others.
     """
@@ -38,15 +40,25 @@ def filled_at_once(out: Path, last: str) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
     try:
         yield staging
-        files = sorted(staging.iterdir(), key=lambda file: (file.name == last, file.name))
+        files = [file.relative_to(staging) for file in staging.rglob("*") if file.is_file()]
+        files.sort(key=lambda file: (file == Path(last), file.name == last, file))
         for file in files:  # before the first one moves
-            if (out / file.name).is_dir():
-                raise CommandError(f"{out / file.name} is a folder, not a file to replace")
+            _check_place(out, file)
         out.mkdir(parents=True, exist_ok=True)
         for file in files:
-            os.replace(file, out / file.name)
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / file, out / file)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_place(out: Path, file: Path) -> None:
+    """Refuse a place where a folder is, or that is inside a file."""
+    if (out / file).is_dir():
+        raise CommandError(f"{out / file} is a folder, not a file to replace")
+    for folder in file.parents:
+        if (out / folder).exists() and not (out / folder).is_dir():
+            raise CommandError(f"{out / folder} is a file, not a folder")
 
 
 def _movable(parent: Path, out: Path) -> bool:

@@ -10,17 +10,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Drawn
 from rich.text import Text
 
 from nrm.cli.errors import CommandError, one_line_errors
 from nrm.cli.folder import check_folder, filled_at_once
-from nrm.experiments.report import HEADS, PAGE, RESULT, Report, cells
+from nrm.experiments.report import PAGE, RESULT, Report, Table
 from nrm.experiments.reproduce import EXPERIMENTS, find
 from nrm.experiments.request import Request
 
 KEPT = "kept"
 """The folder in `--out` that a run after an interruption goes on from."""
+INCOMPLETE = 1
+"""How the command ends where some of several experiments could not be run."""
 
 
 def reproduce(
@@ -70,6 +72,10 @@ def reproduce(
             _write_whole(json_file, report.as_json())
         _summarise(report)
         typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / PAGE}.")
+        for part, reason in report.failures.items():
+            typer.echo(f"error: {part}: {reason}", err=True)
+        if report.failures:
+            raise typer.Exit(INCOMPLETE)
 
 
 def _layers(text: str) -> tuple[str, ...]:
@@ -93,22 +99,28 @@ def _write_whole(file: Path, text: str) -> None:
 
 
 def _summarise(report: Report) -> None:
-    """The facts and the table for people."""
+    """The facts and the tables for people."""
     typer.echo(report.title)
     for name, value in report.facts.items():
         typer.echo(f"  {name}: {value}")
-    table = Table(box=None, pad_edge=False)
-    for head in HEADS:
-        table.add_column(Text(head), overflow="fold")
-    before: str | None = None
-    for row in report.rows:
-        layers, *others = cells(row)
-        table.add_row(*(Text(cell) for cell in ("" if layers == before else layers, *others)))
-        before = layers
+    for table in report.all_tables():
+        typer.echo()
+        typer.echo(table.title)
+        _print(table)
+        if table.note:
+            typer.echo(table.note)
+    for note in report.notes:
+        typer.echo(note)
+
+
+def _print(table: Table) -> None:
+    drawn = Drawn(box=None, pad_edge=False)
+    for head in table.heads:
+        drawn.add_column(Text(head), overflow="fold")
+    for texts, _ in table.texts():
+        drawn.add_row(*map(Text, texts))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000
-        console.width = console.measure(table).maximum
-    console.print(table)
-    for note in report.notes:
-        typer.echo(note)
+        console.width = console.measure(drawn).maximum
+    console.print(drawn)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from nrm.chunks import in_chunks
 from nrm.evaluation.affine import gradients
+from nrm.evaluation.by_channel import ByChannel, by_channel
 from nrm.evaluation.downstream import Replay, Stage, Values
 from nrm.evaluation.families import Family
 
@@ -69,6 +70,7 @@ class Combinations:
         self.batched = all(
             self.replay.separates(node) for node in (*self.removed, self.replay.captured.output)
         )
+        self.channels = self._by_channel(nodes) if self.shortcuts else None
         self.stages = self._stages()
         self.memory = max(1, memory // len(families))
 
@@ -98,9 +100,28 @@ class Combinations:
         others = {node for found in nodes[:-1] for node in found}
         return gradients(self.replay, nodes[-1], others, self.target, self.removed)
 
+    def _by_channel(self, nodes: Sequence[Sequence[Node]]) -> ByChannel | None:
+        """How the channels of the last family lead on, where nothing else is needed."""
+        if self.affine or not self.batched:
+            return None
+        others = {node for found in nodes[:-1] for node in found}
+        found = by_channel(self.replay, self.families[-1], others, self.changed[-1])
+        if found is None or self._above(found).enters != {found.total}:
+            return None
+        known = (self.replay.values[found.node], self.removed[found.node])
+        finite = all(bool(torch.isfinite(values).all()) for values in known)
+        return found if finite else None  # infinity less infinity is not nothing
+
+    def _above(self, found: ByChannel) -> Stage:
+        """What to compute after the weighted sum."""
+        begin = self.replay.place[found.total]
+        return self.replay.stage({self.replay.captured.output}, self.changed[-1], begin, True)
+
     def _stages(self) -> list[Stage]:
         """What to compute after the removal of each family, from the last back to the first."""
         wanted = {self.replay.captured.output}
+        if self.channels is not None:
+            wanted = {self.channels.total}
         if self.affine:
             before = self.changed[-2] if len(self.changed) > 1 else set()
             wanted = {node for node in self.families[-1].picked if node in before}
@@ -126,6 +147,8 @@ class Combinations:
         """`[copies, *effects of this family and those after it]`."""
         if self.affine and level == len(self.families) - 1:
             return self._sums(state)
+        if self.channels is not None and level == len(self.families) - 1:
+            return self._one_by_one(self.channels, state)
         last = level == len(self.families) - 1
         family, deeper = self.families[level], self._shape(level + 1)
         found = self.output.new_empty(state.count, len(family) + 1, *deeper)
@@ -146,10 +169,60 @@ class Combinations:
                 found[rows[part], sets[part]] = self._effects(level + 1, after)
 
         each = self.stages[level].each + 2 * math.prod(deeper) * found.element_size()
+        if self.channels is not None:  # of each copy the weighted sum is kept
+            each += self.channels.each
         in_chunks(range(len(rows)), self.memory if self.batched else 1, each, work)
         if same is not None:
             found[same[0], same[1] + 1] = found[same[0], 0]
             self.told(len(same[0]) * math.prod(deeper))
+        return found
+
+    def _one_by_one(self, channels: ByChannel, state: State) -> Tensor:
+        """`[copies, sets and none in front]`, by what each set adds to the next weighted sum.
+
+        Pairs go set after set: all copies without the same channel are one small computation.
+        """
+        level, above = len(self.families) - 1, self._above(channels)
+        found = self.output.new_empty(state.count, len(self.families[-1]) + 1)
+        rows, sets, same = self._pairs(level, state)
+        everywhere = self.replay.values[channels.total]
+        total = everywhere.new_empty(state.count, *everywhere.shape[1:])
+
+        def sums(chunk: Sequence[int]) -> None:
+            part = rows[chunk[0] : chunk[-1] + 1]
+            after = self._removed(level, state, part, torch.zeros_like(part))
+            total[part] = after.values[channels.total]
+
+        in_chunks(range(state.count), self.memory, self.stages[level].each, sums)
+        by_set = sets.argsort(stable=True)
+        rows, sets = rows[by_set], sets[by_set]
+        if not state.chosen:  # nothing removed at all: that is known
+            found[0, 0] = self.output
+            rows, sets = rows[1:], sets[1:]
+        changed = channels.node in state.values
+        layer = (state.values if changed else self.replay.values)[channels.node]
+        removed = self.removed[channels.node]
+        output = self.replay.captured.output
+
+        def work(chunk: Sequence[int]) -> None:
+            part = slice(chunk[0], chunk[-1] + 1)
+            values, begin = total[rows[part]], 0
+            for number, count in _runs(sets[part]):
+                some, begin = slice(begin, begin + count), begin + count
+                if number:
+                    at = rows[part][some]
+                    at = at if changed else torch.zeros_like(at)
+                    values[some] += channels.change(number - 1, layer, at, removed)
+            base = torch.zeros_like(rows[part])
+            after = self.replay.compute(above, {channels.total: values}, base, lambda _, v: v)
+            outputs = self.replay.rows(output, after[output], len(base))
+            found[rows[part], sets[part]] = outputs[:, self.target]
+            self.told(len(base))
+
+        in_chunks(range(len(rows)), self.memory, above.each + channels.each, work)
+        if same is not None:
+            found[same[0], same[1] + 1] = found[same[0], 0]
+            self.told(len(same[0]))
         return found
 
     def _shape(self, level: int) -> list[int]:
@@ -240,3 +313,9 @@ class Combinations:
         assert found is not None
         self.told(state.count * found.shape[1])
         return found.expand(state.count, -1)
+
+
+def _runs(sets: Tensor) -> list[tuple[int, int]]:
+    """Numbers that follow each other, and how often each does."""
+    numbers, counts = torch.unique_consecutive(sets, return_counts=True)
+    return list(zip(numbers.tolist(), counts.tolist(), strict=True))

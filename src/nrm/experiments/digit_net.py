@@ -43,13 +43,14 @@ class DigitNet(nn.Module):
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 24, 3, padding=1)
         self.conv3 = nn.Conv2d(24, 32, 3, padding=1)
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.head = nn.Linear(32 * 5 * 5, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[N, 10]`."""
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = F.relu(self.conv3(x))
+        x = F.max_pool2d(self.relu1(self.conv1(x)), 2)
+        x = F.max_pool2d(self.relu2(self.conv2(x)), 2)
+        x = self.relu3(self.conv3(x))
         logits: Tensor = self.head(x.flatten(1))
         return logits
 
@@ -58,7 +59,7 @@ def train(epochs: int = EPOCHS, seed: int = 0) -> Trained:
     """Train on the spot, the same way every time."""
     x, y = _digits()
     begin = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), one_thread():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), one_thread():
         torch.manual_seed(seed)
         order = torch.randperm(len(x))
         seen, held_out = order[:_TRAINING], order[_TRAINING:]

@@ -5,14 +5,27 @@ from __future__ import annotations
 import difflib
 
 from nrm.errors import InputError
+from nrm.experiments.additive.experiment import Additive
 from nrm.experiments.cnn.experiment import CnnPairs
 from nrm.experiments.cnn.plan import CHANNELS, CLUSTERS
+from nrm.experiments.everything import Everything
 from nrm.experiments.mlp.experiment import MlpMnist
+from nrm.experiments.recurrent.experiment import Recurrent
 from nrm.experiments.request import Experiment
+from nrm.experiments.rules.experiment import Rules
 
-_ALL: tuple[Experiment, ...] = (MlpMnist(), CnnPairs(CHANNELS), CnnPairs(CLUSTERS))
+_ALL: tuple[Experiment, ...] = (
+    MlpMnist(),
+    CnnPairs(CHANNELS),
+    CnnPairs(CLUSTERS),
+    Recurrent(),
+    Additive(),
+    Rules(),
+)
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (*_ALL, Everything(_ALL))
+}
 
 
 def find(name: str) -> Experiment:

@@ -2,22 +2,19 @@
 
 For every picture, the clusters of two layers and all pairs of them: their joint relevance (eq. 9),
 their additive relevance (Def. 3, Thm. 3), and what the network loses without them.
-
-    python -m nrm.experiments.additive --weights FILE --pictures DIR --out DIR
 """
 
-from nrm.experiments.additive.comparison import Effect, Sample, Score, experiment
+from nrm.experiments.additive.comparison import Compared, Effect, Score
 from nrm.experiments.additive.contribution import Contributions, contributions
 from nrm.experiments.additive.correlation import Mean, additive_ceiling, mean_with_interval
 
 __all__ = [
+    "Compared",
     "Contributions",
     "Effect",
     "Mean",
-    "Sample",
     "Score",
     "additive_ceiling",
     "contributions",
-    "experiment",
     "mean_with_interval",
 ]

@@ -1,25 +1,21 @@
-"""Relevance of pairs of clusters, and its correlation with what the network loses without them."""
+"""Relevance of pairs of clusters beside what the network loses without them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from itertools import combinations
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from nrm.clusters import Clusters, clusters
-from nrm.errors import InputError, QueryError
+from nrm.clusters import Clusters
+from nrm.errors import QueryError
 from nrm.evaluation import Interventions, pearson
 from nrm.experiments.additive.contribution import Contributions, contributions
-from nrm.experiments.additive.correlation import additive_ceiling, mean_with_interval
-from nrm.explainer import Explainer
+from nrm.experiments.cnn.data import Photo
+from nrm.experiments.cnn.layers import Pair
 from nrm.measure import Measure
-
-Pair = tuple[str, str]
 
 
 class Score(StrEnum):
@@ -47,20 +43,6 @@ class Effect(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
-    """A picture.
-
-    Attributes:
-        x: the model's input, `[1, C, H, W]`.
-        shown: `[H, W, 3]` or `[H, W]` from 0 to 1.
-    """
-
-    name: str
-    x: Tensor
-    shown: Any
-
-
-@dataclass(frozen=True, eq=False)
 class Compared:
     """One picture and one pair of layers.
 
@@ -70,7 +52,7 @@ class Compared:
             in units of the logit.
     """
 
-    sample: Sample
+    photo: Photo
     layers: Pair
     target: int
     logit: float
@@ -82,9 +64,37 @@ class Compared:
         """Over all pairs of clusters."""
         return pearson(self.scores[score], self.effects[effect])
 
+    def kept(self) -> dict[str, Any]:
+        """All but the picture for a file, digit by digit."""
+        return {
+            "target": self.target,
+            "logit": self.logit,
+            "labels": [labels.tolist() for labels in self.labels],
+            "scores": {score: values.tolist() for score, values in self.scores.items()},
+            "contributions": {effect: each.tolist() for effect, each in self.effects.items()},
+        }
+
+    @classmethod
+    def restored(cls, photo: Photo, layers: Pair, kept: Any) -> Self | None:
+        """From what `kept` gave; nothing from anything else."""
+        try:
+            first, second = (torch.tensor(labels) for labels in kept["labels"])
+            found = cls(
+                photo,
+                layers,
+                kept["target"],
+                kept["logit"],
+                (first, second),
+                {score: _matrix(kept["scores"][score]) for score in Score},
+                {effect: _matrix(kept["contributions"][effect]) for effect in Effect},
+            )
+        except (TypeError, KeyError, ValueError):
+            return None
+        return found
+
 
 def compare(
-    R: Measure, interventions: Interventions, sample: Sample, a: Clusters, b: Clusters
+    R: Measure, interventions: Interventions, photo: Photo, a: Clusters, b: Clusters
 ) -> Compared:
     """All pairs of clusters of two layers, for the measure of one picture, and without them."""
     for family in (a, b):
@@ -94,7 +104,7 @@ def compare(
     target = int(R.target[0])
     found = contributions(interventions, a.sets, b.sets)
     return Compared(
-        sample,
+        photo,
         (a.layer, b.layer),
         target,
         float(found.output),
@@ -129,94 +139,8 @@ def overlap(a: Tensor, b: Tensor, first: int, second: int) -> Tensor:
     return torch.bincount(pairs, minlength=first * second).view(first, second) / len(pairs)
 
 
-def experiment(
-    explainer: Explainer,
-    samples: Iterable[Sample],
-    layers: Sequence[str],
-    k: int,
-    seed: int = 0,
-    done: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Any], list[Compared]]:
-    """Compare every pair of layers on every picture, each for the class with the largest logit.
-
-    Arguments:
-        done: called after every picture.
-
-    Returns:
-        what `additive.json` of the results holds, and the first pair of layers on all pictures.
-    """
-    if len(set(layers)) < 2 or len(set(layers)) < len(layers):
-        raise QueryError(f"name at least two layers, each once, not {', '.join(layers)}")
-    pairs = list(combinations(layers, 2))
-    found: dict[Pair, list[Compared]] = {pair: [] for pair in pairs}
-    composite = ""
-    for sample in samples:
-        R = explainer(sample.x)
-        interventions = Interventions(explainer, sample.x, target=R.target)
-        composite = repr(R.graph.specification)
-        parts = {layer: clusters(R, layer, k, seed) for layer in layers}
-        for a, b in pairs:
-            found[a, b].append(compare(R, interventions, sample, parts[a], parts[b]))
-        done()
-    if not composite:
-        raise InputError("there are no pictures to explain")
-    result = {
-        "composite": composite,
-        "clusters": k,
-        "seed": seed,
-        "pairs": [_summary(pair, compared, seed) for pair, compared in found.items()],
-    }
-    return result, found[pairs[0]]
-
-
-def _summary(pair: Pair, compared: Sequence[Compared], seed: int) -> dict[str, Any]:
-    """One pair of layers over all pictures."""
-    each = {
-        effect: {score: [one.correlation(score, effect) for one in compared] for score in Score}
-        for effect in Effect
-    }
-    return {
-        "layers": list(pair),
-        "correlations": {
-            effect: {score: _mean(values, seed) for score, values in by_score.items()}
-            for effect, by_score in each.items()
-        },
-        "additive_ceiling": {
-            effect: _mean([additive_ceiling(one.effects[effect]) for one in compared], seed)
-            for effect in Effect
-        },
-        "joint_minus_additive": {
-            effect: _mean(_differences(by_score[Score.JOINT], by_score[Score.ADDITIVE]), seed)
-            for effect, by_score in each.items()
-        },
-        "either_minus_additive": {
-            effect: _mean(_differences(by_score[Score.EITHER], by_score[Score.ADDITIVE]), seed)
-            for effect, by_score in each.items()
-        },
-        "pictures": [
-            {
-                "picture": one.sample.name,
-                "target": one.target,
-                "logit": one.logit,
-                "correlations": {
-                    effect: {score: each[effect][score][number] for score in Score}
-                    for effect in Effect
-                },
-                "scores": {score: values.tolist() for score, values in one.scores.items()},
-                "contributions": {e: values.tolist() for e, values in one.effects.items()},
-            }
-            for number, one in enumerate(compared)
-        ],
-    }
-
-
-def _mean(values: Sequence[float | None], seed: int) -> dict[str, Any] | None:
-    found = mean_with_interval(values, seed)
-    return None if found is None else asdict(found)
-
-
-def _differences(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:
-    return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
+def _matrix(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _effects(found: Contributions) -> dict[Effect, Tensor]:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 _PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee", "#995522", "#777777")
-_SCORES = {
+SCORES = {
     Score.JOINT: "joint relevance",
     Score.ADDITIVE: "additive relevance",
     Score.EITHER: "either",
     Score.PRODUCT: "product",
     Score.OVERLAP: "overlap",
 }
-_EFFECTS = {Effect.JOINT: "joint contribution", Effect.TOTAL: "total contribution"}
+EFFECTS = {Effect.JOINT: "joint contribution", Effect.TOTAL: "total contribution"}
 _EFFECT_COLOURS = {Effect.JOINT: "#b2182b", Effect.TOTAL: "#4d4d4d"}
 _GREY = "0.35"
 MOST_NUMBERS = 8
@@ -68,15 +68,16 @@ def _clusters(figure: Any, shown: Compared, names: Sequence[str] | None) -> None
     from matplotlib.patches import Patch
 
     panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 0.9))
-    panels[0].imshow(np.clip(shown.sample.shown, 0, 1), cmap="gray", vmin=0, vmax=1)
+    panels[0].imshow(np.clip(shown.photo.shown, 0, 1), cmap="gray", vmin=0, vmax=1)
     panels[0].set_title("the picture", fontsize=10)
     for ax, layer, labels in zip(panels[1:3], shown.layers, shown.labels, strict=True):
-        _overlay(ax, shown.sample.shown, labels.numpy())
+        _overlay(ax, shown.photo.shown, labels.numpy())
         ax.set_title(f"clusters of {layer}", fontsize=10)
     for ax in panels[:3]:
         ax.set_xticks([])
         ax.set_yticks([])
-    what = f"class {shown.target}" if names is None else names[shown.target]
+    what = str(shown.target) if names is None else names[shown.target]
+    what = f"class {what}" if what.isdecimal() else what
     panels[3].set_axis_off()
     panels[3].text(0, 0.97, what, fontsize=14, weight="bold", va="top")
     panels[3].text(
@@ -126,9 +127,9 @@ def _overlay(ax: Axes, picture: Array, labels: Array) -> None:
 def _matrices(figure: Any, shown: Compared) -> None:
     panels = figure.subplots(1, 4)
     logit = shown.logit or 1.0
-    _matrix(panels[0], shown.scores[Score.JOINT].numpy(), shown, _SCORES[Score.JOINT])
+    _matrix(panels[0], shown.scores[Score.JOINT].numpy(), shown, SCORES[Score.JOINT])
     _matrix(panels[1], shown.effects[Effect.JOINT].numpy() / logit, shown, _share(Effect.JOINT))
-    _matrix(panels[2], shown.scores[Score.ADDITIVE].numpy(), shown, _SCORES[Score.ADDITIVE])
+    _matrix(panels[2], shown.scores[Score.ADDITIVE].numpy(), shown, SCORES[Score.ADDITIVE])
     _matrix(panels[3], shown.effects[Effect.TOTAL].numpy() / logit, shown, _share(Effect.TOTAL))
 
 
@@ -178,7 +179,7 @@ def _all_pictures(
         known = correlations[effect][score]
         if known is not None:
             ax.set_title(f"mean correlation {known.mean:.2f}", fontsize=10)
-    panels[0].legend(fontsize=8, frameon=False, loc="upper left", handletextpad=0.2)
+    panels[0].legend(fontsize=8, frameon=False, loc="lower right", handletextpad=0.2)
     _bars(panels[3], correlations)
 
 
@@ -203,7 +204,7 @@ def _scatter(
             )
     ax.axhline(0, color=_GREY, linewidth=0.5, zorder=0)
     ax.axvline(0, color=_GREY, linewidth=0.5, zorder=0)
-    ax.set_xlabel(_SCORES[score], fontsize=9)
+    ax.set_xlabel(SCORES[score], fontsize=9)
     ax.set_ylabel(_share(effect), fontsize=9)
     ax.tick_params(labelsize=8)
     _open(ax)
@@ -228,9 +229,9 @@ def _bars(ax: Axes, correlations: dict[Effect, dict[Score, Mean | None]]) -> Non
             color=_EFFECT_COLOURS[effect],
             error_kw={"elinewidth": 1, "ecolor": "black"},
             capsize=2.5,
-            label=f"with the {_EFFECTS[effect]}",
+            label=f"with the {EFFECTS[effect]}",
         )
-    names = [_SCORES[score].replace(" relevance", "") for score in Score]
+    names = [SCORES[score].replace(" relevance", "") for score in Score]
     ax.set_xticks(range(len(names)), names, fontsize=9)
     ax.axhline(0, color=_GREY, linewidth=0.6)
     ax.set_ylim(min(-0.25, ax.get_ylim()[0]), 1.32)
@@ -242,7 +243,7 @@ def _bars(ax: Axes, correlations: dict[Effect, dict[Score, Mean | None]]) -> Non
 
 
 def _share(effect: Effect) -> str:
-    return f"{_EFFECTS[effect]} / logit"
+    return f"{EFFECTS[effect]} / logit"
 
 
 def _colour(number: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nrm import plot
+from nrm.experiments.cnn.layers import Pair
 from nrm.experiments.cnn.plan import Plan
 from nrm.experiments.cnn.study import Shown
 from nrm.experiments.cnn.walks import PAPERS
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 PAIRS = 5
 
 
-def draw_pairs(shown: Shown, plan: Plan, names: Sequence[str] | None) -> Figure:
+def draw_pairs(shown: Shown, plan: Plan, layers: Pair, names: Sequence[str] | None) -> Figure:
     """The photo with its heatmap; below, for each pair, the heatmap of each set and of both.
 
     Arguments:
@@ -29,12 +30,12 @@ def draw_pairs(shown: Shown, plan: Plan, names: Sequence[str] | None) -> Figure:
         shown.photo.shown,
         plot.Panel("all of the relevance", R.heatmap()[0]),
         columns,
-        (*map(_short, plan.layers), "both"),
+        (*map(_short, layers), "both"),
         (
             what,
             f"explained: its logit, {float(R.scale):.1f}",
             f"columns: the most relevant pairs of {plan.part}s of",
-            *plan.layers,
+            *layers,
             "titles: relevance; contribution, both in logits",
         ),
     )

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 
 import nrm
 from nrm.evaluation.faithfulness import Evaluation
-from nrm.experiments.cnn.data import PICTURES, Photo, choose, labels, network, read
 from nrm.experiments.cnn.drawing import draw_pairs
+from nrm.experiments.cnn.layers import pairs
 from nrm.experiments.cnn.plan import Plan
 from nrm.experiments.cnn.study import METHODS, Shown, Study, typical
+from nrm.experiments.cnn.subject import Subject, load
 from nrm.experiments.mlp.drawing import (
-    Curve,
     colours,
     draw_correlations,
     draw_curves,
     draw_scatter,
 )
-from nrm.experiments.report import Picture, Report, Row
+from nrm.experiments.report import Picture, Report
 from nrm.experiments.request import Request
 from nrm.progress import counted
 
@@ -29,47 +28,67 @@ from nrm.progress import counted
 class CnnPairs:
     """Relevance of pairs of sets of two layers, beside interventions."""
 
+    options: frozenset[str] = frozenset({"layers", "weights"})
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.name, self.summary = plan.name, plan.summary
-        self.options: frozenset[str] = frozenset()
 
     def run(self, request: Request) -> Report:
         """Choose pictures, compare, and draw."""
-        data = Path(request.data)
-        files = choose(data / PICTURES, request.samples or self.plan.samples, request.seed)
-        study = Study(network(data), self.plan, request.kept, request.seed)
-        photos = [read(file) for file in files]
-        return report(study, photos, labels(data), request)
+        named = pairs(request.layers)
+        subject = load(request, request.samples or self.plan.samples)
+        with torch.no_grad():
+            studies = [
+                Study(subject, self.plan, layers, request.kept, request.seed)
+                for layers in named or self.plan.layers[subject.kind]
+            ]
+            return report(studies, subject, request)
 
 
-def report(
-    study: Study, photos: Sequence[Photo], names: Sequence[str] | None, request: Request
-) -> Report:
-    """All methods on some pictures, and figures of one of them."""
-    plan = study.plan
-    request.say(f"{' x '.join(plan.layers)}: {len(photos)} pictures …")
-    with torch.no_grad():
-        rows = []
-        with counted(request.progress, "pictures", len(photos)) as advance:
-            for photo in photos:
-                rows += study.rows_of(photo)
-                advance(1)
-        found = study.joined(rows)
-        chosen = typical(found)
-        request.say(f"figures of {chosen} …")
-        shown = study.shown(next(photo for photo in photos if photo.name == chosen))
-        table = study.rows(found)
-        pictures = _pictures(plan, table, study.curves(found), shown, names)
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found of two layers: on all pictures, and on one that is drawn."""
+
+    study: Study
+    evaluation: Evaluation
+    shown: Shown
+
+    @property
+    def title(self) -> str:
+        """The layers, to stand over a figure."""
+        return "\n".join(self.study.layers)
+
+
+def report(studies: Sequence[Study], subject: Subject, request: Request) -> Report:
+    """All methods on all pictures, for every pair of layers, and figures."""
+    plan = studies[0].plan
+    found = [_found(study, subject, request) for study in studies]
+    rows = [row for one in found for row in one.study.rows(one.evaluation)]
     return Report(
         plan.name,
-        plan.title,
-        table,
-        pictures,
-        _facts(study, len(photos)),
-        (*_READING, *plan.notes),
-        _details(found, names),
+        f"Joint relevance of {plan.part}s in {subject.kind}, beside interventions",
+        rows,
+        _pictures(plan, subject, found),
+        _facts(found, subject, request.seed),
+        _notes(plan, subject, any(row.paper is not None for row in rows)),
+        {"layers": [_details(one, subject.classes) for one in found]},
     )
+
+
+def _found(study: Study, subject: Subject, request: Request) -> Found:
+    photos = subject.photos
+    request.say(f"{' x '.join(study.layers)}: {len(photos)} pictures …")
+    rows = []
+    with counted(request.progress, "pictures", len(photos)) as advance:
+        for photo in photos:
+            rows += study.rows_of(photo)
+            advance(1)
+    evaluation = study.joined(rows)
+    chosen = typical(evaluation)
+    request.say(f"figures of {chosen} …")
+    shown = study.shown(next(photo for photo in photos if photo.name == chosen))
+    return Found(study, evaluation, shown)
 
 
 _READING = (
@@ -78,50 +97,57 @@ _READING = (
     "mean over pictures. Neurons are removed by setting them to zero.",
     "The NRM with gamma = 0.25 and without biases is the paper's; the other two walks are not. "
     "LRP, occlusion and activation add up what is known of single sets.",
-    "With biases as inputs, LRP-0 divides the relevance of a neuron by its activation, of which "
-    "it is a multiple: nothing is amplified. What occlusion walks divide by may be nearly zero or "
-    "negative: on some pictures a few pairs then have relevances far above the logit, which spoil "
-    "the correlation.",
 )
 
+_PAPER = {
+    "SqueezeNet": "The paper's figures are those of Table 2 for channels of VGG16: another "
+    "network, beside which those of SqueezeNet stand for comparison only.",
+    "VGG16": "The paper's figures are those of Table 2 for channels of VGG16, on pictures of its "
+    "authors' choice.",
+}
 
-def _facts(study: Study, pictures: int) -> dict[str, str | int | float]:
-    plan = study.plan
+
+def _notes(plan: Plan, subject: Subject, papers: bool) -> tuple[str, ...]:
+    return (*_READING, *((_PAPER[subject.kind],) if papers else ()), *plan.notes)
+
+
+def _facts(found: Sequence[Found], subject: Subject, seed: int) -> dict[str, str | int | float]:
+    studies = [one.study for one in found]
+    plan = studies[0].plan
+    k = plan.k.get(subject.kind)
     return {
-        "network": "SqueezeNet 1.0, pretrained on ImageNet",
-        "weights": study.weights,
-        "pictures": pictures,
+        "network": subject.said,
+        "weights": studies[0].weights,
+        "data": f"{len(subject.photos)} {subject.pictures}",
         "explained": "the predicted class",
-        "pairs": plan.combinations,
-        **({} if plan.k is None else {"clusters of each layer": plan.k}),
-        "seed": study.seed,
+        **({} if k is None else {"clusters of each layer": k}),
+        **{f"pairs of {' and '.join(s.layers)}": s.combinations for s in studies},
+        "seed": seed,
         "versions": f"nrm {nrm.__version__}, torch {torch.__version__}",
     }
 
 
-def _details(found: Evaluation, names: Sequence[str] | None) -> dict[str, object]:
+def _details(found: Found, classes: Sequence[str] | None) -> dict[str, object]:
+    evaluation = found.evaluation
     return {
-        "means": [{**line, "method": METHODS[line["method"]]} for line in found.table()],
+        "layers": found.study.layers,
+        "means": [{**line, "method": METHODS[line["method"]]} for line in evaluation.table()],
         "samples": [
             {
                 **asdict(row),
                 "method": METHODS[row.method],
-                "class": None if names is None else names[int(str(row.target))],
+                "class": None if classes is None else classes[int(str(row.target))],
             }
-            for row in found.rows
+            for row in evaluation.rows
         ],
     }
 
 
-def _pictures(
-    plan: Plan,
-    rows: Sequence[Row],
-    curves: Sequence[Curve],
-    shown: Shown,
-    names: Sequence[str] | None,
-) -> list[Picture]:
+def _pictures(plan: Plan, subject: Subject, found: Sequence[Found]) -> list[Picture]:
     colour = colours(list(METHODS.values()))
-    layers = "\n".join(plan.layers)
+    rows = [row for one in found for row in one.study.rows(one.evaluation)]
+    curves = {one.title: one.study.curves(one.evaluation) for one in found}
+    clouds = {f"{one.title}\n{one.shown.photo.name}": one.shown.clouds() for one in found}
     return [
         Picture(
             "correlations.png",
@@ -136,21 +162,27 @@ def _pictures(
             "logit: means over pictures with 95 % bootstrap intervals. The sooner a curve rises "
             "the better. It falls where pairs of negative contribution are ranked last; all curves "
             "end where all pairs are taken.",
-            draw_curves({layers: curves}, colour),
+            draw_curves(curves, colour),
         ),
-        Picture(
-            "pairs.png",
-            f"The most relevant pairs of {plan.part}s of one picture",
-            f"{shown.photo.name}, on which the correlation of the paper's walks is the median. "
-            f"For each pair the relevance of pixels jointly with each {plan.part} and with both, "
-            "by the paper's walks; above each its relevance, and for both also their joint "
-            f"contribution, in logits. The numbers of {plan.part}s begin with 0.",
-            draw_pairs(shown, plan, names),
-        ),
+        *(_pairs(plan, subject, one, number, len(found)) for number, one in enumerate(found, 1)),
         Picture(
             "scatter.png",
             "Score and joint contribution, pair by pair",
-            f"{shown.photo.name}. NRM, LRP and occlusion are in units of the logit.",
-            draw_scatter({layers: shown.clouds()}, colour),
+            "On one picture each, on which the correlation of the paper's walks is the median. "
+            "NRM, LRP and occlusion are in units of the logit.",
+            draw_scatter(clouds, colour),
         ),
     ]
+
+
+def _pairs(plan: Plan, subject: Subject, found: Found, number: int, count: int) -> Picture:
+    layers, shown = found.study.layers, found.shown
+    return Picture(
+        "pairs.png" if count == 1 else f"pairs-{number}.png",
+        f"The most relevant pairs of {plan.part}s of one picture: {' and '.join(layers)}",
+        f"{shown.photo.name}, on which the correlation of the paper's walks is the median. "
+        f"For each pair the relevance of pixels jointly with each {plan.part} and with both, "
+        "by the paper's walks; above each its relevance, and for both also their joint "
+        f"contribution, in logits. The numbers of {plan.part}s begin with 0.",
+        draw_pairs(shown, plan, layers, subject.classes),
+    )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
 
 def of_class(model: nn.Module, number: int) -> nn.Module:
-    """The model with one class for output.
+    """The model with one class for output; the other weights are those of the model itself.
 
     SqueezeNet finds its classes by a convolution of 1000 filters at every position. One class
     needs one of them: its relevance and its interventions are the same, and take a quarter of
     the time.
 
     Arguments:
-        model: `classifier` of it is a sequence with one convolution or linear layer, followed
-            by nothing that mixes classes.
+        model: its last convolution or linear layer is that of the classes, followed by nothing
+            that mixes them.
     """
-    narrow = deepcopy(model)
-    classifier = narrow.classifier
-    assert isinstance(classifier, nn.Sequential)
-    (head,) = (m for m in classifier if isinstance(m, nn.Conv2d | nn.Linear))
+    shared: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    narrow = deepcopy(model, shared)
+    *_, head = (m for m in narrow.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     head.weight = _row(head.weight, number)
     if head.bias is not None:
         head.bias = _row(head.bias, number)

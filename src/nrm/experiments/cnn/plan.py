@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from nrm.clusters import clusters
 from nrm.evaluation.baselines import By
+from nrm.experiments.cnn.layers import Pair
+from nrm.experiments.cnn.subject import Kind
 from nrm.formulas import NeuronSet
 from nrm.measure import Measure
 
@@ -24,62 +26,69 @@ class KMeans:
 
 @dataclass(frozen=True)
 class Plan:
-    """Two layers, and what they are divided into.
+    """What layers are divided into, and which layers.
 
     Attributes:
         part: what a set is called.
-        layers: after their activation functions, where nothing is what removal leaves.
+        layers: of each network, unless others are named: after their activation functions, where
+            nothing is what removal leaves.
         samples: on how many pictures by default.
-        k: clusters in each layer; `None` for channels.
-        combinations: how many pairs there are, up to which SC_k goes.
-        paper: the correlations of Table 2, by method.
+        k: clusters in each layer, for each network; nothing for channels.
+        paper: the correlations of Table 2 by method, for the first layers of `beside`.
         notes: how the rows are to be read, beside what holds for all plans.
     """
 
     name: str
     summary: str
-    title: str
     part: str
-    layers: tuple[str, str]
+    layers: Mapping[Kind, tuple[Pair, ...]]
     samples: int
-    combinations: int
-    k: int | None = None
+    k: Mapping[Kind, int] = field(default_factory=dict)
     paper: Mapping[str, float] = field(default_factory=dict)
+    beside: tuple[Kind, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def by(self, seed: int) -> By:
-        """What layers are divided into."""
-        return "channel" if self.k is None else KMeans(self.k, seed)
+    def by(self, kind: Kind, seed: int) -> By:
+        """What layers of a network are divided into."""
+        return KMeans(self.k[kind], seed) if self.k else "channel"
+
+    def papers(self, kind: Kind, layers: Pair) -> Mapping[str, float]:
+        """The paper's figures, to stand beside those of two layers."""
+        known = kind in self.beside and layers == self.layers[kind][0]
+        return self.paper if known else {}
 
 
 CHANNELS = Plan(
     "cnn-channels",
     "joint relevance of channels in a convolutional network (Table 2, Figs. 5 and 6)",
-    "Joint relevance of channels in SqueezeNet, beside interventions",
     "channel",
-    ("features.12.squeeze_activation", "features.12.expand3x3_activation"),
+    {
+        "SqueezeNet": (("features.12.squeeze_activation", "features.12.expand3x3_activation"),),
+        "VGG16": (("features.27", "features.29"),),
+        "DigitNet": (("relu1", "relu2"), ("relu2", "relu3")),
+    },
     samples=20,
-    combinations=64 * 256,
     paper={"joint": 0.528, "lrp": 0.0005, "occlusion": 0.043, "activation": 0.0005},
+    beside=("SqueezeNet", "VGG16"),
     notes=(
-        "The paper's figures are those of Table 2 for channels of VGG16: another network, beside "
-        "which those of SqueezeNet stand for comparison only.",
-        "Channels are taken after their activation function. Before it their relevance and "
-        "contribution are the same, since zero stays zero; only the activations that one baseline "
-        "adds up are others. All pairs are compared, also those of channels without any "
-        "activation, whose relevance and contribution are zero.",
+        "Channels are taken after their activation function, unless other layers are named. Before "
+        "it their relevance and contribution are the same, since zero stays zero; only the "
+        "activations that one baseline adds up are others. All pairs are compared, also those of "
+        "channels without any activation, whose relevance and contribution are zero.",
     ),
 )
 
 CLUSTERS = Plan(
     "cnn-clusters",
     "joint relevance of clusters in a convolutional network (Fig. 7)",
-    "Joint relevance of clusters in SqueezeNet, beside interventions",
     "cluster",
-    ("features.10", "features.12"),
+    {
+        "SqueezeNet": (("features.10", "features.12"),),
+        "VGG16": (("features.22", "features.29"),),
+        "DigitNet": (("relu1", "relu2"), ("relu2", "relu3")),
+    },
     samples=30,
-    combinations=10 * 10,
-    k=10,
+    k={"SqueezeNet": 10, "VGG16": 10, "DigitNet": 5},
     notes=(
         "Clusters are those of k-means over the activations at the positions of a layer, found "
         "for each picture by itself: all channels at the positions of a cluster are removed.",

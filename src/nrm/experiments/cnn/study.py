@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from nrm.evaluation.baselines import SCORES, Families, Score
 from nrm.evaluation.faithfulness import Evaluation, evaluate
@@ -15,17 +14,19 @@ from nrm.evaluation.faithfulness import Row as Found
 from nrm.evaluation.fingerprint import digest
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import pearson
+from nrm.experiments import comparison
 from nrm.experiments.cnn.data import Photo
+from nrm.experiments.cnn.layers import Pair, combinations
 from nrm.experiments.cnn.one_class import of_class
 from nrm.experiments.cnn.plan import Plan
+from nrm.experiments.cnn.subject import Subject
 from nrm.experiments.cnn.walks import PAPERS
+from nrm.experiments.comparison import BASELINES, steps
 from nrm.experiments.mlp.drawing import Cloud, Curve
 from nrm.experiments.report import Row
 from nrm.experiments.walks import OTHERS, JointRelevance
+from nrm.explainer import Explainer
 from nrm.measure import Measure
-
-BASELINES = {"lrp": "LRP", "occlusion": "occlusion", "activation": "activation"}
-"""What `evaluate` calls them, and tables do."""
 
 METHODS = {walks.key: walks.method for walks in (PAPERS, *OTHERS)} | BASELINES
 """In the order of tables and figures."""
@@ -70,30 +71,41 @@ class Shown:
 
 
 class Study:
-    """One network and one plan.
+    """One network and two of its layers.
 
     Arguments:
         kept: a folder for what an interrupted run leaves.
+
+    Attributes:
+        combinations: how many pairs of sets there are, up to which SC_k goes.
+
+    Raises:
+        UnknownLayerError, QueryError: the layers cannot be compared.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, kept: Path, seed: int) -> None:
-        self.model, self.plan, self.seed = model, plan, seed
-        self.weights = digest(model)[:12]
-        self._by = plan.by(seed)
-        self._ks = steps(plan.combinations)
+    def __init__(self, subject: Subject, plan: Plan, layers: Pair, kept: Path, seed: int) -> None:
+        self.model, self.plan, self.layers, self.seed = subject.model, plan, layers, seed
+        self.weights = digest(self.model)[:12]
+        self._by = plan.by(subject.kind, seed)
+        self._narrow: dict[int, tuple[Explainer, dict[str, Score]]] = {}
+        first = subject.photos[0]
+        explainer, _ = self._of_class(self.explained(first))
+        self.combinations = combinations(explainer.graph(first.x), layers, plan.k.get(subject.kind))
+        self._paper = plan.papers(subject.kind, layers)
+        self._ks = steps(self.combinations)
         # By the weights: what was found with others is of no use.
-        self._kept = kept / f"{plan.name}-{self.weights}-{seed}"
+        self._kept = kept / f"{plan.name}-{self.weights}-{seed}" / digest(layers)[:12]
 
     def rows_of(self, photo: Photo) -> list[Found]:
         """All methods on one picture, as they were kept or found."""
         number = self.explained(photo)
-        model = of_class(self.model, number)
+        explainer, scores = self._of_class(number)
         found = evaluate(
-            PAPERS.explainer(model),
+            explainer,
             [(photo.name, photo.x)],
-            self.plan.layers,
+            self.layers,
             by=self._by,
-            methods=self._scores(model),
+            methods=scores,
             ks=self._ks,
             target=0,
             store=self._kept / f"class-{number}",
@@ -103,7 +115,7 @@ class Study:
 
     def joined(self, rows: Sequence[Found]) -> Evaluation:
         """The rows of all pictures."""
-        return Evaluation(self.plan.layers, tuple(rows), self.seed)
+        return Evaluation(self.layers, tuple(rows), self.seed)
 
     def explained(self, photo: Photo) -> int:
         """The class with the largest logit."""
@@ -111,51 +123,37 @@ class Study:
 
     def rows(self, found: Evaluation) -> list[Row]:
         """The table's."""
-        rows = []
-        for key, method in METHODS.items():
-            mean = found.mean(key)
-            rows.append(
-                Row(
-                    self.plan.name,
-                    self.plan.layers,
-                    method,
-                    mean.mean,
-                    mean.low,
-                    mean.high,
-                    self.plan.paper.get(key),
-                    mean.samples,
-                )
-            )
-        return rows
+        return comparison.rows(self.plan.name, found, METHODS, self._paper)
 
     def curves(self, found: Evaluation) -> list[Curve]:
         """SC_k of every method."""
-        curves = []
-        for key, method in METHODS.items():
-            means = [found.mean(key, f"SC_{k}") for k in self._ks]
-            ends = np.array([[m.mean, m.low, m.high] for m in means], dtype=np.float64).T
-            curves.append(Curve(method, self._ks, *ends))
-        return curves
+        return comparison.curves(found, METHODS, self._ks)
 
     def shown(self, photo: Photo) -> Shown:
         """One picture with all of its pairs, to be drawn."""
         number = self.explained(photo)
-        model = of_class(self.model, number)
-        explainer = PAPERS.explainer(model)
+        explainer, methods = self._of_class(number)
         R = explainer(photo.x, target=0)
-        families = Families(R, self.plan.layers, self._by)
+        families = Families(R, self.layers, self._by)
         interventions = Interventions(explainer, photo.x, target=0)
         contribution = joint_contributions(interventions, *families.sets)
-        scores = {key: score(families, interventions) for key, score in self._scores(model).items()}
+        scores = {key: score(families, interventions) for key, score in methods.items()}
         return Shown(photo, number, R, families, scores, contribution)
 
-    def _scores(self, model: nn.Module) -> dict[str, Score]:
-        others = {w.key: JointRelevance(w, model, self.plan.layers, self._by) for w in OTHERS}
-        return {
-            PAPERS.key: SCORES["joint"],
-            **others,
-            **{name: SCORES[name] for name in BASELINES},
-        }
+    def _of_class(self, number: int) -> tuple[Explainer, dict[str, Score]]:
+        """The paper's walks and all methods, for a class; captured once for all of its pictures."""
+        if number not in self._narrow:
+            model = of_class(self.model, number)
+            others = {w.key: JointRelevance(w, model, self.layers, self._by) for w in OTHERS}
+            self._narrow[number] = (
+                PAPERS.explainer(model),
+                {
+                    PAPERS.key: SCORES["joint"],
+                    **others,
+                    **{name: SCORES[name] for name in BASELINES},
+                },
+            )
+        return self._narrow[number]
 
 
 def typical(found: Evaluation) -> str:
@@ -167,13 +165,3 @@ def typical(found: Evaluation) -> str:
         if value is not None
     ]
     return sorted(known)[len(known) // 2][1] if known else names[0]
-
-
-def steps(most: int) -> tuple[int, ...]:
-    """1, 2, 3, 5, 7, 10, 15, 20, … and the last."""
-    found = {
-        tenths * 10**power // 10
-        for power in range(len(str(most)))
-        for tenths in (10, 15, 20, 30, 50, 70)
-    }
-    return (*sorted(k for k in found if k < most), most)

@@ -103,6 +103,7 @@ def _bars(ax: Axes, group: Sequence[Row], colour: Mapping[str, str]) -> None:
             facecolor="white",
             edgecolor="black",
             zorder=3,
+            clip_on=False,
             label="the paper's figure",
         )
     ax.set_yticks(range(len(group)), [row.method for row in group], fontsize=9)
@@ -118,10 +119,15 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]], colour: Mapping[str, str]
     """SC_k against k, a panel for each choice of layers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.4 * len(curves), 5.0), dpi=130, layout="constrained")
-    panels: Any = figure.subplots(1, len(curves), squeeze=False)
+    across = min(len(curves), 3)
+    down = -(-len(curves) // across)
+    size = (5.4 * across, 4.1 * down + 0.9)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    panels: Any = figure.subplots(down, across, squeeze=False)
+    for ax in panels.flat[len(curves) :]:
+        ax.set_axis_off()
     drawn: dict[str, Any] = {}
-    for ax, (layers, lines) in zip(panels[0], curves.items(), strict=True):
+    for ax, (layers, lines) in zip(panels.flat, curves.items(), strict=False):
         for line in lines:
             shade = colour[line.method]
             (drawn[line.method],) = ax.plot(
@@ -134,12 +140,13 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]], colour: Mapping[str, str]
         ax.set_xlabel("k, combinations in order of relevance", fontsize=9)
         ax.tick_params(labelsize=8)
         _open(ax)
-    panels[0, 0].set_ylabel("SC$_k$: summed joint contributions, in logits", fontsize=9)
+    for ax in panels[:, 0]:
+        ax.set_ylabel("SC$_k$: summed joint contributions, in logits", fontsize=9)
     figure.legend(
         drawn.values(),
         drawn.keys(),
         loc="outside lower center",
-        ncols=3,
+        ncols=min(across + 1, 3),
         fontsize=8,
         frameon=False,
     )

@@ -17,15 +17,14 @@ from nrm.evaluation import (
     pearson,
 )
 from nrm.evaluation.baselines import SCORES, Score
+from nrm.experiments import comparison
+from nrm.experiments.comparison import BASELINES, steps
 from nrm.experiments.mlp.data import Part
 from nrm.experiments.mlp.drawing import Array, Cloud, Curve
 from nrm.experiments.mlp.network import INPUT, LAYERS, Trained
 from nrm.experiments.mlp.walks import PAPERS
 from nrm.experiments.report import Row
 from nrm.experiments.walks import OTHERS, JointRelevance, Walks
-
-BASELINES = {"lrp": "LRP", "occlusion": "occlusion", "activation": "activation"}
-"""What `evaluate` calls them, and tables do."""
 
 WALKS = (PAPERS, *OTHERS)
 METHODS = {walks.key: walks.method for walks in WALKS} | BASELINES
@@ -55,11 +54,11 @@ class Order:
 SECOND = Order(
     LAYERS,
     most=100_000,
-    samples=50,
+    samples=100,
     choosing=20,
     paper={"joint": 0.947, "lrp": 0.46, "occlusion": 0.20, "activation": 0.15},
 )
-THIRD = Order((INPUT, *LAYERS), most=100_000, samples=10, choosing=4, paper={"joint": 0.447})
+THIRD = Order((INPUT, *LAYERS), most=100_000, samples=100, choosing=4, paper={"joint": 0.447})
 
 
 class Study:
@@ -71,7 +70,7 @@ class Study:
         self.seed = seed
         # By the weights: what was found with others is of no use.
         self._kept = kept / f"{network.digest}-{seed}" / f"{len(order.layers)}-layers"
-        self._ks = _ks(min(order.most, network.combinations(order.layers)))
+        self._ks = steps(min(order.most, network.combinations(order.layers)))
         self._explainer = PAPERS.explainer(network.model)
 
     def choose(self, part: Part, progress: bool) -> tuple[Walks, Evaluation]:
@@ -90,31 +89,11 @@ class Study:
 
     def rows(self, experiment: str, found: Evaluation) -> list[Row]:
         """The table's."""
-        rows = []
-        for key, method in METHODS.items():
-            mean = found.mean(key)
-            paper = self.order.paper.get(key)
-            row = Row(
-                experiment,
-                self.order.layers,
-                method,
-                mean.mean,
-                mean.low,
-                mean.high,
-                paper,
-                mean.samples,
-            )
-            rows.append(row)
-        return rows
+        return comparison.rows(experiment, found, METHODS, self.order.paper)
 
     def curves(self, found: Evaluation) -> list[Curve]:
         """SC_k of every method."""
-        curves = []
-        for key, method in METHODS.items():
-            means = [found.mean(key, f"SC_{k}") for k in self._ks]
-            ends = np.array([[m.mean, m.low, m.high] for m in means], dtype=np.float64).T
-            curves.append(Curve(method, self._ks, *ends))
-        return curves
+        return comparison.curves(found, METHODS, self._ks)
 
     def clouds(self, part: Part) -> list[Cloud]:
         """Scatter plots of the first picture."""
@@ -162,16 +141,6 @@ class Study:
             store=self._kept / name,
             seed=self.seed,
         )
-
-
-def _ks(most: int) -> tuple[int, ...]:
-    """1, 2, 3, 5, 7, 10, 15, 20, … and the last."""
-    steps = {
-        tenths * 10**power // 10
-        for power in range(len(str(most)))
-        for tenths in (10, 15, 20, 30, 50, 70)
-    }
-    return (*sorted(k for k in steps if k < most), most)
 
 
 def some(score: Array, contribution: Array, seed: int, most: int = DOTS) -> tuple[Array, Array]:
