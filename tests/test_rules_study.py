@@ -177,7 +177,9 @@ def test_the_best_walks_are_chosen_on_some_samples_and_reported_on_others(tmp_pa
     out.mkdir()
     report.write(out)
     result = json.loads((out / RESULT).read_text())
-    assert [row["layers"][0][:7] for row in result["rows"]] == ["the one"] * 4 + ["the two"] * 4
+    assert [row["experiment"] for row in result["rows"]] == ["rules: one"] * 4 + ["rules: two"] * 4
+    assert {tuple(row["layers"]) for row in result["rows"]} == {LAYERS}
+    assert result["facts"]["one"] == f"the one: {', '.join(LAYERS)}"
     assert {row["samples"] for row in result["rows"]} == {3}
     assert all(row["paper"] is None for row in result["rows"])
     for name in ("one", "two"):

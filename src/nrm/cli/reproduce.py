@@ -15,6 +15,7 @@ from rich.text import Text
 
 from nrm.cli.errors import CommandError, one_line_errors
 from nrm.cli.folder import check_folder, filled_at_once
+from nrm.experiments.mlp.data import DIGITS
 from nrm.experiments.report import PAGE, RESULT, Report, Table
 from nrm.experiments.reproduce import EXPERIMENTS, find
 from nrm.experiments.request import Request
@@ -27,8 +28,10 @@ INCOMPLETE = 1
 
 def reproduce(
     name: Annotated[str, typer.Argument(help=f"Which: {', '.join(EXPERIMENTS)}.")],
-    data: Annotated[str, typer.Option(help="Folder of the data set, or 'digits': scikit-learn's.")],
     out: Annotated[Path, typer.Option(help=f"Folder for {PAGE}, its pictures and {RESULT}.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of the data set, or 'digits': scikit-learn's.")
+    ] = DIGITS,
     samples: Annotated[
         int | None, typer.Option(min=1, help="How many samples to report on.")
     ] = None,

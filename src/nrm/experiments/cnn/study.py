@@ -141,8 +141,9 @@ class Study:
         return Shown(photo, number, R, families, scores, contribution)
 
     def _of_class(self, number: int) -> tuple[Explainer, dict[str, Score]]:
-        """The paper's walks and all methods, for a class; captured once for all of its pictures."""
+        """The paper's walks and all methods, for a class; captured once while it stays the same."""
         if number not in self._narrow:
+            self._narrow.clear()  # each holds modified weights: those of VGG16 take gigabytes
             model = of_class(self.model, number)
             others = {w.key: JointRelevance(w, model, self.layers, self._by) for w in OTHERS}
             self._narrow[number] = (

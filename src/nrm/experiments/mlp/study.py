@@ -155,7 +155,7 @@ def some(score: Array, contribution: Array, seed: int, most: int = DOTS) -> tupl
     far = np.add(*(size / (float(size.max()) or 1.0) for size in sizes)).astype(np.float32)
     # The smallest of exponential times with rates `far` are a weighted draw without replacement.
     times = np.random.default_rng(seed).standard_exponential(len(score), dtype=np.float32)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # what has no size comes last
         times /= far
     sure = most // 10
     times[np.argpartition(-far, sure)[:sure]] = 0

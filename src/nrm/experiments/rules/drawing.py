@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from nrm.evaluation import Evaluation
@@ -89,7 +90,8 @@ def draw_gammas(found: Mapping[str, Evaluation]) -> Figure:
             )
             ends = [[m.low for m in drawn.values()], [m.high for m in drawn.values()]]
             ax.fill_between(list(drawn), *ends, color=colour, alpha=0.15, linewidth=0)
-        ax.set_title(title.replace(": ", "\n").replace(", ", ",\n"), fontsize=8, loc="left")
+        network, layers = title.split(": ")
+        ax.set_title("\n".join([network, *wrap(layers, 36)]), fontsize=8, loc="left")
         ax.set_xscale("symlog", linthresh=0.02)
         ax.set_xticks([0, 0.02, 0.1, 1], ["0", "0.02", "0.1", "1"])
         ax.minorticks_off()

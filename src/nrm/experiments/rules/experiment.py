@@ -9,6 +9,7 @@ import torch
 
 import nrm
 from nrm.evaluation import Evaluation
+from nrm.experiments import comparison
 from nrm.experiments.report import Picture, Report, Row
 from nrm.experiments.request import Request
 from nrm.experiments.rules.drawing import draw_gammas, draw_walks
@@ -43,7 +44,7 @@ class Rules:
             [row for s, (_, _, reported) in found.items() for row in _rows(self.name, s, reported)],
             _pictures({s: reported for s, (_, _, reported) in found.items()}),
             {
-                "data": request.data,
+                **{trial.name: trial.title for trial in found},
                 "walks": len(RULES),
                 "seed": request.seed,
                 "versions": f"nrm {nrm.__version__}, torch {torch.__version__}",
@@ -66,14 +67,8 @@ _READING = (
 
 
 def _rows(experiment: str, trial: Trial, found: Evaluation) -> list[Row]:
-    layers = (trial.title,)
-    rows = []
-    for method in found.methods:
-        mean = found.mean(method)
-        rows.append(
-            Row(experiment, layers, method, mean.mean, mean.low, mean.high, None, mean.samples)
-        )
-    return rows
+    methods = {method: method for method in found.methods}
+    return comparison.rows(f"{experiment}: {trial.name}", found, methods, {})
 
 
 def _chosen(found: dict[Trial, tuple[Walks, Evaluation, Evaluation]]) -> Table:
