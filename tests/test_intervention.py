@@ -371,6 +371,33 @@ def test_channels_by_what_they_add_to_the_next_weighted_sum(
     assert runs[1].channels is None
 
 
+class Gated(nn.Module):
+    """A branch that is computed after the weighted sum of the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.t = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b, self.o = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.t(self.n(self.a(x).relu()).relu()).relu()
+        return self.o(h * self.b(x).relu())
+
+
+def test_sets_that_also_lie_on_a_branch_beside_the_weighted_sum() -> None:
+    torch.manual_seed(1)
+    model, x = Gated().double().eval(), torch.ones(1, 3).double()
+    both = nrm.neurons("a", 0) | nrm.neurons("b", 0) | nrm.neurons("b", 1) | nrm.neurons("b", 2)
+    families = [[both, nrm.neurons("a", 1)], [nrm.neurons("n", c) for c in range(4)]]
+    found = []
+    for shortcuts in (True, False):
+        interventions = Interventions(nrm.Explainer(model), x, target=0)
+        interventions._shortcuts = shortcuts
+        found.append(interventions.joint(*families))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert found[0].abs().max() > 0.01
+
+
 def test_sets_of_some_of_a_channel_and_channels_of_no_activation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

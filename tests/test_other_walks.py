@@ -213,6 +213,25 @@ def test_occlusion_by_hand():
         strict.heatmap()
 
 
+@pytest.mark.parametrize(
+    ("act", "z"), [(nn.GELU(), -5.0), (nn.SiLU(), -10.0), (nn.SiLU(), -14.0), (nn.Softplus(), -9.0)]
+)
+def test_occlusion_of_neurons_in_the_tail_of_an_activation(act, z):
+    """What they take from the next neuron is less than the rounding of its activation."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        lower, upper = nn.Linear(1, 1), nn.Linear(1, 1)
+        model = nn.Sequential(lower, act, upper, act).to(dtype).eval().requires_grad_(False)
+        lower.weight.fill_(-9.0)
+        lower.bias.fill_(z + 9)
+        upper.weight.fill_(1.0)
+        upper.bias.fill_(1.0)
+        R = nrm.Explainer(model, composites.Occlusion())(torch.ones(1, 1, dtype=dtype), target=0)
+        found.append(float(R.heatmap()))
+    assert abs(found[1]) > 0.01
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_only_an_activation_that_alone_reads_the_sum_follows_it():
     class Net(nn.Module):
         def __init__(self, read_twice):

@@ -25,7 +25,8 @@ class ByChannel:
     """From sets of single channels of a layer to the next weighted sum.
 
     Up to there each channel is computed by itself, and the sum changes by what the one channel
-    adds to it: nothing else needs to be computed again.
+    adds to it: nothing else needs to be computed again. What is left of the sum is as exact as the
+    sum itself: where one channel outweighs all others, to the rounding of what it added.
 
     Attributes:
         node: of the layer; its first axis is that of copies, its second one of channels.

@@ -106,8 +106,11 @@ class Combinations:
             return None
         others = {node for found in nodes[:-1] for node in found}
         found = by_channel(self.replay, self.families[-1], others, self.changed[-1])
-        if found is None or self._above(found).enters != {found.total}:
+        if found is None:
             return None
+        above = self._above(found)
+        if above.enters != {found.total} or not others.isdisjoint(above.nodes):
+            return None  # something else enters, or is removed, after the weighted sum
         known = (self.replay.values[found.node], self.removed[found.node])
         finite = all(bool(torch.isfinite(values).all()) for values in known)
         return found if finite else None  # infinity less infinity is not nothing

@@ -124,6 +124,16 @@ class Following:
             value = fill(call, [value])()
         return value
 
+    def slope(self, value: Tensor) -> Tensor:
+        """phi'; zero where autograd knows none."""
+        with torch.enable_grad():
+            leaf = value.detach().requires_grad_()
+            found = self(leaf)
+            if not found.requires_grad:
+                return torch.zeros_like(value)
+            (slope,) = torch.autograd.grad(found.sum(), leaf, materialize_grads=True)
+        return slope
+
 
 class Loss:
     """`T~_ij` of one operand, some connections of every neuron at a time."""
@@ -173,14 +183,35 @@ class Loss:
             silent, active = self._sides
             return torch.addcmul(silent, weight, x).clamp_(max=active)
         without = torch.addcmul(self._neurons, weight, x, value=-1)
-        for one in without:  # phi may have parameters, and say by axis which are whose
-            rest = self.activation(one.reshape(self.shape)).reshape(one.shape)
-            torch.sub(self._sides[1], rest, out=one)
-        return without
+        # phi may have parameters, and say by axis which are whose: hence one at a time.
+        lost = [self._change(one, weight_x) for one, weight_x in zip(without, weight * x, strict=True)]
+        return torch.stack(lost)
+
+    def _change(self, without: Tensor, z_ij: Tensor) -> Tensor:
+        """`phi(z_j) - phi(z_j - z_ij)`, also where that is less than the rounding of either.
+
+        The activation of a neuron may be tiny, as in the tail of GELU, and what it takes away from
+        another is then nothing but rounding, by which its relevance would be divided later. Where
+        the difference cannot be told from what the slopes make of it, the slopes are exact.
+        """
+        phi, shape = self._sides[1], self.shape
+        rest = self.activation(without.reshape(shape)).reshape(without.shape)
+        slope = self.activation.slope(without.reshape(shape)).reshape(without.shape)
+        difference = phi - rest
+        linear = z_ij * (slope + self._slope) / 2
+        steepest = torch.maximum(slope.abs(), self._slope.abs())
+        rounding = phi.abs() + rest.abs() + steepest * (self._neurons.abs() + z_ij.abs())
+        rounding *= 4 * torch.finfo(phi.dtype).eps
+        return torch.where((difference - linear).abs() <= rounding, linear, difference)
 
     @cached_property
     def _neurons(self) -> Tensor:
         return self.connections.neurons(self.activation.sum.unsqueeze(0)).contiguous()
+
+    @cached_property
+    def _slope(self) -> Tensor:
+        slope = self.activation.slope(self.activation.sum)
+        return self.connections.neurons(slope.unsqueeze(0)).contiguous()
 
     @cached_property
     def _sides(self) -> tuple[Tensor, Tensor]:
