@@ -498,8 +498,11 @@ def test_evaluations_that_make_no_sense_are_refused():
         evaluate(explainer, vectors(), ["1", "1"])
     with pytest.raises(QueryError, match="ks are a list"):
         evaluate(explainer, vectors(), ["1", "3"], ks=5)
-    with pytest.raises(QueryError, match="a seed is"):
-        evaluate(explainer, vectors(), ["1", "3"], seed=-1)
+    for seed in (-1, True, 1.0):
+        with pytest.raises(QueryError, match="a seed is"):
+            evaluate(explainer, vectors(), ["1", "3"], seed=seed)
+    with pytest.raises(QueryError, match="methods are some of joint"):
+        evaluate(explainer, vectors(), ["1", "3"], methods={})
     for odd in (None, 1.5, "first"):
         with pytest.raises(QueryError, match="target is"):
             evaluate(explainer, vectors(), ["1", "3"], target=lambda name, x, odd=odd: odd)

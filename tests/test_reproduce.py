@@ -357,6 +357,10 @@ def test_what_is_refused_takes_one_line(tmp_path, args, message):
 
 
 def test_json_into_a_folder_is_refused_early(tmp_path):
+    page = tmp_path / "out" / "report.html"
+    found = command("mlp-mnist", "--out", tmp_path / "out", "--json", page)
+    assert found.exit_code == 2
+    assert "where result.json is written anyway" in found.stderr
     found = command("mlp-mnist", "--data", "digits", "--out", tmp_path / "out", "--json", tmp_path)
     assert found.exit_code == 2
     assert "is a folder, not a file" in found.output

@@ -12,7 +12,10 @@ from torch import nn
 from nrm.errors import InputError
 from nrm.evaluation.baselines import Families
 from nrm.evaluation.intervention import Interventions, joint_contributions
+from nrm.experiments.cnn.data import Photo
 from nrm.experiments.cnn.one_class import of_class
+from nrm.experiments.cnn.plan import CHANNELS
+from nrm.experiments.cnn.subject import Subject as Pictures
 from nrm.experiments.mlp.network import LAYERS, MLP
 from nrm.experiments.report import PAGE, RESULT
 from nrm.experiments.request import Request
@@ -20,6 +23,7 @@ from nrm.experiments.rules import experiment as experiments
 from nrm.experiments.rules.ceiling import Ceiling, HalfGiven, nearest_product, with_lower
 from nrm.experiments.rules.experiment import Rules
 from nrm.experiments.rules.grid import FEW, REST, RULES, gamma, outputs, zero
+from nrm.experiments.rules.networks import _convolutional
 from nrm.experiments.rules.trial import OneClass, Trial, Whole
 from nrm.experiments.walks import JointRelevance
 
@@ -222,3 +226,13 @@ def test_an_interrupted_study_goes_on_and_gives_the_same(tmp_path, monkeypatch):
 def test_data_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         Rules().run(Request(str(tmp_path / "nowhere"), tmp_path / "kept"))
+
+
+def test_one_picture_is_not_enough(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    one = Pictures(
+        "DigitNet", "a network", "digits", network(), [Photo("1", torch.rand(1, 6), None)], None
+    )
+    monkeypatch.setattr("nrm.experiments.rules.networks.load_pictures", lambda *given: one)
+    with pytest.raises(InputError, match="one picture is not enough"):
+        list(_convolutional(Request("digits", tmp_path), CHANNELS, 3, FEW))

@@ -267,7 +267,7 @@ def Occlusion(rest_to_bias: bool = True) -> Composite:
     Arguments:
         rest_to_bias: otherwise a bias contributes what is lost without it, as any parent does.
             Columns then nearly cancel here and there, and over many layers the total variation
-            has no bound (see `diagnostics`).
+            has no bound (see `diagnostics`); so they do still where a sum has no bias.
     """
     name = "Occlusion()" if rest_to_bias else "Occlusion(rest_to_bias=False)"
     return Composite([], OcclusionRule(rest_to_bias), name=name, bias="input")

@@ -42,7 +42,9 @@ def reproduce(
     weights: Annotated[
         Path | None, typer.Option(help="Weights of VGG16, instead of the network in the data.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of training, choices and the bootstrap.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of training, choices and the bootstrap.")
+    ] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help=f"Where to write {RESULT} as well.")
     ] = None,
@@ -55,8 +57,7 @@ def reproduce(
         for option, given in (("layers", layers), ("weights", weights)):
             if given and option not in experiment.options:
                 raise CommandError(f"--{option}: {name} takes none")
-        if json_file is not None and json_file.is_dir():
-            raise CommandError(f"--json {json_file}: it is a folder, not a file")
+        _check_json(json_file, out)
         report = experiment.run(
             Request(
                 data,
@@ -79,6 +80,16 @@ def reproduce(
             typer.echo(f"error: {part}: {reason}", err=True)
         if report.failures:
             raise typer.Exit(INCOMPLETE)
+
+
+def _check_json(file: Path | None, out: Path) -> None:
+    """Refuse what would lie in the way of the report."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise CommandError(f"--json {file}: it is a folder, not a file")
+    if file.resolve().is_relative_to(out.resolve()) and file.resolve() != (out / RESULT).resolve():
+        raise CommandError(f"--json {file}: it is in --out, where {RESULT} is written anyway")
 
 
 def _layers(text: str) -> tuple[str, ...]:

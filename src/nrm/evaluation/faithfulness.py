@@ -185,6 +185,7 @@ def evaluate(
     """
     require_ranking(ks, order)
     require_seed(seed)
+    seed = int(seed)
     if isinstance(layers, str):
         raise QueryError(f"layers are a list of names, not {layers!r}.")
     task = _Task(
@@ -192,7 +193,7 @@ def evaluate(
         tuple(layers),
         by,
         _scores(methods),
-        tuple(ks),
+        tuple(map(int, ks)),
         target,
         removal,
         order,
@@ -352,7 +353,7 @@ def _neuron(found: Any) -> Neuron:
 
 
 def _scores(methods: Sequence[str] | Mapping[str, Score]) -> dict[str, Score]:
-    if isinstance(methods, Mapping):
+    if isinstance(methods, Mapping) and methods:
         return dict(methods)
     unknown = [name for name in methods if name not in SCORES]
     if unknown or not methods or isinstance(methods, str):

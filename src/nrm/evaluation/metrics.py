@@ -90,7 +90,7 @@ def require_ranking(ks: Sequence[int], order: Ranking) -> None:
     if order not in get_args(Ranking):
         raise QueryError(f"the order is one of {get_args(Ranking)}, not {order!r}")
     for k in ks:
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
             raise QueryError(f"SC_k is of the k = 1, 2, … most relevant combinations, not {k!r}.")
 
 
@@ -136,7 +136,7 @@ def bootstrap(
 
 def require_seed(seed: int) -> None:
     """Refuse what no random numbers can be drawn by."""
-    if not isinstance(seed, int) or seed < 0:
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
         raise QueryError(f"a seed is 0, 1, 2, …, not {seed!r}.")
 
 
@@ -267,3 +267,5 @@ def _require_alike(a: Tensor, b: Tensor) -> None:
         raise QueryError(f"{tuple(a.shape)} is not to be compared with {tuple(b.shape)}.")
     if not a.numel():
         raise QueryError("there is nothing to compare.")
+    if a.is_complex() or b.is_complex():
+        raise QueryError("complex numbers have no order to compare.")

@@ -184,7 +184,9 @@ class Loss:
             return torch.addcmul(silent, weight, x).clamp_(max=active)
         without = torch.addcmul(self._neurons, weight, x, value=-1)
         # phi may have parameters, and say by axis which are whose: hence one at a time.
-        lost = [self._change(one, weight_x) for one, weight_x in zip(without, weight * x, strict=True)]
+        lost = [
+            self._change(one, weight_x) for one, weight_x in zip(without, weight * x, strict=True)
+        ]
         return torch.stack(lost)
 
     def _change(self, without: Tensor, z_ij: Tensor) -> Tensor:

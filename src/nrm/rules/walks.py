@@ -40,9 +40,10 @@ class Occlusion(Zero):
     Arguments:
         rest_to_bias: a bias that is an input takes what no other parent alone takes, `phi(z_j)`
             less all other `T~_ij`, instead of what is lost without it. A column then sums to the
-            neuron's activation, of which its relevance is a part: nothing is amplified, and
-            `R(i, j)` of two neurons whose later ones act linearly on the output is what an
-            intervention on both finds. Sums without such a bias are divided by their sum still.
+            neuron's activation, of which its relevance is a part, so that divisions by small sums
+            cancel along the depth. Where later neurons act linearly on the output, `f(x) R(i, j)`
+            is what an intervention on both finds, for each j with an activation. Sums without
+            such a bias are divided by their sum still, and norms and softmax are as ever.
     """
 
     rest_to_bias: bool = False

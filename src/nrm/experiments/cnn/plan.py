@@ -74,7 +74,8 @@ CHANNELS = Plan(
         "Channels are taken after their activation function, unless other layers are named. Before "
         "it their relevance and contribution are the same, since zero stays zero; only the "
         "activations that one baseline adds up are others. All pairs are compared, also those of "
-        "channels without any activation, whose relevance and contribution are zero.",
+        "channels without any activation, whose relevance is zero, and whose contribution nearly "
+        "so: without the other channel they may wake.",
     ),
 )
 

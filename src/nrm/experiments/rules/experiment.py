@@ -61,7 +61,8 @@ _READING = (
     "sample, then the mean over samples, with 95 % bootstrap intervals. What is removed is set to "
     "zero.",
     "The best walks are chosen on samples that are not reported on. A ceiling is a measure that "
-    "is fitted to the contributions: what no walks exceed, and no way to explain anything.",
+    "is fitted to the contributions: what no walks exceed, to three digits, and no way to explain "
+    "anything.",
     f"Where a comparison takes long, {len(FEW)} of the {len(RULES)} walks are compared.",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from nrm.errors import InputError
 from nrm.evaluation.baselines import Score
 from nrm.experiments.cnn.plan import CHANNELS, CLUSTERS, Plan
 from nrm.experiments.cnn.subject import load as load_pictures
@@ -95,6 +96,11 @@ def _convolutional(
     choosing = -(-reported // 2)
     found = load_pictures(replace(request, weights=None), reported + choosing)
     pictures = [(photo.name, photo.x) for photo in found.photos]
+    if len(pictures) < 2:
+        raise InputError(
+            f"--data {request.data}: one picture is not enough to choose walks on one and report "
+            "on another."
+        )
     chosen_on = pictures[::3]
     reported_on = [picture for n, picture in enumerate(pictures) if n % 3]
     layers = plan.layers[found.kind][0]
