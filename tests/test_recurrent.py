@@ -217,12 +217,14 @@ def test_it_goes_on_after_an_interruption(few, whole, tmp_path, monkeypatch):
         few.run(_request(tmp_path, seed=1))
     for task, damage in ((Task.EVENT, "{"), (Task.POSITION, '{"seed": 0, "found": []}')):
         next((tmp_path / "kept").glob(f"*/{task}-{first}.json")).write_text(damage)
+    short = next((tmp_path / "kept").glob(f"*/{Task.EVENT}-{first + 1}.json"))
+    short.write_text(json.dumps(json.loads(short.read_text()) | {"label_step": [0]}))
     assert few.run(_request(tmp_path, seed=1)).as_json() == whole.as_json()
     # what was whole was not trained again
-    again = [(Task.EVENT, first), (Task.POSITION, first), (Task.POSITION, first + 1)]
+    again = [(task, first + n) for task in (Task.EVENT, Task.POSITION) for n in (0, 1)]
     assert studied[4:] == again
     assert few.run(_request(tmp_path, seed=1)).as_json() == whole.as_json()
-    assert len(studied) == 7
+    assert len(studied) == 8
 
 
 def test_other_seeds_have_other_networks_and_more_keep_those_before(few, whole, tmp_path):

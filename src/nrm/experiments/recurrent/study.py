@@ -76,6 +76,9 @@ class Network:
                 )
                 for method in Method
             }
+            explained = len(kept["label_step"])  # one row for each series
+            if any(len(one.over_time) != explained for one in found.values()):
+                return None
             return cls(
                 kept["seed"],
                 kept["accuracy"],
