@@ -13,7 +13,7 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/lrp_pass.py --json lrp_pass.json

@@ -25,6 +25,7 @@ import nrm
 from nrm.cli import app as commands
 from nrm.cli import demo, folder, labels, pictures, report
 from nrm.cli.errors import CommandError
+from nrm.experiments import digit_net
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = f"{__name__}:tiny"
@@ -587,7 +588,7 @@ def test_demo(here: Path) -> None:
 def test_the_demo_learns_the_same_every_time() -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     before = torch.get_rng_state()
-    one, two = demo.train(1), demo.train(1)
+    one, two = digit_net.train(1), digit_net.train(1)
     assert torch.equal(one.model.conv1.weight, two.model.conv1.weight)  # type: ignore[arg-type]
     assert one.accuracy > 0.5
     assert torch.equal(before, torch.get_rng_state())

@@ -342,7 +342,11 @@ BY_CHANNEL = [  # the layers, whether channels of the last one lead on by themse
 
 @pytest.mark.parametrize("removal", ["zero", "mean"])
 @pytest.mark.parametrize("memory", [1, 5000, 2**28])
-@pytest.mark.parametrize(("build", "layers", "leads"), BY_CHANNEL, ids=str)
+@pytest.mark.parametrize(
+    ("build", "layers", "leads"),
+    BY_CHANNEL,
+    ids=lambda given: getattr(given, "__name__", str(given)),
+)
 def test_channels_by_what_they_add_to_the_next_weighted_sum(
     build: Callable[[], nn.Module],
     layers: list[str],
