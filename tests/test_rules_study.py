@@ -235,4 +235,4 @@ def test_one_picture_is_not_enough(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("nrm.experiments.rules.networks.load_pictures", lambda *given: one)
     with pytest.raises(InputError, match="one picture is not enough"):
-        list(_convolutional(Request("digits", tmp_path), CHANNELS, 3, FEW))
+        list(_convolutional(Request("digits", tmp_path), CHANNELS, 3))

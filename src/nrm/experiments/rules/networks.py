@@ -16,7 +16,7 @@ from nrm.experiments.request import Request
 from nrm.experiments.rules.ceiling import Ceiling, HalfGiven
 from nrm.experiments.rules.grid import FEW, REST, RULES, gamma, outputs, zero
 from nrm.experiments.rules.trial import OneClass, Sample, Trial, Whole
-from nrm.experiments.walks import JointRelevance, Walks
+from nrm.experiments.walks import JointRelevance
 from nrm.progress import counted
 
 PAIRS, TRIPLES, CHANNEL_PAIRS, CLUSTER_PAIRS = 50, 12, 12, 24
@@ -30,11 +30,8 @@ UPPER = "ceiling: neurons as by occlusion, biases take the rest"
 def trials(request: Request) -> Iterator[Trial]:
     """One after the other, each when its turn comes: training and reading take their time."""
     yield from _perceptron(request)
-    for plan, samples, walks in (
-        (CHANNELS, CHANNEL_PAIRS, FEW),
-        (CLUSTERS, CLUSTER_PAIRS, FEW),
-    ):
-        yield from _convolutional(request, plan, samples, walks)
+    yield from _convolutional(request, CHANNELS, CHANNEL_PAIRS)
+    yield from _convolutional(request, CLUSTERS, CLUSTER_PAIRS)
 
 
 def _perceptron(request: Request) -> Iterator[Trial]:
@@ -47,7 +44,6 @@ def _perceptron(request: Request) -> Iterator[Trial]:
     model = network.model
     widths = model.fc1.in_features, model.fc1.out_features, model.fc2.out_features
     name = f"{'-'.join(map(str, widths))}-10 on {data.name}"
-    pairs = request.samples or PAIRS
     yield Trial(
         "neuron-pairs",
         f"{name}: {', '.join(LAYERS)}",
@@ -56,7 +52,7 @@ def _perceptron(request: Request) -> Iterator[Trial]:
         "neuron",
         (*RULES, *outputs(zero("input")), *outputs(gamma(0.1, "drop"))),
         _first(data.held_out, "held out", 20),
-        _first(data.test, "test", pairs),
+        _first(data.test, "test", request.samples or PAIRS),
         {ACTIVE: Ceiling(active=True)},
     )
     layers = (INPUT, *LAYERS)
@@ -88,9 +84,7 @@ def _first(part: Part, name: str, count: int) -> list[Sample]:
     return [(f"{name} {n}", part.x[n : n + 1]) for n in range(min(count, len(part)))]
 
 
-def _convolutional(
-    request: Request, plan: Plan, samples: int, walks: tuple[Walks, ...]
-) -> Iterator[Trial]:
+def _convolutional(request: Request, plan: Plan, samples: int) -> Iterator[Trial]:
     """Channels or clusters of a convolutional network."""
     reported = request.samples or samples
     choosing = -(-reported // 2)
@@ -110,7 +104,7 @@ def _convolutional(
         OneClass(found.model),
         layers,
         plan.by(found.kind, request.seed),
-        walks,
+        FEW,
         chosen_on,
         reported_on,
     )
