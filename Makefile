@@ -1,6 +1,7 @@
 # Everything runs in .venv, which `make` sets up from pyproject.toml.
 PYTHON ?= python3
-# One known release first, so that nothing below pulls in another. Override for your CUDA build.
+# One known release first; torchvision's newest may still replace it by what it asks for. Override
+# for your CUDA build.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
