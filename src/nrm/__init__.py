@@ -2,7 +2,7 @@
 
 from nrm import composites, methods, rules
 from nrm.clusters import Clusters, clusters
-from nrm.errors import NrmError
+from nrm.errors import NrmError, RelevanceWarning
 from nrm.evaluation import evaluate
 from nrm.explainer import Explainer
 from nrm.formulas import Formula, NeuronSet
@@ -16,6 +16,7 @@ __all__ = [
     "Measure",
     "NeuronSet",
     "NrmError",
+    "RelevanceWarning",
     "channels",
     "clusters",
     "composites",

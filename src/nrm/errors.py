@@ -49,5 +49,12 @@ class QueryError(NrmError, ValueError):
     """A query that the measure does not answer, or cannot answer on this graph."""
 
 
+class RelevanceWarning(UserWarning):
+    """A result is exact and yet says little: it cancels, its output is zero, or columns vanished.
+
+    `warnings.simplefilter("ignore", nrm.RelevanceWarning)` silences all of them.
+    """
+
+
 class PositiveSumError(NrmError, ArithmeticError):
     """`strict`: relevance met a column that violates a positive-sum condition (eqs. 15, 16)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nrm.channels import require_samples_apart, sum_by_channel
-from nrm.diagnostics import Diagnostics, bias_shares, diagnose
+from nrm.diagnostics import Diagnostics, bias_shares, diagnose, warn_of_output
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
@@ -56,6 +56,7 @@ class Measure:
         self._check = check  # that the weights are still those of the forward pass
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
+        warn_of_output(forward, explained)
         self.target = explained.target
         self.output = forward.output.clone()
         self.scale = per_sample(

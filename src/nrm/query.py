@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nrm.automaton import Automaton, State, is_settled
+from nrm.diagnostics import warn_of_cancelling
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.forward_messages import ForwardMessages
@@ -107,6 +108,8 @@ class Query:
                         before = found.get(variable)
                         part = message * factor
                         found[variable] = part if before is None else before + part
+        # Of many layers at once only the leaves are looked at: it costs a pass over memory.
+        self._warn({v: m for v, m in found.items() if v.is_leaf or len(variables) == 1})
         nothing = self.forward.output.new_zeros(())
         for variable in variables:
             if variable not in found:
@@ -245,7 +248,12 @@ class Query:
     ) -> ForwardMessages:
         return ForwardMessages(self.forward, automaton, wanted, self.normalized, self.open_to)
 
+    def _warn(self, found: Messages) -> None:
+        if self.normalized:
+            warn_of_cancelling(self.forward, self.start, found)
+
     def _sum(self, messages: Messages) -> Tensor:
+        self._warn(messages)
         total = self.forward.output.new_zeros(self.forward.batch)
         for variable, message in messages.items():
             total = total + per_sample(message, variable, self.forward.batch)[0]
