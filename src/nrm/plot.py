@@ -120,7 +120,8 @@ def as_picture(picture: Image) -> Array:
 def _as_array(given: Any) -> Array:
     if isinstance(given, Tensor):
         given = given.detach().cpu()
-        return (given.double() if given.is_floating_point() else given).numpy()
+        values: Array = (given.double() if given.is_floating_point() else given).numpy()
+        return values
     mode = getattr(given, "mode", None)
     if isinstance(mode, str) and mode not in _NUMBERS:  # a picture of Pillow's: a palette, CMYK
         given = given.convert("RGBA" if mode in ("P", "PA", "LA") else "RGB")
