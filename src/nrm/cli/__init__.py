@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from nrm.cli.starting import INTERRUPTED, clean_up_when_ended, importing
+from nrm.cli.starting import clean_up_when_ended, interrupts_end_at_once
 
 _EXTRAS = ("typer", "rich", "matplotlib", "PIL", "safetensors")
 
 
 def main() -> None:
     """Run the command line; says what to install where one of its packages is missing."""
+    interrupts_end_at_once()
     try:
-        with importing():
-            from nrm.cli.app import app
+        from nrm.cli.app import app
 
         clean_up_when_ended()
         # Names of files and classes hold what a terminal may not be able to show.
@@ -27,6 +27,3 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {package} is not installed: pip install 'nrm[cli]'\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # between the commands' own handling: parsing, the last line
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(INTERRUPTED) from None

@@ -23,7 +23,7 @@ from nrm.cli.folder import check_folder
 from nrm.cli.labels import TOP, find_labels, find_target
 from nrm.cli.models import find_attribute, find_device, load_model
 from nrm.cli.options import Command, arguments, refuse_unread
-from nrm.cli.pictures import LARGEST, Picture, imagenet, read_image, transformed
+from nrm.cli.pictures import Picture, imagenet, read_image, transformed
 from nrm.cli.provenance import file_digest, versions, weights_used
 from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
 from nrm.cli.reproduce import reproduce
@@ -130,9 +130,7 @@ def explain(
     size: Annotated[
         int | None,
         typer.Option(
-            min=7,
-            max=LARGEST,
-            help=f"Side of the model's input, for the ImageNet transform.  [default: {SIZE}]",
+            min=7, help=f"Side of the model's input, for the ImageNet transform.  [default: {SIZE}]"
         ),
     ] = None,
     transform: Annotated[

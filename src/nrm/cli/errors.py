@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import typer
 
-from nrm.cli.starting import INTERRUPTED
+from nrm.cli.starting import INTERRUPTED, interrupts_raise
 from nrm.errors import NrmError
 
 REFUSED = 2
@@ -27,10 +27,18 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     """Errors on purpose end the command with one line and exit code 2; `debug` lets them through.
 
     So do files that cannot be read or written, and running out of memory. A reader that goes away
-    (`nrm layers | head`) ends it without a word. Warnings become single lines too.
+    (`nrm layers | head`) ends it without a word. Warnings become single lines too, each shown once.
     """
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = f"warning: {' '.join(str(message).split())}"
+        if text not in shown:
+            shown.add(text)
+            typer.echo(text, err=True)
+
+    with interrupts_raise(), warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
         try:
             yield
         except KeyboardInterrupt:
@@ -71,14 +79,15 @@ def one_line(error: BaseException) -> str:
 
 def as_text(path: object) -> str:
     """A path as text that can be written down; what is no text in it is replaced."""
-    return os.fsencode(str(path)).decode("utf-8", errors="replace")
+    return printable(os.fsencode(str(path)).decode("utf-8", errors="replace"))
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey instead of showing it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def some(names: list[str], most: int = 5) -> str:
     """The first few names, and how many there are besides."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def _show_warning(message: Warning | str, *_: object) -> None:
-    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)

@@ -34,16 +34,14 @@ def check_folder(out: Path) -> None:
     for path in (out, *out.absolute().parents):
         try:
             path.stat()
-        except FileNotFoundError:
-            if path.is_symlink():
-                raise CommandError(f"--out {out}: {path} is a link to nowhere") from None
-            continue
-        except NotADirectoryError:  # something further up is a file
+        except (FileNotFoundError, NotADirectoryError):  # it, or something further up
             continue
         except OSError as error:
             raise CommandError(f"--out {out}: {path}: {error.strerror}") from error
         if not path.is_dir():
             raise CommandError(f"--out {out}: {path} is not a folder")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise CommandError(f"--out {out}: nothing can be written to {path}")
         return
 
 
@@ -65,7 +63,10 @@ def filled_at_once(out: Path, last: str) -> Iterator[Path]:
         _remove_litter(place, out.name)
     if out.exists() and not _movable(parent, out):
         parent = out  # a mounted folder, or one in a folder of somebody else's
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-nrm-", dir=parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-nrm-", dir=parent))
+    except OSError as error:
+        raise CommandError(f"--out {out}: no folder in {parent}: {error.strerror}") from error
     try:
         with open(temporary / _LOCK, "w") as lock:
             _lock(lock.fileno())

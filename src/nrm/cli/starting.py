@@ -63,13 +63,16 @@ def interrupts_as(before: Any) -> None:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Where the command imports its packages."""
-    before = interrupts_end_at_once()
+def interrupts_raise() -> Iterator[None]:
+    """Where there is something to clean up, Ctrl-C is an exception again."""
+    at_once = signal.getsignal(signal.SIGINT) is _end_at_once
+    if at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        interrupts_as(before)
+        if at_once:
+            signal.signal(signal.SIGINT, _end_at_once)
 
 
 def clean_up_when_ended() -> None:
