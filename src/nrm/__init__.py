@@ -1,5 +1,6 @@
 """Normalized relevance measure: relevance of any set of neurons, handled like a probability."""
 
+import nrm.cli.starting as _starting  # before torch: Ctrl-C and the import path of the command
 from nrm import composites, methods, rules
 from nrm.clusters import Clusters, clusters
 from nrm.errors import NrmError, RelevanceWarning
@@ -28,3 +29,5 @@ __all__ = [
     "rules",
 ]
 __version__ = "0.1.0"
+
+_starting.library_is_imported()

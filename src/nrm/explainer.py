@@ -18,6 +18,7 @@ from nrm.graph import (
     ModelCall,
     Output,
     capture,
+    check_dense,
     check_nested,
     reproduces,
     wide,
@@ -291,6 +292,7 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     for name, x in zip(call.names, call.tensors, strict=True):
         what = f"input {name!r}" if len(call.tensors) > 1 else "the input"
+        check_dense(x, what)
         if x.dim() == 0 or x.numel() == 0:
             raise InputError(f"{what} has shape {tuple(x.shape)}: there is no sample in it")
         if parameters and x.device not in {p.device for p in parameters}:
