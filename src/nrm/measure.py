@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from nrm.program import Pass
 from nrm.progress import counted, narrowed
 from nrm.proper_form import ProperForm, depth, proper_form
 from nrm.query import Plan, Query
+from nrm.recipe import Recipe, made
 from nrm.search import Budget, Flows, Order, Way, find_flows
 from nrm.targets import Explained
 from nrm.weights import Weights, expected, weights_of
@@ -51,10 +52,15 @@ class Measure:
     """
 
     def __init__(
-        self, forward: Pass, explained: Explained, check: Callable[[], None] = lambda: None
+        self,
+        forward: Pass,
+        explained: Explained,
+        check: Callable[[], None] = lambda: None,
+        recipe: Recipe | None = None,
     ) -> None:
         self._forward_pass = forward
         self._check = check  # that the weights are still those of the forward pass
+        self._recipe = recipe
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
         self.target = explained.target
@@ -530,6 +536,31 @@ class Measure:
                 "it outside, or within torch.autocast(..., enabled=False)."
             )
         return self._forward_pass
+
+    # -- keeping it ------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Callable[..., Measure], tuple[Any, ...]]:
+        """Pickled, saved by torch and deep-copied as explainer, inputs and target.
+
+        It is made anew where it is loaded. The model goes along, once for all measures in a file.
+
+        Raises:
+            QueryError: the model or the explainer has changed since, so that it would give other
+                numbers.
+        """
+        if self._recipe is None:
+            raise QueryError(
+                "this measure was not made by an Explainer, so that it cannot be made again where "
+                "it is loaded. Save its results, or call an Explainer."
+            )
+        self._check()
+        return made, self._recipe.ingredients()
+
+    def __copy__(self) -> Measure:
+        """Another one on the same forward pass."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     # -- the engine behind -----------------------------------------------------------------------
 
