@@ -335,7 +335,7 @@ class _Place:
         if not isinstance(other, _Place):
             return NotImplemented
         return self.pointer == other.pointer or (
-            self.tensor is other.tensor and self.tensor.is_shared()
+            self.tensor is other.tensor and self.tensor.is_shared()  # type: ignore[no-untyped-call]
         )
 
     __hash__ = None  # type: ignore[assignment]
