@@ -381,7 +381,7 @@ def test_six_formulas_at_once_on_squeezenet(torchvision_models):
         assert counted == plan.messages
         assert plan.channels == max(counted.values()) == most
         together = R.relevances(*six)
-        torch.testing.assert_close(together, torch.stack([R(f) for f in six]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(together, torch.stack([R(f) for f in six]), atol=1e-5, rtol=0)
         one_by_one = sum(sum(rows_pulled(R, lambda f=f: R(f)).values()) for f in six)
         assert sum(counted.values()) < one_by_one
 
