@@ -101,8 +101,9 @@ class Member:
 
     Attributes:
         layer: the variable's address.
+        select: gives the mask; a value or a function of a module, where sets are to be pickled.
         text: how it was made, to show; sets made in the same way are equal.
-        key: tells sets apart that look the same.
+        key: tells sets apart that look the same, here and in other processes.
     """
 
     layer: str
@@ -366,11 +367,11 @@ def _enclosed(part: Formula) -> list[Formula | str]:
 
 def every_neuron(layer: str) -> NeuronSet:
     """All neurons of a layer."""
+    return NeuronSet((Member(layer, _all_of, f"neurons({layer!r})"),))
 
-    def select(variable: Variable, shape: torch.Size) -> Tensor:
-        return torch.ones(shape, dtype=torch.bool)
 
-    return NeuronSet((Member(layer, select, f"neurons({layer!r})"),))
+def _all_of(variable: Variable, shape: torch.Size) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
 
 
 def as_formula(chosen: Formula | str) -> Formula:

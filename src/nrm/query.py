@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.forward_messages import ForwardMessages
 from nrm.graph import Variable
 from nrm.passing import Messages, send, travel
-from nrm.placing import Stops, in_order, per_sample, resolve
+from nrm.placing import Stops, in_order, per_sample, resolve, variables_of
 from nrm.program import Pass
 
 
@@ -44,9 +45,13 @@ class Query:
         self.forward, self.start, self.graph = forward, start, forward.graph
         self.formulas = formulas
         self.normalized, self.open_to = normalized, open_to or {}
-        self.masks: dict[NeuronSet, Stops] = {
-            event: resolve(event, forward) for event in apart(events_of(formulas))
-        }
+        self.events = apart(events_of(formulas))
+        self._lie = {event: variables_of(event, self.graph) for event in self.events}
+
+    @cached_property
+    def masks(self) -> dict[NeuronSet, Stops]:
+        """Of each event, as large as the layers: made when messages are to be sent."""
+        return {event: resolve(event, self.forward) for event in self.events}
 
     # -- what is asked ---------------------------------------------------------------------------
 
@@ -54,7 +59,7 @@ class Query:
         """`[formulas, batch]`: the relevance of the walks on which each formula holds."""
         chain = self._chain()
         if chain is not None:
-            return self._sum(self._along(chain, self._ends())).unsqueeze(0)
+            return self._sum(self._along(self._stops(chain), self._ends())).unsqueeze(0)
         total = self.forward.output.new_zeros((len(self.formulas), self.forward.batch))
         for state, relevance in self.outcomes(keeps_failed=False).items():
             for row, holds in zip(total, state, strict=True):
@@ -94,7 +99,7 @@ class Query:
         """
         chain = self.chain_above(*variables) if len(variables) == 1 else None
         if chain is not None:
-            found = self._along(chain, dict.fromkeys(variables))
+            found = self._along(self._stops(chain), dict.fromkeys(variables))
         else:
             automaton = self._automaton()
             recorded: dict[Variable, dict[State, Tensor]] = {v: {} for v in variables}
@@ -116,7 +121,7 @@ class Query:
                 found[variable] = nothing.expand((1, *self.forward.shape(variable)))
         return found
 
-    def chain_above(self, variable: Variable) -> list[Stops] | None:
+    def chain_above(self, variable: Variable) -> list[NeuronSet] | None:
         """The sets in the order in which walks meet them before a variable, if that is all."""
         chain = self._chain()
         return chain if chain is not None and self._ends_at(variable) else None
@@ -179,7 +184,7 @@ class Query:
                 coming.setdefault(operand, set()).update(s for s in arriving if s is not None)
             if operands and states:
                 messages[variable.name] = len(states)
-        return Plan(tuple(self.masks), messages)
+        return Plan(self.events, messages)
 
     # -- how it is answered ----------------------------------------------------------------------
 
@@ -202,22 +207,25 @@ class Query:
     @property
     def places(self) -> set[Variable]:
         """Where the sets lie."""
-        return {variable for stops in self.masks.values() for variable in stops}
+        return {variable for lies in self._lie.values() for variable in lies}
 
     def _ends_at(self, variable: Variable) -> bool:
         """Whether all is known of a walk once it is at a variable."""
         below = self.graph.upstream(variable)
         return (self._stops_early or variable.is_leaf) and not below & self.places
 
-    def _chain(self) -> list[Stops] | None:
+    def _chain(self) -> list[NeuronSet] | None:
         """The sets in the order in which walks meet them, if all are to be visited so."""
         if len(self.formulas) != 1 or self.open_to:
             return None
         (formula,) = self.formulas
         parts = conjunction(formula.parts) if isinstance(formula, All) else (formula,)
-        if formula is not True and not all(part in self.masks for part in parts):
+        if formula is not True and not all(part in self._lie for part in parts):
             return None
-        return in_order(self.graph, list(self.masks.values()))
+        return in_order(self.graph, self._lie)
+
+    def _stops(self, chain: Sequence[NeuronSet]) -> list[Stops]:
+        return [self.masks[event] for event in chain]
 
     def _along(self, chain: list[Stops], ends: Stops | None) -> Messages:
         """The messages of walks that visit all sets of a chain: one at a time will do."""

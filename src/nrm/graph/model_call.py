@@ -54,11 +54,16 @@ class ModelCall(nn.Module):
         """What else but the tensors decides the graph; unique where that cannot be told."""
         return (str(self._layout), *(x if isinstance(x, _PLAIN) else object() for x in self._fixed))
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def arguments(self, *tensors: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments, with tensors in their places."""
         leaves = list(self._fixed)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._layout)
+        return args, kwargs
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        args, kwargs = self.arguments(*tensors)
         return choose(self.model(*args, **kwargs), self.output, type(self.model).__name__)
 
 
