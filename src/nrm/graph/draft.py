@@ -10,6 +10,7 @@ from torch.fx import Node
 from nrm.errors import CaptureError, UnsupportedOperatorError
 from nrm.graph import addresses
 from nrm.graph.capture import Captured
+from nrm.graph.heads import Head
 from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor, is_symbolic
 from nrm.operators import Call, Operator, carries_none, lookup, picks
 
@@ -24,8 +25,11 @@ class Draft:
         refusals: why a variable's operation has no row. It is an error only if a walk gets there.
     """
 
-    def __init__(self, captured: Captured, fallback: Operator | None) -> None:
-        self.captured = captured
+    def __init__(
+        self, captured: Captured, fallback: Operator | None, head: Head | None = None
+    ) -> None:
+        self.captured, self.head = captured, head
+        self.explained = captured.output if head is None else head.explained
         self.fallback = fallback
         self.variables: list[Variable] = []
         self.by_node: dict[Node, Variable] = {}
@@ -37,9 +41,9 @@ class Draft:
     def _build(self) -> None:
         """All variables that depend on a leaf, with every operand that may take relevance."""
         captured = self.captured
-        needed = _ancestors(captured.output)
+        needed = _ancestors(self.explained)
         nodes = [node for node in captured.graph.nodes if node in needed]
-        self._name_of = addresses.assign(nodes)
+        self._name_of = self._names()
         for node, name in zip(captured.inputs, captured.names, strict=True):
             if is_float_tensor(node) and not is_mask(name):
                 self._add_input(node, name)
@@ -54,11 +58,19 @@ class Draft:
                     embedding = self._variable(names[0], "embedding", node, names[1:])
                     embedding.channel_axis = -1
                     self.by_node[node] = embedding
-        if self.captured.output not in self.by_node:
+        if self.explained not in self.by_node:
             raise CaptureError(
                 "no walk leads from the output to an input: the output does not depend on any "
                 "real-valued input or embedding (inputs called mask or something_mask are none)."
             )
+
+    def _names(self) -> dict[Node, list[str]]:
+        """All names of every node; what is looked through is called as what stands for it."""
+        returned = _ancestors(self.captured.output)
+        names = addresses.assign(n for n in self.captured.graph.nodes if n in returned)
+        for node, twin in self.head.twins.items() if self.head else ():
+            names.setdefault(twin, []).extend(names[node])
+        return names
 
     def _add_input(self, node: Node, name: str) -> None:
         variable = self._variable(name, "input", node)

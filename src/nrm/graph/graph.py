@@ -12,6 +12,7 @@ from nrm.errors import CaptureError, QueryError, UnknownLayerError
 from nrm.graph.capture import Captured
 from nrm.graph.draft import Draft, places
 from nrm.graph.gates import gate_rank
+from nrm.graph.heads import Heads, look_through
 from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor
 from nrm.operators import Identity, Operator, Routing, ToFirstOrder, lookup
 from nrm.rules import Alpha, PathIntegrated, Rule
@@ -42,6 +43,11 @@ class Graph:
             product is no parent, and what only leads there is no part of the graph.
         bias_is_input: biases are leaves.
         fallback: the row of operators that have none.
+        heads: whether a last softmax or sigmoid is looked through (`nrm.graph.heads`).
+
+    Attributes:
+        head: what was looked through.
+        explained: the node that walks begin at: the model's output, or the logits behind it.
     """
 
     def __init__(
@@ -50,14 +56,21 @@ class Graph:
         specification: WalkSpecification,
         bias_is_input: bool,
         fallback: Operator | None = None,
+        heads: Heads = "keep",
     ) -> None:
         self.captured = captured
         self.specification = specification
         self.bias_is_input = bias_is_input
-        draft = Draft(captured, fallback)
+        self.head = (
+            look_through(captured.graph, captured.inputs, captured.output)
+            if heads == "logits"
+            else None
+        )
+        self.explained = captured.output if self.head is None else self.head.explained
+        draft = Draft(captured, fallback, self.head)
         self.variables: list[Variable] = draft.variables
         self.by_node: dict[Node, Variable] = draft.by_node | draft.constants
-        self.output = self.by_node[captured.output]
+        self.output = self.by_node[self.explained]
         self._forget_ways()
         self.silent: set[str] = set()
         self._rules: dict[Operation, Rule] = {}
@@ -266,7 +279,7 @@ class Graph:
 
     def _drop_unvisited(self, draft: Draft) -> None:
         """Forget the variables that no walk from the output visits."""
-        output = self.by_node[self.captured.output]
+        output = self.by_node[self.explained]
         visited = self.upstream(output) | {output}
         refused = [v for v in self.variables if v in visited and v in draft.refusals]
         if refused:

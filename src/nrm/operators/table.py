@@ -25,7 +25,7 @@ from nrm.operators.overwriting import Overwriting
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
 from nrm.operators.scattering import ScatterMaximum, ScatterSum
-from nrm.operators.softmax import Softmax
+from nrm.operators.softmax import LogSoftmax, Softmax
 from nrm.operators.transposed import TransposedConvolution
 
 _TABLE: dict[str, Operator] = {}
@@ -140,7 +140,6 @@ register(
     ),
 )
 register(Identity("scaling", at_zero="zero"), *_names("detach"))
-register(Identity("activation", elementwise=False), *_names("log_softmax"))
 register(Identity("rmsnorm", at_zero="zero", elementwise=False), *_names("rms_norm"))
 
 # The message follows the indices.
@@ -264,6 +263,7 @@ register(
     *_names("instance_norm"),
 )
 register(Softmax("softmax"), *_names("softmax _softmax"))
+register(LogSoftmax("activation"), *_names("log_softmax _log_softmax"))
 
 # Sums of several operands.
 register(Sum("sum", lambda call: (1.0, float(call["alpha"]))), *_names("add"))
