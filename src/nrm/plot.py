@@ -189,9 +189,10 @@ def _describe(
     if facts:
         ax.text(0.04, 0.99, facts[0], fontsize=13, weight="bold", va="top")
         ax.text(0.04, 0.83, "\n".join(facts[1:]), fontsize=8, va="top", linespacing=1.5)
+    long = max(map(len, ends)) > len(ENDS[0])
     bar = figure.colorbar(
         ScalarMappable(Normalize(-1, 1), colours.get_cmap()),
-        cax=ax.inset_axes((0.04, 0.17, 0.6, 0.055)),
+        cax=ax.inset_axes((0.04, 0.17, 0.9 if long else 0.6, 0.055)),
         orientation="horizontal",
         ticks=[-1, 0, 1],
     )

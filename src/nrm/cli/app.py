@@ -21,7 +21,7 @@ from nrm.cli.folder import check_folder
 from nrm.cli.labels import TOP, find_labels, find_target
 from nrm.cli.models import find_attribute, find_device, load_model
 from nrm.cli.pictures import Picture, imagenet, read_image, transformed
-from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
+from nrm.cli.report import RESULT, Say, Subject, amounts, report, to_json
 from nrm.cli.reproduce import reproduce
 from nrm.experiments import digit_net
 from nrm.explainer import Explainer
@@ -245,7 +245,7 @@ def _summarise(result: dict[str, Any], out: Path) -> None:
     what = f"class {result['target']}"
     if result["label"] is not None:
         what = f"{result['label']} ({what})"
-    typer.echo(f"{result['image']}: {what}, probability {probability(result)}")
+    typer.echo(f"{result['image']}: {what}, {amounts(result)}")
     if result["flows"]:
         layers = result["layers"]
         rows = [
