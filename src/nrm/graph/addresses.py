@@ -82,5 +82,5 @@ def _leaves(node: Node, address: str) -> bool:
 def _operator_name(node: Node) -> str:
     if picks(node) and isinstance(node.args[0], Node):
         return f"{_operator_name(node.args[0])}.{node.args[1]}"
-    name = str(node.target)
+    name = str(node.meta.get("spelled", node.target))
     return name.split(".")[1] if "." in name else getattr(node.target, "__name__", name)

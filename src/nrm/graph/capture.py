@@ -24,7 +24,7 @@ from nrm.errors import CaptureError, InputError
 from nrm.graph.blocks import collapse
 from nrm.graph.eager import trace
 from nrm.graph.expansion import expand
-from nrm.graph.folding import fold_batch_norms
+from nrm.graph.folding import fold_constants
 from nrm.graph.model_call import ModelCall
 from nrm.graph.precision import as_rounded, is_rounded, wide, widen
 from nrm.graph.recurrent import StepsAlongBatchError
@@ -251,7 +251,7 @@ def _rewritten(captured: Captured) -> Captured:
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph)
-    fold_batch_norms(captured.graph)
+    fold_constants(captured.graph, captured.inputs)
     captured.output = _only_output(captured.graph)
     return captured
 

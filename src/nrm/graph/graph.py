@@ -11,8 +11,9 @@ from torch.fx import Node
 from nrm.errors import CaptureError, QueryError, UnknownLayerError
 from nrm.graph.capture import Captured
 from nrm.graph.draft import Draft, places
-from nrm.graph.gates import gate_rank
+from nrm.graph.gates import gate_ranks
 from nrm.graph.heads import Heads, look_through
+from nrm.graph.structure import Structure
 from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor
 from nrm.operators import Identity, Operator, Routing, ToFirstOrder, lookup
 from nrm.rules import Alpha, PathIntegrated, Rule
@@ -228,11 +229,12 @@ class Graph:
 
     def _share_products(self) -> None:
         """Give the factors of products their alphas; those that take nothing are no parents."""
+        structure = Structure(self.captured)
         for variable in self.variables:
             product = variable.producer
             if product is None or len(product.slots) < 2 or not product.operator.is_product:
                 continue
-            product.gates = tuple(gate_rank(s, self._carries) for s in product.slots)
+            product.gates = gate_ranks(product.slots, self._carries, structure)
             alpha = self.specification.alpha(product, self)
             alphas = alpha.coefficients(product.gates)
             if len(alphas) != len(product.gates) or abs(sum(alphas) - 1) > 1e-6:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators import Call, Operator
+from nrm.operators import Call, Operator, carries_none
 from nrm.rules import Rule
 
 Kind = Literal["input", "embedding", "operation", "bias", "constant"]
@@ -99,3 +99,14 @@ def is_float_tensor(node: Node) -> bool:
     """Whether a node may carry relevance."""
     value: Any = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def reads_no_values(node: Node) -> bool:
+    """Whether a node reads nothing of a tensor but how it looks: its sizes, or zeros like it."""
+    name = str(node.target)
+    if name.startswith(("aten.sym_", "aten.size")):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or not carries_none(node.target):
+        return False
+    # A value to fill with may depend on the input.
+    return all(parent is node.args[0] for parent in node.all_input_nodes)
