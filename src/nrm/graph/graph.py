@@ -9,6 +9,7 @@ from typing import Protocol
 from torch.fx import Node
 
 from nrm.errors import CaptureError, QueryError, UnknownLayerError
+from nrm.graph import addresses
 from nrm.graph.capture import Captured
 from nrm.graph.draft import Draft, places
 from nrm.graph.gates import gate_ranks
@@ -74,6 +75,7 @@ class Graph:
         self.output = self.by_node[self.explained]
         self._forget_ways()
         self.silent: set[str] = set()
+        self._steps = draft.steps
         self._rules: dict[Operation, Rule] = {}
         self._take_to_first_order()
         self._share_products()
@@ -311,6 +313,9 @@ class Graph:
             return None
         operation.late_leaf = name
         kind: Kind = "bias" if name == "bias" else "constant"
+        steps = self._enters_in_steps(operation) if name == "bias" else None
+        if steps is not None:  # no bias of the model
+            name, kind = steps, "constant"
         entered = operation.output
         leaf = Variable(
             0,
@@ -322,6 +327,20 @@ class Graph:
         )
         operation.operands += (leaf,)
         return leaf
+
+
+    def _enters_in_steps(self, operation: Operation) -> str | None:
+        """The operator or input, constant but for steps, from which what is added was computed."""
+        for name, node in operation.call.nodes():
+            begun = self._steps.get(node)
+            if begun is None or node in operation.slots or not is_float_tensor(node):
+                continue
+            if operation.operator.adds(operation.call, name):
+                inputs = self.captured.inputs
+                if begun in inputs:
+                    return self.captured.names[inputs.index(begun)]
+                return addresses.operator_name(begun)
+        return None
 
 
 def first_tokens(graph: Graph) -> str:
