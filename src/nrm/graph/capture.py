@@ -23,6 +23,7 @@ from torch.fx import Node
 from nrm.errors import CaptureError, InputError
 from nrm.graph.baked import holds_numbers_of
 from nrm.graph.blocks import collapse
+from nrm.graph.complex_parts import collapse_complex
 from nrm.graph.eager import trace
 from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_constants
@@ -254,6 +255,7 @@ def _rewritten(captured: Captured) -> Captured:
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph)
+    collapse_complex(captured.graph, captured.inputs)
     fold_constants(captured.graph, captured.inputs)
     captured.output = _only_output(captured.graph)
     return captured

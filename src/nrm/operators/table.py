@@ -14,6 +14,7 @@ from nrm.operators.batch_norm import BatchNorm
 from nrm.operators.filling import Filling
 from nrm.operators.identity import Copy, Identity
 from nrm.operators.layers import Averaging, Layer, Sum
+from nrm.operators.local_linear import LocalLinear
 from nrm.operators.normalization import (
     Normalization,
     channel_groups,
@@ -264,6 +265,10 @@ register(
 )
 register(Softmax("softmax"), *_names("softmax _softmax"))
 register(LogSoftmax("activation"), *_names("log_softmax _log_softmax"))
+
+# Linear maps that go through complex numbers: their derivatives say all of them.
+COMPLEX_LINEAR = "nrm.complex_linear"
+register(LocalLinear("complex"), COMPLEX_LINEAR)
 
 # Sums of several operands.
 register(Sum("sum", lambda call: (1.0, float(call["alpha"]))), *_names("add"))
