@@ -151,7 +151,7 @@ def _random_set(R, rng, net, names):
 )
 def test_queries_equal_the_sum_over_walks(network, walks):
     case = make(network, walks)
-    R = nrm.Explainer(case.model, walks.composite, bias=walks.bias)(*case.inputs, target=1)
+    R = nrm.Explainer(case.model, walks.composite, bias=walks.bias, head="keep")(*case.inputs, target=1)
     found = [net.walks(1) for net in case.oracles]
     sizes = [sum(abs(r) for _, r in w) for w in found]
     net, rng = case.oracles[0], np.random.default_rng(0)
@@ -407,7 +407,7 @@ def test_many_messages_at_once_equal_one_by_one(network):
     upper, lower = PAIRS[network]
     composite = Walks("gamma", "uniform", softmax="taylor").composite
     for bias in ("drop", "input"):
-        R = nrm.Explainer(model, composite, bias=bias)(*inputs, target=1)
+        R = nrm.Explainer(model, composite, bias=bias, head="keep")(*inputs, target=1)
         pairs = R.joint(upper, lower)
         assert pairs.abs().sum() > 0
         for c in range(pairs.shape[1]):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,9 +150,9 @@ def test_the_json_is_what_the_library_says(here: Path, weights: str) -> None:
     assert result.stdout == Path("out/result.json").read_text(encoding="utf-8")
     found = json.loads(result.stdout)
     assert list(found) == [
-        "image", "model", "target", "label", "probability", "logit", "layers", "composite",
-        "bias", "worst_cut_deviation", "total_variation", "search", "gap",
-        "visited", "flows", "image_sha256", "weights", "transform", "device", "versions",
+        "image", "model", "target", "label", "explained", "probability", "probability_from",
+        "logit", "layers", "composite", "bias", "worst_cut_deviation", "total_variation", "search",
+        "gap", "visited", "flows", "image_sha256", "weights", "transform", "device", "versions",
         "command", "pictures",
     ]  # fmt: skip
 
@@ -235,6 +237,102 @@ def test_colours_change_their_meaning_with_the_sign_of_the_logit(
     for target in (logits.argmax(), logits.argmin()):
         assert explain("--target", str(int(target))).exit_code == 0
     assert meant == [("against", "for"), ("raises the logit", "lowers the logit")]
+
+
+LOGITS = (2.5, -0.7, 1.0)
+
+
+def ended_by(*last: nn.Module, logits: Sequence[float] = LOGITS) -> nn.Module:
+    """A model whose logits for any picture are nearly these: its weights are small."""
+    conv, linear = nn.Conv2d(3, 4, 9, 9), nn.Linear(4, len(logits))
+    for layer, size in ((conv, 0.1), (linear, 1e-4)):
+        nn.init.constant_(layer.weight, size)
+    nn.init.zeros_(conv.bias)
+    linear.bias.data = torch.tensor(logits)
+    body = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*body, linear, *last).eval()
+
+
+def _plain() -> nn.Module:
+    return ended_by()
+
+
+def _softmax() -> nn.Module:
+    return ended_by(nn.Softmax(1))
+
+
+def _log_softmax() -> nn.Module:
+    return ended_by(nn.LogSoftmax(1))
+
+
+def _sigmoid() -> nn.Module:
+    return ended_by(nn.Sigmoid())
+
+
+def _log_sigmoid() -> nn.Module:
+    return ended_by(nn.LogSigmoid())
+
+
+def _single() -> nn.Module:
+    return ended_by(logits=(-3.0,))
+
+
+def _single_sigmoid() -> nn.Module:
+    return ended_by(nn.Sigmoid(), logits=(-3.0,))
+
+
+def _softplus() -> nn.Module:
+    return ended_by(nn.Softplus())
+
+
+_SOFTMAX = [0.791747, 0.032275, 0.175977]  # exp(2.5), exp(-.7), exp(1) over their sum, 15.387
+_SIGMOID = [0.924142, 0.331812, 0.731059]
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "logit", "probability", "words"),
+    [
+        ("_plain", 0, 2.5, _SOFTMAX[0], r"probability 0\.79.., logit 2\.50"),
+        ("_softmax", 0, 2.5, _SOFTMAX[0], r"probability 0\.79.., logit 2\.50"),
+        ("_softmax", 1, -0.7, _SOFTMAX[1], r"probability 0\.032., logit -0\.70"),
+        ("_log_softmax", 2, 1.0, _SOFTMAX[2], r"probability 0\.17.., logit 1\.00"),
+        ("_sigmoid", 1, -0.7, _SIGMOID[1], r"probability 0\.33.., logit -0\.70"),
+        ("_log_sigmoid", 2, 1.0, _SIGMOID[2], r"probability 0\.73.., logit 1\.00"),
+        ("_single", 0, -3.0, 0.047426, r"sigmoid of the logit 0\.047., logit -3\.00"),
+        ("_single_sigmoid", 0, -3.0, 0.047426, r"probability 0\.047., logit -3\.00"),
+        ("_softplus", 1, -0.7, None, r"class 1, value behind softplus -0\.\d+"),
+    ],
+)
+def test_probabilities_are_what_the_model_says(
+    here: Path, model: str, target: int, logit: float, probability: float | None, words: str
+) -> None:
+    given = f"{__name__}:{model}"
+    result = explain("--target", str(target), model=given)
+    assert result.exit_code == 0, result.output
+    assert re.search(words, result.stdout)
+    found = json.loads(explain("--target", str(target), "--json", model=given).stdout)
+    assert found["logit"] == pytest.approx(logit, abs=1e-2)
+    assert found["probability"] == (
+        None if probability is None else pytest.approx(probability, abs=1e-3)
+    )
+
+
+def test_the_legend_is_that_of_the_logit_behind(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities are negative, also of a logit that is positive."""
+    meant = []
+    overview = report.plot.overview
+
+    def spy(*given: Any) -> Any:
+        meant.append(given[-1])
+        return overview(*given)
+
+    monkeypatch.setattr(report.plot, "overview", spy)
+    for model in ("_log_softmax", "_sigmoid"):
+        for target in ("0", "1"):
+            assert explain("--target", target, model=f"{__name__}:{model}").exit_code == 0
+    assert meant == 2 * [("against", "for"), ("raises the logit", "lowers the logit")]
 
 
 @pytest.mark.parametrize("name", commands.composite_names.NAMES)

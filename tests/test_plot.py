@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -184,6 +186,21 @@ def test_an_overview_has_every_panel(flows: int, rows: int, tmp_path: Path) -> N
     assert titles == ["input", "all", *(p.title for column in columns for p in column)]
     plot.save(figure, tmp_path / "overview.png")
     assert imread(tmp_path / "overview.png").std() > 0
+
+
+@pytest.mark.parametrize("ends", [plot.ENDS, ("raises the logit", "lowers the logit")])
+def test_no_text_of_an_overview_overlaps_another(ends: tuple[str, str]) -> None:
+    facts = ["class 3", "class 3, probability 0.1030, logit -0.85", "a:model, GammaFlat(0.25)", "x"]
+    panel = plot.Panel("LRP heatmap", torch.randn(8, 8))
+    figure = plot.overview(np.zeros((8, 8, 3)), panel, facts=facts, ends=ends)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+    shown = {t.get_text() for t in texts}
+    assert {*ends, "no relevance"} <= shown
+    boxes = [t.get_window_extent(renderer) for t in texts]
+    for (a, one), (b, other) in itertools.combinations(zip(texts, boxes, strict=True), 2):
+        assert not one.overlaps(other), (a.get_text(), b.get_text())
 
 
 def test_tiny_pictures_are_enlarged(tmp_path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.fx import Node
 
 from nrm.graph import Captured, Graph, Operation
+from nrm.graph.character import is_signed
 from nrm.rules import (
     Alpha,
     AlphaBeta,
@@ -335,29 +334,12 @@ def IntegratedGradients(
     return Composite([], rule, name=f"IntegratedGradients(steps={steps})")
 
 
-_SIGNED = (
-    "embedding",
-    "layer_norm",
-    "native_layer_norm",
-    "group_norm",
-    "instance_norm",
-    "rms_norm",
-    "rsqrt",
-)
-
-
 def suggested(captured: Captured) -> Composite:
     """What `Explainer` uses where it is told nothing.
 
     `CPLRP` for networks with embeddings, normalisation layers (but for batch norm), recurrent
     layers, or one linear layer applied three times or more, as recurrent cells are: their
-    activations are signed and smooth. `GammaFlat` for the others, mostly rectified.
+    activations are signed and smooth. `GammaFlat` for the others, mostly rectified. What is done
+    to constants decides nothing, nor how any of it is spelled (`nrm.graph.character`).
     """
-    applied = Counter[Node]()
-    for node in captured.graph.nodes:
-        name = str(node.target).partition(".")[2].partition(".")[0]
-        if name in _SIGNED or "label" in node.meta:
-            return CPLRP()
-        if name == "linear":
-            applied[node.args[1]] += 1
-    return CPLRP() if max(applied.values(), default=0) >= 3 else GammaFlat()
+    return CPLRP() if is_signed(captured) else GammaFlat()

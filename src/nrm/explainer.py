@@ -15,6 +15,7 @@ from nrm.composites import Composite, Everywhere, suggested
 from nrm.errors import InputError, QueryError, TargetError
 from nrm.graph import (
     Graph,
+    Heads,
     ModelCall,
     Output,
     capture,
@@ -61,6 +62,9 @@ class Explainer:
             for a graph. By default 0, or `None` where the inputs' first axes differ.
         fallback: the row of operators that have none, e.g. `operators.LocalLinear()`; by default
             they are refused.
+        head: `"logits"`: a last softmax, log-softmax, sigmoid or log-sigmoid is looked through,
+            and the logit behind it explained (`Measure.explained` says so); `"keep"`: the model's
+            output as it is, whose sign is not the logit's (`nrm.graph.heads`).
 
     Example:
         >>> R = Explainer(model)(image, target=3)
@@ -79,7 +83,10 @@ class Explainer:
         output: Output = None,
         batch_axis: int | Literal["auto"] | None = "auto",
         fallback: Operator | None = None,
+        head: Heads = "logits",
     ) -> None:
+        if head not in ("logits", "keep"):
+            raise ValueError(f"head is 'logits' or 'keep', not {head!r}")
         if bias not in ("drop", "input", None):
             raise ValueError(f"bias is 'drop' or 'input', not {bias!r}")
         if not isinstance(model, nn.Module):
@@ -97,6 +104,7 @@ class Explainer:
         self.output = output
         self.batch_axis = batch_axis
         self.fallback = fallback
+        self.head = head
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._verified: set[tuple[Any, ...]] = set()
         self._weights: tuple[Any, ...] = ()
@@ -118,6 +126,7 @@ class Explainer:
                 numbers count from the end). By default each sample's largest output.
             output_relevance: instead of a target, the unnormalised relevance of all outputs,
                 shaped like the output (eq. 13): `f(x)` itself, a softmax, a difference of logits.
+                Where a head is looked through, it is that of the logits, one to one.
 
         Raises:
             InputError, TargetError, CaptureError, UnsupportedOperatorError, PositiveSumError
@@ -207,7 +216,7 @@ class Explainer:
             )
         composite = self.composite or suggested(captured)
         bias = self.bias or composite.bias
-        graph = Graph(captured, composite, bias == "input", self.fallback)
+        graph = Graph(captured, composite, bias == "input", self.fallback, self.head)
         if along is not None and samples > 1:
             _check_samples_are_apart(call, along, captured.rounds)
         program = Program(graph, self.strict)

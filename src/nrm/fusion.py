@@ -72,7 +72,7 @@ def needed(
     reads: Callable[[Node], Sequence[Node]],
 ) -> list[Node]:
     """The nodes to run if fused operators compute their results, in order."""
-    wanted = {graph.captured.output}
+    wanted = {graph.explained, graph.captured.output}
     for node in reversed(order):
         if node in wanted:
             fusion = fused.get(node)

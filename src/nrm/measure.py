@@ -47,8 +47,10 @@ class Measure:
         target: `[batch]`, the explained output of each sample; `None` where `output_relevance`
             was given instead.
         output: the model's output.
+        explained: `"output"`; or what is explained instead, `"logits behind softmax"`, where the
+            model's last function is looked through (`Explainer(head=...)`).
         scale: `[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target
-            its logit: multiply a result by it to have it in the output's units.
+            its logit: multiply a result by it to have it in the logit's units.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class Measure:
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
         warn_of_output(forward, explained)
         self.target = explained.target
-        self.output = forward.output.clone()
+        self.output = forward.returned.clone()
+        self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
         self.scale = per_sample(
             explained.unnormalized.unsqueeze(0), forward.graph.output, self.batch
         )[0]
@@ -519,6 +522,8 @@ class Measure:
 
     def __repr__(self) -> str:
         explained = "output relevance" if self.target is None else f"target {self.target.tolist()}"
+        if self.graph.head is not None:
+            explained += f", {self.explained}"
         return f"Measure({explained}, {len(self.graph.variables)} variables, batch {self.batch})"
 
     @property

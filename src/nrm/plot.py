@@ -275,9 +275,10 @@ def _describe(
         head, others = _plain(facts[0]), _plain("\n".join(facts[1:]))
         ax.text(0.04, 0.99, head, fontsize=13, weight="bold", va="top", parse_math=False)
         ax.text(0.04, 0.83, others, fontsize=8, va="top", linespacing=1.5, parse_math=False)
+    long = max(map(len, ends)) > len(ENDS[0])
     bar = figure.colorbar(
         ScalarMappable(Normalize(-1, 1), colours.get_cmap()),
-        cax=ax.inset_axes((0.04, 0.17, 0.6, 0.055)),
+        cax=ax.inset_axes((0.04, 0.17, 0.9 if long else 0.6, 0.055)),
         orientation="horizontal",
         ticks=[-1, 0, 1],
     )

@@ -38,6 +38,7 @@ class Pass:
     Attributes:
         graph: the graph it ran on.
         output: the explained tensor's values.
+        returned: the model's output, another where a head is looked through (`nrm.graph.heads`).
         batch: the number of samples.
         telescope: the way by derivatives, where the rules allow it.
         cautions: what a person was warned of.
@@ -50,18 +51,18 @@ class Pass:
         self.cautions = Cautions()
         shapes: dict[Variable, torch.Size] = {}
         if program.telescopes:
-            values, shapes = program.differentiate(inputs)
+            values, shapes, self.returned = program.differentiate(inputs)
             self.telescope = Telescope(self.graph, values)
             self.output = values[self.graph.output].detach()
         else:
-            shapes, self.output = self._prepared[1:]
+            shapes, self.output, self.returned = self._prepared[1:]
         self._shapes = shapes  # of a part of the variables, where others were not needed
         self.batch = _batch_size(self.graph, shapes)
 
     @cached_property
     def _prepared(
         self,
-    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor]:
+    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor, Tensor]:
         return self._program.prepare(self._inputs)
 
     @property
@@ -133,8 +134,12 @@ class Program:
 
     def prepare(
         self, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor]:
-        """Every operation ready for messages, keeping only what propagation needs."""
+    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor, Tensor]:
+        """Every operation ready for messages, keeping only what propagation needs.
+
+        Returns:
+            the operations, the shapes of variables, the explained values, and the model's output.
+        """
         graph = self.graph
         on_the_way = {} if self._path is None else self._along(self._path, inputs)
         values = self._given(inputs)
@@ -168,14 +173,18 @@ class Program:
                 shapes[variable] = values[node].shape
             for dead in self._last_use[node]:
                 values.pop(dead, None)
-        return propagations, shapes, values[graph.captured.output].detach()
+        explained, returned = values[graph.explained], values[graph.captured.output]
+        return propagations, shapes, explained.detach(), returned.detach()
 
     def differentiate(
         self, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Variable, Tensor], dict[Variable, torch.Size]]:
+    ) -> tuple[dict[Variable, Tensor], dict[Variable, torch.Size], Tensor]:
         """Variables' values, connected by autograd, with what takes no relevance constant.
 
         Those within fused operators and late leaves have none.
+
+        Returns:
+            the values, their shapes, and the model's output.
         """
         graph = self.graph
         values = self._given(inputs)
@@ -203,7 +212,7 @@ class Program:
                 )
             found[variable] = values[node]
         shapes = {variable: value.shape for variable, value in found.items()}
-        return found, shapes
+        return found, shapes, values[graph.captured.output].detach()
 
     def _along(
         self, path: PathIntegrated, inputs: Sequence[Tensor]
@@ -278,7 +287,8 @@ class Program:
     def _split_constants(self) -> tuple[dict[Node, Any], list[Node]]:
         """The values that no input changes, and the nodes to run for every input."""
         graph, captured = self.graph, self.graph.captured
-        needed = {captured.output}
+        results = {graph.explained, captured.output}
+        needed = set(results)
         for node in reversed(captured.graph.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)
@@ -295,7 +305,7 @@ class Program:
             carried = [user in graph.by_node for user in node.users]
             if node in graph.by_node or not carried or not all(carried) or not _is_tuple(node):
                 to_run.append(node)  # a tuple that only operations pick from is never needed
-        read = {parent for node in to_run for parent in _reads(node)} | {captured.output}
+        read = {parent for node in to_run for parent in _reads(node)} | results
         read.update(parent for fusion in self._fused.values() for parent in fusion.reads)
         return {node: self._laid_out(v) for node, v in values.items() if node in read}, to_run
 
@@ -307,7 +317,7 @@ class Program:
                 last[parent] = node
         release: dict[Node, list[Node]] = {node: [] for node in self._nodes}
         for value, node in last.items():
-            if value is not self.graph.captured.output:
+            if value not in (self.graph.explained, self.graph.captured.output):
                 release[node].append(value)
         return release
 

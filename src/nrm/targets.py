@@ -37,7 +37,13 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
     index = _index(target, forward)
     relevance = torch.zeros_like(forward.output)
     relevance[tuple(index)] = 1.0
-    if strict and bool((forward.output[tuple(index)] <= 0).any()):
+    chosen_output = forward.output[tuple(index)]
+    if not bool(torch.isfinite(chosen_output).all()):
+        raise TargetError(
+            f"of the {forward.graph.head or 'output'} the explained one is NaN or infinite for "
+            "some sample."
+        )
+    if strict and bool((chosen_output <= 0).any()):
         raise PositiveSumError(
             "strict: the explained output is zero or negative for some sample (eq. 16). "
             "Explain another output, or drop strict: the relevance is normalised anyway."
@@ -46,12 +52,14 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
     chosen = torch.stack(axes, 1) if axes else torch.zeros(forward.batch, dtype=torch.long)
     if len(axes) == 1:
         chosen = chosen[:, 0]
-    return Explained(relevance, forward.output * relevance, chosen)
+    unnormalized = torch.zeros_like(forward.output)
+    unnormalized[tuple(index)] = chosen_output  # others may be infinite
+    return Explained(relevance, unnormalized, chosen)
 
 
 def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
     """Output relevance as given, divided by its sum over each sample (eq. 18)."""
-    output, variable = forward.output, forward.graph.output
+    output, variable = forward.returned, forward.graph.output
     if not isinstance(relevance, Tensor):
         raise TargetError(f"output_relevance is a tensor, not a {type(relevance).__name__}")
     if relevance.is_nested or relevance.layout is not torch.strided or relevance.is_meta:
@@ -61,7 +69,7 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
             f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
             f"output {tuple(output.shape)} and {output.dtype}"
         )
-    relevance = relevance.detach()
+    relevance = relevance.detach().to(forward.output.dtype)
     if not bool(torch.isfinite(relevance).all()):
         raise TargetError("output_relevance holds NaN or infinite values")
     total = per_sample(relevance.unsqueeze(0), variable, forward.batch)[0]
@@ -78,16 +86,18 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
 
 def _index(target: Target, forward: Pass) -> list[Tensor]:
     """The explained neurons as an index into the output, one per sample."""
-    output, variable = forward.output, forward.graph.output
+    output, variable = forward.returned, forward.graph.output
     if variable.batch_axis is None and forward.batch > 1:
         raise TargetError(f"the output {tuple(output.shape)} does not keep the samples apart")
-    if not bool(torch.isfinite(output).all()):
+    # Masked logits are infinite: behind a head that is looked through, others may be explained.
+    masked = forward.graph.head is not None and not bool(output.isnan().any())
+    if not masked and not bool(torch.isfinite(output).all()):
         raise TargetError("the model's output holds NaN or infinite values")
     batch = forward.batch
     by_sample = output.movedim(variable.batch_axis, 0) if variable.batch_axis else output
     neurons = output.shape if variable.batch_axis is None else by_sample.shape[1:]
     if target is None:
-        flat = by_sample.reshape(batch, -1).argmax(1)
+        flat = _largest(by_sample, forward)
         if not neurons:
             return _with_rows([], forward)
         return _with_rows(list(torch.unravel_index(flat, neurons)), forward)
@@ -120,6 +130,19 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
     sizes = torch.tensor(list(neurons), device=output.device, dtype=wanted.dtype)
     wanted = torch.where(wanted < 0, wanted + sizes, wanted).expand(batch, -1)
     return _with_rows(list(wanted.unbind(1)), forward)
+
+
+def _largest(by_sample: Tensor, forward: Pass) -> Tensor:
+    """`[batch]`, the number of each sample's largest output."""
+    outputs = by_sample.reshape(forward.batch, -1)
+    if forward.graph.head is None:
+        return outputs.argmax(1)
+    # Of those that a sigmoid has rounded to one, the largest logit.
+    axis = forward.graph.output.batch_axis
+    behind = forward.output.movedim(axis, 0) if axis else forward.output
+    behind = behind.reshape(forward.batch, -1)
+    largest = outputs == outputs.amax(1, keepdim=True)
+    return torch.where(largest, behind, -torch.inf).argmax(1)
 
 
 def _with_rows(index: list[Tensor], forward: Pass) -> list[Tensor]:

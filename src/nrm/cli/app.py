@@ -25,7 +25,7 @@ from nrm.cli.models import find_attribute, find_device, load_model
 from nrm.cli.options import Command, arguments, refuse_unread
 from nrm.cli.pictures import Picture, imagenet, read_image, transformed
 from nrm.cli.provenance import file_digest, versions, weights_used
-from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
+from nrm.cli.report import RESULT, Say, Subject, amounts, report, to_json
 from nrm.cli.reproduce import reproduce
 from nrm.experiments import digit_net
 from nrm.explainer import Explainer
@@ -307,7 +307,7 @@ def _summarise(result: dict[str, Any], out: Path) -> None:
     what = f"class {result['target']}"
     if result["label"] is not None:
         what = f"{result['label']} ({what})"
-    typer.echo(f"{result['image']}: {what}, probability {probability(result)}")
+    typer.echo(f"{result['image']}: {what}, {amounts(result)}")
     if result["flows"]:
         layers = result["layers"]
         rows = [

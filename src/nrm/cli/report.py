@@ -97,10 +97,49 @@ def to_json(result: Any) -> str:
     return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
-def probability(result: dict[str, Any]) -> str:
-    """The probability, for people."""
-    value = result["probability"]
-    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
+def amounts(result: dict[str, Any]) -> str:
+    """The explained value and its probability, for people."""
+    value = result["logit"]
+    explained = f"logit {value:.2f}"
+    if result["explained"].startswith("values"):
+        explained = f"{result['explained'].replace('values', 'value')} {value:.4g}"
+    probability, source = result["probability"], result["probability_from"]
+    if probability is None:
+        return explained
+    shown = f"{probability:.4f}" if probability >= 1e-3 else f"{probability:.1e}"
+    # One number may be anything; of several, the softmax is what classifiers are trained with.
+    named = source if source == SIGMOID else "probability"
+    return f"{named} {shown}, {explained}"
+
+
+SIGMOID = "sigmoid of the logit"
+
+
+def probability(R: Measure) -> tuple[float, str] | tuple[None, None]:
+    """The probability of the explained class of one sample, and where it comes from.
+
+    From the model's own last function if it has one, else by the one that such logits are trained
+    with: `None` where the output is no probability.
+
+    Arguments:
+        R: of an output `[1, classes]`.
+    """
+    assert R.target is not None
+    output, target = R.output[0].double(), int(R.target[0])
+    head = R.graph.head
+    if head is None and len(output) == 1:
+        return float(torch.sigmoid(output[0])), SIGMOID
+    name = None if head is None else head.functions[0]
+    logarithm = name in ("log_softmax", "log_sigmoid")
+    found = output.exp() if logarithm else output
+    shares = bool((found >= 0).all()) and bool((found <= 1 + 1e-4).all())
+    whole = abs(float(found.sum()) - 1) < 1e-3
+    own = "the model's output" if not logarithm else "the exponential of the model's output"
+    if shares and (whole or name in ("sigmoid", "hardsigmoid", "log_sigmoid")):
+        return float(found[target]), own
+    if head is not None:
+        return None, None  # scaled, or no probability to begin with
+    return float(torch.softmax(output, 0)[target]), "softmax of the logits"
 
 
 def _result(
@@ -110,14 +149,16 @@ def _result(
     layers: Sequence[str],
     flows: Flows | None,
 ) -> dict[str, Any]:
-    logits = R.output[0]
+    chance, source = probability(R)
     return {
         "image": subject.image,
         "model": subject.model,
         "target": subject.target,
         "label": subject.label,
-        "probability": float(torch.softmax(logits.double(), 0)[subject.target]),
-        "logit": float(logits[subject.target]),
+        "explained": R.explained,
+        "probability": chance,
+        "probability_from": source,
+        "logit": float(R.scale[0]),
         "layers": list(layers),
         "composite": repr(R.graph.specification),
         "bias": "input" if R.graph.bias_is_input else "drop",
@@ -155,8 +196,9 @@ def _draw(
         raise CommandError(f"the input is no picture: its shape is {tuple(everything.shape)}")
     seen = picture.shown
     plot.save_photo(seen, folder / "input.png")
-    # Relevance is normalised by the logit: where that is negative, red is what made it so.
-    ends = plot.ENDS if result["logit"] >= 0 else ("raises the logit", "lowers the logit")
+    # Relevance is normalised by what is explained: where that is negative, red is what made it so.
+    value = "value" if result["explained"].startswith("values") else "logit"
+    ends = plot.ENDS if result["logit"] >= 0 else (f"raises the {value}", f"lowers the {value}")
     title = f"relevance for “{subject.title}”"
     figure = plot.single(everything, picture=seen, title=title, ends=ends)
     plot.save(figure, folder / "heatmap.png")
@@ -221,7 +263,7 @@ def _facts(result: dict[str, Any], subject: Subject) -> list[str]:
     """What stands beside the pictures of the overview."""
     facts = [
         subject.title,
-        f"class {result['target']}, probability {probability(result)}, logit {result['logit']:.2f}",
+        f"class {result['target']}, {amounts(result)}",
         f"{result['model']}, {result['composite']}",
         f"worst cut deviation {result['worst_cut_deviation']:.1e}, "
         f"total variation {result['total_variation']:.4g}",

@@ -128,8 +128,8 @@ def _holds(
 def _output(replay: Replay, values: dict[Node, Any], after: set[Node]) -> Tensor:
     """`[outputs]`, with other values at some nodes."""
     begin = min(replay.place[node] for node in values)
-    stage = replay.stage([replay.captured.output], after, begin, batched=False)
+    stage = replay.stage([replay.graph.explained], after, begin, batched=False)
     entering = {node: value for node, value in values.items() if node in stage.enters}
     found = replay.compute(stage, entering, None, lambda node, value: values.get(node, value))
-    output: Tensor = found[replay.captured.output]
+    output: Tensor = found[replay.graph.explained]
     return output.reshape(-1)

@@ -68,7 +68,7 @@ class Combinations:
         ]
         self.gradients = self._gradients(nodes) if self.shortcuts else None
         self.batched = all(
-            self.replay.separates(node) for node in (*self.removed, self.replay.captured.output)
+            self.replay.separates(node) for node in (*self.removed, self.replay.graph.explained)
         )
         self.channels = self._by_channel(nodes) if self.shortcuts else None
         self.stages = self._stages()
@@ -118,11 +118,11 @@ class Combinations:
     def _above(self, found: ByChannel) -> Stage:
         """What to compute after the weighted sum."""
         begin = self.replay.place[found.total]
-        return self.replay.stage({self.replay.captured.output}, self.changed[-1], begin, True)
+        return self.replay.stage({self.replay.graph.explained}, self.changed[-1], begin, True)
 
     def _stages(self) -> list[Stage]:
         """What to compute after the removal of each family, from the last back to the first."""
-        wanted = {self.replay.captured.output}
+        wanted = {self.replay.graph.explained}
         if self.channels is not None:
             wanted = {self.channels.total}
         if self.affine:
@@ -164,8 +164,8 @@ class Combinations:
             part = slice(chunk[0], chunk[-1] + 1)
             after = self._removed(level, state, rows[part], sets[part])
             if last:
-                output = after.values[self.replay.captured.output]
-                values = self.replay.rows(self.replay.captured.output, output, after.count)
+                output = after.values[self.replay.graph.explained]
+                values = self.replay.rows(self.replay.graph.explained, output, after.count)
                 found[rows[part], sets[part]] = values[:, self.target]
                 self.told(after.count)
             else:
@@ -205,7 +205,7 @@ class Combinations:
         changed = channels.node in state.values
         layer = (state.values if changed else self.replay.values)[channels.node]
         removed = self.removed[channels.node]
-        output = self.replay.captured.output
+        output = self.replay.graph.explained
 
         def work(chunk: Sequence[int]) -> None:
             part = slice(chunk[0], chunk[-1] + 1)

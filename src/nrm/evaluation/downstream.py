@@ -72,7 +72,7 @@ class Replay:
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
         self.graph, self.captured = graph, graph.captured
-        needed = {self.captured.output, *self.captured.inputs}
+        needed = {graph.explained, *self.captured.inputs}
         for node in reversed(self.captured.graph.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)

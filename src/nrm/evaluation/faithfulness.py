@@ -239,7 +239,7 @@ class _Task:
             "removal": (self.removal if isinstance(self.removal, str) else described(self.removal)),
             "composite": "suggested" if of.composite is None else repr(of.composite),
             "rules": digest([of.composite, of.bias, of.strict, of.fallback]),
-            "captured": described([of.output, of.batch_axis]),
+            "captured": described([of.output, of.batch_axis, of.head]),
             "model": digest(of.model),
             "seed": seed,
             "nrm": nrm.__version__,

@@ -49,7 +49,7 @@ class Interventions:
             come on top.
 
     Attributes:
-        output: `f_y(x)`, a scalar.
+        output: `f_y(x)`, a scalar: the logit, where a last softmax or sigmoid is looked through.
         target: as for a measure.
 
     Raises:
@@ -81,7 +81,7 @@ class Interventions:
         call = ModelCall(explainer.model, inputs, named, explainer.output)
         with torch.inference_mode(False), without_autocast(self._model):
             self.replay = Replay(self.graph, [x.detach().clone() for x in call.tensors])
-        output = self.replay.values[self.graph.captured.output]
+        output = self.replay.values[self.graph.explained]
         self._flat_target = _flat(self.target, neuron_shape(self.graph.output, output))
         self.output: Tensor = output.reshape(-1)[self._flat_target]
         self._removal = by_variable(removal, self.graph)

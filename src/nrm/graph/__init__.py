@@ -2,6 +2,7 @@
 
 from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
+from nrm.graph.heads import Heads
 from nrm.graph.model_call import ModelCall, Output, check_dense, check_nested
 from nrm.graph.precision import wide, without_autocast
 from nrm.graph.variables import Operation, Variable
@@ -9,6 +10,7 @@ from nrm.graph.variables import Operation, Variable
 __all__ = [
     "Captured",
     "Graph",
+    "Heads",
     "ModelCall",
     "Operation",
     "Output",

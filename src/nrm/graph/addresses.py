@@ -52,7 +52,7 @@ def assign(nodes: Iterable[Node]) -> dict[Node, list[str]]:
             names[node] = inside[::-1]
             continue
         calls = scopes(node)
-        plain = f"{calls[-1][0] if calls else ''}:{_operator_name(node)}"
+        plain = f"{calls[-1][0] if calls else ''}:{operator_name(node)}"
         again = taken[plain] = taken.get(plain, -1) + 1
         names[node] = [plain + (f"@{again}" if again else "")]
         label = node.meta.get("label")  # a hidden state of a recurrent layer
@@ -79,8 +79,9 @@ def _leaves(node: Node, address: str) -> bool:
     )
 
 
-def _operator_name(node: Node) -> str:
+def operator_name(node: Node) -> str:
+    """`add` for `aten.add.Tensor`."""
     if picks(node) and isinstance(node.args[0], Node):
-        return f"{_operator_name(node.args[0])}.{node.args[1]}"
-    name = str(node.target)
+        return f"{operator_name(node.args[0])}.{node.args[1]}"
+    name = str(node.meta.get("spelled", node.target))
     return name.split(".")[1] if "." in name else getattr(node.target, "__name__", name)

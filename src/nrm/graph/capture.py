@@ -21,10 +21,12 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from nrm.errors import CaptureError, InputError
+from nrm.graph.baked import holds_numbers_of
 from nrm.graph.blocks import collapse
+from nrm.graph.complex_parts import collapse_complex
 from nrm.graph.eager import trace
 from nrm.graph.expansion import expand
-from nrm.graph.folding import fold_batch_norms
+from nrm.graph.folding import fold_constants
 from nrm.graph.model_call import ModelCall
 from nrm.graph.precision import as_rounded, is_rounded, wide, widen
 from nrm.graph.recurrent import StepsAlongBatchError
@@ -90,6 +92,8 @@ def capture(call: ModelCall, batch_axis: int | None) -> Captured:
                     f"({_first_line(trace_failure)})."
                 ) from export_failure
             detail = _difference(captured, call.tensors, expected)
+            if detail is None:
+                _refuse_baked(captured, call)
         else:
             try:
                 captured = _rewritten(_of_program(program, call, batched, batch_axis))
@@ -251,7 +255,8 @@ def _rewritten(captured: Captured) -> Captured:
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph)
-    fold_batch_norms(captured.graph)
+    collapse_complex(captured.graph, captured.inputs)
+    fold_constants(captured.graph, captured.inputs)
     captured.output = _only_output(captured.graph)
     return captured
 
@@ -292,6 +297,19 @@ def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) 
     if not error <= tolerance:
         return f"differs from the model's by {error:.2g} of its largest value"
     return None
+
+
+def _refuse_baked(captured: Captured, call: ModelCall) -> None:
+    """Refuse a trace in which something that depends on the input is a constant."""
+    if captured.rounds or not holds_numbers_of(
+        call.tensors, lambda x: call(*x), lambda x: run(captured, x, change=as_rounded)
+    ):
+        return
+    raise CaptureError(
+        f"{type(call.model).__name__} takes numbers out of tensors that depend on the input "
+        "(.item(), float(), .tolist(), numpy) and computes with them. They would count as "
+        "constants: keep them in tensors."
+    )
 
 
 def _first_line(failure: BaseException) -> str:

@@ -10,7 +10,16 @@ from torch.fx import Node
 from nrm.errors import CaptureError, UnsupportedOperatorError
 from nrm.graph import addresses
 from nrm.graph.capture import Captured
-from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor, is_symbolic
+from nrm.graph.heads import Head
+from nrm.graph.variables import (
+    Kind,
+    Operation,
+    Variable,
+    is_float_tensor,
+    is_symbolic,
+    reads_no_values,
+    unfollowed,
+)
 from nrm.operators import Call, Operator, carries_none, lookup, picks
 
 
@@ -22,43 +31,104 @@ class Draft:
         by_node: the variable of a captured node that depends on an input or embedding.
         constants: that of a constant, for the operations where it is some neuron's only parent.
         refusals: why a variable's operation has no row. It is an error only if a walk gets there.
+        steps: nodes that depend on an input, but only in steps (comparisons, indices, masks), with
+            the node where they began to.
     """
 
-    def __init__(self, captured: Captured, fallback: Operator | None) -> None:
-        self.captured = captured
+    def __init__(
+        self, captured: Captured, fallback: Operator | None, head: Head | None = None
+    ) -> None:
+        self.captured, self.head = captured, head
+        self.explained = captured.output if head is None else head.explained
         self.fallback = fallback
         self.variables: list[Variable] = []
         self.by_node: dict[Node, Variable] = {}
         self.constants: dict[Node, Variable] = {}
         self.refusals: dict[Variable, UnsupportedOperatorError] = {}
-        self._varying: set[Node] = set(captured.inputs)
+        self.steps: dict[Node, Node] = {}
+        self._lost: dict[Node, UnsupportedOperatorError] = {}
         self._build()
 
     def _build(self) -> None:
         """All variables that depend on a leaf, with every operand that may take relevance."""
         captured = self.captured
-        needed = _ancestors(captured.output)
+        needed = _ancestors(self.explained)
         nodes = [node for node in captured.graph.nodes if node in needed]
-        self._name_of = addresses.assign(nodes)
+        self._name_of = self._names()
         for node, name in zip(captured.inputs, captured.names, strict=True):
             if is_float_tensor(node) and not is_mask(name):
                 self._add_input(node, name)
+            elif unfollowed(node) == "lost":
+                self._lose(node, name)
+            else:
+                self.steps[node] = node
         for node in nodes:
-            if node.op == "call_function":
-                if any(parent in self._varying for parent in node.all_input_nodes):
-                    self._varying.add(node)
-                if self._depends(node):
-                    self._add(node)
-                elif node in self._varying and _is_embedding(node):
-                    names = self._name_of[node]
-                    embedding = self._variable(names[0], "embedding", node, names[1:])
-                    embedding.channel_axis = -1
-                    self.by_node[node] = embedding
-        if self.captured.output not in self.by_node:
+            if node.op == "call_function" and not reads_no_values(node):
+                self._follow(node)
+        if self.explained not in self.by_node:
             raise CaptureError(
                 "no walk leads from the output to an input: the output does not depend on any "
                 "real-valued input or embedding (inputs called mask or something_mask are none)."
             )
+
+    def _names(self) -> dict[Node, list[str]]:
+        """All names of every node; what is looked through is called as what stands for it."""
+        returned = _ancestors(self.captured.output)
+        names = addresses.assign(n for n in self.captured.graph.nodes if n in returned)
+        for node, twin in self.head.twins.items() if self.head else ():
+            names.setdefault(twin, []).extend(names[node])
+        return names
+
+    def _follow(self, node: Node) -> None:
+        """Say what depends on an input: a variable, steps, or what nothing is known of."""
+        parents = node.all_input_nodes
+        if self._depends(node) or any(parent in self._lost for parent in parents):
+            kind = unfollowed(node)
+            if kind == "steps":
+                self.steps[node] = node
+            elif kind == "lost":
+                self._lose(node, self._name_of[node][0])
+            else:
+                self._add(node)
+            return
+        begun = next((self.steps[parent] for parent in parents if parent in self.steps), None)
+        if begun is None:
+            return
+        if _is_embedding(node):
+            names = self._name_of[node]
+            embedding = self._variable(names[0], "embedding", node, names[1:])
+            embedding.channel_axis = -1
+            self.by_node[node] = embedding
+        else:
+            self.steps[node] = begun
+
+    def _lose(self, node: Node, name: str) -> None:
+        """Add what depends on an input and is followed no further: an error if a walk gets there."""
+        known = (self._lost[parent] for parent in node.all_input_nodes if parent in self._lost)
+        value = node.meta["val"]
+        if isinstance(value, Tensor | tuple | list):
+            first = value if isinstance(value, Tensor) else value[0]
+            what = "complex" if first.is_complex() else "quantised"
+            hint = "Compute with real tensors there (a Fourier transform is a linear map)"
+        else:
+            what = "Python's"
+            hint = "Keep them in tensors, without .item() or float(),"
+        source = f"the input {name!r} holds"
+        if node.op == "call_function":
+            source = f"{node.target} (in {name!r}) makes, of what depends on the input,"
+        self._lost[node] = next(known, None) or UnsupportedOperatorError(
+            f"{source} {what} numbers, through which relevance is not followed: what is computed "
+            f"from them would count as a constant. {hint} or make the part one operation with "
+            "nrm.operators.operation."
+        )
+        if isinstance(value, Tensor):
+            self._refuse(node, name, self._lost[node])
+
+    def _refuse(self, node: Node, name: str, refusal: UnsupportedOperatorError) -> None:
+        """Add a variable that is an error if a walk gets there: gates may be computed in any way."""
+        variable = self._variable(name, "operation", node, self._name_of.get(node, [name])[1:])
+        self.refusals[variable] = refusal
+        self.by_node[node] = variable
 
     def _add_input(self, node: Node, name: str) -> None:
         variable = self._variable(name, "input", node)
@@ -73,15 +143,17 @@ class Draft:
     def _add(self, node: Node) -> None:
         """Add the operation of a node that reads a variable, unless its result carries none."""
         if not is_float_tensor(node):
-            return  # masks, indices and shapes carry no relevance; tuples are read by getitem
+            return  # tuples are read by getitem
         address = self._name_of[node][0]
+        for parent in node.all_input_nodes:
+            if parent in self._lost and parent not in self.by_node:  # a number, or a tuple
+                self._refuse(node, address, self._lost[parent])
+                return
         try:
             operation = self._operation(node, address)
         except UnsupportedOperatorError as refusal:
-            # Refused only if a walk gets here: gates and scales may be computed in any way.
-            variable = self._variable(address, "operation", node, self._name_of[node][1:])
-            self.refusals[variable] = refusal
-            self.by_node[node] = variable
+            lost = (self._lost[parent] for parent in node.all_input_nodes if parent in self._lost)
+            self._refuse(node, address, next(lost, None) or refusal)
             return
         if operation is None:
             return

@@ -6,7 +6,7 @@ reciprocal norm in a normalisation written out by hand. `nrm.rules.Alpha` decide
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 
 from torch.fx import Node
 
@@ -20,13 +20,12 @@ from nrm.operators import (
     lookup,
     picks,
 )
-from nrm.rules.alphas import SCALE
+from nrm.rules.alphas import SCALE, STRUCTURE
 
 _RANKS = {
-    # squashing and rectifying functions: a gate against a linear value (SwiGLU, GEGLU)
-    **dict.fromkeys(
-        ["tanh", "hardtanh", "silu", "gelu", "relu", "mish", "hardswish", "softplus", "elu"], 1
-    ),
+    # squashing and smooth functions: a gate against a linear value (SwiGLU, GEGLU). A rectified
+    # value is a value, whatever it is multiplied with.
+    **dict.fromkeys(["tanh", "hardtanh", "silu", "gelu", "mish", "hardswish", "softplus", "elu"], 1),
     **dict.fromkeys(["sigmoid", "hardsigmoid"], 2),
     # weights that are normalised to sum to one, also by hand
     **dict.fromkeys(["softmax", "_softmax", "exp"], 3),
@@ -35,6 +34,16 @@ _RANKS = {
         ["rsqrt", "reciprocal", "sqrt", "linalg_vector_norm", "norm", "std", "var"], SCALE
     ),
 }
+
+
+def gate_ranks(
+    factors: Sequence[Node], carries: Callable[[Node], bool], structure: Container[Node]
+) -> tuple[int, ...]:
+    """How much each factor of a product is a gate; structure more than whatever it multiplies."""
+    ranks = [None if f in structure else gate_rank(f, carries) for f in factors]
+    others = [rank for rank in ranks if rank is not None]
+    above = STRUCTURE if max(others, default=0) < STRUCTURE else max(others) + 1
+    return tuple(above if rank is None else rank for rank in ranks)
 
 
 def gate_rank(node: Node, carries: Callable[[Node], bool]) -> int:

@@ -9,9 +9,12 @@ from typing import Protocol
 from torch.fx import Node
 
 from nrm.errors import CaptureError, QueryError, UnknownLayerError
+from nrm.graph import addresses
 from nrm.graph.capture import Captured
 from nrm.graph.draft import Draft, places
-from nrm.graph.gates import gate_rank
+from nrm.graph.gates import gate_ranks
+from nrm.graph.heads import Heads, look_through
+from nrm.graph.structure import Structure
 from nrm.graph.variables import Kind, Operation, Variable, is_float_tensor
 from nrm.operators import Identity, Operator, Routing, ToFirstOrder, lookup
 from nrm.rules import Alpha, PathIntegrated, Rule
@@ -42,6 +45,11 @@ class Graph:
             product is no parent, and what only leads there is no part of the graph.
         bias_is_input: biases are leaves.
         fallback: the row of operators that have none.
+        heads: whether a last softmax or sigmoid is looked through (`nrm.graph.heads`).
+
+    Attributes:
+        head: what was looked through.
+        explained: the node that walks begin at: the model's output, or the logits behind it.
     """
 
     def __init__(
@@ -50,16 +58,24 @@ class Graph:
         specification: WalkSpecification,
         bias_is_input: bool,
         fallback: Operator | None = None,
+        heads: Heads = "keep",
     ) -> None:
         self.captured = captured
         self.specification = specification
         self.bias_is_input = bias_is_input
-        draft = Draft(captured, fallback)
+        self.head = (
+            look_through(captured.graph, captured.inputs, captured.output)
+            if heads == "logits"
+            else None
+        )
+        self.explained = captured.output if self.head is None else self.head.explained
+        draft = Draft(captured, fallback, self.head)
         self.variables: list[Variable] = draft.variables
         self.by_node: dict[Node, Variable] = draft.by_node | draft.constants
-        self.output = self.by_node[captured.output]
+        self.output = self.by_node[self.explained]
         self._forget_ways()
         self.silent: set[str] = set()
+        self._steps = draft.steps
         self._rules: dict[Operation, Rule] = {}
         self._take_to_first_order()
         self._share_products()
@@ -215,11 +231,12 @@ class Graph:
 
     def _share_products(self) -> None:
         """Give the factors of products their alphas; those that take nothing are no parents."""
+        structure = Structure(self.captured)
         for variable in self.variables:
             product = variable.producer
             if product is None or len(product.slots) < 2 or not product.operator.is_product:
                 continue
-            product.gates = tuple(gate_rank(s, self._carries) for s in product.slots)
+            product.gates = gate_ranks(product.slots, self._carries, structure)
             alpha = self.specification.alpha(product, self)
             alphas = alpha.coefficients(product.gates)
             if len(alphas) != len(product.gates) or abs(sum(alphas) - 1) > 1e-6:
@@ -266,7 +283,7 @@ class Graph:
 
     def _drop_unvisited(self, draft: Draft) -> None:
         """Forget the variables that no walk from the output visits."""
-        output = self.by_node[self.captured.output]
+        output = self.by_node[self.explained]
         visited = self.upstream(output) | {output}
         refused = [v for v in self.variables if v in visited and v in draft.refusals]
         if refused:
@@ -296,6 +313,9 @@ class Graph:
             return None
         operation.late_leaf = name
         kind: Kind = "bias" if name == "bias" else "constant"
+        steps = self._enters_in_steps(operation) if name == "bias" else None
+        if steps is not None:  # no bias of the model
+            name, kind = steps, "constant"
         entered = operation.output
         leaf = Variable(
             0,
@@ -307,6 +327,20 @@ class Graph:
         )
         operation.operands += (leaf,)
         return leaf
+
+
+    def _enters_in_steps(self, operation: Operation) -> str | None:
+        """The operator or input, constant but for steps, from which what is added was computed."""
+        for name, node in operation.call.nodes():
+            begun = self._steps.get(node)
+            if begun is None or node in operation.slots or not is_float_tensor(node):
+                continue
+            if operation.operator.adds(operation.call, name):
+                inputs = self.captured.inputs
+                if begun in inputs:
+                    return self.captured.names[inputs.index(begun)]
+                return addresses.operator_name(begun)
+        return None
 
 
 def first_tokens(graph: Graph) -> str:

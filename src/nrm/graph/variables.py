@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators import Call, Operator
+from nrm.operators import Call, Operator, carries_none
 from nrm.rules import Rule
+
+Follows = Literal["steps", "lost"]
+"""What holds no real values and depends on an input: piecewise constant, or anything else."""
 
 Kind = Literal["input", "embedding", "operation", "bias", "constant"]
 
@@ -99,3 +102,42 @@ def is_float_tensor(node: Node) -> bool:
     """Whether a node may carry relevance."""
     value: Any = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def reads_no_values(node: Node) -> bool:
+    """Whether a node reads nothing of a tensor but how it looks: its sizes, or zeros like it."""
+    name = str(node.target)
+    if name.startswith(("aten.sym_", "aten.size")):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or not carries_none(node.target):
+        return False
+    # A value to fill with may depend on the input.
+    return all(parent is node.args[0] for parent in node.all_input_nodes)
+
+
+def unfollowed(node: Node) -> Follows | None:
+    """What becomes of relevance at a node that depends on an input; `None`: real values.
+
+    Comparisons, indices and whole numbers are constant but for steps, and pass none on. Complex
+    or quantised numbers, and numbers taken out of tensors, are not constant.
+    """
+    value: Any = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    found: set[Follows | None] = set()
+    for part in parts:
+        if isinstance(part, Tensor):
+            whole = part.dtype is torch.bool or not (
+                part.is_floating_point() or part.is_complex() or part.dtype in _QUANTISED
+            )
+            found.add(None if part.is_floating_point() else "steps" if whole else "lost")
+        elif isinstance(part, float | torch.SymFloat | complex):
+            found.add("lost")
+        else:
+            found.add("steps")
+    for kind in (None, "lost", "steps"):
+        if kind in found:
+            return kind  # type: ignore[return-value]
+    return "steps"
+
+
+_QUANTISED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)

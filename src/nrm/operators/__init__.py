@@ -9,10 +9,19 @@ from nrm.operators.local_linear import LocalLinear, ToFirstOrder
 from nrm.operators.own import Block, operation
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
-from nrm.operators.table import carries_none, functional, has_row, in_place, lookup, register
+from nrm.operators.table import (
+    COMPLEX_LINEAR,
+    carries_none,
+    functional,
+    has_row,
+    in_place,
+    lookup,
+    register,
+)
 from nrm.operators.weighted_sum import WeightedSum
 
 __all__ = [
+    "COMPLEX_LINEAR",
     "Block",
     "Call",
     "Columns",

@@ -232,6 +232,10 @@ class Operator(ABC):
         """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
         return False
 
+    def adds(self, call: Call, name: str) -> bool:
+        """Whether what `has_bias` says is added is this argument of a call (on graph nodes)."""
+        return name == "bias"
+
     def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
         """Whether rules that read ahead apply with the activation that follows."""
         return False

@@ -224,6 +224,9 @@ class Sum(Elementwise):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return len(operands) == 1
 
+    def adds(self, call: Call, name: str) -> bool:
+        return name in self.passes
+
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:

@@ -129,6 +129,9 @@ class MatrixProduct(WeightedSum):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return self.addend is not None
 
+    def adds(self, call: Call, name: str) -> bool:
+        return name == self.addend
+
     def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
         return len(operands) == 1
 

@@ -1,4 +1,6 @@
-"""Softmax, where relevance reaches it: as an identity, or linearised at its input (Taylor).
+"""Softmax and its logarithm, where relevance reaches them.
+
+A softmax is an identity, or linearised at its input (Taylor); a log-softmax is a logit less a number.
 
 Most attention gives it none: against a softmax, the value takes all (`rules.ValueTakesAll`).
 """
@@ -6,6 +8,7 @@ Most attention gives it none: against a softmax, the value takes all (`rules.Val
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,8 +17,11 @@ from torch.fx import Node
 
 from nrm.operators.base import Setting, fill
 from nrm.operators.call import Call
+from nrm.operators.connections import OneParent
+from nrm.operators.contribution import Contribution
+from nrm.operators.layers import Elementwise
 from nrm.operators.normalization import Centring
-from nrm.rules import Identity, Rule
+from nrm.rules import Activation, Identity, Rule
 
 
 class Softmax(Centring):
@@ -52,3 +58,43 @@ class Softmax(Centring):
         share, x = call(self=values[0]), self.values(values[0])
         rest: Tensor = share * (1 - x + (share * x).sum(call["dim"], keepdim=True))
         return rest
+
+
+class LogSoftmax(Elementwise):
+    """`y_j = x_j - log sum_i exp x_i`: a logit, less one number that is a bias in all but name.
+
+    The number depends on all logits, and no walk leads on from there: where biases are inputs it
+    ends in a leaf.
+    """
+
+    passes = ("self",)
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return not rule.first_order
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return True
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        x = values[0]
+        one = torch.ones((), dtype=x.dtype, device=x.device)
+        return [
+            Contribution(
+                Activation(x),
+                setting.weight("one", one),
+                torch.mul,
+                lambda factor: factor,
+                keeps_sign=True,
+                connections=partial(OneParent, one, x.shape),
+            )
+        ]
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        return -values[0].detach().logsumexp(call["dim"], keepdim=True)
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        shift = self.bias(call, values, setting.output_dim)
+        assert shift is not None
+        return values[0] + shift

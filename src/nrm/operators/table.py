@@ -14,6 +14,7 @@ from nrm.operators.batch_norm import BatchNorm
 from nrm.operators.filling import Filling
 from nrm.operators.identity import Copy, Identity
 from nrm.operators.layers import Averaging, Layer, Sum
+from nrm.operators.local_linear import LocalLinear
 from nrm.operators.normalization import (
     Normalization,
     channel_groups,
@@ -25,7 +26,7 @@ from nrm.operators.overwriting import Overwriting
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import Routing
 from nrm.operators.scattering import ScatterMaximum, ScatterSum
-from nrm.operators.softmax import Softmax
+from nrm.operators.softmax import LogSoftmax, Softmax
 from nrm.operators.transposed import TransposedConvolution
 
 _TABLE: dict[str, Operator] = {}
@@ -140,7 +141,6 @@ register(
     ),
 )
 register(Identity("scaling", at_zero="zero"), *_names("detach"))
-register(Identity("activation", elementwise=False), *_names("log_softmax"))
 register(Identity("rmsnorm", at_zero="zero", elementwise=False), *_names("rms_norm"))
 
 # The message follows the indices.
@@ -264,6 +264,11 @@ register(
     *_names("instance_norm"),
 )
 register(Softmax("softmax"), *_names("softmax _softmax"))
+register(LogSoftmax("activation"), *_names("log_softmax _log_softmax"))
+
+# Linear maps that go through complex numbers: their derivatives say all of them.
+COMPLEX_LINEAR = "nrm.complex_linear"
+register(LocalLinear("complex"), COMPLEX_LINEAR)
 
 # Sums of several operands.
 register(Sum("sum", lambda call: (1.0, float(call["alpha"]))), *_names("add"))

@@ -10,7 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SCALE = 4
+STRUCTURE = 4
+"""The rank of what says how features are connected, an adjacency matrix given as an input."""
+
+SCALE = 5
 """From this rank on a gate is a scale, what normalises a vector (see `nrm.graph.gates`)."""
 
 
