@@ -223,8 +223,7 @@ def CPLRP(epsilon: float = 0.0) -> Composite:
     operation divides by what it added up, so slopes telescope along the depth and totals stay
     small; it equals gradient x input with those parts detached (CP-LRP, Ali et al. 2022).
     """
-    rule = Epsilon(epsilon) if epsilon else Zero()
-    return Composite([], rule, name=f"CPLRP({epsilon or ''})", bias="input")
+    return Composite([], _zero(epsilon), name=f"CPLRP({epsilon or ''})", bias="input")
 
 
 def AttnLRP(epsilon: float = 0.0) -> Composite:
@@ -235,7 +234,7 @@ def AttnLRP(epsilon: float = 0.0) -> Composite:
     identities). The softmax's expansion has a bias, so biases count as inputs. The sign of what
     cancels there is not bounded: look at `diagnostics().total_variation`.
     """
-    rule = Epsilon(epsilon) if epsilon else Zero()
+    rule = _zero(epsilon)
     return Composite(
         [(kind("softmax"), rule)],
         rule,
@@ -253,7 +252,8 @@ def LRPAll(rule: Rule | None = None) -> Composite:
     gamma, so not over any number of steps), but forgets: over long series it may miss the step
     that matters (docs/recurrent.md).
     """
-    return Composite([], rule or Zero(), name=f"LRPAll({rule or ''})", bias="input")
+    chosen = Zero() if rule is None else rule
+    return Composite([], chosen, name=f"LRPAll({'' if rule is None else rule})", bias="input")
 
 
 def Occlusion(rest_to_bias: bool = True) -> Composite:
@@ -301,6 +301,12 @@ def IntegratedGradients(
     """
     rule = PathIntegrated(baseline, steps)
     return Composite([], rule, name=f"IntegratedGradients(steps={steps})")
+
+
+def _zero(epsilon: float) -> Rule:
+    """LRP-0, with a stabiliser if one is given."""
+    rule = Epsilon(epsilon)
+    return rule if rule.stabilizer else Zero()
 
 
 _SIGNED = (

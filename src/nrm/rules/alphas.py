@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+
+from nrm.rules.options import check, number
 
 SCALE = 4
 """From this rank on a gate is a scale, what normalises a vector (see `nrm.graph.gates`)."""
@@ -16,6 +18,10 @@ SCALE = 4
 
 class Alpha(ABC):
     """Splits the relevance of a product between its factors."""
+
+    def __post_init__(self) -> None:
+        if is_dataclass(self):
+            check(self)
 
     @abstractmethod
     def coefficients(self, gates: Sequence[int]) -> list[float]:
@@ -54,14 +60,12 @@ class Shares(Alpha):
         value, gate: what values and gates take together; they sum to one.
     """
 
-    value: float
-    gate: float
+    value: float = number(least=0, most=1)
+    gate: float = number(least=0, most=1)
 
     def __post_init__(self) -> None:
-        if min(self.value, self.gate) < 0 or abs(self.value + self.gate - 1) > 1e-12:
-            raise ValueError(
-                f"shares are not negative and sum to one, got {self.value} and {self.gate}"
-            )
+        super().__post_init__()
+        _require_sum_of_one(self, self.value, self.gate)
 
     def coefficients(self, gates: Sequence[int]) -> list[float]:
         values = [gate == min(gates) for gate in gates]
@@ -75,11 +79,17 @@ class Shares(Alpha):
 class InOrder(Alpha):
     """Coefficients by the factors' order in the operator's call: `InOrder(0.8, 0.2)`."""
 
-    first: float
-    second: float
+    first: float = number(least=0, most=1)
+    second: float = number(least=0, most=1)
 
     def __post_init__(self) -> None:
-        Shares(self.first, self.second)
+        super().__post_init__()
+        _require_sum_of_one(self, self.first, self.second)
 
     def coefficients(self, gates: Sequence[int]) -> list[float]:
         return [self.first, self.second]
+
+
+def _require_sum_of_one(alpha: Alpha, *shares: float) -> None:
+    if abs(sum(shares) - 1) > 1e-12:
+        raise ValueError(f"{type(alpha).__name__}: shares sum to one, got {shares}")
