@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nrm.like import like
 from nrm.operators.base import Setting
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
@@ -83,9 +84,8 @@ def _fixed(call: Call, argument: str, x: Tensor) -> tuple[_Sum, Callable[[], Ten
             return torch.sum(factor, **along)
 
         def share() -> Tensor:
-            return x.new_ones(()) * (
-                add_up(x[:0].new_empty(()).expand(x.shape)).numel() / x.numel()
-            )
+            sums = add_up(x.new_empty((), device="meta").expand(x.shape))
+            return like(sums.numel() / x.numel(), x)
 
         return add_up, share
     if pooled is None:
@@ -128,14 +128,14 @@ def _windows(call: Call, axes: int) -> _Sum:
     return add_up
 
 
-def _adaptive_sizes(given: Sequence[int], wanted: Sequence[int], like: Tensor) -> Tensor:
+def _adaptive_sizes(given: Sequence[int], wanted: Sequence[int], x: Tensor) -> Tensor:
     """How many neurons each window of an adaptive pooling has."""
-    sizes = like.new_ones(())
+    sizes = x.new_ones(())
     for size, parts in zip(given, wanted, strict=True):
         each = [
             math.ceil((part + 1) * size / parts) - part * size // parts for part in range(parts)
         ]
-        sizes = sizes.unsqueeze(-1) * like.new_tensor(each)
+        sizes = sizes.unsqueeze(-1) * like(each, x)
     return sizes
 
 

@@ -115,7 +115,8 @@ class Positions:
             check_invariants=False,  # said, because torch warns where it is not
         )
         lead = factor.shape[: factor.dim() - len(given)]
-        return torch.sparse.mm(matrix, factor.reshape(-1, prod(given)).mT).mT.reshape(*lead, *sizes)
+        product: Tensor = torch.sparse.mm(matrix, factor.reshape(-1, prod(given)).mT)
+        return product.mT.reshape(*lead, *sizes)
 
 
 def _along(call: Call, argument: str, operand: tuple[int, ...], axis: int) -> Tensor:

@@ -132,7 +132,7 @@ class ScatterSum(WeightedSum):
 
 
 def _is_mean(call: Call) -> bool:
-    return call.get("reduce") == "mean"
+    return bool(call.get("reduce") == "mean")
 
 
 def _count(call: Call, base: Tensor, added: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Number:
         kind = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{where} is {self}, not {value!r}")
-        plain = int(value) if self.whole else float(value)
+        plain: float = int(value) if self.whole and isinstance(value, Integral) else float(value)
         if not math.isfinite(plain) or not self.least <= plain <= self.most:
             raise ValueError(f"{where} is {self}, not {value!r}")
         return plain
