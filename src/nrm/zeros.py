@@ -194,9 +194,11 @@ class _Telling:
         least = getattr(call.target, "overloadpacket", None) in _LEAST
         if least or call.get("reduce") == "amin":  # zero only where all are
             changed = {name: _flipped(given) for name, given in changed.items()}
-            found: Tensor = call.map(self._plain)(**changed)
-            return 1 - found
-        found = call.map(self._plain)(**changed)
+            return 1 - self._run(changed)
+        return self._run(changed)
+
+    def _run(self, changed: dict[str, Any]) -> Tensor:
+        found: Tensor = self.call.map(self._plain)(**changed)
         return found
 
     def _told(self, node: Node) -> bool:
