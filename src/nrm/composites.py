@@ -107,6 +107,8 @@ class Composite:
     bias: Literal["drop", "input"] = "drop"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.choices, list | tuple):
+            raise TypeError(f"the choices are a list of selectors with rules, not {self.choices!r}")
         for choice in self.choices:
             pair = choice if isinstance(choice, tuple) and len(choice) == 2 else (None, None)
             if not callable(pair[0]) or not isinstance(pair[1], Rule | Alpha):
@@ -119,7 +121,7 @@ class Composite:
                 f"the defaults are a rule and an alpha, not {self.default!r} and "
                 f"{self.alpha_default!r}"
             )
-        if self.bias not in ("drop", "input"):
+        if not isinstance(self.bias, str) or self.bias not in ("drop", "input"):
             raise ValueError(f"bias is 'drop' or 'input', not {self.bias!r}")
 
     def rule(self, operation: Operation, graph: Graph) -> Rule:
