@@ -96,6 +96,12 @@ def by_slices(x):
     return frame
 
 
+def by_adding_to_slices(x):
+    frame = x.new_zeros(x.shape[0], 2, 6, 7)
+    frame[:, :, 1:-1, 1:-1] += x
+    return frame + 0
+
+
 def by_two_pads(x):
     return F.pad(F.pad(x, (1, 1)), (0, 0, 1, 1))
 
@@ -135,13 +141,14 @@ def by_scale(x):
     return -2.0 * F.pad(x, (1, 1, 1, 1)) / 4.0 * -2.0
 
 
-@pytest.mark.parametrize("choice", FLAT, ids=str)
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("choice", FLAT[:3], ids=str)
 @pytest.mark.parametrize(
     "frame",
-    [by_cat, by_slices, by_two_pads, by_crop, by_slice, by_permutation, by_scatter, by_mask,
-     by_where, by_sum, by_scale],
+    [by_cat, by_slices, by_adding_to_slices, by_two_pads, by_crop, by_slice, by_permutation,
+     by_scatter, by_mask, by_where, by_sum, by_scale],
 )  # fmt: skip
-def test_every_spelling_of_a_zero_frame(frame, choice):
+def test_every_spelling_of_a_zero_frame(frame, choice, bias):
     torch.manual_seed(0)
     conv, head = nn.Conv2d(2, 3, 3), nn.Linear(60, 2)
     models = two(
@@ -150,7 +157,24 @@ def test_every_spelling_of_a_zero_frame(frame, choice):
         conv,
         head,
     )
-    alike(models, torch.randn(2, 2, 4, 5, dtype=torch.float64), choice)
+    alike(models, torch.randn(2, 2, 4, 5, dtype=torch.float64), choice, bias)
+
+
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("choice", FLAT, ids=str)
+def test_a_convolution_by_unfolding(choice, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3)
+
+    def unfolded(x, conv):
+        patches = F.unfold(x, 3, padding=1)
+        return conv.weight.flatten(1) @ patches + conv.bias[:, None]
+
+    def plain(x, conv):
+        return F.conv2d(x, conv.weight, padding=1).flatten(2) + conv.bias[:, None]
+
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    alike(two(unfolded, plain, conv), x, choice, bias)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

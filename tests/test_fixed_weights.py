@@ -250,6 +250,22 @@ def test_a_product_beside_its_addend_under_flat():
     assert float(R.heatmap(at=R.graph.inputs[0].name).sum()) == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("name", ["flat", "wsquare", "zplus"])
+def test_einsum_along_an_axis_of_one_neuron(name):
+    """It is connected with an output as often as the weight says, by the sum of that."""
+    torch.manual_seed(1)
+    package, rule = RULES[name]
+    x = torch.rand(1, 2, 1, dtype=torch.float64)
+    weight = torch.randn(3, 2, 4, dtype=torch.float64)
+
+    def function(v):
+        return torch.einsum("bij,oij->bo", v, weight)
+
+    R = nrm.Explainer(Function(function).eval(), package)(x, target=1)
+    expected = _shares(_matrix(function, x), x.flatten().numpy(), rule, 1)
+    np.testing.assert_allclose(R.heatmap().flatten().numpy(), expected, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "equation", ["bi,oij->bo", "bi,oj->bo", "bi,ojj->bo", "bik,oij->bo", "bi,ij"]

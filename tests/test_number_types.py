@@ -108,7 +108,7 @@ def test_a_baseline_beyond_single_precision():
     assert rules.PathIntegrated(1e39).baseline == 1e39
 
 
-# -- masks that add -inf, or the least number there is ----------------------------------------------
+# -- masks that add -inf, or the least number there is -------------------------------------------
 
 
 class Masked(nn.Module):

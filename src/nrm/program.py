@@ -141,6 +141,9 @@ class Program:
                     setting = replace(setting, path=on_the_way[operation])
                 if not real.keys().isdisjoint(operation.slots):
                     setting = replace(setting, real=[real.get(slot) for slot in operation.slots])
+                addend = self._zeros.addend(operation, values, real)
+                if addend is not None:
+                    setting = replace(setting, addend=addend)
                 values[node], propagation = operation.operator.prepare(
                     call, [values[slot] for slot in operation.slots], setting
                 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.graph import Graph
+from nrm.graph import Graph, Operation
 from nrm.operators import (
     Call,
     Identity,
@@ -95,6 +95,22 @@ class ExplicitZeros:
                 real = _Telling(*found, value, values, known, self).real().to(value.dtype)
         if not bool(real.all()):
             known[node] = real
+
+    def addend(
+        self, operation: Operation, values: Mapping[Node, Any], known: Mapping[Node, Tensor]
+    ) -> Tensor | None:
+        """What tells the explicit zeros of the constant that a sum adds to its one operand."""
+        call = operation.call
+        if operation.late_leaf != "bias" or not isinstance(operation.operator, Sum):
+            return None
+        (operand,) = operation.slots
+        (added,) = (call[name] for name in ("self", "other") if call[name] is not operand)
+        like = values[operand]
+        if not isinstance(added, Node):
+            return like.new_zeros(()) if added == 0 else None
+        if added in known:
+            return known[added]
+        return torch.zeros_like(values[added]) if self.blank(added) else None
 
     def blank(self, node: Node) -> bool:
         """Whether a constant is zeros."""
@@ -241,7 +257,7 @@ def _depending(nodes: Sequence[Node], sources: set[Node | None] | set[Node]) -> 
     """The nodes whose values depend on those of others, themselves included."""
     found = set(sources)
     for node in nodes:
-        if node.op != "call_function" or carries_none(node.target):
+        if node.op != "call_function" or carries_none(node.target):  # type: ignore[arg-type]
             continue
         if isinstance(node.meta.get("val"), torch.SymInt | int):
             continue  # sizes

@@ -39,6 +39,7 @@ class Setting:
             integrate along it.
         real: for each operand 0 at its explicit zeros and 1 elsewhere, `[*operand]`; `None` (or
             nothing at all) where it has none (see `nrm.zeros`).
+        addend: the same of the constant that is added to them.
     """
 
     address: str
@@ -50,6 +51,7 @@ class Setting:
     following: tuple[Call, ...] = ()
     path: Sequence[Sequence[Tensor]] = ()
     real: Sequence[Tensor | None] = ()
+    addend: Tensor | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
 

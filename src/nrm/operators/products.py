@@ -151,7 +151,7 @@ class MatrixProduct(WeightedSum):
             weight: Tensor = both[1 - side]
             joined = None
             if equation is not None:
-                joined, weight = _joined(equation, side, weight)
+                joined, weight = _joined(equation, side, both[side], weight)
             share = setting.alphas[factor.index] if setting.alphas else 1.0
             weight = weight if scale == 1 else scale * weight
             parts.append(
@@ -243,13 +243,13 @@ def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tens
     return [gradient_share(factor, alpha) for factor, alpha in zip(factors, alphas, strict=True)]
 
 
-def _joined(equation: str, side: int, weight: Tensor) -> tuple[str, Tensor]:
+def _joined(equation: str, side: int, x: Tensor, weight: Tensor) -> tuple[str, Tensor]:
     """An equation of two factors as one factor sees it: its weight, added up along the axes that
     einsum sums over in the weight alone. What lies along them is one connection.
 
     Arguments:
-        side: the factor whose weight it is.
-        weight: the other factor.
+        side: the place of the factor whose weight it is.
+        x, weight: that factor, and the other.
     """
     left, arrow, result = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -257,7 +257,11 @@ def _joined(equation: str, side: int, weight: Tensor) -> tuple[str, Tensor]:
         once = sorted(c for c in set(left) - set(",.") if left.count(c) == 1)
         result = ("..." if "..." in left else "") + "".join(once)
     term = terms[1 - side]
-    alone = [c for c in term if c not in ",." and c not in terms[side] + result]
+    stretched = ""  # an axis of one neuron, which all along the weight's axis are connected with
+    if "." not in terms[side]:
+        stretched = "".join(c for c, n in zip(terms[side], x.shape, strict=True) if n == 1)
+    shared = (set(terms[side]) - set(stretched)) | set(result)
+    alone = [c for c in term if c != "." and c not in shared]
     if not alone:
         return f"{','.join(terms)}->{result}", weight
     kept = "".join(c for c in term if c not in alone)

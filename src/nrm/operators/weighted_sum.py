@@ -124,8 +124,9 @@ def _bias_as_input(
     whole = bool((bias.abs() <= limit).all())
     ones = torch.ones((), dtype=bias.dtype, device=bias.device).expand(output.shape)
     weight = setting.weight("bias", bias if whole else bias.clamp(-limit, limit))
+    real = None if setting.addend is None else setting.addend.expand(output.shape)
     contribution = Contribution(
-        Activation(ones, constant=True),
+        Activation(ones, constant=True, real=real),
         weight,
         apply=torch.mul,
         uniform=lambda factor: factor,
