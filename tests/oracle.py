@@ -134,6 +134,8 @@ class Oracle:
     activations: dict[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     leaves: list[str] = field(default_factory=list)
     output: str = ""
+    blank: set[Neuron] = field(default_factory=set)
+    """Explicit zeros, which are no parents beside real ones."""
 
     # -- describing a network --------------------------------------------------------------------
 
@@ -359,6 +361,8 @@ class Oracle:
     def fill(self, name: str, chosen: list[Neuron | None], value: float) -> str:
         """A routing where neurons without a parent are a constant: the leaf `<name>.fill`."""
         leaf = self.constant(f"{name}.fill", np.full(len(chosen), value))
+        if value == 0:
+            self.blank |= {(leaf, j) for j in range(len(chosen))}
         return self.pick(name, [c or (leaf, j) for j, c in enumerate(chosen)])
 
     def adopt(self, name: str, leaf: str) -> str:
@@ -384,6 +388,14 @@ class Oracle:
                 waiting.append(parent)
         return found
 
+    def is_blank(self, neuron: Neuron) -> bool:
+        """Whether a neuron is an explicit zero, or one that was moved."""
+        while neuron not in self.blank and neuron in self.parents:
+            if self.rules[neuron[0]] is not None:
+                return False
+            neuron = self.parents[neuron][0].neuron
+        return neuron in self.blank
+
     # -- walks -----------------------------------------------------------------------------------
 
     def column(self, neuron: Neuron, normalized: bool) -> list[tuple[Neuron, float]]:
@@ -391,6 +403,9 @@ class Oracle:
         rule = self.rules[neuron[0]]
         if rule is None:
             return [(parents[0].neuron, 1.0)]
+        real = [p for p in parents if not self.is_blank(p.neuron)]
+        if real and len(real) < len(parents):
+            parents = real
         if isinstance(rule, Occlusion):
             z = float(self.values[neuron[0]][neuron[1]])
             contributions = rule.lost(parents, z, self.activation_after(neuron[0]))

@@ -77,22 +77,6 @@ CASES = {
     "Tokens": FEW_SUMS,
 }
 
-# Where operators do not follow a rule's formula to the letter.
-KNOWN = {
-    "Interpolation-alpha1beta0-value-drop": "a vanished column is split by the weights",
-    "Interpolation-zplus-value-input": "a vanished column is split by the weights",
-    "Interpolation-flat-value-drop": "flat goes by the weights of the interpolation",
-    "Interpolation-flat-value-input": "flat goes by the weights of the interpolation",
-    "Interpolation-wsquare-value-input": "weights are not squared",
-    "Classifier-wsquare-value-input-taylor": "one of two factors of the weight is squared",
-    "Products-flat-uniform-input": "flat knows no alpha beside an addend",
-    "Scatter-flat-value-input": "the mean counts as one parent beside the bias",
-}
-
-
-def _known(name):
-    return pytest.mark.xfail(reason=KNOWN[name], strict=True) if name in KNOWN else ()
-
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
@@ -144,7 +128,7 @@ def _random_set(R, rng, net, names):
 @pytest.mark.parametrize(
     ("network", "walks"),
     [
-        pytest.param(network, walks, id=f"{network}-{walks}", marks=_known(f"{network}-{walks}"))
+        pytest.param(network, walks, id=f"{network}-{walks}")
         for network, cases in CASES.items()
         for walks in cases
     ],

@@ -138,6 +138,8 @@ class Composite:
     bias: Literal["drop", "input"] = "drop"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.choices, list | tuple):
+            raise TypeError(f"the choices are a list of selectors with rules, not {self.choices!r}")
         for choice in self.choices:
             pair = choice if isinstance(choice, tuple) and len(choice) == 2 else (None, None)
             if not callable(pair[0]) or not isinstance(pair[1], Rule | Alpha):
@@ -150,7 +152,7 @@ class Composite:
                 f"the defaults are a rule and an alpha, not {self.default!r} and "
                 f"{self.alpha_default!r}"
             )
-        if self.bias not in ("drop", "input"):
+        if not isinstance(self.bias, str) or self.bias not in ("drop", "input"):
             raise ValueError(f"bias is 'drop' or 'input', not {self.bias!r}")
 
     def rule(self, operation: Operation, graph: Graph) -> Rule:
@@ -254,8 +256,7 @@ def CPLRP(epsilon: float = 0.0) -> Composite:
     operation divides by what it added up, so slopes telescope along the depth and totals stay
     small; it equals gradient x input with those parts detached (CP-LRP, Ali et al. 2022).
     """
-    rule = Epsilon(epsilon) if epsilon else Zero()
-    return Composite([], rule, name=f"CPLRP({epsilon or ''})", bias="input")
+    return Composite([], _zero(epsilon), name=f"CPLRP({epsilon or ''})", bias="input")
 
 
 def AttnLRP(epsilon: float = 0.0) -> Composite:
@@ -266,7 +267,7 @@ def AttnLRP(epsilon: float = 0.0) -> Composite:
     identities). The softmax's expansion has a bias, so biases count as inputs. The sign of what
     cancels there is not bounded: look at `diagnostics().total_variation`.
     """
-    rule = Epsilon(epsilon) if epsilon else Zero()
+    rule = _zero(epsilon)
     return Composite(
         [(kind("softmax"), rule)],
         rule,
@@ -284,7 +285,8 @@ def LRPAll(rule: Rule | None = None) -> Composite:
     gamma, so not over any number of steps), but forgets: over long series it may miss the step
     that matters (docs/recurrent.md).
     """
-    return Composite([], rule or Zero(), name=f"LRPAll({rule or ''})", bias="input")
+    chosen = Zero() if rule is None else rule
+    return Composite([], chosen, name=f"LRPAll({'' if rule is None else rule})", bias="input")
 
 
 def Occlusion(rest_to_bias: bool = True) -> Composite:
@@ -332,6 +334,12 @@ def IntegratedGradients(
     """
     rule = PathIntegrated(baseline, steps)
     return Composite([], rule, name=f"IntegratedGradients(steps={steps})")
+
+
+def _zero(epsilon: float) -> Rule:
+    """LRP-0, with a stabiliser if one is given."""
+    rule = Epsilon(epsilon)
+    return rule if rule.stabilizer else Zero()
 
 
 def suggested(captured: Captured) -> Composite:

@@ -85,10 +85,9 @@ class Explainer:
         fallback: Operator | None = None,
         head: Heads = "logits",
     ) -> None:
+        _check_options(bias, strict, output, batch_axis, fallback)
         if head not in ("logits", "keep"):
             raise ValueError(f"head is 'logits' or 'keep', not {head!r}")
-        if bias not in ("drop", "input", None):
-            raise ValueError(f"bias is 'drop' or 'input', not {bias!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
         self.model = model
@@ -245,6 +244,46 @@ class Explainer:
                     f"{axis} as {call.names[0]!r} {tuple(call.tensors[0].shape)}"
                 )
         return axis
+
+
+def _check_options(bias: Any, strict: Any, output: Any, batch_axis: Any, fallback: Any) -> None:
+    """Refuse what no explainer could do as told.
+
+    Raises:
+        TypeError, ValueError: saying what the option may be.
+    """
+    if bias is not None and not (isinstance(bias, str) and bias in ("drop", "input")):
+        raise ValueError(f"bias is 'drop' or 'input', not {bias!r}")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict is True or False, not {strict!r}")
+    if not _chooses(output):
+        raise TypeError(
+            "output is a name, an index, a path of these, or a function of what the model "
+            f"returns, not {output!r}"
+        )
+    named = isinstance(batch_axis, str) and batch_axis == "auto"
+    if batch_axis is not None and not named and not _is_index(batch_axis):
+        raise TypeError(f"batch_axis is an axis, None or 'auto', not {batch_axis!r}")
+    if _is_index(batch_axis) and batch_axis < 0:
+        raise ValueError(f"batch_axis is counted from the front, 0 or more, not {batch_axis!r}")
+    if fallback is not None and not isinstance(fallback, Operator):
+        raise TypeError(
+            "fallback is a row for operators that have none, such as "
+            f"nrm.operators.LocalLinear(), not {fallback!r}"
+        )
+
+
+def _is_index(given: Any) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool)
+
+
+def _chooses(output: Any) -> bool:
+    """Whether something says which output is meant."""
+    if output is None or callable(output) or isinstance(output, str) or _is_index(output):
+        return True
+    if not isinstance(output, Sequence) or not output:
+        return False
+    return all(isinstance(step, str) or _is_index(step) for step in output)
 
 
 def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:

@@ -30,6 +30,7 @@ from nrm.operators import (
 from nrm.rules import PathIntegrated
 from nrm.rules.walks import Baseline
 from nrm.telescope import Telescope, telescopes
+from nrm.zeros import ExplicitZeros
 
 
 class Pass:
@@ -146,6 +147,7 @@ class Program:
         propagations: dict[Operation, Propagation] = {}
         free: set[Node] = set()  # values that nothing keeps: their memory may be used again
         shapes = {v: values[v.node].shape for v in graph.leaves if v.node in values}
+        real: dict[Node, Tensor] = {}  # of the values with explicit zeros
         for node in self._nodes:
             variable = graph.by_node.get(node)
             operation = variable.producer if variable else None
@@ -161,6 +163,11 @@ class Program:
                 setting = self.settings[operation]
                 if operation in on_the_way:
                     setting = replace(setting, path=on_the_way[operation])
+                if not real.keys().isdisjoint(operation.slots):
+                    setting = replace(setting, real=[real.get(slot) for slot in operation.slots])
+                addend = self._zeros.addend(operation, values, real)
+                if addend is not None:
+                    setting = replace(setting, addend=addend)
                 values[node], propagation = operation.operator.prepare(
                     call, [values[slot] for slot in operation.slots], setting
                 )
@@ -171,8 +178,10 @@ class Program:
                     shapes[operation.late] = propagation.late_shape()
             if variable is not None:
                 shapes[variable] = values[node].shape
+            self._zeros.of(node, values, real)
             for dead in self._last_use[node]:
                 values.pop(dead, None)
+                real.pop(dead, None)
         explained, returned = values[graph.explained], values[graph.captured.output]
         return propagations, shapes, explained.detach(), returned.detach()
 
@@ -305,6 +314,7 @@ class Program:
             carried = [user in graph.by_node for user in node.users]
             if node in graph.by_node or not carried or not all(carried) or not _is_tuple(node):
                 to_run.append(node)  # a tuple that only operations pick from is never needed
+        self._zeros = ExplicitZeros(graph, values)
         read = {parent for node in to_run for parent in _reads(node)} | results
         read.update(parent for fusion in self._fused.values() for parent in fusion.reads)
         return {node: self._laid_out(v) for node, v in values.items() if node in read}, to_run

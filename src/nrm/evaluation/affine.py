@@ -12,8 +12,9 @@ from torch.fx import Node
 from nrm.evaluation.downstream import Replay
 from nrm.graph import Graph, Operation
 from nrm.operators import Identity, MatrixProduct, Product, Quotient, Routing, Sum, picks
+from nrm.operators.averages import Averaging
 from nrm.operators.batch_norm import BatchNorm
-from nrm.operators.layers import Averaging, Layer
+from nrm.operators.layers import Layer
 from nrm.operators.transposed import TransposedConvolution
 
 _TOLERANCE = {torch.float64: 1e-9}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from nrm.errors import QueryError
 from nrm.graph import Graph, Variable
+from nrm.like import like
 from nrm.neurons import channel_axis
 
 Removal = str | float | Mapping[str, str | float | Tensor]
@@ -28,7 +30,7 @@ def by_variable(
         return {graph.variable(layer): value for layer, value in removal.items()}
     if removal in ("zero", "mean"):
         return removal
-    number = isinstance(removal, int | float) and not isinstance(removal, bool)
+    number = isinstance(removal, Real) and not isinstance(removal, bool)
     if number and math.isfinite(float(removal)):
         return float(removal)
     raise QueryError(
@@ -60,7 +62,7 @@ def replacement(
             f"the removal of {variable.name!r} is 'zero', 'mean', a number or a tensor, not "
             f"{given!r}."
         )
-    found = torch.as_tensor(given).detach().to(value)
+    found = like(given, value).detach()
     if found.shape not in (torch.Size(), shape):
         raise QueryError(
             f"the removal of {variable.name!r} has shape {tuple(found.shape)}, its neurons "

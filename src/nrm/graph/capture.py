@@ -221,6 +221,8 @@ def _of_program(
         holder = program.constants if spec.target in program.constants else program.state_dict
         constants[node] = holder[spec.target].detach()
         node.meta["parameter"] = spec.target.removeprefix(f"{ModelCall.PREFIX}.")
+        if spec.kind is InputKind.PARAMETER:
+            node.meta["trained"] = True
     return Captured(
         program.graph,
         _arguments(program),

@@ -52,6 +52,8 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Traced:
             tensor = getattr(traced, node.target)
             node.meta["val"] = tensor
             node.meta["parameter"] = names.get(id(tensor), node.name).removeprefix("model.")
+            if isinstance(tensor, nn.Parameter):
+                node.meta["trained"] = True
             constants[node] = tensor.detach()
         elif node.op == "call_function":
             node.meta["nn_module_stack"] = scopes.stack_of(node.name)

@@ -239,7 +239,7 @@ class Graph:
             product.gates = gate_ranks(product.slots, self._carries, structure)
             alpha = self.specification.alpha(product, self)
             alphas = alpha.coefficients(product.gates)
-            if len(alphas) != len(product.gates) or abs(sum(alphas) - 1) > 1e-6:
+            if len(alphas) != len(product.gates) or not abs(sum(alphas) - 1) <= 1e-6:
                 raise QueryError(
                     f"{alpha} gives the {len(product.gates)} factors of {product.address!r} the "
                     f"coefficients {list(alphas)}, which are to be one for each and sum to one."

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Identity, Product, Routing
-from nrm.operators.layers import Averaging, Elementwise, Layer
+from nrm.operators.averages import Averaging
+from nrm.operators.layers import Elementwise, Layer
 
 
 @dataclass(frozen=True)

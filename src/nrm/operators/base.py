@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.fx import Node
 from nrm.errors import PositiveSumError, QueryError, UnsupportedOperatorError
 from nrm.operators.call import Call
 from nrm.rules import Rule, Weight
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Setting:
             reads ahead.
         path: the operands' values on the way to this input, from a baseline on, for rules that
             integrate along it.
+        real: for each operand 0 at its explicit zeros and 1 elsewhere, `[*operand]`; `None` (or
+            nothing at all) where it has none (see `nrm.zeros`).
+        addend: the same of the constant that is added to them.
     """
 
     address: str
@@ -45,7 +50,17 @@ class Setting:
     late_leaf: str | None = None
     following: tuple[Call, ...] = ()
     path: Sequence[Sequence[Tensor]] = ()
+    real: Sequence[Tensor | None] = ()
+    addend: Tensor | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """Something that depends on what `name` says alone, made once."""
+        if name not in self.known:
+            self.known[name] = make()
+        found: T = self.known[name]
+        return found
 
     def weight(self, name: str, value: Tensor) -> Weight:
         """The weight, with what rules made of it before as long as it is the same tensor."""

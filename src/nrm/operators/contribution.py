@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -23,7 +23,7 @@ class Contribution:
         x: the parents and their values.
         w: the weight that a rule may modify.
         apply: `(factor, weight) -> output`, linear in each; broadcasts to the output.
-        uniform: `factor -> output` with weight one on every connection.
+        uniform: `factor -> output` with weight one on every connection, which counts them.
         transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
             factor; without it autograd finds it, at the cost of running `apply` once.
         operand: which operand this is; one may contribute in several ways.
@@ -33,6 +33,10 @@ class Contribution:
             that are not negative: then it is largest where both are taken at their sizes.
         connections: the connections one by one, given the output's shape, for rules that are no
             sums of terms.
+        share: what every rule's contributions are multiplied by, the alpha of a product's factor.
+            `apply` and `transpose` have it in them; it stands in place of weight one.
+        every: the weight one on every connection, where `apply` and `transpose` take it as any
+            other weight; then `uniform` is not needed.
     """
 
     x: Activation
@@ -44,9 +48,18 @@ class Contribution:
     by_channels: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
     keeps_sign: bool = False
     connections: Callable[[torch.Size], Connections] | None = None
+    share: float = 1.0
+    every: Tensor | None = None
 
     def add(self, factor: Tensor, weight: Tensor | None) -> Tensor:
-        return self.uniform(factor) if weight is None else self.apply(factor, weight)
+        if weight is not None:
+            return self.apply(factor, weight)
+        added = self.uniform(factor)
+        return added if self.share == 1 else self.share * added
+
+    def counting(self) -> Contribution:
+        """The same without its share: its connections count as those of any other operand."""
+        return self if self.share == 1 else replace(self, share=1.0, every=None)
 
     def add_each(self, factors: Tensor, weight: Tensor | None) -> Tensor:
         """The same for each of `[K, *operand]`."""
@@ -70,10 +83,13 @@ class TermSum:
     """The terms of one group added up, over all operands."""
 
     def __init__(self, summands: Sequence[Summand], output: Tensor | None = None) -> None:
-        self.summands = summands
+        self.summands = [
+            (part, factor, part.every if weight is None else weight)
+            for part, factor, weight in summands
+        ]
         self._known = output
         self.direct = all(
-            part.transpose is not None and weight is not None for part, _, weight in summands
+            part.transpose is not None and weight is not None for part, _, weight in self.summands
         )
 
     @cached_property
@@ -107,7 +123,7 @@ class TermSum:
         for t, gradient in zip(chosen, gradients, strict=True):
             part, factor, _ = self.summands[t]
             operand = part.operand
-            if factor is part.x.ones:
+            if factor is part.x.every:
                 product = gradient.clone() if lent else gradient
             elif lent or not dense(gradient):
                 product = gradient * factor

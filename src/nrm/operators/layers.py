@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
+from nrm.like import like
 from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
 from nrm.operators.connections import Dense, Kernel, OneParent
@@ -144,61 +145,6 @@ def _sees_only_padding(call: Call) -> bool:
     return False
 
 
-class Averaging(WeightedSum):
-    """Average pooling, mean, sum, interpolation: fixed weights, none of them negative."""
-
-    def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
-        super().__init__(kind)
-        self.argument, self.keeps_channels = argument, keeps_channels
-        self.passes = (argument,)
-
-    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
-        return inherited if self.keeps_channels else None
-
-    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
-        """The axes of an operand of `dim` along which neurons are added up, which the output has
-        no more or has in other sizes; `None` where no axes are known."""
-        target = getattr(call.target, "overloadpacket", None)
-        if target in _ALONG:
-            along = call.get("dim")
-            axes = range(dim) if along is None else [along] if isinstance(along, int) else along
-            return sorted(axis % dim for axis in axes) or list(range(dim))
-        positions = _POSITIONS.get(target)
-        return None if positions is None else list(range(dim - positions, dim))
-
-    def contributions(
-        self, call: Call, values: Sequence[Tensor], setting: Setting
-    ) -> list[Contribution]:
-        def uniform(factor: Tensor) -> Tensor:
-            output: Tensor = call(**{self.argument: factor})
-            return output
-
-        def apply(factor: Tensor, weight: Tensor) -> Tensor:
-            return uniform(factor) * weight
-
-        one = torch.ones((), dtype=values[0].dtype, device=values[0].device)
-        w = setting.weight("one", one)
-        return [Contribution(Activation(values[0]), w, apply, uniform, keeps_sign=True)]
-
-
-_ALONG = frozenset([torch.ops.aten.mean, torch.ops.aten.sum, torch.ops.aten.cumsum])
-"""What adds up along the axes it is told, or along all."""
-
-_POSITIONS = {
-    getattr(torch.ops.aten, name): axes
-    for axes, names in enumerate(
-        (
-            "avg_pool1d adaptive_avg_pool1d upsample_linear1d",
-            "avg_pool2d adaptive_avg_pool2d upsample_bilinear2d _upsample_bilinear2d_aa",
-            "avg_pool3d adaptive_avg_pool3d upsample_trilinear3d",
-        ),
-        start=1,
-    )
-    for name in names.split()
-}
-"""How many axes, the last, have positions that are averaged."""
-
-
 class Elementwise(WeightedSum):
     """A weighted sum with at most one parent per neuron and operand; alone it is an identity."""
 
@@ -235,13 +181,14 @@ class Sum(Elementwise):
         for name, sign in zip(("self", "other"), self.signs(call), strict=True):
             if isinstance(call[name], Slot):
                 x = values[call[name].index]
-                w = setting.weight(name, torch.tensor(sign, dtype=x.dtype, device=x.device))
+                w = setting.weight(name, like(sign, x))
                 parts.append(
                     Contribution(
                         Activation(x),
                         w,
                         apply=torch.mul,
-                        uniform=lambda factor: factor,
+                        # A sign of zero, as in `x.add(y, alpha=0)`, connects nothing.
+                        uniform=partial(torch.mul, other=0.0) if sign == 0 else _itself,
                         transpose=torch.mul if alike and len(values) > 1 else None,
                         operand=call[name].index,
                         keeps_sign=True,
@@ -253,6 +200,13 @@ class Sum(Elementwise):
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         for name, sign in zip(("self", "other"), self.signs(call), strict=True):
             if not isinstance(call[name], Slot):
-                constant = torch.as_tensor(call[name]) * sign
+                given, x = call[name], values[0]
+                # Before it is multiplied: integers and Python numbers have no precision to keep.
+                kind = torch.result_type(x, given) if isinstance(given, Tensor) else x.dtype
+                constant = like(given, x.new_empty((), dtype=kind)) * sign
                 return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
         return None
+
+
+def _itself(factor: Tensor) -> Tensor:
+    return factor

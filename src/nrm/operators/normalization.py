@@ -8,19 +8,20 @@ depth; as an identity (`rules.Identity`) the shift breaks that.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Propagation, Setting, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
 from nrm.operators.identity import Unchanged
 from nrm.operators.weighted_sum import WeightedSum
-from nrm.rules import Activation, Identity, Rule
+from nrm.rules import Activation, Identity, Rule, Weight
 
 
 class Centring(WeightedSum):
@@ -39,7 +40,7 @@ class Centring(WeightedSum):
 
     @abstractmethod
     def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`own`, `shared`, and `weight` (`None`: one), broadcastable to x."""
+        """`own`, `shared`, and `weight` (`None`: one, else not negative), broadcastable to x."""
 
     @abstractmethod
     def add_up(self, call: Call, x: Tensor) -> Tensor:
@@ -55,9 +56,14 @@ class Centring(WeightedSum):
         x = Activation(self.values(values[0]))
         own, shared, weight = self.coefficients(call, values[0])
 
+        centring = setting.weight("shared", shared)
+        if weight is not None:
+            centring = Shared(shared, weight, f"{call.target} at {setting.address!r}")
+
         def gather(factor: Tensor, weight_of_group: Tensor) -> Tensor:
-            weighted = factor if weight is None else factor * weight
-            return self.add_up(call, weighted) * weight_of_group
+            if isinstance(centring, Shared):
+                factor = factor * centring.of_parents(weight_of_group)
+            return self.add_up(call, factor) * weight_of_group
 
         return [
             Contribution(
@@ -65,7 +71,7 @@ class Centring(WeightedSum):
             ),
             Contribution(
                 x,
-                setting.weight("shared", shared),
+                centring,
                 gather,
                 lambda factor: self.add_up(call, factor).expand(x.value.shape),
                 keeps_sign=weight is None or bool((weight >= 0).all()),
@@ -87,6 +93,59 @@ class Centring(WeightedSum):
                 output = fill(call, values)()
             return output, Unchanged(values[0].shape, output.shape)
         return super().prepare(call, values, setting)
+
+
+class Shared(Weight):
+    """Weights `shared_j weight_i` that are never laid out: there is one for every two neurons.
+
+    A rule is shown `shared_j` alone. What it makes of the product follows, where it makes a power
+    of the size of what it is shown (as all rules here do): `weight_i` takes the same power.
+
+    Arguments:
+        parents: `weight_i`, not negative.
+        where: which operation it is, for errors.
+    """
+
+    def __init__(self, value: Tensor, parents: Tensor, where: str) -> None:
+        super().__init__(value)
+        self._parents, self._where = parents, where
+        self._powers: dict[int, float] = {id(value): 1.0}  # of tensors that are kept here
+
+    def derive(self, key: Hashable, modify: Callable[[Tensor], Tensor]) -> Tensor:
+        found = super().derive(key, modify)
+        if id(found) not in self._powers:
+            self._powers[id(found)] = self._power(modify)
+        return found
+
+    def of_parents(self, made: Tensor) -> Tensor:
+        """What becomes of `weight_i` where a rule made this of `shared_j`."""
+        power = self._powers[id(made)]
+        return self._parents if power == 1 else self._parents**power
+
+    def _power(self, modify: Callable[[Tensor], Tensor]) -> float:
+        """How a modified weight grows with the weight.
+
+        Raises:
+            UnsupportedOperatorError: by no power of it.
+        """
+        sizes = self.value.new_tensor([1.0, 2.0, 3.0, 5.0])
+        powers = []
+        for sign in (1, -1):
+            made = modify(sign * sizes)
+            if bool((made == 0).all()):
+                continue  # this sign is left out
+            power = float(torch.log2(made[1] / made[0]))
+            powers.append(round(power) if abs(power - round(power)) < 1e-5 else power)
+            if not torch.allclose(made, made[0] * sizes ** powers[-1], rtol=1e-5, atol=0):
+                powers = []
+                break
+        if not powers or max(powers) - min(powers) > 1e-5:
+            raise UnsupportedOperatorError(
+                f"the rule chosen for {self._where} makes of a weight something else than a power "
+                "of it, and this operator has a weight for every two neurons, which are not laid "
+                "out. Choose another rule for it in the composite."
+            )
+        return powers[0]
 
 
 class Normalization(Centring):

@@ -144,7 +144,7 @@ class MatrixProduct(WeightedSum):
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
-        pair = self._pair(call)
+        pair, equation = self._pair(call), call.get("equation")
         scale = 1.0 if self.addend is None else float(call["alpha"])
         both = [values[f.index] if isinstance(f, Slot) else f for f in pair]
         parts = []
@@ -152,11 +152,20 @@ class MatrixProduct(WeightedSum):
             if not isinstance(factor, Slot):
                 continue
             weight: Tensor = both[1 - side]
+            joined = None
+            if equation is not None:
+                joined, weight = _joined(equation, side, both[side], weight)
             share = setting.alphas[factor.index] if setting.alphas else 1.0
             weight = weight if scale == 1 else scale * weight
             parts.append(
                 self._contribution(
-                    call, side, factor.index, both[side], setting.weight(str(side), weight), share
+                    call,
+                    side,
+                    joined,
+                    factor.index,
+                    both[side],
+                    setting.weight(str(side), weight),
+                    share,
                 )
             )
         return parts
@@ -165,10 +174,20 @@ class MatrixProduct(WeightedSum):
         return super().frozen(call, _shared(values, setting.alphas), setting)
 
     def _contribution(
-        self, call: Call, side: int, operand: int, x: Tensor, w: Weight, share: float
+        self,
+        call: Call,
+        side: int,
+        equation: str | None,
+        operand: int,
+        x: Tensor,
+        w: Weight,
+        share: float,
     ) -> Contribution:
         def plain(factor: Tensor, weight: Tensor) -> Tensor:
-            return self._multiply(call, *((factor, weight) if side == 0 else (weight, factor)))
+            pair = (factor, weight) if side == 0 else (weight, factor)
+            if equation is None:
+                return torch.matmul(*pair)
+            return torch.functional.einsum(equation, *pair)
 
         def apply(factor: Tensor, weight: Tensor) -> Tensor:
             return plain(factor, weight) if share == 1 else share * plain(factor, weight)
@@ -190,6 +209,7 @@ class MatrixProduct(WeightedSum):
             operand=operand,
             by_channels=by_channels if self._is_linear(call, side, w.value, share) else None,
             keeps_sign=share >= 0,
+            share=share,
             connections=self._connections(side, w.value),
         )
 
@@ -218,17 +238,38 @@ class MatrixProduct(WeightedSum):
             return pair
         return [call[name] for name in self.factors]
 
-    def _multiply(self, call: Call, a: Tensor, b: Tensor) -> Tensor:
-        if isinstance(self.factors, str):
-            return torch.functional.einsum(call["equation"], a, b)
-        return torch.matmul(a, b)
-
 
 def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tensor]:
     """The factors as they are, with derivatives times alpha."""
     if len(factors) == 1:
         return factors
     return [gradient_share(factor, alpha) for factor, alpha in zip(factors, alphas, strict=True)]
+
+
+def _joined(equation: str, side: int, x: Tensor, weight: Tensor) -> tuple[str, Tensor]:
+    """An equation of two factors as one factor sees it: its weight, added up along the axes that
+    einsum sums over in the weight alone. What lies along them is one connection.
+
+    Arguments:
+        side: the place of the factor whose weight it is.
+        x, weight: that factor, and the other.
+    """
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:  # in the order of the alphabet, what stands there once
+        once = sorted(c for c in set(left) - set(",.") if left.count(c) == 1)
+        result = ("..." if "..." in left else "") + "".join(once)
+    term = terms[1 - side]
+    stretched = ""  # an axis of one neuron, which all along the weight's axis are connected with
+    if "." not in terms[side]:
+        stretched = "".join(c for c, n in zip(terms[side], x.shape, strict=True) if n == 1)
+    shared = (set(terms[side]) - set(stretched)) | set(result)
+    alone = [c for c in term if c != "." and c not in shared]
+    if not alone:
+        return f"{','.join(terms)}->{result}", weight
+    kept = "".join(c for c in term if c not in alone)
+    terms[1 - side] = kept
+    return f"{','.join(terms)}->{result}", torch.functional.einsum(f"{term}->{kept}", weight)
 
 
 def _stacks_alike(x: Tensor, weight: Tensor, side: int) -> bool:

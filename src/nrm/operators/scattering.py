@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
+from nrm.like import like
 from nrm.operators.base import Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
@@ -41,7 +42,7 @@ class ScatterMaximum(Routing):
 
 
 class ScatterSum(WeightedSum):
-    """`self` plus what is added at indices.
+    """`self` plus what is added at indices, or the mean of all that comes together there.
 
     A neuron to which nothing is added is the constant `self`, mostly zero: a node without
     neighbours. What reaches it ends in a leaf.
@@ -78,9 +79,14 @@ class ScatterSum(WeightedSum):
             values[argument.index] if isinstance(argument, Slot) else argument
             for argument in (call["self"], call[self.added])
         )
-        scale = self.scale(call)
+        scale = like(self.scale(call), added)
+        share = base.new_ones(())
+        if _is_mean(call):
+            share = scale = _count(call, base, added).reciprocal()
 
         plain: dict[str, Any] = {"alpha": 1} if "alpha" in call.arguments else {}
+        if _is_mean(call):
+            plain = {"reduce": "sum"}
 
         def scatter(factor: Tensor) -> Tensor:
             blank = base.new_zeros(base.shape)
@@ -89,11 +95,10 @@ class ScatterSum(WeightedSum):
 
         parts = []
         if isinstance(call["self"], Slot):
-            one = base.new_ones(())
             parts.append(
                 Contribution(
                     Activation(base),
-                    setting.weight("self", one),
+                    setting.weight("self", share),
                     torch.mul,
                     lambda factor: factor,
                     operand=call["self"].index,
@@ -104,7 +109,7 @@ class ScatterSum(WeightedSum):
             parts.append(
                 Contribution(
                     Activation(added),
-                    setting.weight("added", added.new_tensor(scale)),
+                    setting.weight("added", scale),
                     lambda factor, weight: scatter(factor) * weight,
                     scatter,
                     operand=call[self.added].index,
@@ -121,4 +126,17 @@ class ScatterSum(WeightedSum):
             added = call[self.added]
             blank = torch.zeros_like(values[added.index] if isinstance(added, Slot) else added)
             base = call(**{self.added: blank})
+        elif _is_mean(call):
+            base = base / _count(call, base, values[call[self.added].index])
         return base
+
+
+def _is_mean(call: Call) -> bool:
+    return bool(call.get("reduce") == "mean")
+
+
+def _count(call: Call, base: Tensor, added: Tensor) -> Tensor:
+    """How many come together at every neuron, one at least."""
+    start = torch.full_like(base, 1.0 if call["include_self"] else 0.0)
+    arrived = start.scatter_add(call["dim"], call["index"], torch.ones_like(added))
+    return arrived.clamp(min=1)

@@ -89,7 +89,20 @@ class SharedOut(Propagation):
     @cached_property
     def uniform(self) -> TermSum:
         """Every parent counts the same: what a vanished column falls back to."""
-        return TermSum([(part, part.x.ones, None) for part in self.parts])
+        return TermSum([(part.counting(), part.x.ones, None) for part in self.parts])
+
+    @cached_property
+    def _fallbacks(self) -> list[TermSum]:
+        """Among which parents a vanished column is split: the first that has any."""
+        if not self._has_zeros:
+            return [self.uniform]
+        # Explicit zeros are parents only of neurons that have no others.
+        every = TermSum([(part.counting(), part.x.every, None) for part in self.parts])
+        return [self.uniform, every]
+
+    @property
+    def _has_zeros(self) -> bool:
+        return any(part.x.real is not None for part in self.parts)
 
     # -- sharing a message out -------------------------------------------------------------------
 
@@ -204,7 +217,8 @@ class SharedOut(Propagation):
         """A message divided by column sums, and what is at vanished columns, split uniformly."""
         total, vanished = sums
         # What late leaves adopt goes to each column's own neuron of the leaf.
-        every_column = every_column or (self.adopts_orphans and vanished is not None)
+        if vanished is not None:
+            every_column = every_column or self.adopts_orphans or self._has_zeros
         if every_column and total.shape != message.shape[1:]:
             total, vanished = self._with_vanished(total.expand(message.shape[1:]))
         message = sum_to(message, total.shape)  # columns with one sum: one for all of them
@@ -260,29 +274,33 @@ class SharedOut(Propagation):
             columns: their shape, if every one is wanted.
         """
         shares: list[tuple[TermSum | None, Tensor]] = []
-        parents = self.uniform.output.detach()
-        if columns is not None:
-            parents = parents.expand(columns)
-        at = tuple(
-            axis if size > 1 else torch.zeros_like(axis)
-            for axis, size in zip(vanished, parents.shape, strict=True)
-        )
-        count = parents[at]
         every = torch.arange(len(stranded), device=stranded.device)[:, None]
+        for terms in self._fallbacks:
+            parents = terms.output.detach()
+            if columns is not None:
+                parents = parents.expand(columns)
+            at = tuple(
+                axis if size > 1 else torch.zeros_like(axis)
+                for axis, size in zip(vanished, parents.shape, strict=True)
+            )
+            count = parents[at]
+            some = count > 0.5  # each counts one
+            share = stranded.new_zeros((len(stranded), *parents.shape))
+            divided = torch.where(some, stranded / count.clamp(min=0.5), 0.0)
+            share.index_put_((every, *at), divided, accumulate=True)
+            shares.append((terms, share))
+            stranded = torch.where(some, 0.0, stranded)
+            if not bool(stranded.any()):
+                return shares
         if self.adopts_orphans:
-            orphaned = torch.where(count == 0, stranded, 0.0)
             adopted = stranded.new_zeros((len(stranded), *self.shapes[-1]))
-            shares.append((None, adopted.index_put_((every, *vanished), orphaned)))
-            stranded = stranded - orphaned
-        elif real and bool(((count == 0) & (stranded != 0)).any()):
+            shares.append((None, adopted.index_put_((every, *vanished), stranded)))
+        elif real:
             raise QueryError(
                 f"relevance reached neurons of {self.setting.address!r} that have no parents "
                 "(their whole receptive field is padding), so it has nowhere to go. Use "
                 "bias='input', or a composite whose upper rules give such neurons none."
             )
-        share = stranded.new_zeros((len(stranded), *parents.shape))
-        share.index_put_((every, *at), stranded / count.clamp(min=1e-30), accumulate=True)
-        shares.append((self.uniform, share))
         return shares
 
     # -- looking at columns ----------------------------------------------------------------------

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from nrm.operators.averages import Averaging
 from nrm.operators.base import Operator
 from nrm.operators.batch_norm import BatchNorm
 from nrm.operators.filling import Filling
 from nrm.operators.identity import Copy, Identity
-from nrm.operators.layers import Averaging, Layer, Sum
+from nrm.operators.interpolation import Interpolation
+from nrm.operators.layers import Layer, Sum
 from nrm.operators.local_linear import LocalLinear
 from nrm.operators.normalization import (
     Normalization,
@@ -239,7 +241,7 @@ register(
 register(Averaging("sum", "self", keeps_channels=True), *_names("cumsum col2im"))
 for _overload, _argument in (("vec", "input"), ("default", "self")):
     register(
-        Averaging("interpolation", _argument, keeps_channels=True),
+        Interpolation("interpolation", _argument, keeps_channels=True),
         *(
             f"aten.{name}.{_overload}"
             for name in (
@@ -247,6 +249,8 @@ for _overload, _argument in (("vec", "input"), ("default", "self")):
                 "upsample_bilinear2d",
                 "upsample_trilinear3d",
                 "_upsample_bilinear2d_aa",
+                "upsample_bicubic2d",
+                "_upsample_bicubic2d_aa",
             )
         ),
     )
@@ -283,9 +287,7 @@ register(
             ScatterMaximum("maxpool", ("self", "src"), keeps_channels=True),
         ),
         (
-            lambda call: (
-                call["reduce"] == "sum" or (call["reduce"] == "mean" and not call["include_self"])
-            ),
+            lambda call: call["reduce"] in ("sum", "mean"),
             ScatterSum("scatter", "src"),
         ),
     ),

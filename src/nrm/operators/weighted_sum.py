@@ -49,6 +49,9 @@ class WeightedSum(Operator):
         if setting.path:  # linear: the differences from the baseline
             added = [x - start for x, start in zip(values, setting.path[0], strict=True)]
         parts = self.contributions(call, added, setting)
+        for part in parts:
+            if setting.real and setting.real[part.operand] is not None:
+                part.x = Activation(part.x.value, part.x.constant, setting.real[part.operand])
         constant = self.bias(call, values, setting.output_dim)
         if setting.following:
             return self._occlude(call, values, setting, parts, constant)
@@ -56,12 +59,12 @@ class WeightedSum(Operator):
         if setting.late_leaf == "bias":
             assert constant is not None
             output = _run(call, values)
-            parts.append(_bias_as_input(constant.to(output), output, setting, len(values)))
+            bias, whole = _bias_as_input(constant.to(output), output, setting, len(values))
+            parts.append(bias)
             shared = SharedOut(parts, setting, len(values) + 1)
             if reads_sum:
                 # The output is what all contributions add up to, but where a mask adds -inf.
-                finite = bool(torch.isfinite(constant).all())
-                shared.own_sum(output if finite else None)
+                shared.own_sum(output if whole else None)
             else:
                 shared.output_is_free = True
             return output, shared
@@ -97,7 +100,7 @@ class WeightedSum(Operator):
         operands = len(values)
         if setting.late_leaf == "bias":
             assert constant is not None
-            parts.append(_bias_as_input(constant.to(output), output, setting, operands))
+            parts.append(_bias_as_input(constant.to(output), output, setting, operands)[0])
             operands += 1
         occluded = Occluded(parts, setting, operands, output)
         occluded.adopt_orphans(output.shape)
@@ -110,14 +113,20 @@ def _run(call: Call, values: Sequence[Tensor]) -> Tensor:
     return output
 
 
-def _bias_as_input(bias: Tensor, output: Tensor, setting: Setting, number: int) -> Contribution:
-    """A bias as late input neurons: of value one and weight b_j, one for each neuron j."""
-    # A mask adds -inf. No relevance gets there, and nothing times a finite weight is nothing.
-    limit = torch.finfo(bias.dtype).max / 8
+def _bias_as_input(
+    bias: Tensor, output: Tensor, setting: Setting, number: int
+) -> tuple[Contribution, bool]:
+    """A bias as late input neurons, of value one and weight b_j, one for each neuron j; and
+    whether that is all of it."""
+    # A mask adds -inf, or the least number there is. No relevance gets there, and nothing times a
+    # finite weight is nothing; but the rule may square the weight.
+    limit = torch.finfo(bias.dtype).max ** 0.5 / 8
+    whole = bool((bias.abs() <= limit).all())
     ones = torch.ones((), dtype=bias.dtype, device=bias.device).expand(output.shape)
-    weight = setting.weight("bias", bias.clamp(-limit, limit))
-    return Contribution(
-        Activation(ones, constant=True),
+    weight = setting.weight("bias", bias if whole else bias.clamp(-limit, limit))
+    real = None if setting.addend is None else setting.addend.expand(output.shape)
+    contribution = Contribution(
+        Activation(ones, constant=True, real=real),
         weight,
         apply=torch.mul,
         uniform=lambda factor: factor,
@@ -126,3 +135,4 @@ def _bias_as_input(bias: Tensor, output: Tensor, setting: Setting, number: int) 
         keeps_sign=True,
         connections=lambda shape: OneParent(weight.value, shape, shape),
     )
+    return contribution, whole

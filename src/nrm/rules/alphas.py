@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+
+from nrm.rules.options import check, number
 
 STRUCTURE = 4
 """The rank of what says how features are connected, an adjacency matrix given as an input."""
@@ -19,6 +21,10 @@ SCALE = 5
 
 class Alpha(ABC):
     """Splits the relevance of a product between its factors."""
+
+    def __post_init__(self) -> None:
+        if is_dataclass(self):
+            check(self)
 
     @abstractmethod
     def coefficients(self, gates: Sequence[int]) -> list[float]:
@@ -57,14 +63,12 @@ class Shares(Alpha):
         value, gate: what values and gates take together; they sum to one.
     """
 
-    value: float
-    gate: float
+    value: float = number(least=0, most=1)
+    gate: float = number(least=0, most=1)
 
     def __post_init__(self) -> None:
-        if min(self.value, self.gate) < 0 or abs(self.value + self.gate - 1) > 1e-12:
-            raise ValueError(
-                f"shares are not negative and sum to one, got {self.value} and {self.gate}"
-            )
+        super().__post_init__()
+        _require_sum_of_one(self, self.value, self.gate)
 
     def coefficients(self, gates: Sequence[int]) -> list[float]:
         values = [gate == min(gates) for gate in gates]
@@ -78,11 +82,17 @@ class Shares(Alpha):
 class InOrder(Alpha):
     """Coefficients by the factors' order in the operator's call: `InOrder(0.8, 0.2)`."""
 
-    first: float
-    second: float
+    first: float = number(least=0, most=1)
+    second: float = number(least=0, most=1)
 
     def __post_init__(self) -> None:
-        Shares(self.first, self.second)
+        super().__post_init__()
+        _require_sum_of_one(self, self.first, self.second)
 
     def coefficients(self, gates: Sequence[int]) -> list[float]:
         return [self.first, self.second]
+
+
+def _require_sum_of_one(alpha: Alpha, *shares: float) -> None:
+    if abs(sum(shares) - 1) > 1e-12:
+        raise ValueError(f"{type(alpha).__name__}: shares sum to one, got {shares}")

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import is_dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from nrm.rules.options import check
 
 Term = tuple[Tensor, Tensor | None]
 """Factor at the parents (shape of the operand) and weight (shape of the operator's weight);
@@ -31,12 +34,16 @@ Gate = Tensor | float
 class Activation:
     """The parent neurons of one operand, with their values.
 
-    `constant` marks a neuron whose value never changes: a bias seen as an input of value one.
+    Arguments:
+        constant: their value never changes: a bias seen as an input of value one.
+        real: `[*operand]`, 0 at explicit zeros (padding and the like), which are no parents, and
+            1 elsewhere; `None`: all are parents.
     """
 
-    def __init__(self, value: Tensor, constant: bool = False) -> None:
+    def __init__(self, value: Tensor, constant: bool = False, real: Tensor | None = None) -> None:
         self.value = value
         self.constant = constant
+        self.real = real
 
     @cached_property
     def _signed(self) -> bool:
@@ -54,7 +61,14 @@ class Activation:
 
     @cached_property
     def ones(self) -> Tensor:
-        """One at every neuron, at no memory."""
+        """One at every parent, at no memory; zero at explicit zeros."""
+        if self.real is not None:
+            return self.real.to(self.value.dtype)
+        return self.every
+
+    @cached_property
+    def every(self) -> Tensor:
+        """One at every neuron, explicit zeros included."""
         return torch.ones((), dtype=self.value.dtype, device=self.value.device).expand(
             self.value.shape
         )
@@ -98,6 +112,10 @@ class Rule(ABC):
     """Operations with several parents per neuron pass relevance by their derivatives."""
     stabilizer: float = 0.0
     """Columns with `|sum_i T~_ij|` no larger than this count as vanished."""
+
+    def __post_init__(self) -> None:
+        if is_dataclass(self):
+            check(self)
 
     @abstractmethod
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:

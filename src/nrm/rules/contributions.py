@@ -19,15 +19,20 @@ rule, so that no relevance is ever lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nrm.errors import InputError
+from nrm.like import like
 from nrm.rules.base import Activation, Gate, Rule, Term, Weight
+from nrm.rules.options import number
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,14 @@ class Epsilon(Zero):
     to: a column whose sum is within epsilon of zero is split uniformly over its parents.
     """
 
-    stabilizer: float = 1e-6
+    stabilizer: float = number(1e-6, least=0)
 
 
 @dataclass(frozen=True)
 class PlainGamma(Rule):
     """LRP-gamma as in eq. 14: `T~_ij = a_i (w_ij + gamma max(w_ij, 0))`, for nonnegative `a`."""
 
-    gamma: float = 0.25
+    gamma: float = number(0.25, least=0)
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         return [[(x.value, w.derive(self, lambda v: v + self.gamma * v.clamp(min=0)))]]
@@ -81,7 +86,7 @@ class Gamma(Rule):
     nonnegative and the sum is positive, and LRP-0 at gamma = 0.
     """
 
-    gamma: float = 0.25
+    gamma: float = number(0.25, least=0)
     by_sign: ClassVar[bool] = True
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
@@ -115,14 +120,13 @@ class ZPlus(Rule):
 class AlphaBeta(Rule):
     """LRP-alpha-beta: `alpha z+_ij / z+_j - beta z-_ij / z-_j`, with `alpha - beta = 1`."""
 
-    alpha: float = 2.0
-    beta: float = 1.0
+    alpha: float = number(2.0, least=1)
+    beta: float = number(1.0, least=0)
 
     def __post_init__(self) -> None:
-        if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-12:
-            raise ValueError(
-                f"AlphaBeta needs beta >= 0 and alpha - beta = 1, got {self.alpha} and {self.beta}"
-            )
+        super().__post_init__()
+        if abs(self.alpha - self.beta - 1) > 1e-12:
+            raise ValueError(f"AlphaBeta needs alpha - beta = 1, got {self.alpha} and {self.beta}")
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         return [_same_sign(x, w), _opposite_sign(x, w)]
@@ -161,7 +165,7 @@ class ZBox(Rule):
     """LRP-zB for inputs in a box: `T~_ij = a_i w_ij - low_i max(w_ij, 0) - high_i min(w_ij, 0)`.
 
     Arguments:
-        low, high: bounds of the inputs; numbers or tensors that broadcast to the input.
+        low, high: bounds of the inputs; numbers, or tensors or arrays that broadcast to the input.
 
     A bias seen as an input is a box of one point, so it contributes nothing.
     """
@@ -170,12 +174,25 @@ class ZBox(Rule):
     high: Tensor | float
     nonnegative: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        low, high = (_bound(name, getattr(self, name)) for name in ("low", "high"))
+        try:
+            crossed = bool((torch.as_tensor(low) > torch.as_tensor(high)).any())
+        except RuntimeError:
+            raise ValueError(
+                f"ZBox: low {tuple(torch.as_tensor(low).shape)} and high "
+                f"{tuple(torch.as_tensor(high).shape)} do not broadcast"
+            ) from None
+        if crossed:
+            raise ValueError(f"ZBox: low lies above high somewhere, got {low} and {high}")
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)
+
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         if x.constant:
             return [[]]
         a = x.value
-        low = torch.as_tensor(self.low, dtype=a.dtype, device=a.device)
-        high = torch.as_tensor(self.high, dtype=a.dtype, device=a.device)
+        low, high = (_fitted(bound, a) for bound in (self.low, self.high))
         slack = 1e-4 * float((high - low).abs().max())
         if bool((a < low - slack).any()) or bool((a > high + slack).any()):
             raise InputError(
@@ -184,7 +201,45 @@ class ZBox(Rule):
                 f"{float(a.max()):.4g}]. Give it the bounds of the data."
             )
         # a w - low w+ - high w- as two products of one sign each: nothing to cancel.
-        return [[((a - low).clamp(min=0), w.positive), ((a - high).clamp(max=0), w.negative)]]
+        above, below = (a - low).clamp(min=0), (a - high).clamp(max=0)
+        if x.real is not None:  # explicit zeros are no parents, in whatever box
+            above, below = above * x.ones, below * x.ones
+        return [[(above, w.positive), (below, w.negative)]]
+
+
+def _bound(name: str, given: Any) -> Tensor | float:
+    """A bound of a box: a finite number, or a finite tensor of its own."""
+    if isinstance(given, Real) and not isinstance(given, bool):
+        given = float(given)
+    elif isinstance(given, np.ndarray | list | tuple):
+        given = torch.as_tensor(np.array(given))
+    numeric = isinstance(given, Tensor) and given.dtype is not torch.bool
+    if isinstance(given, bool) or not (isinstance(given, float) or numeric):
+        raise TypeError(f"ZBox: {name} is a number, a tensor or an array, not {given!r}")
+    if isinstance(given, Tensor) and given.is_complex():
+        raise TypeError(f"ZBox: {name} is a real number or tensor, not {given.dtype}")
+    if isinstance(given, float) and math.isfinite(given):
+        return given
+    if not isinstance(given, Tensor) or not bool(given.isfinite().all()):
+        raise ValueError(f"ZBox: {name} holds NaN or infinite values")
+    return given.detach().clone()
+
+
+def _fitted(bound: Tensor | float, a: Tensor) -> Tensor:
+    """A bound of the type of an input, on its device.
+
+    Raises:
+        InputError: it does not broadcast to the input.
+    """
+    found = like(bound, a)
+    try:
+        found.expand(a.shape)
+    except RuntimeError:
+        raise InputError(
+            f"a bound {tuple(found.shape)} of the ZBox rule does not broadcast to the neurons "
+            f"{tuple(a.shape)} that it is applied to."
+        ) from None
+    return found
 
 
 def _same_sign(x: Activation, w: Weight) -> list[Term]:

@@ -6,6 +6,7 @@ column sums of either sign, as LRP-0 does: a nearly zero sum amplifies (see `dia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from nrm.errors import InputError
+from nrm.like import like
 from nrm.rules.base import Activation, Rule, Term, Weight
 from nrm.rules.contributions import Zero
+from nrm.rules.options import flag, number
 
 Baseline = Tensor | npt.NDArray[Any] | float
 """Where one input starts: a number, or what broadcasts to it."""
@@ -46,7 +49,7 @@ class Occlusion(Zero):
             such a bias are divided by their sum still, and norms and softmax are as ever.
     """
 
-    rest_to_bias: bool = False
+    rest_to_bias: bool = flag(False)
     reads_ahead: ClassVar[bool] = True
 
 
@@ -83,12 +86,11 @@ class PathIntegrated(Rule):
     """
 
     baseline: Baseline | Mapping[str, Baseline] = 0.0
-    steps: int = 16
+    steps: int = number(16, least=1, whole=True)
     first_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"a path has one step or more, not {self.steps!r}")
+        super().__post_init__()
         given = self.baseline
         known = (
             {name: _checked(start) for name, start in given.items()}
@@ -120,7 +122,7 @@ class PathIntegrated(Rule):
         Raises:
             InputError: the baseline does not fit the input.
         """
-        baseline = torch.as_tensor(start, dtype=x.dtype, device=x.device)
+        baseline = like(start, x)
         try:
             baseline = baseline.expand(x.shape)
         except RuntimeError:
@@ -135,14 +137,15 @@ def _checked(start: Any) -> Tensor | float:
     """A baseline as a tensor of its own or a number, both finite."""
     if isinstance(start, np.ndarray):
         start = torch.as_tensor(start.copy())
-    elif isinstance(start, Real):  # as numpy's numbers are
+    elif isinstance(start, Real) and not isinstance(start, bool):  # as numpy's numbers are
         start = float(start)
     if not isinstance(start, Tensor | float):
         raise TypeError(
             "a baseline is a number, a tensor or an array, or a mapping from the names of the "
             f"inputs to these, not {start!r}"
         )
-    if not bool(torch.as_tensor(start).isfinite().all()):
+    finite = start.isfinite().all() if isinstance(start, Tensor) else math.isfinite(start)
+    if not bool(finite):
         raise InputError("a baseline holds NaN or infinite values.")
     return start.detach() if isinstance(start, Tensor) else start
 

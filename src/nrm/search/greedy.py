@@ -40,6 +40,6 @@ def greedy(
             chosen.append(int(keys(table, order).argmax()))
             held, relevance = lower.split(message, chosen[-1:]), table[chosen[-1]]
         found.append((tuple(chosen), float(relevance)))
-    by_key = keys(torch.tensor([relevance for _, relevance in found]), order)
+    by_key = keys(torch.tensor([relevance for _, relevance in found], dtype=torch.float64), order)
     ranked = [found[place] for place in by_key.argsort(descending=True, stable=True).tolist()]
     return ranked, len(parts) * layers[-1].size

@@ -1,0 +1,158 @@
+"""Sums with fixed weights: means, sums, average pooling, cumulative sums, folding.
+
+Each says which parents a neuron has, by adding them up with weight one, and what the weight is. So
+rules act on the weights of single connections: the flat rule puts one in their place, w2 squares
+them. Interpolation, whose weights differ from parent to parent, is in `interpolation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nrm.like import like
+from nrm.operators.base import Setting
+from nrm.operators.call import Call
+from nrm.operators.contribution import Contribution
+from nrm.operators.weighted_sum import WeightedSum
+from nrm.rules import Activation
+
+_ATEN = torch.ops.aten
+
+
+class Averaging(WeightedSum):
+    """`y_j = v_j sum_i x_i` over the neurons i that an operator adds up for j, with fixed `v_j`."""
+
+    def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
+        super().__init__(kind)
+        self.argument, self.keeps_channels = argument, keeps_channels
+        self.passes = (argument,)
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        return inherited if self.keeps_channels else None
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which neurons are added up, which the output has
+        no more or has in other sizes; `None` where no axes are known."""
+        target = getattr(call.target, "overloadpacket", None)
+        if target in _ALONG:
+            along = call.get("dim")
+            axes = range(dim) if along is None else [along] if isinstance(along, int) else along
+            return sorted(axis % dim for axis in axes) or list(range(dim))
+        positions = _POSITIONS.get(target)
+        return None if positions is None else list(range(dim - positions, dim))
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        x = values[0]
+        add_up, weight = _fixed(call, self.argument, x)
+        return [
+            Contribution(
+                Activation(x),
+                setting.weight("fixed", setting.kept(f"fixed {tuple(x.shape)} {x.dtype}", weight)),
+                lambda factor, weight: add_up(factor) * weight,
+                add_up,
+                keeps_sign=True,
+            )
+        ]
+
+
+_Sum = Callable[[Tensor], Tensor]
+
+
+def _fixed(call: Call, argument: str, x: Tensor) -> tuple[_Sum, Callable[[], Tensor]]:
+    """How a call adds its operand up with weight one, and what makes `v_j`, broadcastable."""
+    target = getattr(call.target, "overloadpacket", None)
+    pooled = _POSITIONS.get(target)
+
+    def run(factor: Tensor) -> Tensor:
+        output: Tensor = call(**{argument: factor})
+        return output
+
+    if target is _ATEN.mean:
+        along: dict[str, Any] = {"dtype": call["dtype"]}
+        if call.get("dim") is not None:
+            along |= {"dim": call["dim"], "keepdim": call["keepdim"]}
+
+        def add_up(factor: Tensor) -> Tensor:
+            return torch.sum(factor, **along)
+
+        def share() -> Tensor:
+            sums = add_up(x.new_empty((), device="meta").expand(x.shape))
+            return like(sums.numel() / x.numel(), x)
+
+        return add_up, share
+    if pooled is None:
+        return run, lambda: x.new_ones(())
+    lead = (1,) * (x.dim() - pooled)
+    if "adaptive" in str(target):
+        sizes = _adaptive_sizes(x.shape[-pooled:], call["output_size"], x)
+        return lambda factor: run(factor) * sizes, sizes.reciprocal
+    windows = _windows(call, pooled)
+
+    def divided() -> Tensor:
+        # Padding may count, windows may reach beyond: the operator itself says by how much it
+        # divides what there is in each.
+        ones = x.new_ones((*lead, *x.shape[-pooled:]))
+        return run(ones) / windows(ones)
+
+    return windows, divided
+
+
+def _windows(call: Call, axes: int) -> _Sum:
+    """What an average pooling adds up."""
+    if axes > 1:
+        return lambda factor: call(self=factor, divisor_override=1)
+    size, stride, padding = (
+        [int(entry) for entry in call[name]] for name in ("kernel_size", "stride", "padding")
+    )
+
+    def add_up(factor: Tensor) -> Tensor:  # in one dimension there is no divisor to override
+        row = F.avg_pool2d(
+            factor.unsqueeze(-2),
+            (1, *size),
+            (1, *(stride or size)),
+            (0, *padding),
+            call["ceil_mode"],
+            call["count_include_pad"],
+            divisor_override=1,
+        )
+        return row.squeeze(-2)
+
+    return add_up
+
+
+def _adaptive_sizes(given: Sequence[int], wanted: Sequence[int], x: Tensor) -> Tensor:
+    """How many neurons each window of an adaptive pooling has."""
+    sizes = x.new_ones(())
+    for size, parts in zip(given, wanted, strict=True):
+        each = [
+            math.ceil((part + 1) * size / parts) - part * size // parts for part in range(parts)
+        ]
+        sizes = sizes.unsqueeze(-1) * like(each, x)
+    return sizes
+
+
+_ALONG = frozenset([_ATEN.mean, _ATEN.sum, _ATEN.cumsum])
+"""What adds up along the axes it is told, or along all."""
+
+_POSITIONS = {
+    getattr(_ATEN, name): axes
+    for axes, names in enumerate(
+        (
+            "avg_pool1d adaptive_avg_pool1d upsample_linear1d",
+            "avg_pool2d adaptive_avg_pool2d upsample_bilinear2d _upsample_bilinear2d_aa "
+            "upsample_bicubic2d _upsample_bicubic2d_aa",
+            "avg_pool3d adaptive_avg_pool3d upsample_trilinear3d",
+        ),
+        start=1,
+    )
+    for name in names.split()
+}
+"""How many axes, the last, have positions that are averaged."""
