@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -56,7 +57,8 @@ class Builder:
         return choices[int(self.rng.integers(len(choices)))]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.values[name].shape[1:])
+        step = self.step(name)
+        return f.shape_of(self.values[name], step.batch_axis if step else 0)
 
     def find(self, fits: Callable[[tuple[int, ...]], bool], fresh: bool = False) -> str | None:
         """A variable of such a shape, rather a late one."""
@@ -94,6 +96,7 @@ class Builder:
         rank: int | None = 0,
         shared: str | None = None,
         same: bool = False,
+        batch_axis: int = 0,
     ) -> str:
         """Append a step.
 
@@ -106,15 +109,14 @@ class Builder:
         module = module.double().eval().requires_grad_(False)
         with torch.no_grad():
             value = module(*(self.values[read].clone() for read in reads))
-        if value[0].numel() > LARGEST or value.abs().max() > self.highest:
+        if value.numel() > LARGEST * BATCH or value.abs().max() > self.highest:
             raise Unfit
         fresh = f"s{len([s for s in self.steps if s.name == s.module_name])}"
         called = shared or fresh
         again = self.calls[called] = self.calls.get(called, -1) + 1
         name = called + (f"@{again}" if again else "")
-        self.steps.append(
-            Step(name, called, text, module, reads, describe, kind, exact, rank, same=same)
-        )
+        step = Step(name, called, text, module, reads, describe, kind, exact, rank)
+        self.steps.append(replace(step, same=same, batch_axis=batch_axis))
         self.values[name] = value
         self.scope.append(name)
         return name
@@ -600,6 +602,64 @@ def attention(b: Builder) -> str | None:
     return b.add("matmul", torch.matmul, (weights, v), f.matrix_product((3, 0)))
 
 
+def fused_attention(b: Builder) -> str | None:
+    x = b.find(lambda s: len(s) == 2 and s[0] <= 3 and s[1] <= 3)
+    if x is None or b.rank(x) != 0:
+        return None
+    inner, parts = b.shape(x)[1], []
+    for _ in range(3):
+        layer = _filled(b, nn.Linear(inner, inner, b.chance(0.5)))
+        plain = b.chance(0.25)
+        parts.append(x if plain else b.add(repr(layer), layer, x, f.summed, kind="linear"))
+    causal = b.chance(0.4)
+    return b.add(
+        "attention, causal" if causal else "attention",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.5),
+        parts,
+        f.attended(0.5, causal),
+        exact=False,
+    )
+
+
+def half_gated(b: Builder) -> str | None:
+    x = b.find(lambda s: len(s) >= 1 and s[-1] % 2 == 0)
+    if x is None or b.rank(x) != 0:
+        return None
+    return b.add("glu", F.glu, x, f.half_gated, exact=False)
+
+
+def learned(b: Builder) -> str | None:
+    """A class token."""
+    x = b.find(lambda s: len(s) == 2)
+    if x is None:
+        return None
+    token = b.numbers(1, 1, b.shape(x)[1])
+
+    def put(v: Tensor, c: Tensor) -> Tensor:
+        return torch.cat([c.expand(v.shape[0], -1, -1), v], 1)
+
+    return b.add("token beside", put, x, f.beside, token, rank=None)
+
+
+def sideways(b: Builder) -> str | None:
+    """The batch in the second axis for a while, as in sequence models."""
+    x = b.find(lambda s: len(s) == 2)
+    if x is None:
+        return None
+    over = b.add("transpose(0, 1)", _turned, x, f.routed, batch_axis=1)
+    if b.chance(0.5):
+        done = b.add("relu", torch.relu, over, f.elementwise, batch_axis=1)
+    else:
+        layer = _filled(b, nn.Linear(b.shape(x)[1], 2, b.chance(0.5)))
+        done = b.add(repr(layer), layer, over, f.summed, kind="linear", batch_axis=1)
+    b.close(over, done)
+    return b.add("transpose(0, 1)", _turned, done, f.routed, rank=None)
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
 def alone_softmax(b: Builder) -> str | None:
     x = b.find(lambda s: len(s) >= 1 and s[-1] >= 2)
     if x is None:
@@ -634,6 +694,10 @@ BLOCKS: dict[Callable[[Builder], str | None], float] = {
     matrices: 0.8,
     attention: 0.7,
     alone_softmax: 0.3,
+    fused_attention: 0.7,
+    half_gated: 0.4,
+    learned: 0.4,
+    sideways: 0.5,
 }
 _WEIGHTS = np.array(list(BLOCKS.values()))
 _CHANCES = _WEIGHTS / _WEIGHTS.sum()

@@ -50,6 +50,7 @@ class Step:
         exact: whether it computes dyadic fractions exactly.
         rank: how much its result is a gate (1: tanh, 2: sigmoid, 3: softmax); `None`: unclear.
         module_name: whose module it calls: another step's, where a module is shared.
+        batch_axis: where its result has the samples.
         same: whether it may give its operand itself, so that the two are one variable.
     """
 
@@ -64,6 +65,7 @@ class Step:
     rank: int | None = 0
     norm: nn.Module | None = None
     same: bool = False
+    batch_axis: int = 0
 
     def __str__(self) -> str:
         shared = f"  (module {self.module_name})" if self.module_name != self.name else ""
@@ -107,13 +109,15 @@ class Described(o.Oracle):
         """Whether rounding decides something: a sum that nearly cancels, and not exactly."""
         for (name, _), parents in self.parents.items():
             rule = self.rules[name]
-            if rule is None or isinstance(rule, o.Occlusion) or name not in self.exact:
+            if rule is None or isinstance(rule, o.Occlusion):
                 continue
             for terms in (o.zero(parents), rule(parents)):
                 total, size = abs(sum(terms)), sum(map(abs, terms))
                 if 0 < total <= 10 * self.stabilizers.get(name, 0.0):
                     return True
-                if size > 0 and total <= EPS * size and not (self.exact[name] and total == 0):
+                if size > 0 and total <= EPS * size and not (
+                    self.exact.get(name, False) and total == 0
+                ):
                     return True
         return False
 
@@ -150,6 +154,11 @@ class Network:
     def values(self) -> dict[str, Tensor]:
         """Of every variable, `[BATCH, ...]`."""
         return run(self.steps, self.inputs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a variable, without the batch."""
+        axis = next((step.batch_axis for step in self.steps if step.name == name), 0)
+        return shape_of(self.values[name], axis)
 
     @property
     def leaves(self) -> dict[str, str]:
@@ -217,8 +226,7 @@ class Network:
             else:
                 net.values[name] = value.numpy().ravel()
             net.shapes[name], net.exact[name] = tuple(value.shape[1:]), _short(value.numpy())
-        for name, value in self.values.items():
-            net.shapes[name] = tuple(value.shape[1:])
+        net.shapes.update({name: self.shape(name) for name in self.values})
         taken_in: set[str] = set()
         for step in self.steps:
             norm = self.folded(step)
@@ -240,6 +248,11 @@ class Network:
         if len(readers) != 1 or not fits or not isinstance(readers[0].module, nn.BatchNorm1d | nn.BatchNorm2d):
             return None
         return readers[0]
+
+
+def shape_of(value: Tensor, batch_axis: int) -> tuple[int, ...]:
+    """Without the batch."""
+    return tuple(value.shape[:batch_axis] + value.shape[batch_axis + 1 :])
 
 
 def run(steps: Sequence[Step], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -474,6 +487,58 @@ def softmax(net: Described, step: Step) -> None:
     size = len(net.values[x])
     groups = np.arange(size).reshape(-1, net.shapes[x][-1]).tolist()
     net.softmax(step.name, o.zero if net.softmax_rule else None, x, groups)
+
+
+def attended(scale: float, causal: bool) -> Describe:
+    """Scaled dot-product attention of queries, keys and values; variables on the way are hidden."""
+
+    def describe(net: Described, step: Step) -> None:
+        (q, k, v), name = step.reads, step.name
+        (rows, inner), (keys, _), (_, outer) = (net.shapes[read] for read in step.reads)
+        net.identity(f"{name}~q", q, lambda x: scale * x)
+        terms = [
+            (r * keys + c, (f"{name}~q", r * inner + i), (k, c * inner + i))
+            for r, c, i in np.ndindex(rows, keys, inner)
+        ]
+        net.product(f"{name}~scores", o.zero, rows * keys, terms, net.alphas((0, 0)))
+        scores = f"{name}~scores"
+        if causal:
+            chosen = [
+                (scores, r * keys + c) if c <= r else None for r, c in np.ndindex(rows, keys)
+            ]
+            scores = net.fill(f"{name}~masked", chosen, -np.inf)
+        groups = np.arange(rows * keys).reshape(rows, keys).tolist()
+        rule = o.zero if net.softmax_rule else None
+        weights = net.softmax(f"{name}~softmax", rule, scores, groups)
+        terms = [
+            (r * outer + i, (weights, r * keys + c), (v, c * outer + i))
+            for r, c, i in np.ndindex(rows, keys, outer)
+        ]
+        net.product(name, o.zero, rows * outer, terms, net.alphas((3, 0)))
+
+    return describe
+
+
+def half_gated(net: Described, step: Step) -> None:
+    """`F.glu` over the last axis: a value times the sigmoid of the other half."""
+    numbers = np.arange(len(net.values[step.reads[0]])).reshape(net.shapes[step.reads[0]])
+    value, gate = (
+        [(step.reads[0], int(i)) for i in part.ravel()] for part in np.split(numbers, 2, -1)
+    )
+    net.elementwise(f"{step.name}~gate", gate, lambda x: 1 / (1 + np.exp(-x)))
+    gates = [(f"{step.name}~gate", j) for j in range(len(gate))]
+    net.split(step.name, [value, gates], net.alphas((0, 2)))
+
+
+def beside(net: Described, step: Step) -> None:
+    """A learned vector in front of others: a leaf."""
+    constant = step.module.c0.detach().numpy().ravel()  # type: ignore[union-attr]
+    leaf = net.constant(f"{step.name}~learned", constant)
+    x = step.reads[0]
+    net.pick(
+        step.name,
+        [(leaf, i) for i in range(len(constant))] + [(x, i) for i in range(len(net.values[x]))],
+    )
 
 
 def embedded(net: Described, step: Step) -> None:

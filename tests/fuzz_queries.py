@@ -34,7 +34,8 @@ class Asked:
     def names(self) -> list[str]:
         """Variables that walks visit, but for leaves that enter late."""
         same = {step.name for step in self.network.steps if step.same}
-        return [name for name in self.flows[0].order if "." not in name and name not in same]
+        order = self.flows[0].order
+        return [name for name in order if not {".", "~"} & set(name) and name not in same]
 
     def laid(self, found: Tensor, name: str) -> list[np.ndarray]:
         """A tensor shaped like a variable, for each sample."""
@@ -63,7 +64,7 @@ def _everything(asked: Asked) -> Iterator[Answer]:
     every = R.marginals()
     for name in flows[0].order:
         known = address(name)
-        if "." not in name and name not in asked.names:
+        if "~" in name or ("." not in name and name not in asked.names):
             continue
         if name.endswith((".fill", ".padding")) and known not in every:
             continue  # nothing flows there: below
@@ -88,8 +89,12 @@ def _everything(asked: Asked) -> Iterator[Answer]:
         yield f"R.biases()[{name!r}]", list(shares[address(name)]), (
             lambda b, n=name: plain[b][n].sum()
         ), False
-    for name in shares.keys() - {address(n) for n in flows[0].leaves}:
-        yield f"R.biases()[{name!r}]", list(shares[name]), lambda b: 0.0, False
+    unknown = sorted(shares.keys() - {address(n) for n in flows[0].leaves})
+    if unknown:
+        hidden = [name for name in flows[0].leaves if "~" in name]
+        yield f"R.biases() of {unknown}", list(sum(shares[name] for name in unknown)), (
+            lambda b: sum(plain[b][name].sum() for name in hidden)
+        ), False
     for layer in R.proper_form():
         yield f"R.proper_form()[{layer.index}].total", list(layer.total), lambda b: 1.0, False
     health = R.diagnostics()
@@ -119,7 +124,7 @@ def _sets(asked: Asked, count: int) -> Sets:
             mask[:, rng.integers(size)] = True
             if rng.random() < 0.15:
                 mask[:] = True
-            shape = asked.network.values[name].shape[1:]
+            shape = asked.network.shape(name)
             laid = torch.from_numpy(mask).view(len(mask), *shape)
             one = nrm.mask(asked.network.address(name), laid if by_sample else laid[0])
             united = one if united is None else united | one
@@ -241,7 +246,7 @@ def _weights(asked: Asked, sets: Sets, about: str) -> Iterator[Answer]:
         for n in rng.choice(asked.names, min(2, len(asked.names)), False)
     }
     laid = {
-        asked.network.address(n): torch.from_numpy(w).view(asked.network.values[n].shape[1:])
+        asked.network.address(n): torch.from_numpy(w).view(asked.network.shape(n))
         for n, w in weights.items()
     }
     text = f"{ {n: w.tolist() for n, w in weights.items()} }, {about}"

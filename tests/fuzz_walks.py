@@ -86,7 +86,7 @@ class Walks:
     ) -> str:
         if name in self.steps:
             return self.steps[name]
-        if kinds[name] not in ("conv", "linear"):
+        if kinds.get(name) not in ("conv", "linear"):
             return self.default
         layers = {n for n in visited if kinds.get(n) in ("conv", "linear")} - {name}
         if self.first and not layers & _below(net, name):
