@@ -1,16 +1,16 @@
 # Everything runs in .venv, which `make` sets up from pyproject.toml.
 PYTHON ?= python3
-# One known release first; torchvision's newest may still replace it by what it asks for. Override
-# for your CUDA build.
+# Named together with everything else, so that pip chooses versions that fit. Override it for
+# another release: `make test TORCH=torch==2.14.1`.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test bench versions clean
 
 demo: .venv/demo
 	$(BIN)/nrm demo --out demo
 
-test: .venv/dev
+test: .venv/dev versions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -19,18 +19,32 @@ test: .venv/dev
 bench: .venv/dev
 	$(BIN)/python benchmarks/lrp_pass.py --json lrp_pass.json
 
-.venv/python:
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+versions:
+	@$(BIN)/python .ci/versions.py
+
+.venv/demo: pyproject.toml
+	$(call set_up,demo)
 	touch $@
 
-.venv/demo: .venv/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
-	touch $@
-
-.venv/dev: .venv/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+.venv/dev: pyproject.toml
+	$(call set_up,dev)
 	touch $@ .venv/demo
+
+# Installed before, but with another torch than is asked for now: install again.
+ifneq ($(TORCH),$(shell cat .venv/torch 2>/dev/null))
+.PHONY: .venv/demo .venv/dev
+endif
+
+# One pip call for all. What was cut short (Ctrl-C, no network) starts anew, from pip's cache.
+define set_up
+	@echo "Setting up .venv: $(TORCH) and nrm[$(1)]. This takes some minutes and 2 GB, with CUDA 6.5 GB."
+	@if test -e .venv/unfinished; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/unfinished
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$(TORCH)" --editable ".[$(1)]"
+	@$(BIN)/python .ci/versions.py
+	@echo "$(TORCH)" > .venv/torch && rm .venv/unfinished
+endef
 
 clean:
 	rm -rf .venv demo

@@ -229,7 +229,7 @@ def test_what_no_walk_visits_may_be_computed_in_any_way():
             return h / h.std(-1, keepdim=True)
 
     R = nrm.Explainer(Scaled().eval())(torch.randn(2, 3), target=0)
-    assert R.diagnostics().worst_cut_deviation < 1e-6
+    assert R.diagnostics().worst_cut_deviation < 1e-5
     with pytest.raises(QueryError, match="no walk visits"):
         R(":std")
 

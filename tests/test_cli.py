@@ -99,7 +99,8 @@ def run(*arguments: str) -> Any:
 
 
 def explain(*more: str, image: str = "picture.png", model: str = MODEL) -> Any:
-    return run("explain", image, "--model", model, "--size", "28", "--out", "out", *more)
+    size = [] if "--transform" in more or "--size" in more else ["--size", "28"]
+    return run("explain", image, "--model", model, *size, "--out", "out", *more)
 
 
 def refused(result: Any, *parts: str) -> None:
@@ -149,7 +150,8 @@ def test_the_json_is_what_the_library_says(here: Path, weights: str) -> None:
     assert list(found) == [
         "image", "model", "target", "label", "probability", "logit", "layers", "composite",
         "bias", "worst_cut_deviation", "total_variation", "search", "gap",
-        "visited", "flows", "pictures",
+        "visited", "flows", "image_sha256", "weights", "transform", "device", "versions",
+        "command", "pictures",
     ]  # fmt: skip
 
     model = tiny()

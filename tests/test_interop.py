@@ -101,6 +101,29 @@ def test_captum_targets(captum, model, x):
         lrp.attribute(x)
 
 
+def test_captum_reads_targets_as_captum_does(captum, model, x):
+    """What nrm would take for one target of each sample is a place in the output there."""
+    lrp = captum.LRP(model, EpsilonPlus())
+    one = lrp.attribute(x, 1)
+    for target in ((1,), torch.tensor(1), torch.tensor([1]), torch.tensor([[1]]), np.int64(1)):
+        torch.testing.assert_close(lrp.attribute(x, target), one)
+    for target in ((1, 2, 0, 1), [1, 2], torch.tensor([1, 2]), (1, 2), [(1, 2)] * 4, 3, -1):
+        with pytest.raises(TargetError):
+            lrp.attribute(x, target)
+    wide = nn.Sequential(nn.Linear(2, 6), nn.Unflatten(1, (2, 3))).eval()
+    two = torch.rand(2, 2, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(TargetError, match="a tuple of 2 ints"):
+        captum.LRP(wide).attribute(two, [1, 2])  # not the neuron (1, 2)
+    with pytest.raises(InputError, match="a tensor or a tuple of them"):
+        captum.LRP(wide).attribute([two], (1, 2))
+    from captum.attr import InputXGradient
+
+    for target in ((1, 2), [(1, 2), (0, 1)]):
+        expected = InputXGradient(wide).attribute(two.clone().requires_grad_(), target)
+        found = captum.LRP(wide, LRPZero(), bias="input").attribute(two, target)
+        torch.testing.assert_close(found, expected)
+
+
 def test_captum_several_inputs_and_further_arguments(captum):
     torch.manual_seed(3)
     model = TwoInputs().double().eval()
@@ -180,16 +203,92 @@ def test_quantus_explanations_are_arrays(model, x):
     y = np.array([0, 2, 1, 1])
     R = nrm.Explainer(model, EpsilonPlus())(x, target=torch.tensor(y))
     a = nrm.channels("2", 3)
-    found = explain_func(model, x.double().numpy(), y, composite=EpsilonPlus(), device="cpu")
+    shares = {"composite": EpsilonPlus(), "scale": "normalized"}
+    found = explain_func(model, x.double().numpy(), y, device="cpu", **shares)
     assert isinstance(found, np.ndarray)
     np.testing.assert_allclose(found, R.heatmap().numpy(), rtol=1e-4, atol=1e-6)
-    explain = Explain(EpsilonPlus(), sets=[a], scale="logit")
+    explain = Explain(EpsilonPlus(), sets=[a])
     expected = (R.heatmap(a) * R.scale.view(-1, 1, 1, 1)).numpy()
     for _ in range(2):
         np.testing.assert_allclose(explain(model, x.numpy(), y), expected, rtol=1e-4, atol=1e-6)
     other = Chain().eval()
     again = explain(other, x.numpy(), y)
-    np.testing.assert_allclose(again, Explain(EpsilonPlus(), sets=[a], scale="logit")(other, x, y))
+    np.testing.assert_allclose(again, Explain(EpsilonPlus(), sets=[a])(other, x, y))
+
+
+def negative(seed=0):
+    """A linear model whose logits are negative, its weights of both signs; and pictures."""
+    torch.manual_seed(seed)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False)).eval()
+    nn.init.uniform_(linear[1].weight, -2, 0.5)
+    x = torch.rand(5, 1, 4, 4)
+    assert bool((linear(x) < 0).all())
+    return linear, x, np.array([0, 1, 0, 1, 1])
+
+
+def test_quantus_explanations_are_in_units_of_the_output():
+    """What speaks for a negative logit is positive: of a linear model, weight times input."""
+    from nrm.interop.quantus import Explain, explain_func
+
+    linear, x, y = negative()
+    rows = linear[1].weight.detach()[torch.as_tensor(y)].view(5, 1, 4, 4)
+    for found in (
+        Explain(LRPZero())(linear, x.numpy(), y),
+        explain_func(linear, x.numpy(), y.astype(float), composite=LRPZero()),
+    ):
+        np.testing.assert_allclose(found, (rows * x).numpy(), rtol=1e-5)
+    shares = Explain(LRPZero(), scale="normalized")(linear, x.numpy(), y)
+    np.testing.assert_allclose(shares.sum((1, 2, 3)), 1, rtol=1e-5)
+    assert (np.sign(shares) == -np.sign((rows * x).numpy())).all()
+
+
+@pytest.mark.parametrize("adapter", ["captum", "captum, of a layer", "quantus", "pyg"])
+def test_every_adapter_speaks_in_units_of_the_output(adapter, request):
+    linear, x, y = negative(3)
+    logits = linear(x).detach()[torch.arange(5), torch.as_tensor(y)]
+    if adapter.startswith("captum"):
+        captum = request.getfixturevalue("captum")
+        lrp = captum.LRP(linear) if adapter == "captum" else captum.LayerLRP(linear, "0")
+        found = lrp.attribute(x, y.tolist()).flatten(1).sum(1)
+    elif adapter == "quantus":
+        from nrm.interop.quantus import Explain
+
+        found = torch.as_tensor(Explain()(linear, x.numpy(), y)).flatten(1).sum(1)
+    else:
+        geometric = pytest.importorskip("torch_geometric", reason="needs torch_geometric")
+        from nrm.interop.pyg import RelevanceExplainer
+
+        class OfNodes(nn.Module):
+            def forward(self, x, edge_index):
+                return linear(x)
+
+        explainer = geometric.explain.Explainer(
+            OfNodes().eval(), RelevanceExplainer(), explanation_type="phenomenon",
+            node_mask_type="attributes",
+            model_config={
+                "mode": "multiclass_classification", "task_level": "node", "return_type": "raw",
+            },
+        )  # fmt: skip
+        edges = torch.zeros(2, 1, dtype=torch.long)
+        mask = explainer(x.flatten(1), edges, target=torch.as_tensor(y)).node_mask
+        found = mask.sum(1)
+    torch.testing.assert_close(found, logits)
+
+
+def test_quantus_finds_a_linear_model_faithful(torchvision_models):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantus = pytest.importorskip("quantus", reason="Quantus is not installed")
+        from nrm.interop.quantus import Explain
+
+        linear, x, y = negative()
+        metric = quantus.FaithfulnessCorrelation(
+            nr_runs=10, subset_size=4, perturb_baseline=0.0, disable_warnings=True,
+            display_progressbar=False,
+        )  # fmt: skip
+        batch = {"model": linear, "x_batch": x.numpy(), "y_batch": y, "device": "cpu"}
+        found = metric(**batch, explain_func=Explain(LRPZero()))
+    np.testing.assert_allclose(found, 1, rtol=1e-4)
 
 
 def test_quantus_metrics_run(torchvision_models, model, x):

@@ -14,7 +14,7 @@ from torch import nn
 
 import nrm
 from nrm import methods
-from nrm.errors import QueryError, TargetError
+from nrm.errors import NeuronSetError, QueryError, TargetError, UnknownLayerError
 
 LAYERS = {
     "MLP": ["layers.1", "layers.3", "input"],
@@ -205,12 +205,63 @@ def test_relmax_finds_each_samples_own_target():
 def test_conditions_are_checked(explainer, images):
     for conditions, error in (
         ({"2": [3]}, QueryError),
-        ([{"2": 3}], QueryError),
+        ([{"2": "3"}], QueryError),
+        ([{"2": [1.0]}], QueryError),
+        ([{"2": [True, False]}], QueryError),
+        ([{"2": None}], QueryError),
+        ([{"2": slice(3)}], QueryError),
+        ([["2", 3]], QueryError),
+        ([{"y": []}], QueryError),
+        ([{"y": 3}], TargetError),
+        ([{"2": [5]}], NeuronSetError),
+        ([{"nowhere": [1]}], UnknownLayerError),
+        ([{"nowhere": []}], UnknownLayerError),
         ([{"y": [0, 99]}], TargetError),
         ([{"y": [0, -1]}], TargetError),
     ):
         with pytest.raises(error):
             methods.crp_conditions(explainer, images, conditions)
+
+
+def test_conditions_as_zennit_crp_takes_them(explainer, images):
+    """Its masks are `mask[channels] = 1`: one number, an array, a number twice, from the end."""
+    x = images[:2]
+    R = explainer(x, target=1)
+    a = R.heatmap(nrm.channels("2", 3))
+    for one in (3, np.int64(3), [3], (3,), [3, 3], torch.tensor([3]), np.array([3]), {3}, [-2]):
+        for y in (1, [1], torch.tensor(1), np.array([1]), [1, 1]):
+            (found,) = methods.crp_conditions(explainer, x, [{"2": one, "y": y}])
+            torch.testing.assert_close(found, a)
+    two = methods.crp_conditions(explainer, x, [{"2": [np.int64(3), torch.tensor(0)], "y": 1}])[0]
+    torch.testing.assert_close(two, R.heatmap(nrm.channels("2", 0, 3)))
+
+
+def test_an_empty_condition_masks_the_layer(explainer, images):
+    x = images[:2]
+    conditions = [{"y": 1}, {"y": 1, "2": []}, {"2": [3], "y": 1}, {"0": [1], "2": [], "y": 1}]
+    for options in ({}, {"exclude_parallel": False}, {"conditional": True}, {"scale": "logit"}):
+        found = methods.crp_conditions(explainer, x, conditions, **options)
+        assert not found[1].any()  # a chain: all walks visit the layer
+        assert not found[3].any()
+        assert bool(found[0].any())
+        assert bool(found[2].any())
+
+
+def test_an_empty_condition_beside_a_skip_connection(images):
+    torch.manual_seed(2)
+    explainer = nrm.Explainer(Skip().double().eval(), nrm.composites.GammaFlat())
+    R = explainer(images, target=0)
+    branch = nrm.neurons("branch")
+    masked = [{"branch": [], "y": 0}]
+    alone = methods.crp_conditions(explainer, images, masked)[0]
+    assert not alone.any()  # as zennit-crp with exclude_parallel=True: only through the layer
+    (past,) = methods.crp_conditions(explainer, images, masked, exclude_parallel=False)
+    torch.testing.assert_close(past, R.heatmap() - R.heatmap(branch))
+    torch.testing.assert_close(past.sum((1, 2, 3)), 1 - R(branch))
+    (share,) = methods.crp_conditions(
+        explainer, images, masked, exclude_parallel=False, conditional=True
+    )
+    torch.testing.assert_close(share.sum((1, 2, 3)), torch.ones(len(images)).double())
 
 
 def test_relmax_targets(explainer, images):

@@ -186,7 +186,7 @@ def test_a_layer_larger_than_a_chunk():
         bias = model[0].bias[:, None]
         sums += flat[..., 0].clamp(min=0) - (flat[..., 0] - bias).clamp(min=0)
     found = R.forward_pass.propagations[operation]._column_sums[0].flatten(2)[0]
-    torch.testing.assert_close(found, sums, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, sums, atol=1e-4, rtol=1e-4)
 
 
 def test_occlusion_by_hand():
@@ -243,15 +243,15 @@ def test_only_an_activation_that_alone_reads_the_sum_follows_it():
             return torch.relu(h) + h if self.read_twice else torch.relu(h)
 
     torch.manual_seed(0)
-    x = torch.randn(1, 3)
+    x = torch.randn(1, 3).double()
     for read_twice in (True, False):
-        net = Net(read_twice).eval()
+        net = Net(read_twice).double().eval()
         R = nrm.Explainer(net, rules.Occlusion())(x)
         following = R.graph.activation_after(R.graph.variable("lin").producer)
         assert [op.address for op in following] == ([] if read_twice else [":relu"])
         linear = nrm.Explainer(net, rules.Zero())(x)
-        assert torch.equal(R.heatmap(), linear.heatmap()) == read_twice
-    R = nrm.Explainer(nn.Linear(3, 2).eval(), rules.Occlusion())(x, target=0)
+        assert torch.allclose(R.heatmap(), linear.heatmap(), rtol=1e-9) == read_twice
+    R = nrm.Explainer(nn.Linear(3, 2).double().eval(), rules.Occlusion())(x, target=0)
     assert R.graph.activation_after(R.graph.variable("output").producer) == ()
 
 

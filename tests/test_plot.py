@@ -12,8 +12,10 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from nrm import plot
+from nrm.errors import InputError
 
 
 def drawn(relevance: torch.Tensor, **options: object) -> np.ndarray:
@@ -26,6 +28,7 @@ def test_colours_are_summed() -> None:
     relevance = torch.randn(3, 5, 7, dtype=torch.float64)
     np.testing.assert_allclose(plot.by_pixel(relevance), relevance.sum(0).numpy())
     np.testing.assert_allclose(plot.by_pixel(relevance.sum(0)), relevance.sum(0).numpy())
+    np.testing.assert_allclose(plot.by_pixel(relevance[None]), relevance.sum(0).numpy())
     with pytest.raises(ValueError, match="not of shape"):
         plot.by_pixel(torch.zeros(2, 3, 4, 5))
 
@@ -69,11 +72,103 @@ def test_pictures_of_few_pixels_are_outlined_by_a_line() -> None:
     np.testing.assert_array_equal(ax.images[0].get_array(), drawn(torch.zeros(8, 8)))
 
 
-def test_an_outline_of_another_size_is_left_out() -> None:
-    relevance = torch.randn(9, 9)
-    np.testing.assert_array_equal(
-        drawn(relevance, picture=np.random.default_rng(0).random((70, 70))), drawn(relevance)
-    )
+def test_pictures_are_read_as_they_are_meant() -> None:
+    """`[3, H, W]` as the model takes it, `[H, W, 3]` as it is shown, and others."""
+    picture = np.random.default_rng(0).random((70, 80, 3))
+    relevance = torch.randn(3, 70, 80)
+    expected = drawn(relevance, picture=picture)
+    assert (expected != drawn(relevance)).any()
+    first = torch.as_tensor(picture).movedim(2, 0)
+    for same in (
+        first,
+        first[None],
+        first.requires_grad_(),
+        first.detach().numpy(),
+        torch.as_tensor(picture),
+        picture[None],
+        np.concatenate([picture, np.ones((70, 80, 1))], 2),
+        first * 5 - 2,  # normalised: outlines are the same
+    ):
+        np.testing.assert_allclose(drawn(relevance, picture=same), expected, atol=1e-6)
+    grey = picture.mean(2)
+    of_grey = drawn(relevance, picture=grey)
+    for same in (grey, torch.as_tensor(grey), grey[None], grey[..., None], grey[None, None]):
+        np.testing.assert_allclose(drawn(relevance, picture=same), of_grey, atol=1e-6)
+    np.testing.assert_allclose(drawn(relevance[None], picture=picture), expected)
+    figure = plot.single(relevance, picture=first)
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), expected, atol=1e-6)
+
+
+def test_pictures_of_pillow_are_read_too() -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    pixels = np.random.default_rng(0).integers(0, 4, (70, 80, 3), dtype=np.uint8) * 60
+    relevance = torch.randn(70, 80)
+    image = pillow.fromarray(pixels)
+    expected = drawn(relevance, picture=pixels / 255)
+    palette = image.quantize(64, dither=0)
+    assert palette.mode == "P"
+    for same in (pixels, image, palette, image.convert("RGBA")):
+        np.testing.assert_allclose(drawn(relevance, picture=same), expected, atol=1e-6)
+    hidden = image.convert("RGBA")
+    hidden.putalpha(0)  # all of it transparent: white, without outlines
+    np.testing.assert_allclose(drawn(relevance, picture=hidden), drawn(relevance))
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((70, 70)), "the picture has 70 x 70 pixels, the relevance 9 x 9"),
+        (torch.zeros(3, 9, 8), "9 x 8"),
+        (np.zeros((2, 9, 9)), "not of shape"),
+        (np.zeros((2, 3, 9, 9)), "of one sample"),
+        (np.zeros(9), "not of shape"),
+        (np.full((9, 9), np.nan), "NaN"),
+        (np.zeros((0, 0)), "empty"),
+        (np.array([["a"]]), "numbers"),
+    ],
+)
+def test_what_is_no_picture_of_the_relevance_is_refused(picture: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plot.single(torch.randn(9, 9), picture=picture)
+
+
+@pytest.mark.parametrize(
+    "relevance", [torch.zeros(2, 3, 4, 5), torch.zeros(5), torch.full((3, 3), torch.nan)]
+)
+def test_what_is_no_relevance_is_refused(relevance: torch.Tensor) -> None:
+    with pytest.raises(InputError):
+        plot.single(relevance)
+
+
+def test_photos_beyond_zero_and_one_are_stretched() -> None:
+    ax = Figure().add_subplot()
+    plot.photo(torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), ax)
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0, 0.5], [1, 0.75]])
+    plot.photo(np.array([[0, 255]], dtype=np.uint8), ax)
+    np.testing.assert_allclose(ax.images[1].get_array(), [[0, 1]])
+
+
+MATHEMATICS = (r"$\bad{$", "$x^2$", r"a \$ b", "100 % _of_ ^it", "{", r"\frac")
+
+
+@pytest.mark.parametrize("text", MATHEMATICS)
+def test_texts_are_drawn_as_they_are(text: str, tmp_path: Path) -> None:
+    """Whatever a class or a layer is called: no text is read as a formula."""
+    panel = plot.Panel(text, torch.randn(9, 9))
+    figure = plot.overview(np.eye(9), panel, [[panel]], [text], [text, text], (text, text))
+    figures = figure, plot.single(torch.randn(9, 9), title=text, ends=(text, text))
+    for place, one in enumerate(figures):
+        texts = [t for t in one.findobj(Text) if text in t.get_text()]
+        assert len(texts) >= 2
+        assert not any(t.get_parse_math() for t in texts)
+        plot.save(one, tmp_path / f"{place}.png")
+
+
+def test_endless_and_invisible_texts_do_not_widen_a_picture(tmp_path: Path) -> None:
+    plot.save(plot.single(torch.randn(9, 9), title="long " * 10_000), tmp_path / "long.png")
+    assert imread(tmp_path / "long.png").shape[1] < 4000
+    figure = plot.single(torch.randn(9, 9), title="one\x00\x1b[2J\ntwo")
+    assert figure.axes[0].get_title() == "one\ufffd\ufffd[2J\ntwo"
 
 
 @pytest.mark.parametrize(("flows", "rows"), [(0, 0), (1, 1), (3, 2), (6, 3)])
@@ -98,3 +193,8 @@ def test_tiny_pictures_are_enlarged(tmp_path: Path) -> None:
     plot.save_photo(picture, tmp_path / "colour.png")
     pixels = imread(tmp_path / "colour.png")[..., :3]
     np.testing.assert_allclose(pixels, picture, atol=1 / 254)
+
+
+def test_a_line_of_pixels_is_not_enlarged_without_end(tmp_path: Path) -> None:
+    plot.save_photo(np.zeros((1, 60_000)), tmp_path / "line.png")
+    assert imread(tmp_path / "line.png").shape[:2] == (8, 480_000)

@@ -165,7 +165,7 @@ def test_neurons_without_parents_end_in_a_leaf(bias):
         nn.init.constant_(layer.bias, 1.0)
     x = torch.ones(1, 1, 1, 1)
     R = nrm.Explainer(model.eval(), Everywhere(rules.Zero()), bias=bias)(x, target=0)
-    assert R.diagnostics().worst_cut_deviation < 1e-6
+    assert R.diagnostics().worst_cut_deviation < 1e-5
     if bias == "drop":  # eight of ten parts: the neuron that sees the picture has two
         torch.testing.assert_close(R("0.padding"), torch.tensor([0.8]))
         torch.testing.assert_close(R.heatmap().sum(), torch.tensor(0.2))

@@ -1,8 +1,9 @@
 """Normalized relevance measure: relevance of any set of neurons, handled like a probability."""
 
+import nrm.cli.starting as _starting  # before torch: Ctrl-C and the import path of the command
 from nrm import composites, methods, rules
 from nrm.clusters import Clusters, clusters
-from nrm.errors import NrmError
+from nrm.errors import NrmError, RelevanceWarning
 from nrm.evaluation import evaluate
 from nrm.explainer import Explainer
 from nrm.formulas import Formula, NeuronSet
@@ -16,6 +17,7 @@ __all__ = [
     "Measure",
     "NeuronSet",
     "NrmError",
+    "RelevanceWarning",
     "channels",
     "clusters",
     "composites",
@@ -27,3 +29,5 @@ __all__ = [
     "rules",
 ]
 __version__ = "0.1.0"
+
+_starting.library_is_imported()

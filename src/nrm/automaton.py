@@ -40,6 +40,9 @@ class Automaton:
     ) -> None:
         self.graph, self.masks, self.keeps_failed = graph, masks, keeps_failed
         self._leading = {event: graph.leading_to(places) for event, places in masks.items()}
+        self._order = {event: place for place, event in enumerate(masks)}
+        self._of_member = {member: event for event in masks for member in event.members}
+        self._within: dict[NeuronSet, list[NeuronSet]] = {}
         self._known: dict[object, State] = {}
         self._same: dict[State, State] = {}
         self._arrived: dict[tuple[State, Variable], State | None] = {}
@@ -85,15 +88,22 @@ class Automaton:
 
     def _without_missed(self, state: State, ahead: Collection[Variable]) -> State:
         """What is left where none of the events can be visited that do not lie ahead."""
-        for event in self._events(state):
-            if self._leading[event].isdisjoint(ahead):
-                state = _given(state, event, False)
+        missed = [e for e in self._events(state) if self._leading[e].isdisjoint(ahead)]
+        if missed:
+            state = _settled(state, dict.fromkeys(missed, False))
         return self._normal(state)
 
     def _events(self, state: State) -> list[NeuronSet]:
         """The events that a state still depends on, as it is written."""
-        sets = events_of(state)
-        return [event for event in self._leading if any(s.holds_all_of(event) for s in sets)]
+        found = {event for chosen in events_of(state) for event in self._parts(chosen)}
+        return sorted(found, key=self._order.__getitem__)
+
+    def _parts(self, chosen: NeuronSet) -> list[NeuronSet]:
+        """The events that a set is made of; they have no members in common."""
+        if chosen not in self._within:
+            near = dict.fromkeys(self._of_member[m] for m in chosen.members if m in self._of_member)
+            self._within[chosen] = [event for event in near if chosen.holds_all_of(event)]
+        return self._within[chosen]
 
     def _normal(self, state: State) -> State:
         """One state for all that say the same of what may still happen."""
@@ -104,9 +114,7 @@ class Automaton:
             return state
         outcomes: dict[tuple[bool, ...], State] = {}
         for happening in product((False, True), repeat=len(events)):
-            outcomes[happening] = state
-            for event, visited in zip(events, happening, strict=True):
-                outcomes[happening] = _given(outcomes[happening], event, visited)
+            outcomes[happening] = _settled(state, dict(zip(events, happening, strict=True)))
         for place, event in enumerate(events):
             if all(outcomes[h] == outcomes[_flipped(h, place)] for h in outcomes):
                 found = self._normal(_given(state, event, False))  # it makes no difference
@@ -150,7 +158,11 @@ def _join(regions: dict[State, Mask], state: State, region: Mask) -> None:
 
 
 def _given(state: State, event: NeuronSet, visited: bool) -> State:
-    return tuple(left if isinstance(left, bool) else left.given(event, visited) for left in state)
+    return _settled(state, {event: visited})
+
+
+def _settled(state: State, known: Mapping[NeuronSet, bool]) -> State:
+    return tuple(left if isinstance(left, bool) else left.settled(known) for left in state)
 
 
 def _flipped(happening: tuple[bool, ...], place: int) -> tuple[bool, ...]:

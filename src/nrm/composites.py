@@ -31,27 +31,59 @@ from nrm.rules import Occlusion as OcclusionRule
 from nrm.rules.walks import Baseline
 
 Selector = Callable[[Operation, Graph], bool]
-"""Says whether an operation is meant."""
+"""Says whether an operation is meant. Those made here can be pickled, with the composite."""
 
 _WEIGHTED = ("conv", "linear")
 
 
+@dataclass(frozen=True)
+class _Kind:
+    names: tuple[str, ...]
+
+    def __call__(self, operation: Operation, graph: Graph) -> bool:
+        return operation.kind in self.names
+
+    def __repr__(self) -> str:
+        return f"kind({', '.join(map(repr, self.names))})"
+
+
+@dataclass(frozen=True)
+class _Path:
+    patterns: tuple[str, ...]
+
+    def __call__(self, operation: Operation, graph: Graph) -> bool:
+        return any(fnmatchcase(operation.address, pattern) for pattern in self.patterns)
+
+    def __repr__(self) -> str:
+        return f"path({', '.join(map(repr, self.patterns))})"
+
+
+@dataclass(frozen=True)
+class _Module:
+    names: tuple[str, ...]
+
+    def __call__(self, operation: Operation, graph: Graph) -> bool:
+        name = operation.module_type
+        return name in self.names or name.rpartition(".")[2] in self.names
+
+    def __repr__(self) -> str:
+        return f"module({', '.join(map(repr, self.names))})"
+
+
 def kind(*names: str) -> Selector:
     """Operations of these kinds: conv, linear, sum, product, layernorm, softmax, ..."""
-    return lambda operation, graph: operation.kind in names
+    return _Kind(names)
 
 
 def path(*patterns: str) -> Selector:
     """Operations whose address matches one of these patterns, e.g. `features.1?`, `layer4.*`."""
-    return lambda operation, graph: any(fnmatchcase(operation.address, p) for p in patterns)
+    return _Path(patterns)
 
 
 def module(*types: type[nn.Module] | str) -> Selector:
     """Operations computed directly in modules of these types (or type names, `"Conv2d"`)."""
-    names = {t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in types}
-    return lambda operation, graph: (
-        operation.module_type in names or operation.module_type.rpartition(".")[2] in names
-    )
+    names = (t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in types)
+    return _Module(tuple(names))
 
 
 def first(operation: Operation, graph: Graph) -> bool:

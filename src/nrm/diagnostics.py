@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nrm.graph import Variable
-from nrm.operators import Columns
+from nrm.cautions import VARIATION
+from nrm.graph import Graph, Operation, Variable
+from nrm.operators import Columns, Identity, Routing, fill
 from nrm.passing import Messages, send
 from nrm.placing import per_sample
 from nrm.program import Pass
+from nrm.targets import Explained
 
 
 @dataclass(frozen=True)
@@ -184,3 +187,103 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
         cuts.append(_cut("leaves, by derivatives", False, by_derivatives, sums))
     biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
     return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance, mixed)
+
+
+def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
+    """Warn, once, where absolute relevances of a result add up to a thousand times the total.
+
+    Arguments:
+        found: what a query found at variables, before a condition divides it.
+    """
+    if forward.cautions.silent_on_cancelling:
+        return
+    for variable, message in found.items():
+        variation = float(torch.linalg.vector_norm(message, 1))  # of all samples together
+        if variation <= VARIATION:
+            continue
+        if forward.batch > 1 and variable.batch_axis is not None:
+            variation = float(per_sample(message.abs(), variable, forward.batch).max())
+        elif forward.batch > 1:
+            variation /= forward.batch
+        if variation > VARIATION:
+            forward.cautions.cancels(variable.name, variation, _where_it_grows(forward, start))
+
+
+def _where_it_grows(forward: Pass, start: Messages) -> str:
+    """The operation at which the absolute sizes of all relevance grow most, in words."""
+    sizes: list[tuple[Variable, float]] = []
+
+    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
+        crossing = (*travelling.values(), *arrived.values())
+        size = sum(float(torch.linalg.vector_norm(message, 1)) for message in crossing)
+        sizes.append((variable, size))
+
+    send(forward, start, dict.fromkeys(forward.graph.leaves), observe=look)
+    growth = {
+        variable: after / size
+        for (variable, size), (_, after) in itertools.pairwise(sizes)
+        if size > 0 and not variable.is_leaf
+    }
+    if not growth:
+        return ""
+    variable = max(growth, key=lambda v: growth[v])
+    return f" (they grow most, {growth[variable]:.2g} times, at {variable.name!r})"
+
+
+_ROUNDING = 32
+"""Rounding errors that the sum of an output's terms may have made."""
+
+_LARGE = 1e2
+"""Terms are looked for where they could be so many times the largest output, or one."""
+
+
+def warn_of_output(forward: Pass, explained: Explained) -> None:
+    """Warn where an explained output is within rounding of zero."""
+    given = explained.unnormalized.unsqueeze(0)
+    values = per_sample(given, forward.graph.output, forward.batch)[0]
+    rounding = _ROUNDING * torch.finfo(values.dtype).eps
+    if bool((values.abs() > rounding * _LARGE * forward.output.abs().amax().clamp(min=1)).all()):
+        return
+    sizes = _terms_of_output(forward, explained)
+    within = (values.abs() <= rounding * sizes).nonzero().flatten().tolist()
+    if within:
+        of = f" of sample {within[0]}" if forward.batch > 1 else ""
+        forward.cautions.output_vanishes(float(values[within[0]]), float(sizes[within[0]]), of)
+
+
+def _terms_of_output(forward: Pass, explained: Explained) -> Tensor:
+    """`[batch]`: the absolute sizes of what is added up to the explained outputs."""
+    operations = _down_to_a_sum(forward.graph)
+    # How what is explained changes with what it is made of.
+    part = (explained.relevance != 0).to(explained.relevance.dtype)
+    sizes = explained.unnormalized.abs().unsqueeze(0)
+    sizes = per_sample(sizes, forward.graph.output, forward.batch)[0]
+    for operation, (call, values) in zip(operations, forward.calls(operations), strict=True):
+        leaves = [value.detach().requires_grad_() for value in values]
+        with torch.enable_grad():
+            output = fill(call, leaves)()
+        operands = operation.operands[: len(leaves)]
+        mixed = forward.batch > 1 and any(operand.batch_axis is None for operand in operands)
+        if mixed or not output.requires_grad:
+            break
+        gradients = torch.autograd.grad(output, leaves, part, materialize_grads=True)
+        terms = [
+            per_sample((leaf.detach() * g).abs().unsqueeze(0), operand, forward.batch)[0]
+            for leaf, g, operand in zip(leaves, gradients, operands, strict=True)
+        ]
+        sizes = torch.stack([sizes, torch.stack(terms).sum(0)]).amax(0)
+        part = gradients[0]
+    return sizes
+
+
+def _down_to_a_sum(graph: Graph) -> list[Operation]:
+    """The operations from the output up to the first whose neurons have several parents."""
+    found: list[Operation] = []
+    variable = graph.output
+    while variable.producer is not None:
+        operation = variable.producer
+        found.append(operation)
+        if not isinstance(operation.operator, Identity | Routing) or len(operation.slots) > 1:
+            break
+        variable = operation.operands[0]
+    return found

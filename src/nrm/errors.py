@@ -30,15 +30,16 @@ class UnknownLayerError(NrmError, KeyError):
     """No variable of the graph bears this name."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(name, list(known), n=4, cutoff=0.3)
+        super().__init__(name, tuple(known))  # what it is made of, in other processes too
+
+    def __str__(self) -> str:
+        name, known = self.args
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.3)
         hint = f" Nearest names: {', '.join(near)}." if near else ""
-        super().__init__(
+        return (
             f"no layer is called {name!r}.{hint} "
             "`Explainer.layers(...)` or `nrm layers` lists every addressable variable."
         )
-
-    def __str__(self) -> str:  # KeyError would show the repr
-        return str(self.args[0])
 
 
 class NeuronSetError(NrmError, ValueError):
@@ -47,6 +48,13 @@ class NeuronSetError(NrmError, ValueError):
 
 class QueryError(NrmError, ValueError):
     """A query that the measure does not answer, or cannot answer on this graph."""
+
+
+class RelevanceWarning(UserWarning):
+    """A result is exact and yet says little: it cancels, its output is zero, or columns vanished.
+
+    `warnings.simplefilter("ignore", nrm.RelevanceWarning)` silences all of them.
+    """
 
 
 class PositiveSumError(NrmError, ArithmeticError):

@@ -18,6 +18,7 @@ from nrm.graph import (
     ModelCall,
     Output,
     capture,
+    check_dense,
     check_nested,
     reproduces,
     wide,
@@ -27,6 +28,7 @@ from nrm.listing import Listing
 from nrm.measure import Measure
 from nrm.operators import Operator
 from nrm.program import Program
+from nrm.recipe import Recipe
 from nrm.rules import Rule
 from nrm.targets import Target, explain_relevance, explain_target
 
@@ -124,14 +126,17 @@ class Explainer:
             call = self._bind(inputs, named)
             forward = self._program(call).run([wide(x) for x in call.tensors])
             if isinstance(output_relevance, Tensor):
-                output_relevance = wide(output_relevance)
+                output_relevance = wide(output_relevance).detach().clone()  # callers reuse theirs
             if output_relevance is None:
                 explained = explain_target(target, forward, self.strict)
             elif target is None:
                 explained = explain_relevance(output_relevance, forward, self.strict)
             else:
                 raise TargetError("give either a target or an output_relevance, not both")
-            return Measure(forward, explained, partial(_refuse_changed, self.model, self._weights))
+            inputs, named = call.arguments(*call.tensors)
+            recipe = Recipe(self, inputs, named, explained.target, output_relevance)
+            check = partial(_refuse_changed, self.model, self._weights)
+            return Measure(forward, explained, check, recipe)
 
     def layers(self, *inputs: Any, **named: Any) -> Listing:
         """Every addressable variable: its name, operator, shape, channels, and whether a cut."""
@@ -151,6 +156,16 @@ class Explainer:
     def refresh(self) -> None:
         """Forget the captured model, so that the next call captures it as it is then."""
         self._weights = ()
+
+    # Pickled and copied without its captures, which are made anew where it is used next. A copy
+    # shares the model, a deep copy has its own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Explainer.__init__(self, state["model"])
+        vars(self).update(state)
 
     def _bind(self, inputs: Sequence[Any], named: dict[str, Any]) -> ModelCall:
         _check_model(self.model)
@@ -291,6 +306,7 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     for name, x in zip(call.names, call.tensors, strict=True):
         what = f"input {name!r}" if len(call.tensors) > 1 else "the input"
+        check_dense(x, what)
         if x.dim() == 0 or x.numel() == 0:
             raise InputError(f"{what} has shape {tuple(x.shape)}: there is no sample in it")
         if parameters and x.device not in {p.device for p in parameters}:
@@ -311,6 +327,22 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
             raise InputError(f"{what} holds NaN or infinite values")
 
 
+class _Place:
+    """Where a tensor lies. Sent to another process it moves to shared memory, unchanged."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.pointer = tensor, tensor.data_ptr()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Place):
+            return NotImplemented
+        return self.pointer == other.pointer or (
+            self.tensor is other.tensor and self.tensor.is_shared()  # type: ignore[no-untyped-call]
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """Changes when a weight does, in place or by replacement, and when a module is replaced."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -322,7 +354,7 @@ def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     ]
     return (
         tuple(map(id, model.modules())),
-        tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors),
+        tuple((_Place(t), None if t.is_inference() else t._version) for t in tensors),
         tuple(torch.stack(samples).tolist()) if samples else (),
     )
 

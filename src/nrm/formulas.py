@@ -2,15 +2,19 @@
 
 A neuron set is the event that the walk visits any of its neurons. Events join by `&`, `|`, `~`,
 `^` and `implies` (or `>>`). Python binds `>>` before `&`, and `&` before `|`: write parentheses.
+
+A formula may be nested as deep as a loop makes it, so that nothing here calls itself: what is
+asked of a formula is worked out part by part, a part that occurs in several places once.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from functools import cached_property
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -31,9 +35,27 @@ class Formula(ABC):
     def events(self) -> tuple[NeuronSet, ...]:
         """The neuron sets that it speaks of, each once."""
 
-    @abstractmethod
+    def settled(self, known: Mapping[NeuronSet, bool]) -> Formula | bool:
+        """What is left of it once it is known of some of its events whether the walk visits them.
+
+        Arguments:
+            known: events that have no members in common (`apart`).
+        """
+        events = {member: event for event in known for member in event.members}
+        left: dict[int, Formula | bool] = {}
+        for formula in _parts_first(self):
+            if isinstance(formula, NeuronSet):
+                near = dict.fromkeys(events[m] for m in formula.members if m in events)
+                left[id(formula)] = formula.without({event: known[event] for event in near})
+            elif isinstance(formula, _Compound):
+                parts = [left[id(part)] for part in formula.parts]
+                same = all(now is part for now, part in zip(parts, formula.parts, strict=True))
+                left[id(formula)] = formula if same else formula.joined(parts)
+        return left[id(self)]
+
     def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
         """What is left of it once it is known whether the walk visits one of its events."""
+        return self.settled({event: visited})
 
     def __and__(self, other: Formula | str) -> Formula:
         return All((self, as_formula(other)))
@@ -79,8 +101,9 @@ class Member:
 
     Attributes:
         layer: the variable's address.
+        select: gives the mask; a value or a function of a module, where sets are to be pickled.
         text: how it was made, to show; sets made in the same way are equal.
-        key: tells sets apart that look the same.
+        key: tells sets apart that look the same, here and in other processes.
     """
 
     layer: str
@@ -106,11 +129,17 @@ class NeuronSet(Formula):
     def events(self) -> tuple[NeuronSet, ...]:
         return (self,)
 
-    def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
-        if not self.holds_all_of(event):
+    def without(self, known: Mapping[NeuronSet, bool]) -> NeuronSet | bool:
+        """The members of which it is still open whether they are visited."""
+        left = self.members
+        for event, visited in known.items():
+            if self.holds_all_of(event):
+                if visited:
+                    return True
+                left = tuple(m for m in left if m not in event.members)
+        if len(left) == len(self.members):
             return self
-        left = () if visited else tuple(m for m in self.members if m not in event.members)
-        return NeuronSet(left) if left else visited
+        return NeuronSet(left) if left else False
 
     def holds_all_of(self, other: NeuronSet) -> bool:
         """Whether another set is this one, or was united with others into it."""
@@ -137,79 +166,190 @@ class NeuronSet(Formula):
         return " | ".join(member.text for member in self.members)
 
 
-@dataclass(frozen=True)
-class Not(Formula):
+class _Compound(Formula):
+    """A formula of formulas."""
+
+    parts: tuple[Formula, ...]
+
+    def __post_init__(self) -> None:
+        # Worked out while the parts' own are at hand. Never saved: hashes of texts differ between
+        # processes.
+        object.__setattr__(self, "_hash", hash((type(self).__name__, *map(hash, self.parts))))
+
+    @abstractmethod
+    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
+        """What is left of it where this is left of its parts."""
+
+    @abstractmethod
+    def pieces(self) -> list[Formula | str]:
+        """Its text, with the formulas in it as they are."""
+
+    @cached_property
+    def events(self) -> tuple[NeuronSet, ...]:
+        found: dict[NeuronSet, None] = {}
+        waiting: list[Formula] = [self]
+        seen: set[int] = set()
+        while waiting:
+            formula = waiting.pop()
+            if isinstance(formula, NeuronSet):
+                found[formula] = None
+            elif isinstance(formula, _Compound) and id(formula) not in seen:
+                seen.add(id(formula))
+                waiting += reversed(formula.parts)
+        return tuple(found)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Formula):
+            return NotImplemented
+        pairs: list[tuple[Formula, Formula]] = [(self, other)]
+        seen: set[tuple[int, int]] = set()
+        while pairs:
+            one, two = pairs.pop()
+            if one is two or (id(one), id(two)) in seen:
+                continue
+            seen.add((id(one), id(two)))
+            if not (isinstance(one, _Compound) and isinstance(two, _Compound)):
+                if isinstance(one, _Compound) or isinstance(two, _Compound) or one != two:
+                    return False
+                continue
+            if type(one) is not type(two) or hash(one) != hash(two):
+                return False
+            if len(one.parts) != len(two.parts):
+                return False
+            pairs += zip(one.parts, two.parts, strict=True)
+        return True
+
+    def __hash__(self) -> int:
+        known: int = self.__dict__["_hash"]
+        return known
+
+    def __repr__(self) -> str:
+        text: list[str] = []
+        length = 0
+        waiting: list[Formula | str] = [self]
+        while waiting:
+            piece = waiting.pop()
+            if isinstance(piece, _Compound):
+                waiting += reversed(piece.pieces())
+                continue
+            text.append(piece if isinstance(piece, str) else repr(piece))
+            length += len(text[-1])
+            if length > _LONGEST_TEXT:  # parts that are shared are written out again and again
+                return "".join(text)[:_LONGEST_TEXT] + "…"
+        return "".join(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its parts in a row, each after those that it is made of: no depth to save."""
+        places: dict[int, int] = {}
+        row: list[Formula | tuple[type[_Compound], tuple[int, ...]]] = []
+        for formula in _parts_first(self):
+            places[id(formula)] = len(row)
+            if isinstance(formula, _Compound):
+                row.append((type(formula), tuple(places[id(part)] for part in formula.parts)))
+            else:
+                row.append(formula)
+        return _built, (row,)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Not(_Compound):
     """The walk avoids what `part` says."""
 
     part: Formula
 
     @property
-    def events(self) -> tuple[NeuronSet, ...]:
-        return self.part.events
+    def parts(self) -> tuple[Formula, ...]:  # type: ignore[override]
+        return (self.part,)
 
-    def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
-        left = self.part.given(event, visited)
-        if isinstance(left, bool):
-            return not left
-        return left.part if isinstance(left, Not) else Not(left)
+    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
+        (part,) = left
+        if isinstance(part, bool):
+            return not part
+        return part.part if isinstance(part, Not) else Not(part)
 
-    def __repr__(self) -> str:
-        return f"~{_enclosed(self.part)}"
+    def pieces(self) -> list[Formula | str]:
+        return ["~", *_enclosed(self.part)]
 
 
-@dataclass(frozen=True)
-class _Joined(Formula):
+@dataclass(frozen=True, eq=False, repr=False)
+class _Joined(_Compound):
     parts: tuple[Formula, ...]
 
-    @property
-    def events(self) -> tuple[NeuronSet, ...]:
-        return tuple(dict.fromkeys(event for part in self.parts for event in part.events))
+    sign: ClassVar[str]
 
-    def _left(self, event: NeuronSet, visited: bool) -> list[Formula | bool]:
-        return [part.given(event, visited) for part in self.parts]
+    def pieces(self) -> list[Formula | str]:
+        between = f" {self.sign} "
+        return [x for part in self.parts for x in (between, *_enclosed(part))][1:]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class All(_Joined):
     """Every part holds."""
 
-    def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
-        left = self._left(event, visited)
+    sign = "&"
+
+    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
         if any(part is False for part in left):
             return False
         return _join(All, left, empty=True)
 
-    def __repr__(self) -> str:
-        return " & ".join(map(_enclosed, self.parts))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Some(_Joined):
     """At least one part holds."""
 
-    def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
-        left = self._left(event, visited)
+    sign = "|"
+
+    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
         if any(part is True for part in left):
             return True
         return _join(Some, left, empty=False)
 
-    def __repr__(self) -> str:
-        return " | ".join(map(_enclosed, self.parts))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Odd(_Joined):
     """An odd number of parts holds; of two parts, exactly one."""
 
-    def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
-        left = self._left(event, visited)
+    sign = "^"
+
+    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
         joined = _join(Odd, left, empty=False)
         if sum(part is True for part in left) % 2 == 0:
             return joined
         return not joined if isinstance(joined, bool) else Not(joined)
 
-    def __repr__(self) -> str:
-        return " ^ ".join(map(_enclosed, self.parts))
+
+_LONGEST_TEXT = 1_000_000
+
+
+def _parts_first(formula: Formula) -> Iterator[Formula]:
+    """It and everything that it is made of, each once and after its own parts."""
+    done: set[int] = set()
+    waiting: list[Formula] = [formula]
+    while waiting:
+        one = waiting[-1]
+        before = one.parts if isinstance(one, _Compound) and id(one) not in done else ()
+        missing = [part for part in before if id(part) not in done]
+        if missing:
+            waiting += reversed(missing)
+            continue
+        waiting.pop()
+        if id(one) not in done:
+            done.add(id(one))
+            yield one
+
+
+def _built(row: Sequence[Formula | tuple[type[_Compound], tuple[int, ...]]]) -> Formula:
+    """The formula that `_Compound.__reduce__` took to pieces."""
+    made: list[Formula] = []
+    for entry in row:
+        if isinstance(entry, Formula):
+            made.append(entry)
+            continue
+        kind, places = entry
+        parts = tuple(made[place] for place in places)
+        made.append(Not(*parts) if kind is Not else kind(parts))  # type: ignore[call-arg]
+    return made[-1]
 
 
 def _join(kind: type[_Joined], parts: Iterable[Formula | bool], empty: bool) -> Formula | bool:
@@ -220,18 +360,18 @@ def _join(kind: type[_Joined], parts: Iterable[Formula | bool], empty: bool) -> 
     return kind(tuple(left))
 
 
-def _enclosed(part: Formula) -> str:
+def _enclosed(part: Formula) -> list[Formula | str]:
     alone = isinstance(part, Not) or (isinstance(part, NeuronSet) and len(part.members) == 1)
-    return repr(part) if alone else f"({part!r})"
+    return [part] if alone else ["(", part, ")"]
 
 
 def every_neuron(layer: str) -> NeuronSet:
     """All neurons of a layer."""
+    return NeuronSet((Member(layer, _all_of, f"neurons({layer!r})"),))
 
-    def select(variable: Variable, shape: torch.Size) -> Tensor:
-        return torch.ones(shape, dtype=torch.bool)
 
-    return NeuronSet((Member(layer, select, f"neurons({layer!r})"),))
+def _all_of(variable: Variable, shape: torch.Size) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
 
 
 def as_formula(chosen: Formula | str) -> Formula:
@@ -292,7 +432,12 @@ def united(sets: Iterable[Formula | str]) -> NeuronSet:
 
 def conjunction(formulas: Iterable[Formula | str]) -> tuple[Formula, ...]:
     """The parts that hold together, those of nested conjunctions one by one."""
-    parts: list[Formula] = []
-    for formula in map(as_formula, formulas):
-        parts += conjunction(formula.parts) if isinstance(formula, All) else [formula]
-    return tuple(dict.fromkeys(parts))
+    parts: dict[Formula, None] = {}
+    waiting = [as_formula(formula) for formula in formulas][::-1]
+    while waiting:
+        formula = waiting.pop()
+        if isinstance(formula, All):
+            waiting += reversed(formula.parts)
+        else:
+            parts[formula] = None
+    return tuple(parts)

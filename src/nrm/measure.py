@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nrm.channels import require_samples_apart, sum_by_channel
-from nrm.diagnostics import Diagnostics, bias_shares, diagnose
+from nrm.chunks import checked
+from nrm.diagnostics import Diagnostics, bias_shares, diagnose, warn_of_output
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.joint.pairs import Method, all_combinations, best_method
 from nrm.joint.partitions import Division, Partition, partition
-from nrm.many import marginals_of_chains
+from nrm.many import Chain, marginals_of_chains
 from nrm.passing import Messages, finite
 from nrm.placing import Stops, by_sample, divide, per_sample, resolve
 from nrm.program import Pass
 from nrm.progress import counted, narrowed
 from nrm.proper_form import ProperForm, depth, proper_form
 from nrm.query import Plan, Query
+from nrm.recipe import Recipe, made
 from nrm.search import Budget, Flows, Order, Way, find_flows
 from nrm.targets import Explained
 from nrm.weights import Weights, expected, weights_of
@@ -50,12 +52,18 @@ class Measure:
     """
 
     def __init__(
-        self, forward: Pass, explained: Explained, check: Callable[[], None] = lambda: None
+        self,
+        forward: Pass,
+        explained: Explained,
+        check: Callable[[], None] = lambda: None,
+        recipe: Recipe | None = None,
     ) -> None:
         self._forward_pass = forward
         self._check = check  # that the weights are still those of the forward pass
+        self._recipe = recipe
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
+        warn_of_output(forward, explained)
         self.target = explained.target
         self.output = forward.output.clone()
         self.scale = per_sample(
@@ -278,7 +286,8 @@ class Measure:
         Arguments:
             conditions: each a set, formula or layer, or several that hold together.
             at: the input, for a model with several, or any other layer.
-            memory: bytes that the messages travelling at once may take, roughly.
+            memory: bytes that the messages travelling at once may take, with the masks of their
+                sets, roughly.
             progress: whether to show a progress bar; or a function to call instead, with the
                 number of conditions just done.
 
@@ -288,20 +297,26 @@ class Measure:
         if isinstance(conditions, (str, Formula)):
             raise QueryError("conditions are a list; one alone is a list of one.")
         variable = self.graph.variable(self._input(at))
-        forward = self.forward_pass
+        forward, memory = self.forward_pass, checked(memory)
         found = self.output.new_zeros((len(conditions), *forward.shape(variable)))
-        chains: dict[int, list[Stops]] = {}
+        # Their places, by what they ask: once where several ask the same.
+        chains: dict[Chain, list[int]] = {}
+        others: dict[Formula | bool, list[int]] = {}
+        for place, condition in enumerate(conditions):
+            sets = [condition] if isinstance(condition, (str, Formula)) else condition
+            formula = _together(*sets)
+            chain = Query(forward, self._start, [formula]).chain_above(variable)
+            if chain is None:
+                others.setdefault(formula, []).append(place)
+            else:
+                chains.setdefault(tuple(chain), []).append(place)
         with counted(progress, "heatmaps", len(conditions)) as advance:
-            for place, condition in enumerate(conditions):
-                sets = [condition] if isinstance(condition, (str, Formula)) else condition
-                chain = self._query([_together(*sets)], None, True).chain_above(variable)
-                if chain is None:
-                    found[place] = self.marginal(variable.name, *sets)
-                    advance(1)
-                else:
-                    chains[place] = chain
+            for formula, places in others.items():
+                message = Query(forward, self._start, [formula]).marginals([variable])[variable]
+                found[places] = finite(message)
+                advance(len(places))
             marginals_of_chains(forward, self._start, chains, variable, found, memory, advance)
-        return finite(found)
+        return found
 
     def _input(self, at: str | None) -> str:
         if at is not None:
@@ -382,9 +397,10 @@ class Measure:
         """
         conditions = [part for part in more if isinstance(part, Formula)]
         further = [part for part in more if not isinstance(part, Formula)]
-        sides, order = self._sides([a, b, *further], by)
+        sides, order = self._sides([a, b, *further], by, checked(memory))
         message = self._message(sides[0].variable, conditions)
-        found = all_combinations(self.forward_pass, message, sides, memory, method)
+        left = max(1, checked(memory) - sum(side.held for side in sides))
+        found = all_combinations(self.forward_pass, message, sides, left, method)
         return finite(found.permute(0, *(order.index(place) + 1 for place in range(len(order)))))
 
     def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
@@ -392,18 +408,25 @@ class Measure:
 
         It may depend on the input: on the winners of a max-pooling in between.
         """
-        sides, _ = self._sides([a, b], by)
+        sides, _ = self._sides([a, b], by, 0)
         return best_method(self.forward_pass, sides[0], sides[1])
 
-    def _sides(self, layers: Sequence[Parts], by: Division) -> tuple[list[Partition], list[int]]:
+    def _sides(
+        self, layers: Sequence[Parts], by: Division, memory: int
+    ) -> tuple[list[Partition], list[int]]:
         """The parts of layers, from the output down, and the place where each was given."""
-        sides = [partition(_listed(layer), by, self.forward_pass) for layer in layers]
+        sides = self._partitions(layers, by, memory)
         order = sorted(range(len(sides)), key=lambda place: -sides[place].variable.index)
         ordered = [sides[place] for place in order]
         for upper, lower in itertools.pairwise(ordered):
             if upper.variable is lower.variable:
                 raise QueryError(f"{upper.name!r} twice: combinations are of different layers.")
         return ordered, order
+
+    def _partitions(self, layers: Sequence[Parts], by: Division, memory: int) -> list[Partition]:
+        """The parts of layers; a quarter of the memory is for what is kept of them."""
+        each = memory // (4 * max(1, len(layers)))
+        return [partition(_listed(layer), by, self.forward_pass, each) for layer in layers]
 
     def top(
         self,
@@ -443,7 +466,8 @@ class Measure:
             >>> R.top("features.24", "features.26", "features.28", k=20)
             >>> R.top("fc1", "fc2", by="neuron", order="absolute")
         """
-        parts = [partition(_listed(layer), by, self.forward_pass) for layer in layers]
+        parts = self._partitions(layers, by, checked(memory))
+        left = max(1, checked(memory) - sum(part.held for part in parts))
         with narrowed(progress, "searching") as advance:
             return find_flows(
                 self.forward_pass,
@@ -454,7 +478,7 @@ class Measure:
                 sample,
                 method,
                 Budget(work, seconds),
-                memory,
+                left,
                 advance,
             )
 
@@ -513,6 +537,31 @@ class Measure:
                 "it outside, or within torch.autocast(..., enabled=False)."
             )
         return self._forward_pass
+
+    # -- keeping it ------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Callable[..., Measure], tuple[Any, ...]]:
+        """Pickled, saved by torch and deep-copied as explainer, inputs and target.
+
+        It is made anew where it is loaded. The model goes along, once for all measures in a file.
+
+        Raises:
+            QueryError: the model or the explainer has changed since, so that it would give other
+                numbers.
+        """
+        if self._recipe is None:
+            raise QueryError(
+                "this measure was not made by an Explainer, so that it cannot be made again where "
+                "it is loaded. Save its results, or call an Explainer."
+            )
+        self._check()
+        return made, self._recipe.ingredients()
+
+    def __copy__(self) -> Measure:
+        """Another one on the same forward pass."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     # -- the engine behind -----------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ explained output itself, as most other implementations do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AnySet
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nrm.errors import QueryError, TargetError
 from nrm.explainer import Explainer
-from nrm.formulas import Formula, NeuronSet, united
+from nrm.formulas import Formula, NeuronSet, every_neuron, united
 from nrm.measure import Given, Measure, Sets
 from nrm.neurons import channels, neurons
 from nrm.placing import by_sample, divide
@@ -150,7 +151,7 @@ def crp(
 def crp_conditions(
     explainer: Explainer,
     inputs: Any,
-    conditions: Sequence[Mapping[str, Sequence[int]]],
+    conditions: Sequence[Mapping[str, Any]],
     *,
     exclude_parallel: bool = True,
     conditional: bool = False,
@@ -162,9 +163,10 @@ def crp_conditions(
     Arguments:
         inputs: a tensor, or a tuple, list or dict of the model's arguments. Every condition is
             applied to all samples.
-        conditions: channels by layer. Those of one layer are united, layers are joint. `"y"` is
-            the output: several are explained together, by their logits; by default each sample's
-            largest output.
+        conditions: channels by layer: an int, or a list, array or tensor of ints. Those of one
+            layer are united, layers are joint. An empty list masks all of its layer: nothing that
+            visits it is left. `"y"` is the output: several are explained together, by their
+            logits; by default each sample's largest output.
         exclude_parallel: `True`: the concepts alone. `False`: what flows past their layers over
             skip connections is kept (`crp`'s `bypass`, the measure's `within`).
         others: as for `crp`.
@@ -175,36 +177,72 @@ def crp_conditions(
     Example:
         >>> crp_conditions(explainer, image, [{"features.27": [50], "y": [1]}, {"y": [1]}])
     """
-    measures: dict[tuple[int, ...], Measure] = {}
-    heatmaps = []
     if isinstance(conditions, Mapping):
         raise QueryError("conditions are a list; one alone is a list of one: [{...}].")
+    measures: dict[tuple[int, ...] | None, Measure] = {}
+    heatmaps = []
     for condition in conditions:
-        for name, chosen in condition.items():
-            if not isinstance(chosen, Sequence) or isinstance(chosen, str):
-                raise QueryError(
-                    f"a condition lists channels, as in {{{name!r}: [3]}}, not {chosen!r}."
-                )
-        outputs = tuple(condition.get(OUTPUT, ()))
+        if not isinstance(condition, Mapping):
+            raise QueryError(f"a condition maps layers to channels, not {condition!r}.")
+        chosen = {name: _numbers(name, entry) for name, entry in condition.items()}
+        outputs = chosen.pop(OUTPUT, None)
+        if outputs == ():
+            raise QueryError(f"a condition names no output: {{{OUTPUT!r}: []}} explains nothing.")
         if outputs not in measures:
-            measures[outputs] = _explain_outputs(explainer, inputs, outputs)
+            measures[outputs] = _explain_outputs(explainer, inputs, outputs or ())
         R = measures[outputs]
-        concepts = [channels(name, *c) for name, c in condition.items() if name != OUTPUT]
-        heatmaps.append(
-            crp(
-                R,
-                *concepts,
-                conditional=conditional,
-                bypass=not exclude_parallel,
-                at=at,
-                scale=scale,
-            )
-            if concepts
-            else lrp(R, at, scale)
-        )
+        concepts = [channels(name, *numbers) for name, numbers in chosen.items() if numbers]
+        masked = [every_neuron(name) for name, numbers in chosen.items() if not numbers]
+        options: dict[str, Any] = {"at": at, "scale": scale}
+        if masked:
+            found = _past(R, masked, concepts, exclude_parallel, conditional, at)
+            heatmaps.append(in_units(R, found, scale, _input(R, at)))
+        elif concepts:
+            options |= {"conditional": conditional, "bypass": not exclude_parallel}
+            heatmaps.append(crp(R, *concepts, **options))
+        else:
+            heatmaps.append(lrp(R, **options))
     if not heatmaps:
         raise QueryError("there are no conditions.")
     return torch.stack(heatmaps)
+
+
+def _past(
+    R: Measure,
+    masked: Sequence[NeuronSet],
+    concepts: Sequence[NeuronSet],
+    exclude_parallel: bool,
+    conditional: bool,
+    at: str | None,
+) -> Tensor:
+    """The heatmap of what is left where all of some layers is masked."""
+    for layer in (*masked, *concepts):
+        R(layer)  # refuses what does not exist, as wherever else
+    if exclude_parallel:  # nothing visits the masked layers and is let through
+        return torch.zeros_like(R.heatmap(at=at))
+    beside = ~united(masked)
+    within = united(concepts) if concepts else None
+    joint = R.heatmap(beside, within=within, at=at)
+    if not conditional:
+        return joint
+    variable = R.graph.variable(_input(R, at))
+    return divide(joint, by_sample(R(beside, within=within), joint, variable))
+
+
+def _numbers(name: str, chosen: Any) -> tuple[int, ...]:
+    """The channels that a condition lists, each once."""
+    entries = chosen.tolist() if hasattr(chosen, "tolist") else chosen  # tensors and arrays
+    if not isinstance(entries, Sequence | AnySet) or isinstance(entries, str | bytes):
+        entries = [entries]
+    numbers = []
+    for entry in entries:
+        entry = entry.tolist() if hasattr(entry, "tolist") else entry
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise QueryError(
+                f"a condition lists channels by number, as in {{{name!r}: [3]}}, not {chosen!r}."
+            )
+        numbers.append(entry)
+    return tuple(dict.fromkeys(numbers))
 
 
 def subgraph(
@@ -335,8 +373,13 @@ def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]
     if len(outputs) < 2:
         return _explain(explainer, inputs, target=outputs[0] if outputs else None)
     found = _explain(explainer, inputs).output
+    if found.dim() > 2:
+        raise TargetError(
+            "a condition explains several outputs where each sample has one row of them; the "
+            f"output is {tuple(found.shape)}. Give the explainer an output_relevance instead."
+        )
     for number in outputs:
-        if not isinstance(number, int) or not 0 <= number < found.shape[-1]:
+        if not 0 <= number < found.shape[-1]:
             raise TargetError(
                 f"output {number!r} of a condition is out of range: there are {found.shape[-1]}."
             )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,20 +29,8 @@ def neurons(layer: str, *indices: Any) -> NeuronSet:
     if not indices:
         return every_neuron(layer)
     # One entry for each axis.
-    chosen = [_frozen(index if isinstance(index, tuple) else (index,)) for index in indices]
-
-    def select(variable: Variable, shape: torch.Size) -> Tensor:
-        picked = torch.zeros(shape, dtype=torch.bool)
-        for index in chosen:
-            if len(index) != len(shape):
-                raise NeuronSetError(
-                    f"{layer!r} has neurons of shape {tuple(shape)}, so an index needs "
-                    f"{len(shape)} entries, not {index}."
-                )
-            picked |= _block(index, shape, layer)
-        return picked
-
-    return _made("neurons", layer, indices, select)
+    chosen = tuple(_frozen(index if isinstance(index, tuple) else (index,)) for index in indices)
+    return _made("neurons", layer, indices, _Indexed(layer, chosen))
 
 
 def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
@@ -56,17 +47,7 @@ def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
     """
     if not indices:
         raise NeuronSetError(f"channels({layer!r}) names no channel: the set is empty.")
-    chosen = _frozen(indices)
-
-    def select(variable: Variable, shape: torch.Size) -> Tensor:
-        index: list[Any] = [slice(None)] * len(shape)
-        along = channel_axis(variable, shape) if axis is None else axis
-        if not -len(shape) <= along < len(shape):
-            raise NeuronSetError(f"{layer!r} has no axis {axis}: its neurons are {tuple(shape)}.")
-        index[along] = chosen
-        return _block(index, shape, layer)
-
-    return _made("channels", layer, indices, select, axis)
+    return _made("channels", layer, indices, _OfChannels(layer, _frozen(indices), axis), axis)
 
 
 def patch(layer: str, *spatial: Index) -> NeuronSet:
@@ -75,20 +56,7 @@ def patch(layer: str, *spatial: Index) -> NeuronSet:
     Example:
         >>> patch("features.28", slice(0, 7), slice(0, 7))  # upper left quarter of 14 x 14
     """
-    chosen = _frozen(spatial)
-
-    def select(variable: Variable, shape: torch.Size) -> Tensor:
-        along = channel_axis(variable, shape)
-        if len(chosen) != len(shape) - 1:
-            raise NeuronSetError(
-                f"{layer!r} has {len(shape) - 1} spatial axes (neurons of shape {tuple(shape)}), "
-                f"but the patch has {len(chosen)}."
-            )
-        index: list[Any] = list(chosen)
-        index.insert(along, slice(None))
-        return _block(index, shape, layer)
-
-    return _made("patch", layer, spatial, select)
+    return _made("patch", layer, spatial, _InPatch(layer, _frozen(spatial)))
 
 
 def mask(layer: str, chosen: Tensor) -> NeuronSet:
@@ -102,17 +70,91 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
         what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
     chosen = chosen.detach().clone()  # callers reuse theirs
+    text = f"mask({layer!r}, {int(chosen.sum())} neurons)"
+    bits = np.packbits(chosen.cpu().numpy())
+    key = (tuple(chosen.shape), hashlib.sha256(bits.tobytes()).hexdigest())
+    return NeuronSet((Member(layer, _Masked(layer, chosen), text, key),))
 
-    def select(variable: Variable, shape: torch.Size) -> Tensor:
+
+# Selectors are values, not functions, so that sets can be pickled and sent to other processes.
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """Neurons by index.
+
+    Attributes:
+        chosen: for each, one entry for each axis.
+    """
+
+    layer: str
+    chosen: tuple[Any, ...]
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        picked = torch.zeros(shape, dtype=torch.bool)
+        for index in self.chosen:
+            if len(index) != len(shape):
+                raise NeuronSetError(
+                    f"{self.layer!r} has neurons of shape {tuple(shape)}, so an index needs "
+                    f"{len(shape)} entries, not {index}."
+                )
+            picked |= _block(index, shape, self.layer)
+        return picked
+
+
+@dataclass(frozen=True)
+class _OfChannels:
+    layer: str
+    chosen: tuple[Any, ...]
+    axis: int | None
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        index: list[Any] = [slice(None)] * len(shape)
+        along = channel_axis(variable, shape) if self.axis is None else self.axis
+        if not -len(shape) <= along < len(shape):
+            raise NeuronSetError(
+                f"{self.layer!r} has no axis {self.axis}: its neurons are {tuple(shape)}."
+            )
+        index[along] = self.chosen
+        return _block(index, shape, self.layer)
+
+
+@dataclass(frozen=True)
+class _InPatch:
+    """All channels of a patch.
+
+    Attributes:
+        chosen: one entry for each axis but the channels'.
+    """
+
+    layer: str
+    chosen: tuple[Any, ...]
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        along = channel_axis(variable, shape)
+        if len(self.chosen) != len(shape) - 1:
+            raise NeuronSetError(
+                f"{self.layer!r} has {len(shape) - 1} spatial axes (neurons of shape "
+                f"{tuple(shape)}), but the patch has {len(self.chosen)}."
+            )
+        index: list[Any] = list(self.chosen)
+        index.insert(along, slice(None))
+        return _block(index, shape, self.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Masked:
+    layer: str
+    chosen: Tensor
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        chosen = self.chosen
         if chosen.shape != shape and chosen.shape[1:] != shape:
             raise NeuronSetError(
-                f"the mask has shape {tuple(chosen.shape)}, the neurons of {layer!r} have "
+                f"the mask has shape {tuple(chosen.shape)}, the neurons of {self.layer!r} have "
                 f"{tuple(shape)} (without the batch)."
             )
         return chosen
-
-    text = f"mask({layer!r}, {int(chosen.sum())} neurons)"
-    return NeuronSet((Member(layer, select, text, key=id(chosen)),))
 
 
 def channel_axis(variable: Variable, shape: torch.Size) -> int:
@@ -169,7 +211,7 @@ def _made(
     along = "" if axis is None else f", axis={axis}"
     text = f"{how}({layer!r}{''.join(f', {index!r}' for index in indices)}{along})"
     # Large tensors are shown in part, so that their text does not tell them apart.
-    key = None if all(map(_is_plain, indices)) else object()
+    key = None if all(map(_is_plain, indices)) else repr(_frozen(indices))
     return NeuronSet((Member(layer, select, text, key),))
 
 

@@ -89,7 +89,10 @@ def travel(
         if len(states) > 1:
             message = torch.cat([messages[state] for state in states])
         del messages
-        pulled = forward.propagations[operation].pull(message, wanted, normalized)
+        propagation = forward.propagations[operation]
+        pulled = propagation.pull(message, wanted, normalized)
+        if propagation.vanished:
+            forward.cautions.vanished(operation.address, propagation.vanished)
         del message
         for k, (operand, parts) in enumerate(zip(operation.operands, pulled, strict=True)):
             if parts is None:

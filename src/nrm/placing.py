@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,18 @@ from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
 from nrm.program import Pass
 
+S = TypeVar("S")
 Stops = dict[Variable, Tensor | None]
 """A neuron set on a graph: masks that broadcast to messages; `None` for a whole variable."""
+
+
+def variables_of(chosen: NeuronSet, graph: Graph) -> tuple[Variable, ...]:
+    """Where a neuron set lies, each variable once.
+
+    Raises:
+        UnknownLayerError: a layer does not exist.
+    """
+    return tuple(dict.fromkeys(graph.variable(layer) for layer in chosen.layers))
 
 
 def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
@@ -76,15 +87,19 @@ def neuron_shape(variable: Variable, forward: Pass) -> torch.Size:
     return torch.Size(shape)
 
 
-def in_order(graph: Graph, sets: Sequence[Stops]) -> list[Stops] | None:
-    """The sets in an order in which every walk that meets all of them does so, if there is one."""
-    upstream = {variable: graph.upstream(variable) for stops in sets for variable in stops}
+def in_order(graph: Graph, sets: Mapping[S, Collection[Variable]]) -> list[S] | None:
+    """The sets in an order in which every walk that meets all of them does so, if there is one.
+
+    Arguments:
+        sets: where each lies.
+    """
+    upstream = {variable: graph.upstream(variable) for lies in sets.values() for variable in lies}
     remaining, order = list(sets), []
     while remaining:
-        for stops in remaining:
-            others = [other for other in remaining if other is not stops]
-            if not any(v in upstream[w] for v in stops for other in others for w in other):
-                order.append(stops)
+        for one in remaining:
+            others = [other for other in remaining if other is not one]
+            if not any(v in upstream[w] for v in sets[one] for o in others for w in sets[o]):
+                order.append(one)
                 remaining = others
                 break
         else:

@@ -3,10 +3,15 @@
 Red is positive relevance, for what is explained, blue negative, against it, and white none. A
 colour scale is symmetric about zero and ends at a high percentile of |R| (`SCALE_PERCENTILE`), so
 that a few pixels do not decide how all others look.
+
+Relevance is `[H, W]`, or `[C, H, W]`, summed over its colours; a picture is `[H, W]`, `[H, W, C]`
+or `[C, H, W]`, as tensor, array or Pillow's. Both may have a batch axis of one sample. Texts are
+drawn as they are: a `$` in the name of a class begins no formula.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +27,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from nrm.errors import InputError
+
 Array = npt.NDArray[Any]
+Image = Tensor | Array | Any
+"""A picture as a tensor, an array, or what becomes an array (Pillow's pictures)."""
 
 COLOURS = "RdBu_r"
 SCALE_PERCENTILE = 99.5
@@ -36,6 +45,9 @@ ENDS = ("against", "for")
 
 _PANEL = 1.9  # inches, the side of a picture in an overview
 _GREY = "0.35"
+_LONGEST_LINE = 200  # of a text in a picture; a longer one would widen the picture by itself
+_NUMBERS = ("1", "L", "RGB", "RGBA", "F", "I", "I;16", "I;16B", "I;16L")  # as arrays
+_MOST_ENLARGED = 2**22  # pixels
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,73 @@ class Panel:
 
 
 def by_pixel(relevance: Tensor | Array) -> Array:
-    """Relevance as `[H, W]`: `[C, H, W]` is summed over its colours."""
-    if isinstance(relevance, Tensor):
-        relevance = relevance.detach().cpu().numpy()
-    values = np.asarray(relevance, dtype=np.float64)
-    if values.ndim not in (2, 3):
-        raise ValueError(f"relevance is [C, H, W] or [H, W], not of shape {values.shape}")
+    """Relevance as `[H, W]`: `[C, H, W]` is summed over its colours.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    values = np.asarray(_as_array(relevance), dtype=np.float64)
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
+    if values.ndim not in (2, 3) or not values.size:
+        raise InputError(
+            f"relevance is [C, H, W] or [H, W], of one sample, not of shape {values.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise InputError("the relevance holds NaN or infinite values")
     return values.sum(0) if values.ndim == 3 else values
+
+
+def as_picture(picture: Image) -> Array:
+    """A picture as `[H, W]` or `[H, W, 3]`, from 0 to 1.
+
+    Integers count from 0 to 255. Of what goes beyond 0 and 1 (a model's normalised input) the
+    smallest value becomes 0 and the largest 1. A fourth channel is laid over white.
+
+    Raises:
+        InputError: it has another shape, or holds no numbers.
+    """
+    values = _as_array(picture)
+    if values.dtype.kind not in "fiub":
+        raise InputError(f"a picture holds numbers, not {values.dtype}")
+    shape, first = values.shape, isinstance(picture, Tensor)
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
+    if values.ndim == 3:
+        places = [place for place in ((0, 2) if first else (2, 0)) if values.shape[place] in (3, 4)]
+        places += [place for place in (0, 2) if values.shape[place] == 1]
+        if places:
+            values = np.moveaxis(values, places[0], 2)
+    if not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (1, 3, 4))):
+        raise InputError(
+            f"a picture is [H, W, 3], [3, H, W] or [H, W], of one sample, not of shape {shape}"
+        )
+    if not values.size or not np.isfinite(values).all():
+        raise InputError("the picture is empty, or holds NaN or infinite values")
+    if values.dtype.kind in "iu":
+        values = values / 255.0
+    values = values.astype(np.float64)
+    low, high = min(0.0, float(values.min())), float(values.max())
+    if low < 0 or high > 1:
+        low = float(values.min())
+        values = (values - low) / (high - low or 1.0)
+    if values.ndim == 2 or values.shape[2] == 3:
+        return values
+    if values.shape[2] == 1:
+        return values[..., 0]
+    colours: Array = values[..., :3] * values[..., 3:] + 1 - values[..., 3:]
+    return colours
+
+
+def _as_array(given: Any) -> Array:
+    if isinstance(given, Tensor):
+        given = given.detach().cpu()
+        values: Array = (given.double() if given.is_floating_point() else given).numpy()
+        return values
+    mode = getattr(given, "mode", None)
+    if isinstance(mode, str) and mode not in _NUMBERS:  # a picture of Pillow's: a palette, CMYK
+        given = given.convert("RGBA" if mode in ("P", "PA", "LA") else "RGB")
+    return np.asarray(given)
 
 
 def scale(relevance: Tensor | Array, percentile: float = SCALE_PERCENTILE) -> float:
@@ -66,39 +138,46 @@ def heatmap(
     relevance: Tensor | Array,
     ax: Axes,
     *,
-    picture: Array | None = None,
+    picture: Image | None = None,
     limit: float | None = None,
     title: str = "",
 ) -> ScalarMappable:
     """Draw relevance as colours.
 
     Arguments:
-        picture: `[H, W, 3]` or `[H, W]` from 0 to 1, whose outlines show through in grey.
+        picture: what the relevance is of, of as many pixels; its outlines show through in grey.
         limit: the colour scale goes from `-limit` to `limit`; by default `scale(relevance)`.
 
     Returns:
         the colour scale, for a colour bar.
+
+    Raises:
+        InputError: a shape that is none of a picture, or a picture of another size.
     """
     values = by_pixel(relevance)
+    grey = None if picture is None else _grey(as_picture(picture))
+    if grey is not None and grey.shape != values.shape:
+        raise InputError(
+            f"the picture has {grey.shape[0]} x {grey.shape[1]} pixels, the relevance "
+            f"{values.shape[0]} x {values.shape[1]}: give the picture as the model sees it."
+        )
     limit = limit or scale(values)
     colours = ScalarMappable(Normalize(-limit, limit), matplotlib.colormaps[COLOURS])
     pixels = colours.to_rgba(values)[..., :3]
-    outlined = picture is not None and picture.shape[:2] == values.shape
     few = min(values.shape) < FEW_PIXELS
-    if picture is not None and outlined and not few:
-        pixels = pixels * (1 - OUTLINE * _outlines(picture))[..., None]
+    if grey is not None and not few:
+        pixels = pixels * (1 - OUTLINE * _outlines(grey))[..., None]
     _show(pixels, ax, title)
-    if picture is not None and outlined and few and min(values.shape) > 1:
-        grey = _grey(picture)
+    if grey is not None and few and min(values.shape) > 1:
         middle = (float(grey.min()) + float(grey.max())) / 2
         if grey.min() < middle < grey.max():
             ax.contour(grey, levels=[middle], colors=_GREY, linewidths=0.8)
     return colours
 
 
-def photo(picture: Array, ax: Axes, *, title: str = "") -> None:
-    """Draw a picture `[H, W, 3]` or `[H, W]` from 0 to 1."""
-    _show(np.clip(picture, 0, 1), ax, title)
+def photo(picture: Image, ax: Axes, *, title: str = "") -> None:
+    """Draw a picture."""
+    _show(as_picture(picture), ax, title)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -106,17 +185,22 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, bbox_inches="tight", pad_inches=0.08)
 
 
-def save_photo(picture: Array, path: Path, smallest: int = 224) -> None:
-    """Write a picture as it is, tiny ones enlarged to at least `smallest` pixels a side."""
-    times = max(1, -(-smallest // min(picture.shape[:2])))
-    enlarged = np.clip(picture, 0, 1).repeat(times, 0).repeat(times, 1)
+def save_photo(picture: Image, path: Path, smallest: int = 224) -> None:
+    """Write a picture as it is, tiny ones enlarged to at least `smallest` pixels a side.
+
+    One that is tiny in one direction alone is enlarged no further than memory is sensible.
+    """
+    values = as_picture(picture)
+    high, wide = values.shape[:2]
+    times = min(-(-smallest // min(high, wide)), math.isqrt(_MOST_ENLARGED // (high * wide)))
+    enlarged = values.repeat(max(1, times), 0).repeat(max(1, times), 1)
     image.imsave(path, enlarged, cmap="gray", vmin=0, vmax=1)
 
 
 def single(
     relevance: Tensor | Array,
     *,
-    picture: Array | None = None,
+    picture: Image | None = None,
     title: str = "",
     ends: tuple[str, str] = ENDS,
 ) -> Figure:
@@ -124,9 +208,10 @@ def single(
     figure = Figure(figsize=(4.6, 4.3), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     colours = heatmap(relevance, ax, picture=picture)
-    ax.set_title(title, fontsize=9)
+    ax.set_title(_plain(title), fontsize=9, parse_math=False)
     bar = figure.colorbar(colours, ax=ax, shrink=0.85, pad=0.02, extend="both")
-    bar.set_label(f"relevance of a pixel: red {ends[1]}, blue {ends[0]}", fontsize=8, color=_GREY)
+    label = _plain(f"relevance of a pixel: red {ends[1]}, blue {ends[0]}")
+    bar.set_label(label, fontsize=8, color=_GREY, parse_math=False)
     bar.ax.ticklabel_format(scilimits=(-2, 2))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
     bar.ax.tick_params(labelsize=7)
@@ -135,7 +220,7 @@ def single(
 
 
 def overview(
-    picture: Array,
+    picture: Image,
     total: Panel,
     columns: Sequence[Sequence[Panel]] = (),
     rows: Sequence[str] = (),
@@ -173,7 +258,7 @@ def overview(
             ax = figure.add_subplot(grid[row, column])
             heatmap(panel.relevance, ax, picture=picture, title=panel.title)
             if column == 0:
-                ax.set_ylabel(rows[row - 1], fontsize=9)
+                ax.set_ylabel(_plain(rows[row - 1]), fontsize=9, parse_math=False)
     return figure
 
 
@@ -187,15 +272,17 @@ def _describe(
     """Facts, and what the colours mean, in a place of their own."""
     ax.set_axis_off()
     if facts:
-        ax.text(0.04, 0.99, facts[0], fontsize=13, weight="bold", va="top")
-        ax.text(0.04, 0.83, "\n".join(facts[1:]), fontsize=8, va="top", linespacing=1.5)
+        head, others = _plain(facts[0]), _plain("\n".join(facts[1:]))
+        ax.text(0.04, 0.99, head, fontsize=13, weight="bold", va="top", parse_math=False)
+        ax.text(0.04, 0.83, others, fontsize=8, va="top", linespacing=1.5, parse_math=False)
     bar = figure.colorbar(
         ScalarMappable(Normalize(-1, 1), colours.get_cmap()),
         cax=ax.inset_axes((0.04, 0.17, 0.6, 0.055)),
         orientation="horizontal",
         ticks=[-1, 0, 1],
     )
-    names = bar.ax.set_xticklabels([ends[0], "no relevance", ends[1]], fontsize=8)
+    meanings = [_plain(ends[0]), "no relevance", _plain(ends[1])]
+    names = bar.ax.set_xticklabels(meanings, fontsize=8, parse_math=False)
     names[0].set_horizontalalignment("left")
     names[-1].set_horizontalalignment("right")
     bar.ax.tick_params(length=0)
@@ -217,16 +304,27 @@ def _show(pixels: Array, ax: Axes, title: str) -> None:
         side.set_linewidth(0.4)
         side.set_color(_GREY)
     if title:
-        ax.set_title(title, fontsize=8, pad=3)
+        ax.set_title(_plain(title), fontsize=8, pad=3, parse_math=False)
 
 
-def _outlines(picture: Array) -> Array:
+def _plain(text: str) -> str:
+    """A text to draw: without what cannot be seen, and with lines that end."""
+    lines = [
+        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        for line in text.split("\n")
+    ]
+    return "\n".join(
+        line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines
+    )
+
+
+def _outlines(grey: Array) -> Array:
     """How strongly brightness changes at each pixel, from 0 to 1."""
-    change = np.hypot(*np.gradient(_grey(picture)))
+    change = np.hypot(*np.gradient(grey))
     outlines: Array = np.clip(change / (np.percentile(change, 98) or 1.0), 0, 1)
     return outlines
 
 
 def _grey(picture: Array) -> Array:
-    grey: Array = np.asarray(picture.mean(-1) if picture.ndim == 3 else picture, np.float64)
+    grey: Array = picture.mean(-1) if picture.ndim == 3 else picture
     return grey

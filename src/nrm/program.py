@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.cautions import Cautions
 from nrm.errors import InputError, NrmError, QueryError, UnsupportedOperatorError
 from nrm.fusion import fusions, needed
 from nrm.graph import Graph, Operation, Variable, run
@@ -39,12 +40,14 @@ class Pass:
         output: the explained tensor's values.
         batch: the number of samples.
         telescope: the way by derivatives, where the rules allow it.
+        cautions: what a person was warned of.
     """
 
     def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
         self.graph = program.graph
         self._program, self._inputs = program, inputs
         self.telescope: Telescope | None = None
+        self.cautions = Cautions()
         shapes: dict[Variable, torch.Size] = {}
         if program.telescopes:
             values, shapes = program.differentiate(inputs)
@@ -80,6 +83,22 @@ class Pass:
         """The value of a node of the captured graph, also of one that carries no relevance."""
         value: Tensor = run(self.graph.captured, self._inputs, node)
         return value
+
+    def calls(self, operations: Sequence[Operation]) -> list[tuple[Call, list[Tensor]]]:
+        """Some operations' calls, with slots for their operands, and the operands' values."""
+        wanted = {node for operation in operations for _, node in operation.call.nodes()}
+        values: dict[Node, Any] = {}
+
+        def keep(node: Node, value: Any) -> Any:
+            if node in wanted:
+                values[node] = value
+            return value
+
+        run(self.graph.captured, self._inputs, change=keep)
+        return [
+            (_with_values(operation, values), [values[slot] for slot in operation.slots])
+            for operation in operations
+        ]
 
     def shape(self, variable: Variable) -> torch.Size:
         """The shape of a variable, batch included."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nrm.automaton import Automaton, State, is_settled
+from nrm.diagnostics import warn_of_cancelling
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.forward_messages import ForwardMessages
 from nrm.graph import Variable
 from nrm.passing import Messages, send, travel
-from nrm.placing import Stops, in_order, per_sample, resolve
+from nrm.placing import Stops, in_order, per_sample, resolve, variables_of
 from nrm.program import Pass
 
 
@@ -43,9 +45,13 @@ class Query:
         self.forward, self.start, self.graph = forward, start, forward.graph
         self.formulas = formulas
         self.normalized, self.open_to = normalized, open_to or {}
-        self.masks: dict[NeuronSet, Stops] = {
-            event: resolve(event, forward) for event in apart(events_of(formulas))
-        }
+        self.events = apart(events_of(formulas))
+        self._lie = {event: variables_of(event, self.graph) for event in self.events}
+
+    @cached_property
+    def masks(self) -> dict[NeuronSet, Stops]:
+        """Of each event, as large as the layers: made when messages are to be sent."""
+        return {event: resolve(event, self.forward) for event in self.events}
 
     # -- what is asked ---------------------------------------------------------------------------
 
@@ -53,7 +59,7 @@ class Query:
         """`[formulas, batch]`: the relevance of the walks on which each formula holds."""
         chain = self._chain()
         if chain is not None:
-            return self._sum(self._along(chain, self._ends())).unsqueeze(0)
+            return self._sum(self._along(self._stops(chain), self._ends())).unsqueeze(0)
         total = self.forward.output.new_zeros((len(self.formulas), self.forward.batch))
         for state, relevance in self.outcomes(keeps_failed=False).items():
             for row, holds in zip(total, state, strict=True):
@@ -93,7 +99,7 @@ class Query:
         """
         chain = self.chain_above(*variables) if len(variables) == 1 else None
         if chain is not None:
-            found = self._along(chain, dict.fromkeys(variables))
+            found = self._along(self._stops(chain), dict.fromkeys(variables))
         else:
             automaton = self._automaton()
             recorded: dict[Variable, dict[State, Tensor]] = {v: {} for v in variables}
@@ -107,13 +113,15 @@ class Query:
                         before = found.get(variable)
                         part = message * factor
                         found[variable] = part if before is None else before + part
+        # Of many layers at once only the leaves are looked at: it costs a pass over memory.
+        self._warn({v: m for v, m in found.items() if v.is_leaf or len(variables) == 1})
         nothing = self.forward.output.new_zeros(())
         for variable in variables:
             if variable not in found:
                 found[variable] = nothing.expand((1, *self.forward.shape(variable)))
         return found
 
-    def chain_above(self, variable: Variable) -> list[Stops] | None:
+    def chain_above(self, variable: Variable) -> list[NeuronSet] | None:
         """The sets in the order in which walks meet them before a variable, if that is all."""
         chain = self._chain()
         return chain if chain is not None and self._ends_at(variable) else None
@@ -176,7 +184,7 @@ class Query:
                 coming.setdefault(operand, set()).update(s for s in arriving if s is not None)
             if operands and states:
                 messages[variable.name] = len(states)
-        return Plan(tuple(self.masks), messages)
+        return Plan(self.events, messages)
 
     # -- how it is answered ----------------------------------------------------------------------
 
@@ -199,22 +207,25 @@ class Query:
     @property
     def places(self) -> set[Variable]:
         """Where the sets lie."""
-        return {variable for stops in self.masks.values() for variable in stops}
+        return {variable for lies in self._lie.values() for variable in lies}
 
     def _ends_at(self, variable: Variable) -> bool:
         """Whether all is known of a walk once it is at a variable."""
         below = self.graph.upstream(variable)
         return (self._stops_early or variable.is_leaf) and not below & self.places
 
-    def _chain(self) -> list[Stops] | None:
+    def _chain(self) -> list[NeuronSet] | None:
         """The sets in the order in which walks meet them, if all are to be visited so."""
         if len(self.formulas) != 1 or self.open_to:
             return None
         (formula,) = self.formulas
         parts = conjunction(formula.parts) if isinstance(formula, All) else (formula,)
-        if formula is not True and not all(part in self.masks for part in parts):
+        if formula is not True and not all(part in self._lie for part in parts):
             return None
-        return in_order(self.graph, list(self.masks.values()))
+        return in_order(self.graph, self._lie)
+
+    def _stops(self, chain: Sequence[NeuronSet]) -> list[Stops]:
+        return [self.masks[event] for event in chain]
 
     def _along(self, chain: list[Stops], ends: Stops | None) -> Messages:
         """The messages of walks that visit all sets of a chain: one at a time will do."""
@@ -245,7 +256,12 @@ class Query:
     ) -> ForwardMessages:
         return ForwardMessages(self.forward, automaton, wanted, self.normalized, self.open_to)
 
+    def _warn(self, found: Messages) -> None:
+        if self.normalized:
+            warn_of_cancelling(self.forward, self.start, found)
+
     def _sum(self, messages: Messages) -> Tensor:
+        self._warn(messages)
         total = self.forward.output.new_zeros(self.forward.batch)
         for variable, message in messages.items():
             total = total + per_sample(message, variable, self.forward.batch)[0]

@@ -54,6 +54,8 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
     output, variable = forward.output, forward.graph.output
     if not isinstance(relevance, Tensor):
         raise TargetError(f"output_relevance is a tensor, not a {type(relevance).__name__}")
+    if relevance.is_nested or relevance.layout is not torch.strided or relevance.is_meta:
+        raise TargetError("output_relevance is a dense tensor with values: give x.to_dense()")
     if relevance.shape != output.shape or relevance.dtype != output.dtype:
         raise TargetError(
             f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
@@ -90,7 +92,7 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
             return _with_rows([], forward)
         return _with_rows(list(torch.unravel_index(flat, neurons)), forward)
     try:
-        wanted = torch.as_tensor(target, device=output.device)
+        wanted = torch.as_tensor(target, device=output.device).to_dense()
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TargetError(f"a target is an int, or ints for each sample; got {target!r}") from None
     if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype is torch.bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +18,13 @@ from torch import Tensor, nn
 import nrm
 from nrm.cli import composite_names, demo
 from nrm.cli.composite_names import find_composite
-from nrm.cli.errors import CommandError, one_line, one_line_errors
+from nrm.cli.errors import CommandError, as_text, one_line, one_line_errors, out_of_memory
 from nrm.cli.folder import check_folder
 from nrm.cli.labels import TOP, find_labels, find_target
 from nrm.cli.models import find_attribute, find_device, load_model
+from nrm.cli.options import Command, arguments, refuse_unread
 from nrm.cli.pictures import Picture, imagenet, read_image, transformed
+from nrm.cli.provenance import file_digest, versions, weights_used
 from nrm.cli.report import RESULT, Say, Subject, probability, report, to_json
 from nrm.cli.reproduce import reproduce
 from nrm.experiments import digit_net
@@ -32,9 +36,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(reproduce)
+app.command(cls=Command)(reproduce)
 
 IMAGENET = "imagenet"
+SIZE = 224
+TOP_FLOWS = 5
+SECONDS = 60.0
+MOST_NUMBERS = 2**27
+"""In an input that `nrm layers` makes."""
+MOST_AXES = 12
 
 
 class Bias(StrEnum):
@@ -72,8 +82,9 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def explain(
+    ctx: typer.Context,
     image: Annotated[Path, typer.Argument(help="The picture to explain.")],
     model: ModelName,
     weights: Weights = None,
@@ -81,16 +92,24 @@ def explain(
         str, typer.Option(help=f"Class to explain: its name, its index, or {TOP}.")
     ] = TOP,
     layers: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="Layers, with commas between, whose most relevant channel combinations to find."
+            help="Layers, with commas between, whose most relevant channel combinations to find; "
+            "may be given several times."
         ),
-    ] = "",
-    top: Annotated[int, typer.Option(min=1, help="How many combinations.")] = 5,
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"How many combinations.  [default: {TOP_FLOWS}]"),
+    ] = None,
     search_seconds: Annotated[
-        float,
-        typer.Option(min=0.001, help="When to stop a search that is not over, and say the gap."),
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="When to stop a search that is not over, and say the gap.  "
+            f"[default: {SECONDS:g}]",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and result.json.")] = Path(
         "out"
     ),
@@ -109,8 +128,11 @@ def explain(
         Path | None, typer.Option(help="Names of the classes; line k (from 0) names class k.")
     ] = None,
     size: Annotated[
-        int, typer.Option(min=7, help="Side of the model's input, for the ImageNet transform.")
-    ] = 224,
+        int | None,
+        typer.Option(
+            min=7, help=f"Side of the model's input, for the ImageNet transform.  [default: {SIZE}]"
+        ),
+    ] = None,
     transform: Annotated[
         str,
         typer.Option(help=f"{IMAGENET}, or module:name of what makes a picture a tensor."),
@@ -121,11 +143,19 @@ def explain(
     """Explain a model's output for a picture: heatmaps, and which channels work together."""
     with one_line_errors(debug):
         say = _say(quiet=as_json)
+        named = _layers(layers)
+        if not named:
+            search = {"--top": top, "--search-seconds": search_seconds}
+            refuse_unread(search, "without --layers: there is nothing to search")
+        if search_seconds is not None and math.isnan(search_seconds):
+            raise CommandError("--search-seconds: give a number of seconds, not nan")
+        if transform != IMAGENET:
+            refuse_unread({"--size": size}, f"beside --transform {transform}, which decides it")
         check_folder(out)
         where = find_device(device)
-        opened = read_image(image)
+        opened = read_image(image, say)
         if transform == IMAGENET:
-            picture = imagenet(opened, size)
+            picture = imagenet(opened, SIZE if size is None else size)
         else:
             picture = transformed(opened, find_attribute(transform), transform)
         bounds = picture.bounds and (picture.bounds[0].to(where), picture.bounds[1].to(where))
@@ -138,11 +168,26 @@ def explain(
         logits = _logits(network, picture.x)
         names = find_labels(labels, len(logits))
         index = find_target(target, names, logits)
-        subject = Subject(str(image), model, index, names[index] if names else None)
+        made_from = {
+            "image_sha256": file_digest(image),
+            "weights": weights_used(network, weights),
+            "transform": {"name": transform, "input": list(picture.x.shape)},
+            "device": str(where),
+            "versions": versions(model),
+            "command": ["nrm", "explain", *map(as_text, arguments(ctx))],
+        }
+        label = names[index] if names else None
+        subject = Subject(as_text(image), model, index, label, made_from)
         explainer = Explainer(network, rules, bias=bias.value if bias else None)
-        named = [name.strip() for name in layers.split(",") if name.strip()]
         result = report(
-            explainer, picture, subject, named, out, top=top, seconds=search_seconds, say=say
+            explainer,
+            picture,
+            subject,
+            named,
+            out,
+            top=TOP_FLOWS if top is None else top,
+            seconds=SECONDS if search_seconds is None else search_seconds,
+            say=say,
         )
         if as_json:
             typer.echo(to_json(result), nl=False)
@@ -150,7 +195,7 @@ def explain(
             _summarise(result, out)
 
 
-@app.command("layers")
+@app.command("layers", cls=Command)
 def list_layers(
     model: ModelName,
     weights: Weights = None,
@@ -185,7 +230,7 @@ def list_layers(
         _print(_table(heads, listing.rows()))
 
 
-@app.command("demo")
+@app.command("demo", cls=Command)
 def run_demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
     epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = digit_net.EPOCHS,
@@ -220,6 +265,8 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
             output = model(x)
     except Exception as error:  # any code may stand behind a model
+        if out_of_memory(error):
+            raise
         raise CommandError(
             f"the model fails on a picture of shape {tuple(x.shape)}: {type(error).__name__}: "
             f"{one_line(error)}"
@@ -230,13 +277,28 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return output[0]
 
 
+def _layers(given: Sequence[str] | None) -> list[str]:
+    """The names in all of them, with commas between."""
+    named = [name.strip() for text in given or () for name in text.split(",")]
+    if given and not all(named):
+        raise CommandError(
+            f"--layers {','.join(given)!r}: give names of layers, e.g. 'conv1,conv2'"
+        )
+    return named
+
+
 def _shape(text: str) -> list[int]:
+    """The shape of an input that can be made."""
     try:
         shape = [int(part) for part in text.split(",")]
     except ValueError:
         shape = []
     if not shape or min(shape) < 1:
         raise CommandError(f"--input-shape {text!r}: give positive integers, e.g. 1,3,224,224")
+    if len(shape) > MOST_AXES or math.prod(shape) > MOST_NUMBERS:
+        raise CommandError(
+            f"--input-shape {text[:40]!r}: at most {MOST_AXES} axes and {MOST_NUMBERS:,} numbers"
+        )
     return shape
 
 

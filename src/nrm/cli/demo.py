@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nrm.cli.pictures import Picture, shown
+from nrm.cli.provenance import versions, weights_used
 from nrm.cli.report import Subject
 from nrm.experiments.digit_net import Trained
 
@@ -15,5 +16,8 @@ def example(trained: Trained, digit: int) -> tuple[Picture, Subject]:
     own = (trained.y == digit).nonzero().flatten()
     best = int(own[trained.model(trained.x[own]).softmax(1)[:, digit].argmax()])
     x = trained.x[best]
-    subject = Subject(f"digit {best} of the held-out ones", "DigitNet", digit, str(digit))
+    weights = weights_used(trained.model, None) | {"source": "trained by the demo"}
+    made_from = {"weights": weights, "versions": versions()}
+    named = f"digit {best} of the held-out ones"
+    subject = Subject(named, "DigitNet", digit, str(digit), made_from)
     return Picture(x[None], shown(x)), subject

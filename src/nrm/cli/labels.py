@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nrm.cli.errors import CommandError, some
+from nrm.cli.errors import CommandError, printable, some
 from nrm.cli.torchvision_mismatch import import_torchvision
 
 TOP = "top1"
@@ -27,7 +27,7 @@ def read_labels(path: Path) -> list[str]:
         raise CommandError(f"labels {path}: not a text file that can be read") from error
     if not lines:
         raise CommandError(f"labels {path}: the file is empty")
-    return [_WORDNET_ID.sub("", line.strip()) for line in lines]
+    return [_WORDNET_ID.sub("", printable(line.strip())) for line in lines]
 
 
 def find_labels(path: Path | None, classes: int) -> list[str] | None:

@@ -44,12 +44,18 @@ def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Modu
 
 
 def find_device(name: str) -> torch.device:
-    """A device that this torch can put a tensor on."""
+    """A device that this torch can put numbers on, and get them back from.
+
+    Raises:
+        CommandError: there is none of that name, or it holds no values (`meta`).
+    """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        back = torch.ones(1).to(device).add(1).cpu()
+    except Exception as error:  # each backend fails in its own way
         raise CommandError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    if back.tolist() != [2.0]:
+        raise CommandError(f"device {name!r} cannot be used: it computes 1 + 1 = {back.tolist()}")
     return device
 
 
@@ -72,7 +78,7 @@ def build(spec: str) -> nn.Module:
 
 
 def find_attribute(spec: str) -> Any:
-    """The object that `module:name` names; the folder that `nrm` runs in is searched too."""
+    """The object that `module:name` names; the folder that `nrm` runs in is searched last."""
     module_name, colon, attribute = spec.partition(":")
     if not (colon and module_name and attribute):
         raise CommandError(
@@ -114,6 +120,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():
+        raise CommandError(f"weights {path}: it is a folder, not a file")
     if not path.is_file():
         raise CommandError(f"weights {path}: no such file")
     kind = path.suffix.lower()
@@ -140,8 +148,8 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
 
 def _import(name: str) -> ModuleType:
     here = os.getcwd()
-    if here not in sys.path:  # the script `nrm` does not have it, `python -m nrm` does
-        sys.path.insert(0, here)
+    if here not in sys.path:
+        sys.path.append(here)  # last: what lies there is in the place of no installed package
     try:
         if name.partition(".")[0] == "torchvision":
             import_torchvision()

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is explained, by name."""
+    """What is explained, by name.
+
+    Attributes:
+        made_from: what else the result depends on, as it stands in `result.json`.
+    """
 
     image: str
     model: str
     target: int
     label: str | None = None
+    made_from: dict[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -131,6 +136,7 @@ def _result(
             }
             for k, flow in enumerate(flows or (), start=1)
         ],
+        **subject.made_from,
         "pictures": [],
     }
 

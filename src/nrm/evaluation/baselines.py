@@ -13,6 +13,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from nrm.chunks import checked
 from nrm.errors import QueryError
 from nrm.evaluation.intervention import Interventions
 from nrm.formulas import NeuronSet
@@ -45,7 +46,8 @@ class Families:
             self._given: list[str | list[NeuronSet]] = [list(by(R, layer)) for layer in layers]
         else:
             self._by, self._given = by, list(layers)
-        self.parts = [partition(given, self._by, R.forward_pass) for given in self._given]
+        each = checked(memory) // (4 * len(layers))  # most is for messages and copies
+        self.parts = [partition(given, self._by, R.forward_pass, each) for given in self._given]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def _parts(value: Any) -> tuple[str, Sequence[Any]]:
         return f"{value.__module__}.{value.__qualname__}", _function(value)
     if isinstance(value, types.MethodType):
         return "method", [value.__func__, value.__self__]
-    if isinstance(value, Member):  # its key is another in every process
+    if isinstance(value, Member):  # what it holds, not how it is shown
         return "Member", [value.layer, value.select]
     if is_dataclass(value) and not isinstance(value, type):
         return kind, [

@@ -2,7 +2,7 @@
 
 from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
-from nrm.graph.model_call import ModelCall, Output, check_nested
+from nrm.graph.model_call import ModelCall, Output, check_dense, check_nested
 from nrm.graph.precision import wide, without_autocast
 from nrm.graph.variables import Operation, Variable
 
@@ -14,6 +14,7 @@ __all__ = [
     "Output",
     "Variable",
     "capture",
+    "check_dense",
     "check_nested",
     "first_tokens",
     "reproduces",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -53,11 +54,16 @@ class ModelCall(nn.Module):
         """What else but the tensors decides the graph; unique where that cannot be told."""
         return (str(self._layout), *(x if isinstance(x, _PLAIN) else object() for x in self._fixed))
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def arguments(self, *tensors: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments, with tensors in their places."""
         leaves = list(self._fixed)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._layout)
+        return args, kwargs
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        args, kwargs = self.arguments(*tensors)
         return choose(self.model(*args, **kwargs), self.output, type(self.model).__name__)
 
 
@@ -165,6 +171,10 @@ def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, Tensor | nn.Module):
             continue
+        if isinstance(leaf, np.ndarray):  # it would count as a constant, which takes no relevance
+            raise InputError(
+                f"an argument is an array {leaf.shape}: give tensors, e.g. torch.as_tensor(x)."
+            )
         held = vars(leaf).values() if hasattr(leaf, "__dict__") else ()
         if hasattr(leaf, "edge_index") or any(isinstance(value, Tensor) for value in held):
             raise InputError(
@@ -172,3 +182,27 @@ def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
                 "arguments of their own (or in tuples and dicts), e.g. "
                 "explainer(data.x, data.edge_index), with a module around the model if need be."
             )
+
+
+def check_dense(x: Tensor, what: str) -> None:
+    """Refuse a tensor whose elements are not all there, each a number of its own.
+
+    Arguments:
+        what: it is called in the message.
+
+    Raises:
+        InputError: says what it is, and how to make a dense tensor of it.
+    """
+    if x.is_nested:
+        kind, cure = "nested", "give torch.nested.to_padded_tensor(x, 0.0), and the model a mask"
+    elif x.is_mkldnn:
+        kind, cure = "in MKL-DNN's layout", "give x.to_dense()"
+    elif x.layout is not torch.strided:
+        kind, cure = f"sparse ({x.layout})", "give x.to_dense()"
+    elif x.is_quantized:
+        kind, cure = f"quantised ({x.dtype})", "give x.dequantize()"
+    elif x.is_meta:
+        kind, cure = "on the meta device, where tensors hold no values", "give it values"
+    else:
+        return
+    raise InputError(f"{what} is {kind}, and relevance is passed to dense tensors: {cure}.")

@@ -182,15 +182,48 @@ class LayerLRP(LayerAttribution):  # type: ignore[misc] # untyped in some releas
 def _measure(
     explainer: Explainer, inputs: tuple[Tensor, ...], target: Target, additional: Any
 ) -> Measure:
+    for place, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise InputError(
+                f"captum's methods take a tensor or a tuple of them; input {place} is a "
+                f"{type(x).__name__}."
+            )
     further = additional if isinstance(additional, tuple) else (additional,)
     arguments = (*inputs, *(() if additional is None else further))
+    if isinstance(target, Tensor) and target.numel() == 1:
+        target = int(target)  # one for all samples, whatever its shape
     R = explainer(*arguments, target=target)
+    _check_target(R, target)
     if target is None and R.output.numel() != R.batch:
         raise TargetError(
             f"the model has outputs {tuple(R.output.shape)} for {R.batch} samples: say which is "
             "explained with target=."
         )
     return R
+
+
+def _check_target(R: Measure, target: Target) -> None:
+    """Refuse what captum reads otherwise than nrm: a tuple is one output of all samples there.
+
+    Raises:
+        TargetError: says what the target would have to look like.
+    """
+    axes = R.output.dim() - 1
+    if isinstance(target, tuple):
+        fits = len(target) == axes
+    elif isinstance(target, list):
+        wide = bool(target) and isinstance(target[0], tuple)
+        fits = len(target) in (1, R.batch) and (wide or axes == 1)
+    elif isinstance(target, Tensor) and target.dim():
+        fits = target.shape == (R.batch,) and axes == 1
+    else:
+        return
+    if not fits:
+        raise TargetError(
+            f"the target {target!r} does not fit {R.batch} samples with outputs "
+            f"{tuple(R.output.shape)}: captum takes an int or a tuple of {axes} ints for all "
+            "samples, or a list or tensor with one for each."
+        )
 
 
 def _input(R: Measure, place: int) -> Variable | None:

@@ -1,4 +1,9 @@
-"""nrm as an explanation function of Quantus: arrays in, arrays out."""
+"""nrm as an explanation function of Quantus: arrays in, arrays out.
+
+Heatmaps are in units of the explained output, as those of the methods that Quantus compares: its
+metrics read a positive value as speaking for the output. Shares of an output below zero, which
+`scale="normalized"` gives, have the opposite signs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,8 @@ class Explain:
         bias: `"drop"` or `"input"`; by default what the composite assumes.
         sets: neuron sets, formulas or layers: only walks that pass them count (CRP, eq. 37).
         given: the same, and divide by their relevance (eq. 11).
-        scale: `"normalized"`: shares of the explained output; `"logit"`: in its units.
+        scale: `"logit"`: in units of the explained output; `"normalized"`: shares of it, whose
+            signs are turned round where it is negative.
 
     Example:
         >>> explain = Explain(nrm.composites.EpsilonPlusFlat())
@@ -41,7 +47,7 @@ class Explain:
         bias: Literal["drop", "input"] | None = None,
         sets: Sets | Sequence[Sets] = (),
         given: Given = None,
-        scale: Scale = "normalized",
+        scale: Scale = "logit",
     ) -> None:
         self.composite, self.bias = composite, bias
         self.sets, self.given, self.scale = listed(sets), given, scale

@@ -92,14 +92,18 @@ def all_combinations(
     second = layers[1]
 
     def joined(chosen: Sequence[int]) -> None:
-        split = {first.variable: first.split(message, chosen)}
-        arrived = send(forward, split, {second.variable: None}).get(second.variable)
+        arrived = send(
+            forward, {first.variable: first.split(message, chosen)}, {second.variable: None}
+        ).get(second.variable)
         if arrived is not None:
+            left = max(1, memory - arrived.nbytes)
             for row, part in enumerate(chosen):
                 below = arrived[row : row + 1]
-                found[:, part] = all_combinations(forward, below, layers[1:], memory, method)
+                found[:, part] = all_combinations(forward, below, layers[1:], left, method)
 
-    in_chunks(alive, memory, message_size(forward, first.variable, second.variable), joined)
+    # Half of the memory, so that there is some for what goes on from each.
+    each = message_size(forward, first.variable, second.variable)
+    in_chunks(alive, max(1, memory // 2), each, joined)
     return found
 
 

@@ -15,7 +15,7 @@ from nrm.errors import NeuronSetError
 from nrm.formulas import NeuronSet
 from nrm.graph import Variable
 from nrm.neurons import channels, neurons
-from nrm.placing import neuron_shape, resolve
+from nrm.placing import neuron_shape, resolve, variables_of
 from nrm.program import Pass
 
 Division = Literal["channel", "neuron"] | int
@@ -56,6 +56,11 @@ class Partition(ABC):
     def covered(self, message: Tensor) -> Tensor:
         """The part of a message that is at neurons of any part."""
         return message
+
+    @property
+    def held(self) -> int:
+        """Bytes of what is kept of the parts."""
+        return 0
 
 
 class Channels(Partition):
@@ -113,38 +118,55 @@ class Neurons(Partition):
 class Sets(Partition):
     """A part for each of some neuron sets of one layer: clusters, patches. They may overlap.
 
+    Arguments:
+        memory: bytes that masks may take, which are as large as the layer; those that do not fit
+            are made whenever they are needed.
+
     Raises:
-        NeuronSetError: there are none, or they lie in different layers.
+        NeuronSetError: there are none, they lie in different layers, or one is empty.
     """
 
-    def __init__(self, sets: Sequence[NeuronSet], forward: Pass) -> None:
+    def __init__(self, sets: Sequence[NeuronSet], forward: Pass, memory: int) -> None:
         if not sets:
             raise NeuronSetError("a layer is divided into at least one neuron set.")
-        masks = [resolve(chosen, forward) for chosen in sets]
-        variables = {variable for stops in masks for variable in stops}
-        if len(variables) > 1:
-            names = ", ".join(sorted(repr(variable.name) for variable in variables))
+        graph = forward.graph
+        lies = dict.fromkeys(v for chosen in sets for v in variables_of(chosen, graph))
+        if len(lies) > 1:
+            names = ", ".join(sorted(repr(variable.name) for variable in lies))
             raise NeuronSetError(
                 f"sets given as a list lie in one layer, not in {names}. Give each layer a list of "
                 "its own."
             )
-        (variable,) = variables
+        (variable,) = lies
         require_samples_apart(variable, forward.batch)
         super().__init__(variable, len(sets))
-        self.sets = list(sets)
-        self.masks = []
-        for stops in masks:
-            mask = stops[variable]
-            self.masks.append(forward.output.new_ones(()) if mask is None else mask)
+        self.sets, self._forward, self._memory = list(sets), forward, memory
+        self._kept: dict[int, Tensor] = {}
+        for part in range(self.size):  # all exist, and none is empty
+            self._mask(part)
+
+    def _mask(self, part: int) -> Tensor:
+        """1 at the neurons of a part, broadcasting to messages."""
+        if part in self._kept:
+            return self._kept[part]
+        mask = resolve(self.sets[part], self._forward)[self.variable]
+        mask = self._forward.output.new_ones(()) if mask is None else mask
+        if mask.nbytes <= self._memory:
+            self._memory -= mask.nbytes
+            self._kept[part] = mask
+        return mask
 
     def split(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
-        return torch.cat([message * self.masks[part] for part in chosen])
+        held = message.new_empty((len(chosen), *message.shape[1:]))
+        for row, part in zip(held, chosen, strict=True):
+            torch.mul(message[0], self._mask(part).squeeze(0), out=row)
+        return held
 
     def add_up(self, message: Tensor) -> Tensor:
         axis = self.variable.batch_axis
         found = []
-        for mask in self.masks:
-            inside = message * mask
+        for part in range(self.size):
+            inside = message * self._mask(part)
             inside = inside.unsqueeze(1) if axis is None else inside.movedim(axis + 1, 1)
             found.append(inside.flatten(2).sum(2) if inside.dim() > 2 else inside)
         return torch.stack(found, -1)
@@ -153,14 +175,23 @@ class Sets(Partition):
         return self.sets[part]
 
     def covered(self, message: Tensor) -> Tensor:
-        union = self.masks[0]
-        for mask in self.masks[1:]:
-            union = torch.maximum(union, mask)
+        union = self._mask(0)
+        for part in range(1, self.size):
+            union = torch.maximum(union, self._mask(part))
         return message * union
 
+    @property
+    def held(self) -> int:
+        return sum(mask.nbytes for mask in self._kept.values())
 
-def partition(parts: str | Sequence[NeuronSet], by: Division, forward: Pass) -> Partition:
+
+def partition(
+    parts: str | Sequence[NeuronSet], by: Division, forward: Pass, memory: int = 2**28
+) -> Partition:
     """The parts of a layer: neuron sets as they are; of a layer by name, its channels or neurons.
+
+    Arguments:
+        memory: bytes that what is kept of the parts may take.
 
     Raises:
         NeuronSetError, QueryError: they cannot be told.
@@ -171,7 +202,7 @@ def partition(parts: str | Sequence[NeuronSet], by: Division, forward: Pass) -> 
             f"layers are divided by 'channel', 'neuron' or the number of an axis, not {by!r}."
         )
     if not isinstance(parts, str):
-        return Sets(parts, forward)
+        return Sets(parts, forward, memory)
     variable = forward.graph.variable(parts)
     require_samples_apart(variable, forward.batch)
     by_neuron = by == "neuron"

@@ -81,6 +81,8 @@ class Propagation(ABC):
     """The operation's output is a tensor of its own that nothing here keeps."""
     nonnegative: bool = False
     """No `R(i|j)` is ever negative."""
+    vanished: float = 0.0
+    """The most relevance, in absolute size, of a message so far at columns that vanish."""
 
     @abstractmethod
     def pull(

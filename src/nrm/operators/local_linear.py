@@ -154,6 +154,7 @@ class Linearised(Propagation):
         size = torch.stack([output.abs(), *(step.output.detach().abs() for step in steps)]).amax(0)
         # Below a rounding error of the values, the sum is one.
         self.flat = self.sums.abs() <= (4 * kind.eps * size).clamp(min=kind.tiny**0.5)
+        self.any_flat = bool(self.flat.any())
         self.divisor = torch.where(self.flat, 1.0, self.sums)
 
     def late_shape(self) -> torch.Size:
@@ -171,6 +172,9 @@ class Linearised(Propagation):
                 "by its derivatives",
                 "Choose a rule for it that takes none, or drop strict.",
             )
+        if self.any_flat and not message.requires_grad:
+            met = torch.where(self.flat, message, 0.0).abs().flatten(1).sum(1)
+            self.vanished = max(self.vanished, float(met.max()))
         share = message / self.divisor if normalized else message
         share = torch.where(self.flat, 0.0, share)
         pulled: list[Tensor | None] = [None] * len(wanted)

@@ -102,12 +102,20 @@ class SharedOut(Propagation):
         for terms, share in self._shares(message, normalized):
             if terms is None:
                 pulled[-1] = share if wanted[-1] else None
-            else:
-                terms.pull(share, wanted, pulled)
+                continue
+            if terms is self.uniform and not message.requires_grad:
+                self._note_vanished(share)
+            terms.pull(share, wanted, pulled)
         for operand, shape in enumerate(self.shapes):
             if wanted[operand] and pulled[operand] is None:
                 pulled[operand] = message.new_zeros((message.shape[0], *shape))
         return pulled
+
+    def _note_vanished(self, share: Tensor) -> None:
+        """Take note of what is split evenly, `share` of it over each connection."""
+        with torch.no_grad():
+            sizes = (share.abs() * self.uniform.output).flatten(1).sum(1)
+            self.vanished = max(self.vanished, float(sizes.max()))
 
     def push(
         self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
