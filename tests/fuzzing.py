@@ -13,6 +13,7 @@ import contextlib
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -179,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="how long")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", nrm.RelevanceWarning)
     count = options.count or (None if options.seconds else 100)
     begun, seed, failed = time.monotonic(), options.seed, 0
     while (count is None or seed < options.seed + count) and (

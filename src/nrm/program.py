@@ -197,12 +197,11 @@ class Program:
                 continue
             operation = variable.producer
             call = _with_values(operation, values, constant=True)
-            operands = [values[slot] for slot in operation.slots]
             with torch.enable_grad():
-                output = operation.operator.frozen(call, operands, self.settings[operation])
-                if any(output is operand for operand in operands):
-                    output = output.view_as(output)  # else it meets what its operand's readers send
-            found[variable] = values[node] = output
+                values[node] = operation.operator.frozen(
+                    call, [values[slot] for slot in operation.slots], self.settings[operation]
+                )
+            found[variable] = values[node]
         shapes = {variable: value.shape for variable, value in found.items()}
         return found, shapes
 
