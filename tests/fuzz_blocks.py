@@ -30,6 +30,7 @@ class Builder:
     Attributes:
         dyadic: numbers are small fractions, often equal, often zero; otherwise they are random.
         scope: the variables that further steps may read.
+        blank: those with zeros that are written.
     """
 
     def __init__(self, seed: int) -> None:
@@ -39,6 +40,7 @@ class Builder:
         self.inputs: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
         self.scope: list[str] = []
+        self.blank: set[str] = set()
         self.calls: dict[str, int] = {}
         self.highest = 256.0
 
@@ -60,12 +62,24 @@ class Builder:
         step = self.step(name)
         return f.shape_of(self.values[name], step.batch_axis if step else 0)
 
-    def find(self, fits: Callable[[tuple[int, ...]], bool], fresh: bool = False) -> str | None:
-        """A variable of such a shape, rather a late one."""
-        fitting = [n for n in self.scope if fits(self.shape(n)) and (not fresh or self.unread(n))]
+    def find(self, fits: Callable[[tuple[int, ...]], bool], blank: bool = False) -> str | None:
+        """A variable of such a shape, rather a late one.
+
+        Arguments:
+            blank: it may have zeros that are written.
+        """
+        known = [name for name in self.scope if blank or name not in self.blank]
+        fitting = [name for name in known if fits(self.shape(name))]
         if not fitting:
             return None
         return fitting[-1] if self.chance(0.5) else self.one_of(fitting)
+
+    def layer(self, name: str) -> bool:
+        """Whether it is a layer's result, scaled and shifted at most, which may be taken into it."""
+        step = self.step(name)
+        while step is not None and (step.kind == "" and step.describe is f.batch_norm):
+            step = self.step(step.reads[0])
+        return step is not None and step.kind in ("linear", "conv")
 
     def unread(self, name: str) -> bool:
         return not any(name in step.reads for step in self.steps)
@@ -119,17 +133,20 @@ class Builder:
         self.steps.append(replace(step, same=same, batch_axis=batch_axis))
         self.values[name] = value
         self.scope.append(name)
+        self.blank.discard(name)
+        if describe in _KEEPING and not self.blank.isdisjoint(reads):
+            self.blank.add(name)
         return name
 
     def grow(self, block: Callable[[Builder], str | None]) -> bool:
         """Append a block, all of it or nothing."""
-        known = (list(self.steps), list(self.scope), dict(self.calls))
+        known = (list(self.steps), list(self.scope), dict(self.calls), set(self.blank))
         try:
             if block(self) is not None:
                 return True
         except Unfit:
             pass
-        self.steps, self.scope, self.calls = known
+        self.steps, self.scope, self.calls, self.blank = known
         return False
 
     def transparent(self, text: str, function: Callable[[Tensor], Tensor], x: str) -> str:
@@ -140,6 +157,10 @@ class Builder:
         for name in names:
             if name in self.scope:
                 self.scope.remove(name)
+
+
+_KEEPING = (f.routed, f.elementwise, f.plus, f.minus)
+"""What keeps zeros that are written, at least some of them."""
 
 
 def draw(seed: int) -> Network:
@@ -171,7 +192,7 @@ def _head(b: Builder) -> None:
         layer = _filled(b, nn.Linear(b.shape(name)[0], outputs, bias=b.chance(0.5)))
         part = b.add(repr(layer), layer, name, f.summed, kind="linear")
         if total is not None:
-            part = b.add("add", torch.add, (total, part), f.added((1.0, 1.0)))
+            part = b.add("add", torch.add, (total, part), f.plus)
         total = part
 
 
@@ -191,7 +212,7 @@ def _tokens(b: Builder) -> None:
 
 
 def linear(b: Builder) -> str | None:
-    x = b.find(lambda s: len(s) >= 1)
+    x = b.find(lambda s: len(s) >= 1, blank=True)
     if x is None:
         return None
     last = b.shape(x)[-1]
@@ -213,7 +234,7 @@ def shared(b: Builder) -> str | None:
 
 
 def conv(b: Builder) -> str | None:
-    x = b.find(lambda s: len(s) in (2, 3) and min(s[1:]) >= 2)
+    x = b.find(lambda s: len(s) in (2, 3) and min(s[1:]) >= 2, blank=True)
     if x is None:
         return None
     channels, axes = b.shape(x)[0], len(b.shape(x)) - 1
@@ -235,7 +256,7 @@ def conv(b: Builder) -> str | None:
 
 
 def transposed(b: Builder) -> str | None:
-    x = b.find(lambda s: len(s) == 2 and s[1] <= 3)
+    x = b.find(lambda s: len(s) == 2 and s[1] <= 3, blank=True)
     if x is None:
         return None
     layer = _filled(b, nn.ConvTranspose1d(b.shape(x)[0], 2, 2, stride=b.one_of([1, 2]), bias=b.chance(0.5)))
@@ -243,21 +264,35 @@ def transposed(b: Builder) -> str | None:
 
 
 def padded(b: Builder) -> str | None:
-    """Zeros written around a picture or a series, and what adds them up."""
-    x = b.find(lambda s: len(s) in (2, 3) and min(s[1:]) >= 2)
+    """Zeros that are written."""
+    x = b.find(lambda s: len(s) >= 1, blank=True)
     if x is None:
         return None
-    axes = len(b.shape(x)) - 1
-    sides = [int(b.rng.integers(0, 2)) for _ in range(2 * axes)]
-    pad = b.add(f"pad{sides}", lambda v: F.pad(v, sides), x, partial(f.routed, filler=0.0), rank=b.rank(x))
-    kind = nn.Conv1d if axes == 1 else nn.Conv2d
-    layer = _filled(b, kind(b.shape(x)[0], int(b.rng.integers(1, 3)), 2, bias=b.chance(0.5)))
-    b.close(pad)
-    return b.add(repr(layer), layer, pad, f.summed, kind="conv")
+    axes = len(b.shape(x))
+    if b.chance(0.3):
+        blank = torch.from_numpy(b.rng.random(b.shape(x)) < 0.3)
+        found = b.add(
+            f"masked_fill({blank.int().tolist()}, 0)",
+            lambda v: v.masked_fill(blank, 0.0),
+            x,
+            partial(f.routed, filler=0.0),
+            rank=b.rank(x),
+        )
+    else:
+        sides = [int(b.rng.integers(0, 2)) for _ in range(2 * max(1, axes - 1))]
+        found = b.add(
+            f"pad{sides}", lambda v: F.pad(v, sides), x, partial(f.routed, filler=0.0), rank=b.rank(x)
+        )
+    b.blank.add(found)
+    if axes in (2, 3) and min(b.shape(found)[1:]) >= 2 and b.chance(0.7):
+        kind = nn.Conv1d if axes == 2 else nn.Conv2d
+        layer = kind(b.shape(x)[0], int(b.rng.integers(1, 3)), 2, bias=b.chance(0.5))
+        return b.add(repr(layer), _filled(b, layer), found, f.summed, kind="conv")
+    return found
 
 
 def average(b: Builder) -> str | None:
-    x = b.find(lambda s: len(s) >= 2)
+    x = b.find(lambda s: len(s) >= 2, blank=True)
     if x is None:
         return None
     shape = b.shape(x)
@@ -280,7 +315,7 @@ def average(b: Builder) -> str | None:
 
 def matrix(b: Builder) -> str | None:
     """A constant matrix on either side."""
-    x = b.find(lambda s: len(s) == 2)
+    x = b.find(lambda s: len(s) == 2, blank=True)
     if x is None:
         return None
     rows, columns = b.shape(x)
@@ -295,17 +330,17 @@ def matrix(b: Builder) -> str | None:
 
 
 def add(b: Builder) -> str | None:
-    x = b.find(lambda s: True)
+    x = b.find(lambda s: True, blank=True)
     assert x is not None
     same = b.shape(x)
-    y = x if b.chance(0.1) else b.find(lambda s: s == same)
+    y = x if b.chance(0.1) else b.find(lambda s: s == same, blank=True)
     assert y is not None
     rank = None if x == y else 0
     if b.chance(0.3):
-        return b.add("sub", torch.sub, (x, y), f.added((1.0, -1.0)), rank=rank) if x != y else None
+        return b.add("sub", torch.sub, (x, y), f.minus, rank=rank) if x != y else None
     if b.chance(0.2):
         return b.add("add alpha=2", lambda p, q: torch.add(p, q, alpha=2), (x, y), f.added((1.0, 2.0)), rank=rank)
-    return b.add("add", torch.add, (x, y), f.added((1.0, 1.0)), rank=rank)
+    return b.add("add", torch.add, (x, y), f.plus, rank=rank)
 
 
 def broadcast(b: Builder) -> str | None:
@@ -323,12 +358,14 @@ def broadcast(b: Builder) -> str | None:
     ranks = (b.rank(x), b.rank(small))
     if None not in ranks and b.chance(0.4):
         return b.add("mul", torch.mul, (small, x), f.multiplied((ranks[1] or 0, ranks[0] or 0)))
-    return b.add("add", torch.add, (small, x), f.added((1.0, 1.0)))
+    return b.add("add", torch.add, (small, x), f.plus)
 
 
 def constant(b: Builder) -> str | None:
     x = b.find(lambda s: True)
     assert x is not None
+    if b.layer(x):
+        return None  # it may be taken into the layer
     rank, last = b.rank(x), b.shape(x)[-1:] or (1,)
     way = int(b.rng.integers(5))
     if way == 0:
@@ -360,7 +397,7 @@ _FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool, int | None]] = {
 
 
 def activation(b: Builder) -> str | None:
-    x = b.find(lambda s: True)
+    x = b.find(lambda s: True, blank=True)
     assert x is not None
     if b.chance(0.5):
         return b.add("relu", torch.relu, x, f.elementwise, rank=None)
@@ -372,9 +409,9 @@ def activation(b: Builder) -> str | None:
 
 
 def in_place(b: Builder) -> str | None:
-    x = b.find(lambda s: True, fresh=True)
-    step = x and b.step(x)
-    if not step or step.kind not in ("linear", "conv"):
+    fresh = [s.name for s in b.steps if s.kind in ("linear", "conv") and b.unread(s.name)]
+    x = b.one_of([name for name in fresh if name in b.scope] or [""])
+    if not x:
         return None
     found = b.add("relu_", torch.relu_, x, f.elementwise, rank=None)
     b.close(x)
@@ -397,7 +434,7 @@ def unchanged(b: Builder) -> str | None:
 def batch_norm(b: Builder) -> str | None:
     """In evaluation mode; after a layer it is taken into that."""
     x = b.find(lambda s: len(s) in (1, 2, 3))
-    if x is None:
+    if x is None or any(step.describe is f.batch_norm for step in [b.step(x)] if step):
         return None
     channels = b.shape(x)[0]
     layer = (nn.BatchNorm1d if len(b.shape(x)) < 3 else nn.BatchNorm2d)(channels, eps=0.0)
@@ -413,7 +450,7 @@ def batch_norm(b: Builder) -> str | None:
 
 
 def moved(b: Builder) -> str | None:
-    x = b.find(lambda s: len(s) >= 1)
+    x = b.find(lambda s: len(s) >= 1, blank=True)
     if x is None:
         return None
     shape = b.shape(x)
@@ -455,19 +492,19 @@ def moved(b: Builder) -> str | None:
 
 
 def joined(b: Builder) -> str | None:
-    x = b.find(lambda s: len(s) >= 1)
+    x = b.find(lambda s: len(s) >= 1, blank=True)
     if x is None:
         return None
     shape = b.shape(x)
     axis = int(b.rng.integers(1, len(shape) + 1))
     if b.chance(0.2):
-        same = b.find(lambda s: s == shape)
+        same = b.find(lambda s: s == shape, blank=True)
         assert same is not None
         return b.add(f"stack({axis})", lambda *vs: torch.stack(vs, axis), (x, same), f.routed, rank=None)
     rest = shape[: axis - 1] + shape[axis:]
     parts = [x]
     for _ in range(int(b.rng.integers(1, 3))):
-        other = x if b.chance(0.1) else b.find(lambda s: len(s) == len(shape) and s[: axis - 1] + s[axis:] == rest)
+        other = x if b.chance(0.1) else b.find(lambda s: len(s) == len(shape) and s[: axis - 1] + s[axis:] == rest, blank=True)
         assert other is not None
         parts.append(other)
     return b.add(f"cat({axis})", lambda *vs: torch.cat(vs, axis), parts, f.routed, rank=None)

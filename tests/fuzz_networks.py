@@ -328,6 +328,9 @@ def elementwise(net: Described, step: Step) -> None:
     with torch.no_grad():
         values = step.module(net.shaped(step.reads[0])).numpy().ravel()
     net.identity(step.name, step.reads[0], lambda v: values)
+    net.zeros |= {
+        (step.name, j) for j, v in enumerate(values) if v == 0 and (step.reads[0], j) in net.zeros
+    }
 
 
 def winners(net: Described, step: Step) -> None:
@@ -396,8 +399,13 @@ def added(signs: tuple[float, ...]) -> Describe:
             where = np.broadcast_to(numbers, shape).ravel()
             connections += [(j, read, int(i), sign) for j, i in enumerate(where)]
         net.connect(step.name, connections, int(np.prod(shape)), None)
+        real = {j for j, read, i, _ in connections if (read, i) not in net.zeros}
+        net.zeros |= {(step.name, j) for j in range(int(np.prod(shape))) if j not in real}
 
     return describe
+
+
+plus, minus = added((1.0, 1.0)), added((1.0, -1.0))
 
 
 def shifted(scale: float, constant: np.ndarray) -> Describe:
