@@ -135,7 +135,9 @@ def _random_set(R, rng, net, names):
 )
 def test_queries_equal_the_sum_over_walks(network, walks):
     case = make(network, walks)
-    R = nrm.Explainer(case.model, walks.composite, bias=walks.bias, head="keep")(*case.inputs, target=1)
+    R = nrm.Explainer(case.model, walks.composite, bias=walks.bias, head="keep")(
+        *case.inputs, target=1
+    )
     found = [net.walks(1) for net in case.oracles]
     sizes = [sum(abs(r) for _, r in w) for w in found]
     net, rng = case.oracles[0], np.random.default_rng(0)

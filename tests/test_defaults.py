@@ -236,6 +236,44 @@ def test_a_norm_is_a_norm_however_it_is_spelled(name):
         assert chosen(m, drawn(1, 5)) == repr(composites.CPLRP())
 
 
+def test_norms_written_out_have_the_heatmap_of_the_layer():
+    lin, head = nn.Linear(5, 4), nn.Linear(4, 2)
+    heatmaps = {}
+    for name, norm in NORMS.items():
+        if name == "layer_norm" or ("root" in name or name in ("by the mean square", "a power")):
+            model = of(lambda s, x, f=norm: s.head(torch.relu(f(s.lin(x)))), lin=lin, head=head)
+            heatmaps[name] = nrm.Explainer(model)(drawn(2, 5), target=0).heatmap()
+    assert len(heatmaps) == 5
+    for found in heatmaps.values():
+        torch.testing.assert_close(found, heatmaps["layer_norm"])
+
+
+RECTIFIED = {
+    "clamp": lambda h: h.clamp(min=0),
+    "a mask": lambda h: h * (h > 0),
+    "maximum": lambda h: torch.maximum(h, torch.zeros_like(h)),
+    "threshold": lambda h: F.threshold(h, 0, 0),
+    "where": lambda h: torch.where(h > 0, h, 0.0),
+    "half of a sum": lambda h: (h + h.abs()) / 2,
+    "masked_fill": lambda h: h.masked_fill(h < 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", RECTIFIED)
+def test_a_rectifier_has_one_heatmap_however_it_is_spelled(name):
+    lin, head = nn.Linear(5, 8), nn.Linear(8, 2)
+    for composite in (None, rules.ZPlus(), composites.CPLRP()):
+        found, expected = (
+            nrm.Explainer(of(lambda s, x, f=f: s.head(f(s.lin(x))), lin=lin, head=head), composite)(
+                drawn(2, 5) - 0.5, target=0
+            )
+            for f in (RECTIFIED[name], torch.relu)
+        )
+        assert float(expected.activations("lin").min()) < 0
+        assert repr(found.graph.specification) == repr(expected.graph.specification)
+        torch.testing.assert_close(found.heatmap(), expected.heatmap())
+
+
 def times(number, apply):
     def function(s, x):
         for _ in range(number):

@@ -135,7 +135,7 @@ def test_masked_classes_do_not_matter_to_the_others():
     R = nrm.Explainer(model, rules.Zero())(ones())
     assert R.target.tolist() == [3]
     torch.testing.assert_close(in_units(R)[0], WEIGHT[3])
-    with pytest.raises(TargetError, match="logits behind softmax the explained one is .*infinite"):
+    with pytest.raises(TargetError, match=r"logits behind softmax the explained one is .*infinite"):
         nrm.Explainer(model)(ones(), target=1)
 
 

@@ -74,9 +74,7 @@ def test_linear_maps_through_complex_numbers_are_exact(name):
 
 NOT_LINEAR = {
     "an absolute value": lambda o, x: o(x + torch.fft.fft(x).abs()),
-    "a power spectrum": lambda o, x: o(
-        x + (torch.fft.fft(x) * torch.fft.fft(x).conj()).real
-    ),
+    "a power spectrum": lambda o, x: o(x + (torch.fft.fft(x) * torch.fft.fft(x).conj()).real),
     "a constant between": lambda o, x: o(x + (torch.fft.fft(x) + 1).real),
     "a factor of unknown kind": lambda o, x: o(x * torch.fft.fft(x).abs()),
     "the only way": lambda o, x: o(torch.fft.fft(x).abs()),
@@ -91,7 +89,7 @@ def test_others_are_refused_by_the_first_complex_operator(name, bias):
 
 
 def test_a_complex_input_is_no_constant():
-    with pytest.raises(UnsupportedOperatorError, match="input .* complex numbers"):
+    with pytest.raises(UnsupportedOperatorError, match=r"input .* complex numbers"):
         explained(lambda o, x, z: o(x) + z.real, X, torch.ones(2, 2, dtype=torch.complex128))
 
 
@@ -156,7 +154,9 @@ def test_fourier_mixing_of_tokens_is_gradient_times_input():
 def test_numbers_taken_out_of_tensors_are_refused(function):
     for dtype in (torch.float64, torch.float32):
         model = Of(function).to(dtype).eval()
-        with pytest.raises((UnsupportedOperatorError, CaptureError), match="out of tensors|Python"):
+        with pytest.raises(
+            (UnsupportedOperatorError, CaptureError), match=r"out of tensors|Python"
+        ):
             nrm.Explainer(model, rules.Zero(), bias="input")(X[:1].to(dtype), target=0)
 
 

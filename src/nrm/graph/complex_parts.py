@@ -17,11 +17,11 @@ from torch.fx import GraphModule, Node
 from nrm.graph.variables import is_float_tensor, reads_no_values
 from nrm.operators import COMPLEX_LINEAR, Block, Routing, lookup, picks
 
-_ALONE = frozenset(
-    "real imag view_as_real view_as_complex complex conj conj_physical _conj _conj_physical "
-    "resolve_conj resolve_neg neg to _to_copy clone contiguous alias sum mean cumsum detach "
-    "stft istft lift_fresh_copy".split()
-)
+_ALONE = (
+    "real", "imag", "view_as_real", "view_as_complex", "complex", "conj", "conj_physical", "_conj",
+    "_conj_physical", "resolve_conj", "resolve_neg", "neg", "to", "_to_copy", "clone",
+    "contiguous", "alias", "detach", "lift_fresh_copy", "sum", "mean", "cumsum", "stft", "istft",
+)  # fmt: skip
 """Linear in all that they read."""
 
 _SUMS = ("add", "sub", "rsub")
@@ -40,7 +40,8 @@ def collapse_complex(graph: FxGraph, inputs: Sequence[Node]) -> None:
             varying.add(node)
     hidden = {node for node in varying if node.op == "call_function" and _is_complex(node)}
     for node in list(graph.nodes):
-        if node in varying and is_float_tensor(node) and not hidden.isdisjoint(node.all_input_nodes):
+        comes_back = node in varying and is_float_tensor(node)
+        if comes_back and not hidden.isdisjoint(node.all_input_nodes):
             part = _part(node, hidden)
             if all(_is_linear(inner, varying) for inner in part):
                 _replace(graph, node, part)

@@ -103,7 +103,7 @@ class Draft:
             self.steps[node] = begun
 
     def _lose(self, node: Node, name: str) -> None:
-        """Add what depends on an input and is followed no further: an error if a walk gets there."""
+        """Add what depends on an input and is not followed: an error if a walk gets there."""
         known = (self._lost[parent] for parent in node.all_input_nodes if parent in self._lost)
         value = node.meta["val"]
         if isinstance(value, Tensor | tuple | list):
@@ -125,7 +125,7 @@ class Draft:
             self._refuse(node, name, self._lost[node])
 
     def _refuse(self, node: Node, name: str, refusal: UnsupportedOperatorError) -> None:
-        """Add a variable that is an error if a walk gets there: gates may be computed in any way."""
+        """Add a variable that is an error only if a walk gets there: gates may be anything."""
         variable = self._variable(name, "operation", node, self._name_of.get(node, [name])[1:])
         self.refusals[variable] = refusal
         self.by_node[node] = variable

@@ -141,7 +141,7 @@ def _arithmetic(node: Node, source: Node, layer: Call) -> _Link | None:
     if not fits or not isinstance(alpha, int | float):
         return None
     if name in ("mul", "div"):
-        matters = isinstance(other, Node) or other < 0  # type: ignore[operator]
+        matters = isinstance(other, Node) or bool(other < 0)  # type: ignore[operator]
         return _Link(node, (name, other, None), matters, shifts=False)
     # Of `self` and `alpha * other`, one is the layer.
     signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[name]
@@ -213,7 +213,7 @@ def _nodes(step: Sequence[Any]) -> list[Node]:
 
 
 def _channels_from_end(layer: Call) -> int:
-    return max(layer["weight"].meta["val"].dim() - 1, 1)
+    return max(int(layer["weight"].meta["val"].dim()) - 1, 1)
 
 
 def _has_row(node: Node, kind: type) -> bool:

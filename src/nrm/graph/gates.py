@@ -25,7 +25,9 @@ from nrm.rules.alphas import SCALE, STRUCTURE
 _RANKS = {
     # squashing and smooth functions: a gate against a linear value (SwiGLU, GEGLU). A rectified
     # value is a value, whatever it is multiplied with.
-    **dict.fromkeys(["tanh", "hardtanh", "silu", "gelu", "mish", "hardswish", "softplus", "elu"], 1),
+    **dict.fromkeys(
+        ["tanh", "hardtanh", "silu", "gelu", "mish", "hardswish", "softplus", "elu"], 1
+    ),
     **dict.fromkeys(["sigmoid", "hardsigmoid"], 2),
     # weights that are normalised to sum to one, also by hand
     **dict.fromkeys(["softmax", "_softmax", "exp"], 3),

@@ -328,7 +328,6 @@ class Graph:
         operation.operands += (leaf,)
         return leaf
 
-
     def _enters_in_steps(self, operation: Operation) -> str | None:
         """The operator or input, constant but for steps, from which what is added was computed."""
         for name, node in operation.call.nodes():

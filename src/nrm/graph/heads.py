@@ -39,11 +39,11 @@ _HEADS = {
 
 _LOGITS = ("softmax", "log_softmax", "sigmoid", "log_sigmoid")
 
-_RISING = frozenset(
-    "dropout clone alias contiguous to _to_copy type_as positive detach lift_fresh_copy "
-    "log log2 log10 log1p exp expm1 sqrt clamp clamp_min clamp_max nan_to_num logit special_logit "
-    "sigmoid softplus tanh".split()
-)
+_RISING = (
+    "dropout", "clone", "alias", "contiguous", "to", "_to_copy", "type_as", "positive", "detach",
+    "lift_fresh_copy", "log", "log2", "log10", "log1p", "exp", "expm1", "sqrt", "clamp",
+    "clamp_min", "clamp_max", "nan_to_num", "logit", "special_logit", "sigmoid", "softplus", "tanh",
+)  # fmt: skip
 """Functions that keep the order of what a head returns."""
 
 

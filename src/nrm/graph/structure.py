@@ -18,10 +18,10 @@ from nrm.operators.layers import Layer
 from nrm.operators.normalization import Normalization
 from nrm.operators.transposed import TransposedConvolution
 
-_NAMES = frozenset(
-    "adj adjs adj_t adjacency adjacencies adj_matrix adj_mat adjacency_matrix laplacian "
-    "edge_weight edge_weights".split()
-)
+_NAMES = (
+    "adj", "adjs", "adj_t", "adj_mat", "adj_matrix", "adjacency", "adjacencies",
+    "adjacency_matrix", "laplacian", "edge_weight", "edge_weights",
+)  # fmt: skip
 
 
 class Structure:
@@ -51,9 +51,9 @@ class Structure:
                 self._as_given.add(node)
         self._inputs = frozenset(named & reached) | self._by_use(captured, reached)
 
-    def __contains__(self, node: Node) -> bool:
+    def __contains__(self, node: object) -> bool:
         """Whether a node holds structure: that of inputs, as given or rescaled."""
-        return node in self._as_given and self._sources[node] <= self._inputs
+        return node in self._as_given and self._sources[node] <= self._inputs  # type: ignore[index]
 
     def _by_use(self, captured: Captured, reached: set[Node]) -> frozenset[Node]:
         found: set[Node] = set()

@@ -1,6 +1,7 @@
 """Softmax and its logarithm, where relevance reaches them.
 
-A softmax is an identity, or linearised at its input (Taylor); a log-softmax is a logit less a number.
+A softmax is an identity, or linearised at its input (Taylor); a log-softmax is a logit less one
+number.
 
 Most attention gives it none: against a softmax, the value takes all (`rules.ValueTakesAll`).
 """
