@@ -218,6 +218,7 @@ def test_bags_of_embeddings(mode, rule):
             (c, "scaled", 2 * t + c, 1 / used.sum() if mode == "mean" else 1.0)
             for t in range(3)
             for c in (0, 1)
+            if used[t]  # padding is no parent
         ]
         net.weighted("bag", RULES[rule][1], 2, terms)
         weight, bias = (p.detach().numpy() for p in (model.head.weight, model.head.bias))

@@ -133,6 +133,16 @@ def by_where(x):
     return torch.where(inside, F.pad(x, (1, 1, 1, 1), value=7.0), 0.0)
 
 
+def by_factor(x):
+    inside = F.pad(torch.ones(4, 5, dtype=x.dtype), (1, 1, 1, 1))
+    return F.pad(x, (1, 1, 1, 1), value=7.0) * inside
+
+
+def by_nothing(x):
+    row, column = 0 * x[:, :, :1], 0.0 * F.pad(x, (0, 0, 1, 1))[..., :1]
+    return torch.cat([column, torch.cat([row, x, row], 2), column], 3)
+
+
 def by_sum(x):
     return F.pad(x, (1, 1, 1, 1)) + torch.zeros(6, 7, dtype=x.dtype)
 
@@ -146,7 +156,7 @@ def by_scale(x):
 @pytest.mark.parametrize(
     "frame",
     [by_cat, by_slices, by_adding_to_slices, by_two_pads, by_crop, by_slice, by_permutation,
-     by_scatter, by_mask, by_where, by_sum, by_scale],
+     by_scatter, by_mask, by_where, by_factor, by_nothing, by_sum, by_scale],
 )  # fmt: skip
 def test_every_spelling_of_a_zero_frame(frame, choice, bias):
     torch.manual_seed(0)
@@ -281,7 +291,7 @@ def test_a_zero_that_wins_a_maximum_is_its_parent():
         lambda x: x.masked_fill(x < 0, 0.0),  # a rectifier, spelled by values
         lambda x: torch.where(x > 0, x, 0.0),
         lambda x: torch.maximum(x, torch.zeros((), dtype=x.dtype)),
-        lambda x: x * torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=x.dtype),  # a weight
+        lambda x: x * (x > 0),  # a rectifier again
         lambda x: F.pad(x[:, 1:], (1, 0), value=0.5),  # no zero
         lambda x: torch.sigmoid(F.pad(x[:, 1:], (1, 0))),  # one no longer
     ],
@@ -298,7 +308,7 @@ def test_zeros_by_chance_are_parents(function):
 
 
 def test_zeros_that_are_trained_are_parents():
-    """A class token may start as zeros; a buffer of zeros stays what it is."""
+    """A class token may start as zeros; a buffer of zeros stays what it is. So may a scale."""
 
     class Beside(nn.Module):
         def __init__(self, trained: bool) -> None:
@@ -325,10 +335,29 @@ def test_a_mask_of_tokens_decides_what_is_there():
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return x.masked_fill(~mask.unsqueeze(-1), 0.0).sum(1)
 
+    class Multiplied(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (x * mask.unsqueeze(-1).to(x)).sum(1) / mask.sum(1, keepdim=True)
+
     x = torch.rand(2, 3, 2, dtype=torch.float64)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    R = nrm.Explainer(Masked().eval(), rules.Flat())(x, mask=mask, target=0)
-    assert R.heatmap(at="x")[..., 0].tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+    for model in (Masked(), Multiplied()):
+        R = nrm.Explainer(model.eval(), rules.Flat())(x, mask=mask, target=0)
+        assert R.heatmap(at="x")[..., 0].tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_a_scale_that_starts_at_zero_may_be_trained():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale * torch.tanh(x)
+
+    x = torch.ones(1, 2, dtype=torch.float64)
+    R = nrm.Explainer(Scaled().double().eval(), rules.Flat())(x, target=0)
+    assert float(R(":tanh")) == 0.5
 
 
 @pytest.mark.parametrize("choice", [rules.Flat(), rules.Gamma(0.25)], ids=str)

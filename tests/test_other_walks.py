@@ -688,7 +688,7 @@ def test_baselines():
     for values in ([0.0, 0.0], "x", None, {"x": {"y": 0}}):
         with pytest.raises(TypeError, match="a mapping from the names"):
             rules.PathIntegrated(values)
-    with pytest.raises(ValueError, match="one step"):
+    with pytest.raises(ValueError, match="steps"):
         rules.PathIntegrated(steps=0)
     two = composites.Composite(
         [(composites.path("last"), rules.PathIntegrated(1.0))], rules.PathIntegrated()

@@ -5,9 +5,9 @@ Beside real parents they are none, as the padding inside a convolution is none: 
 network have one heatmap, under every rule. Where a neuron has no other parents they are its
 parents, so that no relevance is lost.
 
-Known from the graph, never from values that happen to be zero: an operator writes the constant, at
-places that no neuron's value decides, and what moves neurons about moves the zeros with them. A
-factor of zero is a weight, and a parameter of zeros may be trained: neither makes explicit zeros.
+Known from the graph, never from values that happen to be zero: an operator writes the constant, or
+multiplies by it, at places that no neuron's value decides, and what moves neurons about moves the
+zeros with them. A parameter that is zero may be trained: it makes no explicit zeros.
 """
 
 from __future__ import annotations
@@ -66,15 +66,19 @@ class ExplicitZeros:
         nodes = list(graph.captured.graph.nodes)
         leaves = {v.node for v in graph.variables if v.kind in ("input", "embedding")}
         self._carries = _depending(nodes, leaves)
-        trained = _depending(nodes, {node for node in nodes if "trained" in node.meta})
+        self._constants = constants
+        self._trained = _depending(nodes, {node for node in nodes if "trained" in node.meta})
         self._blank = {
-            node for node, value in constants.items() if node not in trained and _all_zero(value)
+            node
+            for node, value in constants.items()
+            if node not in self._trained and _all_zero(value)
         }
         self._may = set(self._blank)
         self._calls: dict[Node, tuple[Call, Operator] | None] = {}
         for node in nodes:
             if node not in constants and node.op == "call_function":
                 self._add(node)
+        del self._constants  # most are not needed to run
 
     def of(self, node: Node, values: Mapping[Node, Any], known: dict[Node, Tensor]) -> None:
         """Find those of a node, given those of what it reads.
@@ -133,23 +137,47 @@ class ExplicitZeros:
             row = None if row is None else row.specialize(call)
         except (AssertionError, UnsupportedOperatorError):
             return  # refused by name where the graph is built
+        if isinstance(row, Product) and "recurrent" in node.meta:
+            return  # the state that a cell starts from is a value, whatever it is
         if row is not None and self._passes_zeros(call, row):
             self._calls[node] = call, row
             self._may.add(node)
+
+    def factor(self, call: Call) -> Any:
+        """What multiplies the one variable of a product; `None` where both are. A gate on zero is
+        a gate still."""
+        others = [call[name] for name in ("self", "other") if call[name] not in self._carries]
+        return others[0] if len(others) == 1 else None
+
+    def trained(self, factor: Any) -> bool:
+        """Whether something is a parameter, or computed from one."""
+        return factor in self._trained
+
+    def _multiplies(self, call: Call, reads: Sequence[str]) -> bool:
+        """Whether a product of a variable and a constant may be zero by either."""
+        factor = self.factor(call)
+        if factor is None:
+            return False
+        if reads:
+            return True
+        if not isinstance(factor, Node):
+            return bool(factor == 0)
+        known = self._constants.get(factor)  # what a mask decides is looked at in time
+        zero = not isinstance(known, Tensor) or bool((known == 0).any())
+        return zero and not self.trained(factor)
 
     def _passes_zeros(self, call: Call, row: Operator) -> bool:
         reads = [name for name, node in call.nodes() if node in self._may]
         if isinstance(row, Filling):
             return bool(reads) or (writes_zero(call, row) and self.placed(call, row))
+        if isinstance(row, Product) and not isinstance(row, Quotient):
+            return self._multiplies(call, reads)
         if not reads or call.target.overloadpacket in _REORDERING:
             return False
         if isinstance(row, Copy):
             return "src" in reads
         if isinstance(row, Quotient):
             return reads == ["self"] and call["other"] not in self._carries
-        if isinstance(row, Product):  # by a constant: a gate on zero is a gate still
-            others = [call[name] for name in ("self", "other") if name not in reads]
-            return len(reads) == 1 and others[0] not in self._carries
         if isinstance(row, Identity):
             return len(reads) == 1 and (row.elementwise or row.at_zero == "zero")
         if isinstance(row, Routing):
@@ -180,13 +208,27 @@ class _Telling:
         if isinstance(row, Sum):
             sides = [self._real(call[name]) for name in ("self", "other")]
             return torch.maximum(*sides).expand(self.value.shape)
-        if isinstance(row, Identity | Product):
+        if isinstance(row, Product) and not isinstance(row, Quotient):
+            return self._multiplied()
+        if isinstance(row, Identity | Quotient):
             return self._of_one()
         return self._routed(row)
 
+    def _multiplied(self) -> Tensor:
+        """Of a variable times a constant: zero where either is."""
+        factor = self.zeros.factor(self.call)
+        (variable,) = (self.call[n] for n in ("self", "other") if self.call[n] is not factor)
+        real, there = self._real(variable).expand(self.value.shape), self._plain(factor)
+        if self.zeros.trained(factor):
+            return real
+        return real * (there != 0 if isinstance(there, Tensor) else float(there != 0))
+
     def _of_one(self) -> Tensor:
         """Of a function of one neuron each: where it makes zero of zero."""
-        (operand,) = dict.fromkeys(node for _, node in self.call.nodes() if self._told(node))
+        told = list(dict.fromkeys(node for _, node in self.call.nodes() if self._told(node)))
+        if len(told) != 1:  # there may have been some, and are none for this input
+            return torch.ones_like(self.value)
+        (operand,) = told
         made = self.call.map(
             lambda leaf: (
                 torch.zeros_like(self.values[leaf]) if leaf is operand else self._plain(leaf)
