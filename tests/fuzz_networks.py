@@ -74,11 +74,16 @@ class Step:
 
 @dataclass
 class Described(o.Oracle):
-    """An oracle that knows shapes, what is exact, and zeros that are written and not computed."""
+    """An oracle that knows shapes, what is exact, and zeros that are written and not computed.
+
+    Attributes:
+        zeros: neurons that are written as zeros; `alone` those that have no other parents.
+    """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     exact: dict[str, bool] = field(default_factory=dict)
     zeros: set[o.Neuron] = field(default_factory=set)
+    alone: set[o.Neuron] = field(default_factory=set)
     stabilizers: dict[str, float] = field(default_factory=dict)
     alphas: Callable[[Sequence[int]], list[float]] = lambda gates: [0.5, 0.5]
     softmax_rule: bool = False
@@ -93,10 +98,16 @@ class Described(o.Oracle):
         """A weighted sum; zeros that are written are no parents beside others."""
         real = [c for c in connections if (c[1], c[2]) not in self.zeros]
         reached = {c[0] for c in real}
-        real += [c for c in connections if c[0] not in reached and (c[1], c[2]) in self.zeros]
-        self.weighted(name, o.zero, size, sorted(real, key=lambda c: c[0]), bias)
+        if bias is not None and self.bias_is_input:
+            reached = set(range(size))
+        alone = [c for c in connections if c[0] not in reached]
+        self.alone |= {(name, c[0]) for c in alone}
+        self.weighted(name, o.zero, size, sorted(real + alone, key=lambda c: c[0]), bias)
 
     def column(self, neuron: o.Neuron, normalized: bool) -> list[tuple[o.Neuron, float]]:
+        if neuron in self.alone:
+            parents = self.parents[neuron]
+            return [(p.neuron, 1 / len(parents) if normalized else 0.0) for p in parents]
         floor = self.stabilizers.get(neuron[0], 0.0)
         rule = self.rules[neuron[0]]
         if normalized and floor and rule is not None and not isinstance(rule, o.Occlusion):
@@ -242,12 +253,13 @@ class Network:
         return net
 
     def folded(self, step: Step) -> Step | None:
-        """The batch norm that the package takes into a layer."""
-        readers = [s for s in self.steps if step.name in s.reads]
-        fits = step.kind == "conv" or (step.kind == "linear" and isinstance(step.module, nn.Linear))
-        if len(readers) != 1 or not fits or not isinstance(readers[0].module, nn.BatchNorm1d | nn.BatchNorm2d):
+        """The batch norm that the package takes into a layer: one that alone reads its channels."""
+        readers = [other for other in self.steps if step.name in other.reads]
+        if len(readers) != 1 or not isinstance(readers[0].module, nn.BatchNorm1d | nn.BatchNorm2d):
             return None
-        return readers[0]
+        if isinstance(step.module, nn.Linear):
+            return readers[0] if len(self.shape(step.name)) == 1 else None
+        return readers[0] if isinstance(step.module, nn.Conv1d | nn.Conv2d) else None
 
 
 def shape_of(value: Tensor, batch_axis: int) -> tuple[int, ...]:

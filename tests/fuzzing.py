@@ -62,17 +62,27 @@ class Case:
             f"{self.walks.text}, bias={self.walks.bias!r}\n{self.network}"
         )
 
-    def findings(self) -> Iterator[Finding]:
-        """Whatever is wrong; nothing if rounding decides what is right."""
+    def flows(self, target: int | None = None) -> tuple[list[Flows], list[Flows]] | None:
+        """Of every sample, normalised and not; `None` where rounding decides what is right."""
         nets = [self.walks.describe(self.network, sample) for sample in range(BATCH)]
         if any(net.doubtful() for net in nets):
-            return
-        rng = np.random.default_rng([self.seed, 2])
-        target = int(rng.integers(len(nets[0].values[nets[0].output])))
+            return None
+        if target is None:
+            target = int(np.random.default_rng([self.seed, 2]).integers(_outputs(nets[0])))
         flows = [Flows(net, target) for net in nets]
         raw = [Flows(net, target, normalized=False) for net in nets]
         if max(flow.variation for flow in flows) > 1e6:
+            return None
+        return flows, raw
+
+    def findings(self) -> Iterator[Finding]:
+        """Whatever is wrong; nothing if rounding decides what is right."""
+        known = self.flows()
+        if known is None:
             return
+        flows, raw = known
+        rng = np.random.default_rng([self.seed, 4])
+        target, nets = flows[0].target, [flow.net for flow in flows]
         condition = max(net.condition() for net in nets)
         model, inputs = self.network.model(), self.network.inputs
         for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
@@ -82,7 +92,7 @@ class Case:
             explainer = nrm.Explainer(model, self.walks.composite, bias=self.walks.bias)
             given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
             kind = str(dtype).removeprefix("torch.")
-            for way, rows in (("in a batch", range(BATCH)), ("alone", [seeded(rng, BATCH)])):
+            for way, rows in (("in a batch", range(BATCH)), ("alone", [int(rng.integers(BATCH))])):
                 if dtype is torch.float32 and way == "alone":
                     continue
                 chosen = {name: x[list(rows)] for name, x in given.items()}
@@ -122,8 +132,8 @@ class Case:
         return best
 
 
-def seeded(rng: np.random.Generator, count: int) -> int:
-    return int(rng.integers(count))
+def _outputs(net: Described) -> int:
+    return len(net.values[net.output])
 
 
 def compare(asked: Asked, way: str, rounds: int) -> Iterator[Finding]:
