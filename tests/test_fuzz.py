@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 
-import fuzz_flows
-import fuzz_queries
-import fuzzing
 import numpy as np
 import oracle as o
 import pytest
+from fuzz.cases import Case, compare
+from fuzz.flows import Flows
+from fuzz.queries import Asked
 from networks import NETWORKS, make
 
 import nrm
@@ -28,7 +28,7 @@ LISTED = 3000
 @pytest.mark.filterwarnings("ignore::nrm.RelevanceWarning")
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
 def test_every_answer_is_that_of_the_oracle(seed):
-    case = fuzzing.Case.drawn(seed)
+    case = Case.drawn(seed)
     found = list(case.findings())
     assert not found, "\n".join([str(case), *map(str, found)])
 
@@ -36,7 +36,7 @@ def test_every_answer_is_that_of_the_oracle(seed):
 def test_seeds_are_asked_and_not_passed_over():
     """Of the seeds of this run, few are left out because rounding decides what is right."""
     seeds = range(FIRST, FIRST + COUNT)
-    left_out = [seed for seed in seeds if fuzzing.Case.drawn(seed).flows(0) is None]
+    left_out = [seed for seed in seeds if Case.drawn(seed).flows(0) is None]
     assert len(left_out) <= max(1, COUNT // 4)
 
 
@@ -51,7 +51,7 @@ def test_flows_are_the_sums_over_listed_walks(network, bias):
 def test_flows_are_the_sums_over_listed_walks_of_random_networks():
     compared = 0
     for seed in range(40):
-        case = fuzzing.Case.drawn(seed)
+        case = Case.drawn(seed)
         net = case.walks.describe(case.network, 0)
         if _count(net) <= LISTED:
             _compare(net, np.random.default_rng(seed))
@@ -61,7 +61,7 @@ def test_flows_are_the_sums_over_listed_walks_of_random_networks():
 
 def test_what_is_wrong_is_found():
     """Answers that are off by little are findings, at every query."""
-    case = next(c for c in map(fuzzing.Case.drawn, range(FIRST, FIRST + COUNT)) if c.flows(0))
+    case = next(c for c in map(Case.drawn, range(FIRST, FIRST + COUNT)) if c.flows(0))
     target = 0
     known = case.flows(target)
     assert known is not None
@@ -69,20 +69,20 @@ def test_what_is_wrong_is_found():
     model, inputs = case.network.model(), case.network.inputs
     explainer = nrm.Explainer(model, case.walks.composite, bias=case.walks.bias)
     R = explainer(**inputs, target=target)
-    asked = fuzz_queries.Asked(R, case.network, flows, raw, 1e-9, np.random.default_rng(0))
-    assert not list(fuzzing.compare(asked, "as it is", 1))
-    wrong = [fuzz_flows.Flows(flow.net, target) for flow in flows]
+    asked = Asked(R, case.network, flows, raw, 1e-9, np.random.default_rng(0))
+    assert not list(compare(asked, "as it is", 1))
+    wrong = [Flows(flow.net, target) for flow in flows]
     for flow in wrong:
         for columns in flow.matrices.values():
             for matrix in columns.values():
                 matrix *= 1 + 1e-6
-    asked = fuzz_queries.Asked(R, case.network, wrong, raw, 1e-9, np.random.default_rng(0))
-    assert len(list(fuzzing.compare(asked, "a little off", 1))) > 10
+    asked = Asked(R, case.network, wrong, raw, 1e-9, np.random.default_rng(0))
+    assert len(list(compare(asked, "a little off", 1))) > 10
 
 
 def _count(net: o.Oracle) -> int:
     """How many walks there are, from all outputs."""
-    flows = fuzz_flows.Flows(net, 0)
+    flows = Flows(net, 0)
     ways = {name: np.ones(size) for name, size in flows.sizes.items()}
     for name in reversed(flows.order):
         if name in flows.matrices:
@@ -93,7 +93,7 @@ def _count(net: o.Oracle) -> int:
 def _compare(net: o.Oracle, rng: np.random.Generator) -> None:
     for normalized in (True, False):
         walks = net.walks(1, normalized)
-        flows = fuzz_flows.Flows(net, 1, normalized)
+        flows = Flows(net, 1, normalized)
         size = max(1.0, sum(abs(r) for _, r in walks))
         np.testing.assert_allclose(flows.variation, sum(abs(r) for _, r in walks))
         for _ in range(3):

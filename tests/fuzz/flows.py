@@ -1,4 +1,4 @@
-"""A second oracle, for networks with too many walks to list: dense matrices and dynamic programming.
+"""A second oracle, for networks with too many walks to list: dense matrices, pass by pass.
 
 The parents of every neuron and the contributions of each come from `oracle.Oracle`, neuron by
 neuron; here they become one column-stochastic matrix for each two variables, and what a walk has
