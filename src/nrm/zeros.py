@@ -186,7 +186,10 @@ class _Telling:
 
     def _of_one(self) -> Tensor:
         """Of a function of one neuron each: where it makes zero of zero."""
-        (operand,) = dict.fromkeys(node for _, node in self.call.nodes() if self._told(node))
+        told = dict.fromkeys(node for _, node in self.call.nodes() if self._told(node))
+        if not told:  # there might have been zeros, and this time are none
+            return torch.ones_like(self.value)
+        (operand,) = told
         made = self.call.map(
             lambda leaf: (
                 torch.zeros_like(self.values[leaf]) if leaf is operand else self._plain(leaf)
