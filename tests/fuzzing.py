@@ -9,168 +9,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import fuzz_blocks
-import fuzz_queries
-import fuzz_walks
-import numpy as np
 import torch
-from fuzz_flows import Flows
-from fuzz_networks import BATCH, Described, Network
-from fuzz_queries import Answer, Asked
-from fuzz_walks import Walks
+from fuzz.cases import Case, alike
 
 import nrm
-
-
-@dataclass
-class Finding:
-    """One answer that is wrong."""
-
-    way: str
-    query: str
-    found: object
-    expected: object
-
-    def __str__(self) -> str:
-        return f"{self.way}: {self.query}\n    found    {self.found}\n    expected {self.expected}"
-
-
-@dataclass
-class Case:
-    """A network under a composite, with all that is asked about it."""
-
-    seed: int
-    network: Network
-    walks: Walks
-
-    @classmethod
-    def drawn(cls, seed: int) -> Case:
-        network = fuzz_blocks.draw(seed)
-        return cls(seed, network, fuzz_walks.draw(network, np.random.default_rng([seed, 1])))
-
-    def __str__(self) -> str:
-        return (
-            f"seed {self.seed}: python tests/fuzzing.py --seed {self.seed} --count 1\n"
-            f"{self.walks.text}, bias={self.walks.bias!r}\n{self.network}"
-        )
-
-    def findings(self) -> Iterator[Finding]:
-        """Whatever is wrong; nothing if rounding decides what is right."""
-        nets = [self.walks.describe(self.network, sample) for sample in range(BATCH)]
-        if any(net.doubtful() for net in nets):
-            return
-        rng = np.random.default_rng([self.seed, 2])
-        target = int(rng.integers(len(nets[0].values[nets[0].output])))
-        flows = [Flows(net, target) for net in nets]
-        raw = [Flows(net, target, normalized=False) for net in nets]
-        if max(flow.variation for flow in flows) > 1e6:
-            return
-        condition = max(net.condition() for net in nets)
-        model, inputs = self.network.model(), self.network.inputs
-        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
-            if tolerance * condition > 0.1 or (dtype is torch.float32 and self.seed % 3):
-                continue
-            model = model.to(dtype)
-            explainer = nrm.Explainer(model, self.walks.composite, bias=self.walks.bias)
-            given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-            kind = str(dtype).removeprefix("torch.")
-            for way, rows in (("in a batch", range(BATCH)), ("alone", [seeded(rng, BATCH)])):
-                if dtype is torch.float32 and way == "alone":
-                    continue
-                chosen = {name: x[list(rows)] for name, x in given.items()}
-                try:
-                    R = explainer(**chosen, target=target)
-                except Exception as error:
-                    yield Finding(f"{kind}, {way}", "Explainer", *_failure(error))
-                    continue
-                measures = [("", R)]
-                if R.forward_pass.telescope is not None:
-                    slow = explainer(**chosen, target=target)
-                    slow.forward_pass.telescope = None
-                    measures.append((", by messages", slow))
-                for path, measure in measures:
-                    asked = Asked(
-                        measure,
-                        self.network,
-                        [flows[row] for row in rows],
-                        [raw[row] for row in rows],
-                        tolerance * condition,
-                        np.random.default_rng([self.seed, 3]),
-                    )
-                    rounds = 2 if way == "in a batch" and dtype is torch.float64 else 1
-                    yield from compare(asked, f"{kind}, {way}{path}", rounds)
-
-    def smaller(self, finding: Finding) -> Case:
-        """The same mistake in as few steps as can be found by taking out one at a time."""
-        best, going = self, True
-        while going:
-            going = False
-            for network in shorter(best.network):
-                case = Case(self.seed, network, self.walks)
-                with contextlib.suppress(Exception):
-                    if any(_alike(finding, other) for other in case.findings()):
-                        best, going = case, True
-                        break
-        return best
-
-
-def seeded(rng: np.random.Generator, count: int) -> int:
-    return int(rng.integers(count))
-
-
-def compare(asked: Asked, way: str, rounds: int) -> Iterator[Finding]:
-    """Every answer that is not the oracle's."""
-    for query in fuzz_queries.queries(asked, rounds):
-        text = "the first query"
-        try:
-            for text, found, expected, raw in query():
-                yield from _wrong(asked, way, (text, found, expected, raw))
-        except Exception as error:
-            yield Finding(way, f"what comes after {text}", *_failure(error))
-
-
-def _wrong(asked: Asked, way: str, answer: Answer) -> Iterator[Finding]:
-    text, found, expected, raw = answer
-    flows = asked.raw if raw else asked.flows
-    for b, value in enumerate(found):
-        right = np.asarray(expected(b), dtype=float)
-        size = flows[b].variation if raw else max(1.0, flows[b].variation)
-        allowed = asked.tolerance * size * (8 if "weighted" in text else 1)
-        off = np.abs(np.asarray(value, dtype=float) - right)
-        if right.shape != np.shape(value) or not (off <= allowed + 1e-300).all():
-            yield Finding(f"{way}, sample {b}", text, np.asarray(value), right)
-            return
-
-
-def _failure(error: Exception) -> tuple[str, str]:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})", "an answer"
-
-
-def _alike(one: Finding, other: Finding) -> bool:
-    head = one.query.split("(")[0].split("[")[0]
-    return other.query.startswith(head) and isinstance(one.found, str) == isinstance(
-        other.found, str
-    )
-
-
-def shorter(network: Network) -> Iterator[Network]:
-    """Networks without one step."""
-    shapes = {name: value.shape for name, value in network.values.items()}
-    for step in reversed(network.steps):
-        for read in dict.fromkeys(step.reads):
-            if shapes[read] == shapes[step.name] and network.values[read].is_floating_point():
-                found = network.without(step.name, read)
-                if found.steps:
-                    yield found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if found is not None:
             failed += 1
             small = case.smaller(found)
-            shown = next((f for f in small.findings() if _alike(found, f)), found)
+            shown = next((f for f in small.findings() if alike(found, f)), found)
             _say(f"\n{small}\n{shown}")
         seed += 1
         if (seed - options.seed) % 100 == 0:

@@ -390,3 +390,23 @@ def test_every_query_knows_them(choice):
     for sample in range(3):
         alone = explainers[0](x[sample : sample + 1], target=0)
         torch.testing.assert_close(alone.heatmap()[0], second.heatmap()[sample])
+
+
+def test_a_mask_that_blanks_nothing_this_time():
+    """What may have explicit zeros and has none is as without the mask."""
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            h = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+            h = F.dropout(torch.relu(h) / 2, 0.5, self.training)
+            return (h * h.new_tensor([1.0, 2.0])).sum(1)
+
+    x = torch.rand(2, 3, 2, dtype=torch.float64)
+    explainer = nrm.Explainer(Masked().eval(), rules.Flat())
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    expected = explainer(x, target=0).heatmap()
+    for mask in (everything, everything & (torch.arange(3) < 2)):
+        R = explainer(x, mask=mask, target=0)
+        kept = torch.where(mask, 1.0, 0.0).double() / mask.sum(1, keepdim=True)
+        torch.testing.assert_close(R.heatmap(at="x")[..., 0], kept)
+    torch.testing.assert_close(expected[..., 0], torch.full((2, 3), 1 / 3).double())

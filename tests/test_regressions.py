@@ -302,3 +302,41 @@ def test_channels_lie_where_a_linear_layer_acts():
     explainer = nrm.Explainer(Net().eval())
     listing = explainer.layers(torch.rand(1, 3, 4, 2))
     assert listing[":reshape"].channel_axis == 1
+
+
+@pytest.mark.filterwarnings("ignore::nrm.RelevanceWarning")
+def test_searches_where_contributions_vanish():
+    """Bounds are computed on a pass of its own, which warns as the first does."""
+    model = mlp(3, 4, 3, 2)
+    model[0].weight.data[1] = 0  # a neuron without contributions
+    R = nrm.Explainer(model, rules.WSquare())(torch.ones(1, 3).double(), target=0)
+    assert R(nrm.neurons("0", 1)) > 0
+    pairs = R.joint("2", "input", by="neuron")
+    best = R.top("2", "input", by="neuron", k=3)
+    ranked = pairs.flatten().sort(descending=True).values[:3]
+    torch.testing.assert_close(torch.tensor([flow.relevance for flow in best]).double(), ranked)
+
+
+@pytest.mark.parametrize("by", ["messages", "derivatives"])
+def test_sizes_of_a_softmax_that_is_expanded(by):
+    """`|T~_ij|` of its column by hand: `|s_i x_i|` of itself, `s_i s_k |x_k|` of all, the rest."""
+    model = nn.Sequential(nn.Softmax(-1), nn.Linear(3, 1, bias=False)).double().eval()
+    x = torch.tensor([[0.5, -1.0, 2.0]]).double()
+    composite = nrm.composites.AttnLRP()
+    if by == "messages":
+        composite = nrm.composites.Composite(
+            [(nrm.composites.kind("softmax"), rules.Zero())], rules.Gamma(0.0), bias="input"
+        )
+    R = nrm.Explainer(model, composite)(x, target=0)
+    s = x.softmax(-1)[0]
+    rest = s * (1 - x[0] + s @ x[0])
+    sizes = s * x[0].abs() + s * (s @ x[0].abs()) + rest.abs()
+    propagation = R.forward_pass.propagations[R.graph.variable("0").producer]
+    torch.testing.assert_close(propagation.magnitude()[0], sizes)
+    assert R.diagnostics().worst_cut_deviation < 1e-9
+    pairs = R.joint("0", "input", by="neuron")[0]
+    best = R.top("0", "input", by="neuron", k=9)
+    torch.testing.assert_close(
+        torch.tensor([flow.relevance for flow in best]).double(),
+        pairs.flatten().sort(descending=True).values,
+    )

@@ -117,6 +117,13 @@ class Shared(Weight):
             self._powers[id(found)] = self._power(modify)
         return found
 
+    def size(self, made: Tensor) -> Tensor:
+        key = ("size", id(made))  # what was made is kept, so that no other has its id
+        if key not in self._derived:
+            self._derived[key] = made.abs()
+            self._powers[id(self._derived[key])] = self._powers[id(made)]
+        return self._derived[key]
+
     def of_parents(self, made: Tensor) -> Tensor:
         """What becomes of `weight_i` where a rule made this of `shared_j`."""
         power = self._powers[id(made)]

@@ -313,7 +313,7 @@ class SharedOut(Propagation):
             return add_up(
                 _gated(
                     add_up(
-                        part.add(factor.abs(), None if weight is None else weight.abs())
+                        part.add(factor.abs(), None if weight is None else part.w.size(weight))
                         for part, groups in zip(self.parts, self.terms, strict=True)
                         for factor, weight in groups[index]
                     ),
@@ -388,7 +388,7 @@ class AbsoluteShares(SharedOut):
         if id(terms) not in self._sizes:  # the owner keeps them
             self._sizes[id(terms)] = TermSum(
                 [
-                    (part, factor.abs(), None if weight is None else weight.abs())
+                    (part, factor.abs(), None if weight is None else part.w.size(weight))
                     for part, factor, weight in terms.summands
                 ]
             )

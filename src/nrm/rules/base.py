@@ -87,6 +87,10 @@ class Weight:
             self._derived[key] = modify(self.value)
         return self._derived[key]
 
+    def size(self, made: Tensor) -> Tensor:
+        """The absolute size of the weight, or of what a rule made of it."""
+        return made.abs()
+
     @property
     def positive(self) -> Tensor:
         return self.derive("positive", lambda w: w.clamp(min=0))

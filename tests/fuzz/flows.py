@@ -1,4 +1,4 @@
-"""A second oracle, for networks with too many walks to list: dense matrices and dynamic programming.
+"""A second oracle, for networks with too many walks to list: dense matrices, pass by pass.
 
 The parents of every neuron and the contributions of each come from `oracle.Oracle`, neuron by
 neuron; here they become one column-stochastic matrix for each two variables, and what a walk has
@@ -34,17 +34,21 @@ class Flows:
         self.order = list(_from_output(net))
         self.sizes = {name: _size(net, name) for name in self.order}
         self.matrices: dict[str, dict[str, np.ndarray]] = {}
+        self._sizes: dict[str, dict[str, np.ndarray]] = {}  # the same, two of one parent apart
         self.leaves = [name for name in self.order if name in net.leaves]
         for name in self.order:
             if name in net.leaves:
                 continue
             columns: dict[str, np.ndarray] = {}
+            sizes: dict[str, np.ndarray] = {}
             for j in range(self.sizes[name]):
                 for (parent, i), share in net.column((name, j), normalized):
                     if parent not in columns:
                         columns[parent] = np.zeros((self.sizes[parent], self.sizes[name]))
+                        sizes[parent] = np.zeros_like(columns[parent])
                     columns[parent][i, j] += share
-            self.matrices[name] = columns
+                    sizes[parent][i, j] += abs(share)
+            self.matrices[name], self._sizes[name] = columns, sizes
 
     def leads(self, name: str, below: str) -> bool:
         """Whether walks from one variable may come to another."""
@@ -69,12 +73,12 @@ class Flows:
 
     @cached_property
     def variation(self) -> float:
-        """The sum of the absolute relevance of all walks, or more: matrices are made absolute."""
+        """The sum of the absolute relevance of all walks."""
         messages = {name: np.zeros(size) for name, size in self.sizes.items()}
         messages[self.net.output][self.target] = abs(self.start)
         for name in self.order:
-            for parent, matrix in self.matrices.get(name, {}).items():
-                messages[parent] += np.abs(matrix) @ messages[name]
+            for parent, matrix in self._sizes.get(name, {}).items():
+                messages[parent] += matrix @ messages[name]
         return float(sum(messages[leaf].sum() for leaf in self.leaves))
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import fuzz_flows
 import numpy as np
 import torch
-from fuzz_flows import Flows
-from fuzz_networks import Network
 from torch import Tensor
 
 import nrm
+from fuzz.flows import Flows, Holds
+from fuzz.networks import Network
 
 
 @dataclass
@@ -76,9 +75,12 @@ def _everything(asked: Asked) -> Iterator[Answer]:
         )
     for name in asked.names:
         known = address(name)
-        yield f"R.marginal({known!r})", asked.laid(R.marginal(known), name), (
-            lambda b, n=name: plain[b][n]
-        ), False
+        yield (
+            f"R.marginal({known!r})",
+            asked.laid(R.marginal(known), name),
+            (lambda b, n=name: plain[b][n]),
+            False,
+        )
         yield f"R({known!r})", list(R(known)), lambda b, n=name: plain[b][n].sum(), False
     leaves = [v.name for v in R.graph.leaves]
     yield "leaves", list(sum(R(leaf) for leaf in leaves)), lambda b: 1.0, False
@@ -86,15 +88,21 @@ def _everything(asked: Asked) -> Iterator[Answer]:
     given = {*asked.network.leaves}
     late = [n for n in flows[0].leaves if n not in given and asked.network.address(n) in shares]
     for name in late:
-        yield f"R.biases()[{name!r}]", list(shares[address(name)]), (
-            lambda b, n=name: plain[b][n].sum()
-        ), False
+        yield (
+            f"R.biases()[{name!r}]",
+            list(shares[address(name)]),
+            (lambda b, n=name: plain[b][n].sum()),
+            False,
+        )
     unknown = sorted(shares.keys() - {address(n) for n in flows[0].leaves})
     if unknown:
         hidden = [name for name in flows[0].leaves if "~" in name]
-        yield f"R.biases() of {unknown}", list(sum(shares[name] for name in unknown)), (
-            lambda b: sum(plain[b][name].sum() for name in hidden)
-        ), False
+        yield (
+            f"R.biases() of {unknown}",
+            list(sum(shares[name] for name in unknown)),
+            (lambda b: sum(plain[b][name].sum() for name in hidden)),
+            False,
+        )
     for layer in R.proper_form():
         yield f"R.proper_form()[{layer.index}].total", list(layer.total), lambda b: 1.0, False
     health = R.diagnostics()
@@ -139,11 +147,11 @@ def _sets(asked: Asked, count: int) -> Sets:
 
 def _formula(
     events: Sequence[nrm.formulas.Formula], rng: np.random.Generator
-) -> tuple[str, nrm.formulas.Formula, fuzz_flows.Holds]:
+) -> tuple[str, nrm.formulas.Formula, Holds]:
     """A formula over events called a, b, c."""
     letters = "abc"[: len(events)]
     text, formula = letters[0], events[0]
-    holds: fuzz_flows.Holds = lambda h: h[0]  # noqa: E731
+    holds: Holds = lambda h: h[0]  # noqa: E731
     if rng.random() < 0.4:
         text, formula, holds = f"~{text}", ~formula, lambda h: not h[0]
     for k in range(1, len(events)):
@@ -182,15 +190,21 @@ def _about_sets(asked: Asked) -> Iterator[Answer]:
     yield f"R({about})", list(R(formula)), lambda b: known[b].relevance(holds), False
     pair = R.relevances(formula, a[0])
     yield f"R.relevances({about})", list(pair[0]), lambda b: known[b].relevance(holds), False
-    yield f"R.relevances(a), {about}", list(pair[1]), (
-        lambda b: known[b].relevance(lambda h: h[0])
-    ), False
+    yield (
+        f"R.relevances(a), {about}",
+        list(pair[1]),
+        (lambda b: known[b].relevance(lambda h: h[0])),
+        False,
+    )
     found = R.outcomes(*a)
     for state in known[0].outcomes():
         values = found.get(state, torch.zeros(len(flows)))
-        yield f"R.outcomes(*sets)[{state}], {about}", list(values), (
-            lambda b, s=state: known[b].outcomes()[s]
-        ), False
+        yield (
+            f"R.outcomes(*sets)[{state}], {about}",
+            list(values),
+            (lambda b, s=state: known[b].outcomes()[s]),
+            False,
+        )
     if len(a) > 1:
         given = R(a[0], given=a[1:])
 
@@ -201,33 +215,48 @@ def _about_sets(asked: Asked) -> Iterator[Answer]:
         yield f"R(a, given=rest), {about}", list(given), conditional, False
     name = str(rng.choice(asked.names))
     layer = asked.network.address(name)
-    yield f"R.marginal({layer!r}, {about})", asked.laid(R.marginal(layer, formula), name), (
-        lambda b: known[b].marginals(holds)[name]
-    ), False
+    yield (
+        f"R.marginal({layer!r}, {about})",
+        asked.laid(R.marginal(layer, formula), name),
+        (lambda b: known[b].marginals(holds)[name]),
+        False,
+    )
     leaf = str(rng.choice([n for n in asked.names if n in flows[0].leaves]))
     at = asked.network.address(leaf)
     heat = R.heatmap(*a, at=at)
-    yield f"R.heatmap(*sets, at={at!r}), {about}", asked.laid(heat, leaf), (
-        lambda b: known[b].marginals()[leaf]
-    ), False
+    yield (
+        f"R.heatmap(*sets, at={at!r}), {about}",
+        asked.laid(heat, leaf),
+        (lambda b: known[b].marginals()[leaf]),
+        False,
+    )
     several = R.heatmaps([formula, list(a), a[0]], at=at)
     for k, of in enumerate((holds, all, lambda h: h[0])):
-        yield f"R.heatmaps([formula, sets, a])[{k}], {about}", asked.laid(several[k], leaf), (
-            lambda b, of=of: known[b].marginals(of)[leaf]
-        ), False
+        yield (
+            f"R.heatmaps([formula, sets, a])[{k}], {about}",
+            asked.laid(several[k], leaf),
+            (lambda b, of=of: known[b].marginals(of)[leaf]),
+            False,
+        )
     every = R.marginals(formula)
     for other in rng.choice(asked.names, min(3, len(asked.names)), False):
         place = R.graph.variable(asked.network.address(str(other))).name
-        yield f"R.marginals(formula)[{place!r}], {about}", (
-            asked.laid(every[place], str(other))
-        ), (lambda b, n=str(other): known[b].marginals(holds)[n]), False
+        yield (
+            f"R.marginals(formula)[{place!r}], {about}",
+            (asked.laid(every[place], str(other))),
+            (lambda b, n=str(other): known[b].marginals(holds)[n]),
+            False,
+        )
     ahead = R.conditionals(*a)
     for other in rng.permutation(asked.names)[:3]:
         place = R.graph.variable(asked.network.address(str(other))).name
         if place in ahead:
-            yield f"R.conditionals(*sets)[{place!r}], {about}", (
-                asked.laid(ahead[place], str(other))
-            ), (lambda b, n=str(other): known[b].conditionals()[n]), False
+            yield (
+                f"R.conditionals(*sets)[{place!r}], {about}",
+                (asked.laid(ahead[place], str(other))),
+                (lambda b, n=str(other): known[b].conditionals()[n]),
+                False,
+            )
     yield from _weights(asked, sets, about)
     yield from _unnormalized(asked, sets, about)
 
@@ -236,10 +265,15 @@ def _weights(asked: Asked, sets: Sets, about: str) -> Iterator[Answer]:
     """What closes neurons or counts them."""
     R, flows, rng = asked.R, asked.flows, asked.rng
     rest = sets.events[1:]
-    inside = [flow.asked(sets.masks[b][1:], _open(sets.masks[b][0])) for b, flow in enumerate(flows)]
-    yield f"R(*rest, within=a), {about}", list(R(*rest, within=sets.events[0])), (
-        lambda b: inside[b].relevance()
-    ), False
+    inside = [
+        flow.asked(sets.masks[b][1:], _open(sets.masks[b][0])) for b, flow in enumerate(flows)
+    ]
+    yield (
+        f"R(*rest, within=a), {about}",
+        list(R(*rest, within=sets.events[0])),
+        (lambda b: inside[b].relevance()),
+        False,
+    )
     known = [flow.asked(sets.masks[b]) for b, flow in enumerate(flows)]
     weights = {
         str(n): rng.integers(-2, 3, asked.flows[0].sizes[n]).astype(float)
@@ -250,13 +284,19 @@ def _weights(asked: Asked, sets: Sets, about: str) -> Iterator[Answer]:
         for n, w in weights.items()
     }
     text = f"{ {n: w.tolist() for n, w in weights.items()} }, {about}"
-    yield f"R.weighted(sum) {text}", list(R.weighted(laid, *sets.events)), (
-        lambda b: sum(float(w @ known[b].marginals()[n]) for n, w in weights.items())
-    ), False
+    yield (
+        f"R.weighted(sum) {text}",
+        list(R.weighted(laid, *sets.events)),
+        (lambda b: sum(float(w @ known[b].marginals()[n]) for n, w in weights.items())),
+        False,
+    )
     products = [flow.asked(sets.masks[b], weights) for b, flow in enumerate(flows)]
-    yield f"R.weighted(product) {text}", (
-        list(R.weighted(laid, *sets.events, over="product"))
-    ), (lambda b: products[b].relevance()), False
+    yield (
+        f"R.weighted(product) {text}",
+        (list(R.weighted(laid, *sets.events, over="product"))),
+        (lambda b: products[b].relevance()),
+        False,
+    )
     plain = [flow.asked() for flow in flows]
 
     def visits(b: int) -> float:
@@ -267,23 +307,32 @@ def _weights(asked: Asked, sets: Sets, about: str) -> Iterator[Answer]:
                 united[n] = united.get(n, mask) | mask
         return sum(float(of[n][mask].sum()) for n, mask in united.items()) / 4
 
-    yield f"R.additive(*sets, layers=4), {about}", list(R.additive(*sets.events, layers=4)), (
-        visits
-    ), False
+    yield (
+        f"R.additive(*sets, layers=4), {about}",
+        list(R.additive(*sets.events, layers=4)),
+        (visits),
+        False,
+    )
 
 
 def _unnormalized(asked: Asked, sets: Sets, about: str) -> Iterator[Answer]:
     R, raw = asked.R, asked.raw
     known = [flow.asked(sets.masks[b]) for b, flow in enumerate(raw)]
-    yield f"R(*sets, normalized=False), {about}", list(R(*sets.events, normalized=False)), (
-        lambda b: known[b].relevance()
-    ), True
+    yield (
+        f"R(*sets, normalized=False), {about}",
+        list(R(*sets.events, normalized=False)),
+        (lambda b: known[b].relevance()),
+        True,
+    )
     name = str(asked.rng.choice(asked.names))
     layer = asked.network.address(name)
     found = R.marginal(layer, *sets.events, normalized=False)
-    yield f"R.marginal({layer!r}, *sets, normalized=False), {about}", asked.laid(found, name), (
-        lambda b: known[b].marginals()[name]
-    ), True
+    yield (
+        f"R.marginal({layer!r}, *sets, normalized=False), {about}",
+        asked.laid(found, name),
+        (lambda b: known[b].marginals()[name]),
+        True,
+    )
 
 
 def _open(event: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -293,7 +342,9 @@ def _open(event: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _combinations(asked: Asked) -> Iterator[Answer]:
     """All pairs of neurons of two layers, by every method; all channels; the best pairs."""
     R, flows, rng = asked.R, asked.flows, asked.rng
-    names = [n for n in asked.names if R.graph.variable(asked.network.address(n)).batch_axis is not None]
+    names = [
+        n for n in asked.names if R.graph.variable(asked.network.address(n)).batch_axis is not None
+    ]
     if len(names) < 2:
         return
     for _ in range(2):
@@ -302,23 +353,32 @@ def _combinations(asked: Asked) -> Iterator[Answer]:
         expected = [_pairs(flow, first, second) for flow in flows]
         for method in ("auto", "backward", "forward"):
             pairs = R.joint(a, b_, by="neuron", method=method)
-            yield f"R.joint({a!r}, {b_!r}, by='neuron', method={method!r})", (
-                [p.double().numpy() for p in pairs]
-            ), (lambda b, e=expected: e[b]), False
+            yield (
+                f"R.joint({a!r}, {b_!r}, by='neuron', method={method!r})",
+                ([p.double().numpy() for p in pairs]),
+                (lambda b, e=expected: e[b]),
+                False,
+            )
         if not R.activations(a)[0].dim() or not R.activations(b_)[0].dim():
             continue
         coarse = R.joint(a, b_)
         masks = [_channels(R, n) for n in (a, b_)]
-        yield f"R.joint({a!r}, {b_!r})", [p.double().numpy() for p in coarse], (
-            lambda b, e=expected, m=masks: m[0] @ e[b] @ m[1].T
-        ), False
+        yield (
+            f"R.joint({a!r}, {b_!r})",
+            [p.double().numpy() for p in coarse],
+            (lambda b, e=expected, m=masks: m[0] @ e[b] @ m[1].T),
+            False,
+        )
         if not (flows[0].leads(first, second) or flows[0].leads(second, first)):
             continue  # refused: no walk passes both
         best = R.top(a, b_, by="neuron", k=3, order="absolute")
         largest = sorted(expected[0].ravel(), key=abs, reverse=True)[: len(list(best))]
-        yield f"R.top({a!r}, {b_!r}, by='neuron', k=3, order='absolute')", (
-            [np.abs([flow.relevance for flow in best])]
-        ), (lambda b, e=largest: np.abs(e)), False
+        yield (
+            f"R.top({a!r}, {b_!r}, by='neuron', k=3, order='absolute')",
+            ([np.abs([flow.relevance for flow in best])]),
+            (lambda b, e=largest: np.abs(e)),
+            False,
+        )
 
 
 def _pairs(flow: Flows, first: str, second: str) -> np.ndarray:

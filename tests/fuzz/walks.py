@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import oracle as o
-from fuzz_flows import Flows
-from fuzz_networks import Described, Network
 from networks import RULES
 
+from fuzz.flows import Flows
+from fuzz.networks import Described, Network
 from nrm import composites, rules
 from nrm.composites import Composite
 
@@ -65,9 +65,7 @@ class Walks:
 
     def describe(self, network: Network, sample: int) -> Described:
         """The oracle of one sample."""
-        net = network.describe(
-            sample, self.bias == "input", ALPHAS[self.alpha][1], self.taylor
-        )
+        net = network.describe(sample, self.bias == "input", ALPHAS[self.alpha][1], self.taylor)
         kinds = {step.name: step.kind for step in network.steps}
         visited = Flows(net, 0).order
         for name in visited:
@@ -81,9 +79,7 @@ class Walks:
             net.stabilizers[name] = self.stabilizer if chosen == "zero" else 0.0
         return net
 
-    def _rule(
-        self, name: str, visited: list[str], kinds: dict[str, str], net: Described
-    ) -> str:
+    def _rule(self, name: str, visited: list[str], kinds: dict[str, str], net: Described) -> str:
         if name in self.steps:
             return self.steps[name]
         if kinds.get(name) not in ("conv", "linear"):
@@ -124,7 +120,11 @@ def draw(network: Network, rng: np.random.Generator) -> Walks:
             ),
             "LRP-0": Walks(f"LRP-0, {alpha}", "zero", alpha, "input"),
         }
-        return named[str(rng.choice(["CPLRP", "LRPAll", "AttnLRP", "LRP-0"]))] if not taylor else named["AttnLRP"]
+        return (
+            named[str(rng.choice(["CPLRP", "LRPAll", "AttnLRP", "LRP-0"]))]
+            if not taylor
+            else named["AttnLRP"]
+        )
     if way < 0.5:
         return _named(bias, int(rng.integers(6)))
     if way < 0.75:
@@ -141,10 +141,45 @@ def draw(network: Network, rng: np.random.Generator) -> Walks:
 def _named(bias: str, which: int) -> Walks:
     kind = {"bias": bias, "stabilizer": 1e-6}
     return [
-        Walks("GammaFlat()", "gamma", bias=bias, first="flat", head="gamma-0", named=composites.GammaFlat()),
+        Walks(
+            "GammaFlat()",
+            "gamma",
+            bias=bias,
+            first="flat",
+            head="gamma-0",
+            named=composites.GammaFlat(),
+        ),
         Walks("EpsilonPlus()", "zero", conv="zplus", named=composites.EpsilonPlus(), **kind),
-        Walks("EpsilonPlusFlat()", "zero", first="flat", conv="zplus", named=composites.EpsilonPlusFlat(), **kind),
-        Walks("EpsilonGammaFlat()", "zero", first="flat", conv="gamma", named=composites.EpsilonGammaFlat(), **kind),
-        Walks("EpsilonAlpha2Beta1Flat()", "zero", first="flat", conv="alpha2beta1", named=composites.EpsilonAlpha2Beta1Flat(), **kind),
-        Walks("EpsilonGammaBox()", "zero", first="zbox", conv="gamma", named=composites.EpsilonGammaBox(-BOX, BOX), **kind),
+        Walks(
+            "EpsilonPlusFlat()",
+            "zero",
+            first="flat",
+            conv="zplus",
+            named=composites.EpsilonPlusFlat(),
+            **kind,
+        ),
+        Walks(
+            "EpsilonGammaFlat()",
+            "zero",
+            first="flat",
+            conv="gamma",
+            named=composites.EpsilonGammaFlat(),
+            **kind,
+        ),
+        Walks(
+            "EpsilonAlpha2Beta1Flat()",
+            "zero",
+            first="flat",
+            conv="alpha2beta1",
+            named=composites.EpsilonAlpha2Beta1Flat(),
+            **kind,
+        ),
+        Walks(
+            "EpsilonGammaBox()",
+            "zero",
+            first="zbox",
+            conv="gamma",
+            named=composites.EpsilonGammaBox(-BOX, BOX),
+            **kind,
+        ),
     ][which]

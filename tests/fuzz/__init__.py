@@ -1,0 +1,1 @@
+"""Random small networks, composites and queries against an oracle (see `tests/fuzzing.py`)."""

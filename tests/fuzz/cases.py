@@ -1,0 +1,171 @@
+"""A random network under a random composite, and what is wrong with the answers about it."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import nrm
+from fuzz import drawing, queries, walks
+from fuzz.flows import Flows
+from fuzz.networks import BATCH, Described, Network
+from fuzz.queries import Answer, Asked
+from fuzz.walks import Walks
+
+
+@dataclass
+class Finding:
+    """One answer that is wrong."""
+
+    way: str
+    query: str
+    found: object
+    expected: object
+
+    def __str__(self) -> str:
+        return f"{self.way}: {self.query}\n    found    {self.found}\n    expected {self.expected}"
+
+
+@dataclass
+class Case:
+    """A network under a composite, with all that is asked about it."""
+
+    seed: int
+    network: Network
+    walks: Walks
+
+    @classmethod
+    def drawn(cls, seed: int) -> Case:
+        network = drawing.draw(seed)
+        return cls(seed, network, walks.draw(network, np.random.default_rng([seed, 1])))
+
+    def __str__(self) -> str:
+        return (
+            f"seed {self.seed}: python tests/fuzzing.py --seed {self.seed} --count 1\n"
+            f"{self.walks.text}, bias={self.walks.bias!r}\n{self.network}"
+        )
+
+    def flows(self, target: int | None = None) -> tuple[list[Flows], list[Flows]] | None:
+        """Of every sample, normalised and not; `None` where rounding decides what is right."""
+        nets = [self.walks.describe(self.network, sample) for sample in range(BATCH)]
+        if any(net.doubtful() for net in nets):
+            return None
+        if target is None:
+            target = int(np.random.default_rng([self.seed, 2]).integers(_outputs(nets[0])))
+        flows = [Flows(net, target) for net in nets]
+        raw = [Flows(net, target, normalized=False) for net in nets]
+        if max(flow.variation for flow in flows) > 1e6:
+            return None
+        return flows, raw
+
+    def findings(self) -> Iterator[Finding]:
+        """Whatever is wrong; nothing if rounding decides what is right."""
+        known = self.flows()
+        if known is None:
+            return
+        flows, raw = known
+        rng = np.random.default_rng([self.seed, 4])
+        target, nets = flows[0].target, [flow.net for flow in flows]
+        condition = max(net.condition() for net in nets)
+        model, inputs = self.network.model(), self.network.inputs
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+            if tolerance * condition > 0.1 or (dtype is torch.float32 and self.seed % 3):
+                continue
+            model = model.to(dtype)
+            explainer = nrm.Explainer(model, self.walks.composite, bias=self.walks.bias)
+            given = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+            kind = str(dtype).removeprefix("torch.")
+            for way, rows in (("in a batch", range(BATCH)), ("alone", [int(rng.integers(BATCH))])):
+                if dtype is torch.float32 and way == "alone":
+                    continue
+                chosen = {name: x[list(rows)] for name, x in given.items()}
+                try:
+                    R = explainer(**chosen, target=target)
+                except Exception as error:
+                    yield Finding(f"{kind}, {way}", "Explainer", *_failure(error))
+                    continue
+                measures = [("", R)]
+                if R.forward_pass.telescope is not None:
+                    slow = explainer(**chosen, target=target)
+                    slow.forward_pass.telescope = None
+                    measures.append((", by messages", slow))
+                for path, measure in measures:
+                    asked = Asked(
+                        measure,
+                        self.network,
+                        [flows[row] for row in rows],
+                        [raw[row] for row in rows],
+                        tolerance * condition,
+                        np.random.default_rng([self.seed, 3]),
+                    )
+                    rounds = 2 if way == "in a batch" and dtype is torch.float64 else 1
+                    yield from compare(asked, f"{kind}, {way}{path}", rounds)
+
+    def smaller(self, finding: Finding) -> Case:
+        """The same mistake in as few steps as can be found by taking out one at a time."""
+        best, going = self, True
+        while going:
+            going = False
+            for network in shorter(best.network):
+                case = Case(self.seed, network, self.walks)
+                with contextlib.suppress(Exception):
+                    if any(alike(finding, other) for other in case.findings()):
+                        best, going = case, True
+                        break
+        return best
+
+
+def _outputs(net: Described) -> int:
+    return len(net.values[net.output])
+
+
+def compare(asked: Asked, way: str, rounds: int) -> Iterator[Finding]:
+    """Every answer that is not the oracle's."""
+    for query in queries.queries(asked, rounds):
+        text = "the first query"
+        try:
+            for text, found, expected, raw in query():
+                yield from _wrong(asked, way, (text, found, expected, raw))
+        except Exception as error:
+            yield Finding(way, f"what comes after {text}", *_failure(error))
+
+
+def _wrong(asked: Asked, way: str, answer: Answer) -> Iterator[Finding]:
+    text, found, expected, raw = answer
+    flows = asked.raw if raw else asked.flows
+    for b, value in enumerate(found):
+        right = np.asarray(expected(b), dtype=float)
+        size = flows[b].variation if raw else max(1.0, flows[b].variation)
+        allowed = asked.tolerance * size * (8 if "weighted" in text else 1)
+        off = np.abs(np.asarray(value, dtype=float) - right)
+        if right.shape != np.shape(value) or not (off <= allowed + 1e-300).all():
+            yield Finding(f"{way}, sample {b}", text, np.asarray(value), right)
+            return
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})", "an answer"
+
+
+def alike(one: Finding, other: Finding) -> bool:
+    head = one.query.split("(")[0].split("[")[0]
+    return other.query.startswith(head) and isinstance(one.found, str) == isinstance(
+        other.found, str
+    )
+
+
+def shorter(network: Network) -> Iterator[Network]:
+    """Networks without one step."""
+    shapes = {name: value.shape for name, value in network.values.items()}
+    for step in reversed(network.steps):
+        for read in dict.fromkeys(step.reads):
+            if shapes[read] == shapes[step.name] and network.values[read].is_floating_point():
+                found = network.without(step.name, read)
+                if found.steps:
+                    yield found
