@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import InputError, NrmError, QueryError, UnsupportedOperatorError
-from nrm.fusion import fusions, needed
+from nrm.fusion import Fusion, fusions, needed
 from nrm.graph import Graph, Operation, Variable, run
 from nrm.operators import (
     Call,
@@ -26,6 +26,7 @@ from nrm.operators import (
     in_place,
     picks,
 )
+from nrm.operators.gradient_share import without_vanished
 from nrm.rules import PathIntegrated
 from nrm.rules.walks import Baseline
 from nrm.telescope import Telescope, telescopes
@@ -47,9 +48,10 @@ class Pass:
         self.telescope: Telescope | None = None
         shapes: dict[Variable, torch.Size] = {}
         if program.telescopes:
-            values, shapes = program.differentiate(inputs)
-            self.telescope = Telescope(self.graph, values)
-            self.output = values[self.graph.output].detach()
+            found = program.differentiate(inputs)
+            shapes = {variable: value.shape for variable, value in found.values.items()}
+            self.telescope = found
+            self.output = found.values[self.graph.output].detach()
         else:
             shapes, self.output = self._prepared[1:]
         self._shapes = shapes  # of a part of the variables, where others were not needed
@@ -151,25 +153,38 @@ class Program:
                 values.pop(dead, None)
         return propagations, shapes, values[graph.captured.output].detach()
 
-    def differentiate(
-        self, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Variable, Tensor], dict[Variable, torch.Size]]:
+    def differentiate(self, inputs: Sequence[Tensor]) -> Telescope:
         """Variables' values, connected by autograd, with what takes no relevance constant.
 
         Those within fused operators and late leaves have none.
         """
+        return self._differentiated(inputs, self._fused)
+
+    def _differentiated(
+        self, inputs: Sequence[Tensor], fused: dict[Node, Fusion]
+    ) -> Telescope:
         graph = self.graph
         values = self._given(inputs)
         found: dict[Variable, Tensor] = {}
+        small: dict[Variable, Tensor] = {}
         for leaf in graph.leaves:
             if leaf.node in values:
                 found[leaf] = values[leaf.node] = values[leaf.node].detach().requires_grad_()
-        for node in self._nodes_fused:
+
+        def summed(variable: Variable, output: Tensor) -> Tensor:
+            output, counts_as_zero = without_vanished(output)
+            if counts_as_zero is not None:
+                small[variable] = counts_as_zero
+            return output
+
+        for node in self._nodes_fused if fused else self._nodes:
             variable = graph.by_node.get(node)
-            if node in self._fused:
-                assert variable is not None
+            if variable is not None and node in fused:
                 with torch.enable_grad():
-                    found[variable] = values[node] = self._fused[node](values)
+                    output = fused[node](values)
+                    if fused[node].hides_vanished(values, output.detach()):
+                        return self._differentiated(inputs, {})
+                    found[variable] = values[node] = summed(variable, output)
                 continue
             if variable is None or variable.producer is None:
                 values[node] = _evaluate(node, values)
@@ -178,13 +193,18 @@ class Program:
                 continue
             operation = variable.producer
             call = _with_values(operation, values, constant=True)
+            operands = [values[slot] for slot in operation.slots]
             with torch.enable_grad():
-                values[node] = operation.operator.frozen(
-                    call, [values[slot] for slot in operation.slots], self.settings[operation]
-                )
-            found[variable] = values[node]
-        shapes = {variable: value.shape for variable, value in found.items()}
-        return found, shapes
+                output = operation.operator.frozen(call, operands, self.settings[operation])
+                if any(output is operand for operand in operands):  # as dropout returns it
+                    output = output.view_as(output)  # whose derivative is its own
+                if isinstance(operation.operator, WeightedSum):
+                    output = summed(variable, output)
+            found[variable] = values[node] = output
+        if small:  # asked of the device once
+            known = torch.stack([somewhere.any() for somewhere in small.values()]).tolist()
+            small = {v: small[v] for v, any_there in zip(small, known, strict=True) if any_there}
+        return Telescope(graph, found, small)
 
     def _along(
         self, path: PathIntegrated, inputs: Sequence[Tensor]

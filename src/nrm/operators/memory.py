@@ -47,6 +47,8 @@ def smaller_than(value: Tensor, bound: float) -> Coordinates | None:
     if value.device.type != "cpu":
         small = value.abs() <= bound
         return tuple(small.nonzero(as_tuple=True)) if bool(small.any()) else None
+    if 0 < value.numel() <= _PIECE and float(value.abs().amin()) > bound:
+        return None
     order = _memory_order(value)
     found = []
     for begin, piece in _pieces(value.permute(order).reshape(-1)):

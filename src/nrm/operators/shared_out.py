@@ -14,6 +14,7 @@ from nrm.errors import QueryError
 from nrm.operators.base import Columns, Propagation, Setting, refuse_failing
 from nrm.operators.contribution import Contribution, TermSum
 from nrm.operators.contribution import total as add_up
+from nrm.operators.gradient_share import column_floor
 from nrm.operators.memory import (
     Coordinates,
     any_below,
@@ -240,7 +241,7 @@ class SharedOut(Propagation):
         return self.group(index).output if derived is None else derived
 
     def _with_vanished(self, total: Tensor) -> Sums:
-        floor = max(self.rule.stabilizer, torch.finfo(total.dtype).tiny)
+        floor = max(self.rule.stabilizer, column_floor(total.dtype))
         return total, smaller_than(total, floor)
 
     def _split_uniformly(
