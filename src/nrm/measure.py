@@ -40,13 +40,7 @@ class Measure:
 
     `R(A, B)` is the joint relevance: the share of the walks from the output to the leaves that
     pass A and B. All of them together have relevance one. Every result keeps the batch axis.
-
-    Attributes:
-        target: `[batch]`, the explained output of each sample; `None` where `output_relevance`
-            was given instead.
-        output: the model's output.
-        scale: `[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target
-            its logit: multiply a result by it to have it in the output's units.
+    What it returns is the caller's own, to overwrite or to keep.
     """
 
     def __init__(
@@ -56,9 +50,8 @@ class Measure:
         self._check = check  # that the weights are still those of the forward pass
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
-        self.target = explained.target
-        self.output = forward.output.clone()
-        self.scale = per_sample(
+        self._target = explained.target
+        self._scale = per_sample(
             explained.unnormalized.unsqueeze(0), forward.graph.output, self.batch
         )[0]
 
@@ -191,7 +184,10 @@ class Measure:
         query = self._query([_together(*sets)], None, True)
         named = {v.name: v for v in query.undecided()} if layers is None else self._named(layers)
         found = query.conditionals(set(named.values()))
-        return {name: finite(found[v][0]).contiguous() for name, v in named.items()}
+        return {
+            name: finite(found[v][0]).clone(memory_format=torch.contiguous_format)  # others see it
+            for name, v in named.items()
+        }
 
     def weighted(
         self,
@@ -289,7 +285,7 @@ class Measure:
             raise QueryError("conditions are a list; one alone is a list of one.")
         variable = self.graph.variable(self._input(at))
         forward = self.forward_pass
-        found = self.output.new_zeros((len(conditions), *forward.shape(variable)))
+        found = forward.output.new_zeros((len(conditions), *forward.shape(variable)))
         chains: dict[int, list[Stops]] = {}
         with counted(progress, "heatmaps", len(conditions)) as advance:
             for place, condition in enumerate(conditions):
@@ -484,6 +480,23 @@ class Measure:
     # -- looking at it ---------------------------------------------------------------------------
 
     @property
+    def target(self) -> Tensor | None:
+        """`[batch]`, the explained output of each sample; `None` where `output_relevance` was given
+        instead."""
+        return None if self._target is None else self._target.clone()
+
+    @property
+    def output(self) -> Tensor:
+        """The model's output."""
+        return self._forward_pass.output.clone()
+
+    @property
+    def scale(self) -> Tensor:
+        """`[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target its
+        logit: multiply a result by it to have it in the output's units."""
+        return self._scale.clone()
+
+    @property
     def graph(self) -> Graph:
         """The graph that the measure lives on."""
         return self._forward_pass.graph
@@ -506,7 +519,7 @@ class Measure:
                 would be rounded.
         """
         self._check()
-        device = self.output.device.type
+        device = self._forward_pass.output.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             raise QueryError(
                 "a measure is not asked within torch.autocast, which would round its messages. Ask "

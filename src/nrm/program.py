@@ -27,6 +27,7 @@ from nrm.operators import (
     picks,
 )
 from nrm.operators.gradient_share import without_vanished
+from nrm.operators.memory import same_memory
 from nrm.rules import PathIntegrated
 from nrm.rules.walks import Baseline
 from nrm.telescope import Telescope, telescopes
@@ -133,7 +134,7 @@ class Program:
                 call = _with_values(operation, values)
                 source = operation.slots[0]
                 alone = source in free and len(source.users) == 1
-                overwrites = alone and isinstance(operation.operator, Identity)
+                overwrites = alone and type(operation.operator) is Identity  # reads nothing after
                 if overwrites:
                     call = replace(call, target=in_place(call.target))
                 setting = self.settings[operation]
@@ -143,7 +144,8 @@ class Program:
                     call, [values[slot] for slot in operation.slots], setting
                 )
                 propagations[operation] = propagation
-                if propagation.output_is_free or overwrites:
+                seen = [values.get(parent) for parent in node.all_input_nodes]
+                if overwrites or (propagation.output_is_free and _is_new(values[node], seen)):
                     free.add(node)
                 if operation.late is not None:
                     shapes[operation.late] = propagation.late_shape()
@@ -160,9 +162,7 @@ class Program:
         """
         return self._differentiated(inputs, self._fused)
 
-    def _differentiated(
-        self, inputs: Sequence[Tensor], fused: dict[Node, Fusion]
-    ) -> Telescope:
+    def _differentiated(self, inputs: Sequence[Tensor], fused: dict[Node, Fusion]) -> Telescope:
         graph = self.graph
         values = self._given(inputs)
         found: dict[Variable, Tensor] = {}
@@ -400,6 +400,11 @@ def _reads(node: Node) -> Sequence[Node]:
     if picks(node) and isinstance(node.args[0], Node):
         return [*_reads(node.args[0]), node.args[0]]
     return node.all_input_nodes
+
+
+def _is_new(output: Tensor, seen: Sequence[Any]) -> bool:
+    """Whether what an operator computed shares no memory with what it read."""
+    return not any(isinstance(value, Tensor) and same_memory(output, value) for value in seen)
 
 
 def _is_tuple(node: Node) -> bool:

@@ -107,10 +107,10 @@ class Query:
                         before = found.get(variable)
                         part = message * factor
                         found[variable] = part if before is None else before + part
-        nothing = self.forward.output.new_zeros(())
         for variable in variables:
             if variable not in found:
-                found[variable] = nothing.expand((1, *self.forward.shape(variable)))
+                shape = self.forward.shape(variable)
+                found[variable] = self.forward.output.new_zeros((1, *shape))
         return found
 
     def chain_above(self, variable: Variable) -> list[Stops] | None:

@@ -60,7 +60,7 @@ def replacement(
             f"the removal of {variable.name!r} is 'zero', 'mean', a number or a tensor, not "
             f"{given!r}."
         )
-    found = torch.as_tensor(given).detach().to(value)
+    found = torch.as_tensor(given).detach().to(value, copy=True)  # callers reuse theirs
     if found.shape not in (torch.Size(), shape):
         raise QueryError(
             f"the removal of {variable.name!r} has shape {tuple(found.shape)}, its neurons "

@@ -94,6 +94,7 @@ class Copy(Identity):
 class Unchanged(Propagation):
     """The message as it is, summed over the copies where the operand was broadcast."""
 
+    exclusive = True
     nonnegative = True
 
     def __init__(self, operand: torch.Size, output: torch.Size) -> None:

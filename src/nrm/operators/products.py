@@ -56,6 +56,8 @@ class Product(Operator):
 class Split(Propagation):
     """A fixed share of the message for every factor."""
 
+    exclusive = True
+
     def __init__(
         self, factors: Sequence[Tensor], output: torch.Size, alphas: Sequence[float]
     ) -> None:
@@ -185,6 +187,7 @@ class MatrixProduct(WeightedSum):
             apply,
             uniform=lambda factor: plain(factor, torch.ones_like(w.value)),
             transpose=transpose if stacks else None,
+            transposes_anew=True,
             operand=operand,
             by_channels=by_channels if self._is_linear(call, side, w.value, share) else None,
             keeps_sign=share >= 0,

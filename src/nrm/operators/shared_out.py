@@ -36,6 +36,8 @@ class SharedOut(Propagation):
     arrives, and kept, so that further messages cost one transposed product per group.
     """
 
+    exclusive = True
+
     def __init__(self, parts: list[Contribution], setting: Setting, operands: int) -> None:
         self.parts, self.setting, self.rule = parts, setting, setting.rule
         self.shapes = [torch.Size()] * operands
@@ -102,7 +104,9 @@ class SharedOut(Propagation):
         pulled: list[Tensor | None] = [None] * len(self.shapes)
         for terms, share in self._shares(message, normalized):
             if terms is None:
-                pulled[-1] = share if wanted[-1] else None
+                if wanted[-1]:
+                    before = pulled[-1]
+                    pulled[-1] = share if before is None else share.add_(before)
             else:
                 terms.pull(share, wanted, pulled)
         for operand, shape in enumerate(self.shapes):

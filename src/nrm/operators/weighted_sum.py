@@ -122,6 +122,7 @@ def _bias_as_input(bias: Tensor, output: Tensor, setting: Setting, number: int) 
         apply=torch.mul,
         uniform=lambda factor: factor,
         transpose=torch.mul,
+        transposes_anew=True,
         operand=number,
         keeps_sign=True,
         connections=lambda shape: OneParent(weight.value, shape, shape),

@@ -170,6 +170,12 @@ class ZBox(Rule):
     high: Tensor | float
     nonnegative: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            bound = getattr(self, name)
+            if isinstance(bound, Tensor):  # callers reuse theirs
+                object.__setattr__(self, name, bound.detach().clone())
+
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         if x.constant:
             return [[]]

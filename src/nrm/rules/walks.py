@@ -144,7 +144,7 @@ def _checked(start: Any) -> Tensor | float:
         )
     if not bool(torch.as_tensor(start).isfinite().all()):
         raise InputError("a baseline holds NaN or infinite values.")
-    return start.detach() if isinstance(start, Tensor) else start
+    return start.detach().clone() if isinstance(start, Tensor) else start
 
 
 def _same(a: Any, b: Any) -> bool:
