@@ -94,7 +94,7 @@ class ForwardMessages:
         if all(mass is None for mass in masses):
             return {state: self.forward.output.new_zeros((1, *shape)) for state in chosen}
         propagation = self.forward.propagations[variable.producer]
-        pushed = propagation.push(masses, shape, self.normalized)
+        pushed = propagation.send_up(masses, shape, self.normalized)
         return {state: pushed[k : k + 1] for k, state in enumerate(chosen)}
 
     def _is_known(self, state: State) -> bool:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from nrm.graph import Graph, Variable
-from nrm.operators.gradient_share import gradient_share
+from nrm.graph.expansion import attention, attention_scores
+from nrm.operators.gradient_share import column_floor, gradient_share
+from nrm.operators.memory import smaller_than
 
 
 @dataclass
@@ -49,6 +52,32 @@ class Fusion:
 
         args, kwargs = map_arg((self.args, self.kwargs), take)
         return self.target(*args, **kwargs)
+
+    def hides_vanished(self, values: dict[Node, Any], result: Tensor) -> bool:
+        """Whether something that is added up vanishes within, or only if it is written out.
+
+        Relevance does not pass there, and the operator's derivative would not know.
+        """
+        args, kwargs = map_arg((self.args, self.kwargs), lambda node: _detached(values[node]))
+        with torch.no_grad():
+            if self.shares_scores:
+                for sums in attention_scores(*args, **kwargs):
+                    if smaller_than(sums, column_floor(sums.dtype)) is not None:
+                        return True
+            value = args[2]
+            low, high = torch.aminmax(value)
+            rounding = torch.finfo(value.dtype).eps * max(-float(low), float(high))
+            near = smaller_than(result, rounding)
+            if near is None:
+                return False
+            floor = column_floor(value.dtype)
+            written_out = attention(*args, **kwargs)[near].abs() <= floor
+            return not torch.equal(written_out, result[near].abs() <= floor)
+
+    @property
+    def shares_scores(self) -> bool:
+        """Whether queries and keys take relevance, so that it passes their products."""
+        return any(self.shares.get(node, 0.0) for node in _nodes(self.args[:2]))
 
 
 def fusions(graph: Graph) -> dict[Node, Fusion]:
@@ -93,6 +122,10 @@ def _shares(graph: Graph, output: Variable, inputs: Sequence[Node]) -> dict[Node
             operand = graph.by_node[slot]
             shares[operand] = shares.get(operand, 0.0) + shares[variable] * alpha
     return {v.node: shares.get(v, 0.0) for v in ends if v.node is not None}
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _nodes(arguments: Any) -> list[Node]:

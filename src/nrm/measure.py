@@ -42,15 +42,11 @@ class Measure:
 
     `R(A, B)` is the joint relevance: the share of the walks from the output to the leaves that
     pass A and B. All of them together have relevance one. Every result keeps the batch axis.
+    What it returns is the caller's own, to overwrite or to keep.
 
     Attributes:
-        target: `[batch]`, the explained output of each sample; `None` where `output_relevance`
-            was given instead.
-        output: the model's output.
         explained: `"output"`; or what is explained instead, `"logits behind softmax"`, where the
             model's last function is looked through (`Explainer(head=...)`).
-        scale: `[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target
-            its logit: multiply a result by it to have it in the logit's units.
     """
 
     def __init__(
@@ -66,10 +62,9 @@ class Measure:
         self._start: Messages = {forward.graph.output: explained.relevance.unsqueeze(0)}
         self._unnormalized: Messages = {forward.graph.output: explained.unnormalized.unsqueeze(0)}
         warn_of_output(forward, explained)
-        self.target = explained.target
-        self.output = forward.returned.clone()
         self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
-        self.scale = per_sample(
+        self._target = explained.target
+        self._scale = per_sample(
             explained.unnormalized.unsqueeze(0), forward.graph.output, self.batch
         )[0]
 
@@ -202,7 +197,10 @@ class Measure:
         query = self._query([_together(*sets)], None, True)
         named = {v.name: v for v in query.undecided()} if layers is None else self._named(layers)
         found = query.conditionals(set(named.values()))
-        return {name: finite(found[v][0]).contiguous() for name, v in named.items()}
+        return {
+            name: finite(found[v][0]).clone(memory_format=torch.contiguous_format)  # others see it
+            for name, v in named.items()
+        }
 
     def weighted(
         self,
@@ -301,7 +299,7 @@ class Measure:
             raise QueryError("conditions are a list; one alone is a list of one.")
         variable = self.graph.variable(self._input(at))
         forward, memory = self.forward_pass, checked(memory)
-        found = self.output.new_zeros((len(conditions), *forward.shape(variable)))
+        found = forward.output.new_zeros((len(conditions), *forward.shape(variable)))
         # Their places, by what they ask: once where several ask the same.
         chains: dict[Chain, list[int]] = {}
         others: dict[Formula | bool, list[int]] = {}
@@ -511,6 +509,23 @@ class Measure:
     # -- looking at it ---------------------------------------------------------------------------
 
     @property
+    def target(self) -> Tensor | None:
+        """`[batch]`, the explained output of each sample; `None` where `output_relevance` was given
+        instead."""
+        return None if self._target is None else self._target.clone()
+
+    @property
+    def output(self) -> Tensor:
+        """The model's output."""
+        return self._forward_pass.returned.clone()
+
+    @property
+    def scale(self) -> Tensor:
+        """`[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target its
+        logit: multiply a result by it to have it in the logit's units."""
+        return self._scale.clone()
+
+    @property
     def graph(self) -> Graph:
         """The graph that the measure lives on."""
         return self._forward_pass.graph
@@ -535,7 +550,7 @@ class Measure:
                 would be rounded.
         """
         self._check()
-        device = self.output.device.type
+        device = self._forward_pass.output.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             raise QueryError(
                 "a measure is not asked within torch.autocast, which would round its messages. Ask "

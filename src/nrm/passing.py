@@ -62,7 +62,7 @@ def travel(
         if variable not in travelling:
             continue
         messages = {
-            state: message.clone() if id(message) in lent else message  # it may be overwritten
+            state: message.clone() if id(message) in lent else message  # it will be overwritten
             for state, message in travelling[variable].items()
         }
         way = None if open_to is None else open_to.get(variable)
@@ -90,12 +90,12 @@ def travel(
             message = torch.cat([messages[state] for state in states])
         del messages
         propagation = forward.propagations[operation]
-        pulled = propagation.pull(message, wanted, normalized)
+        pulled = propagation.send_on(message, wanted, normalized)
         if propagation.vanished:
             forward.cautions.vanished(operation.address, propagation.vanished)
         del message
         for k, (operand, parts) in enumerate(zip(operation.operands, pulled, strict=True)):
-            if parts is None:
+            if parts is None or not wanted[k]:
                 continue
             there = travelling.setdefault(operand, {})
             pieces = torch.split(parts, rows) if len(states) > 1 else (parts,)
@@ -159,7 +159,7 @@ def bring_up(forward: Pass, mass: Tensor, lower: Variable, upper: Variable) -> T
             if operation is None:
                 continue
             given = [masses.get(operand) for operand in operation.operands]
-            pushed = forward.propagations[operation].push(given, forward.shape(variable))
+            pushed = forward.propagations[operation].send_up(given, forward.shape(variable))
             masses[variable] = pushed
             for operand in operation.operands:
                 if last[operand] is variable:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from nrm.cautions import Cautions
 from nrm.errors import InputError, NrmError, QueryError, UnsupportedOperatorError
-from nrm.fusion import fusions, needed
+from nrm.fusion import Fusion, fusions, needed
 from nrm.graph import Graph, Operation, Variable, run
 from nrm.operators import (
     Call,
@@ -27,6 +27,8 @@ from nrm.operators import (
     in_place,
     picks,
 )
+from nrm.operators.gradient_share import without_vanished
+from nrm.operators.memory import same_memory
 from nrm.rules import PathIntegrated
 from nrm.rules.walks import Baseline
 from nrm.telescope import Telescope, telescopes
@@ -52,9 +54,10 @@ class Pass:
         self.cautions = Cautions()
         shapes: dict[Variable, torch.Size] = {}
         if program.telescopes:
-            values, shapes, self.returned = program.differentiate(inputs)
-            self.telescope = Telescope(self.graph, values)
-            self.output = values[self.graph.output].detach()
+            found, self.returned = program.differentiate(inputs)
+            shapes = {variable: value.shape for variable, value in found.values.items()}
+            self.telescope = found
+            self.output = found.values[self.graph.output].detach()
         else:
             shapes, self.output, self.returned = self._prepared[1:]
         self._shapes = shapes  # of a part of the variables, where others were not needed
@@ -157,7 +160,7 @@ class Program:
                 call = _with_values(operation, values)
                 source = operation.slots[0]
                 alone = source in free and len(source.users) == 1
-                overwrites = alone and isinstance(operation.operator, Identity)
+                overwrites = alone and type(operation.operator) is Identity  # reads nothing after
                 if overwrites:
                     call = replace(call, target=in_place(call.target))
                 setting = self.settings[operation]
@@ -172,7 +175,8 @@ class Program:
                     call, [values[slot] for slot in operation.slots], setting
                 )
                 propagations[operation] = propagation
-                if propagation.output_is_free or overwrites:
+                seen = [values.get(parent) for parent in node.all_input_nodes]
+                if overwrites or (propagation.output_is_free and _is_new(values[node], seen)):
                     free.add(node)
                 if operation.late is not None:
                     shapes[operation.late] = propagation.late_shape()
@@ -185,28 +189,41 @@ class Program:
         explained, returned = values[graph.explained], values[graph.captured.output]
         return propagations, shapes, explained.detach(), returned.detach()
 
-    def differentiate(
-        self, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Variable, Tensor], dict[Variable, torch.Size], Tensor]:
+    def differentiate(self, inputs: Sequence[Tensor]) -> tuple[Telescope, Tensor]:
         """Variables' values, connected by autograd, with what takes no relevance constant.
 
         Those within fused operators and late leaves have none.
 
         Returns:
-            the values, their shapes, and the model's output.
+            the derivatives, and the model's output.
         """
+        return self._differentiated(inputs, self._fused)
+
+    def _differentiated(
+        self, inputs: Sequence[Tensor], fused: dict[Node, Fusion]
+    ) -> tuple[Telescope, Tensor]:
         graph = self.graph
         values = self._given(inputs)
         found: dict[Variable, Tensor] = {}
+        small: dict[Variable, Tensor] = {}
         for leaf in graph.leaves:
             if leaf.node in values:
                 found[leaf] = values[leaf.node] = values[leaf.node].detach().requires_grad_()
-        for node in self._nodes_fused:
+
+        def summed(variable: Variable, output: Tensor) -> Tensor:
+            output, counts_as_zero = without_vanished(output)
+            if counts_as_zero is not None:
+                small[variable] = counts_as_zero
+            return output
+
+        for node in self._nodes_fused if fused else self._nodes:
             variable = graph.by_node.get(node)
-            if node in self._fused:
-                assert variable is not None
+            if variable is not None and node in fused:
                 with torch.enable_grad():
-                    found[variable] = values[node] = self._fused[node](values)
+                    output = fused[node](values)
+                    if fused[node].hides_vanished(values, output.detach()):
+                        return self._differentiated(inputs, {})
+                    found[variable] = values[node] = summed(variable, output)
                 continue
             if variable is None or variable.producer is None:
                 values[node] = _evaluate(node, values)
@@ -215,13 +232,19 @@ class Program:
                 continue
             operation = variable.producer
             call = _with_values(operation, values, constant=True)
+            operands = [values[slot] for slot in operation.slots]
             with torch.enable_grad():
-                values[node] = operation.operator.frozen(
-                    call, [values[slot] for slot in operation.slots], self.settings[operation]
-                )
-            found[variable] = values[node]
-        shapes = {variable: value.shape for variable, value in found.items()}
-        return found, shapes, values[graph.captured.output].detach()
+                output = operation.operator.frozen(call, operands, self.settings[operation])
+                if any(output is operand for operand in operands):  # as dropout returns it
+                    output = output.view_as(output)  # whose derivative is its own
+                if isinstance(operation.operator, WeightedSum):
+                    output = summed(variable, output)
+            found[variable] = values[node] = output
+        if small:  # asked of the device once
+            known = torch.stack([somewhere.any() for somewhere in small.values()]).tolist()
+            small = {v: small[v] for v, any_there in zip(small, known, strict=True) if any_there}
+        returned: Tensor = values[graph.captured.output]
+        return Telescope(graph, found, small), returned.detach()
 
     def _along(
         self, path: PathIntegrated, inputs: Sequence[Tensor]
@@ -419,6 +442,11 @@ def _reads(node: Node) -> Sequence[Node]:
     if picks(node) and isinstance(node.args[0], Node):
         return [*_reads(node.args[0]), node.args[0]]
     return node.all_input_nodes
+
+
+def _is_new(output: Tensor, seen: Sequence[Any]) -> bool:
+    """Whether what an operator computed shares no memory with what it read."""
+    return not any(isinstance(value, Tensor) and same_memory(output, value) for value in seen)
 
 
 def _is_tuple(node: Node) -> bool:

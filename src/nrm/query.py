@@ -115,10 +115,10 @@ class Query:
                         found[variable] = part if before is None else before + part
         # Of many layers at once only the leaves are looked at: it costs a pass over memory.
         self._warn({v: m for v, m in found.items() if v.is_leaf or len(variables) == 1})
-        nothing = self.forward.output.new_zeros(())
         for variable in variables:
             if variable not in found:
-                found[variable] = nothing.expand((1, *self.forward.shape(variable)))
+                shape = self.forward.shape(variable)
+                found[variable] = self.forward.output.new_zeros((1, *shape))
         return found
 
     def chain_above(self, variable: Variable) -> list[NeuronSet] | None:

@@ -69,7 +69,7 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
             f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
             f"output {tuple(output.shape)} and {output.dtype}"
         )
-    relevance = relevance.detach().to(forward.output.dtype)
+    relevance = relevance.detach().to(forward.output.dtype, copy=True)  # callers reuse theirs
     if not bool(torch.isfinite(relevance).all()):
         raise TargetError("output_relevance holds NaN or infinite values")
     total = per_sample(relevance.unsqueeze(0), variable, forward.batch)[0]

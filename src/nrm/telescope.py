@@ -8,6 +8,7 @@ autograd replaces message passing, wherever neither masks nor leaves on the way 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -46,12 +47,22 @@ def _counts_all(operation: Operation) -> bool:
 class Telescope:
     """A forward pass whose derivatives are the relevances divided by the values.
 
+    Where a sum vanishes its derivative is cut off, as messages pass nothing on there
+    (`nrm.operators.gradient_share.without_vanished`); relevance that comes to such a neuron all
+    the same is split by message passing alone.
+
     Arguments:
         values: every variable but late leaves, connected by autograd.
+        small: of sums, where they count as zero and are not.
     """
 
-    def __init__(self, graph: Graph, values: Mapping[Variable, Tensor]) -> None:
-        self.graph, self.values = graph, values
+    def __init__(
+        self,
+        graph: Graph,
+        values: Mapping[Variable, Tensor],
+        small: Mapping[Variable, Tensor] | None = None,
+    ) -> None:
+        self.graph, self.values, self.small = graph, values, small or {}
 
     def send(self, messages: Messages, stops: Mapping[Variable, Tensor | None]) -> Messages | None:
         """What arrives at the stops (see `nrm.passing.send`); `None`: it cannot say."""
@@ -59,34 +70,68 @@ class Telescope:
             return None
         if len(stops) > 1 and any(self.graph.upstream(v) & stops.keys() for v in stops):
             return None  # who meets a stop first needs message passing
-        starts, gradients = [], []
-        for variable, message in messages.items():
-            value = self.values[variable]
-            if not value.requires_grad:
-                return None
-            silent = value == 0
-            if bool(((message != 0) & silent).any()):
-                return None  # relevance given to a neuron of value zero
-            starts.append(value)
-            gradients.append(torch.where(silent, 0.0, message / value.detach()))
-            if not bool(torch.isfinite(gradients[-1]).all()):
-                return None  # too large a quotient for the type
-        ends = [self.values[variable] for variable in stops]
+        if not all(self.values[variable].requires_grad for variable in messages):
+            return None
+        begun = {v: _over_values(m, self.values[v].detach()) for v, m in messages.items()}
+        gradients = [gradient for gradient in begun.values() if gradient is not None]
+        if len(gradients) < len(begun):
+            return None
+        largest = max(float(gradient.abs().amax()) for gradient in gradients)
+        scale = _scale(largest, gradients[0].dtype)
+        if scale != 1:
+            gradients = [gradient * scale for gradient in gradients]
+        leading = self.graph.leading_to(stops)
+        ends = [*stops, *(v for v in self.small if v in leading and v not in stops)]
         single = all(len(gradient) == 1 for gradient in gradients)
         found = torch.autograd.grad(
-            starts,
-            ends,
+            [self.values[variable] for variable in messages],
+            [self.values[variable] for variable in ends],
             [gradient[0] for gradient in gradients] if single else gradients,
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=not single,
         )
         arrived: Messages = {}
-        for (variable, mask), gradient in zip(stops.items(), found, strict=True):
+        for variable, gradient in zip(ends, found, strict=True):
             if gradient is None:
                 continue
             value = self.values[variable].detach()
             message = torch.where(gradient == 0, 0.0, value * gradient)  # values may be -inf
             message = message.unsqueeze(0) if single else message
-            arrived[variable] = message if mask is None else message * mask
+            if scale != 1:
+                message = message / scale
+            if not bool(torch.isfinite(message).all()):
+                return None  # it overflowed on the way, perhaps for want of division
+            if variable in self.small and _matters(message, self.small[variable]):
+                return None  # relevance that came to a sum that counts as zero
+            if variable in stops:
+                mask = stops[variable]
+                arrived[variable] = message if mask is None else message * mask
         return arrived
+
+
+def _over_values(message: Tensor, value: Tensor) -> Tensor | None:
+    """Relevance over value, zero where there is none; `None` where it cannot be told.
+
+    That is at neurons that count as zero, and where the type has no such number.
+    """
+    kind = torch.finfo(value.dtype)
+    gradient = torch.where(message == 0, 0.0, message / value)
+    lost = gradient.abs() < kind.tiny  # also at infinite values
+    unknown = (value.abs() <= kind.tiny) | lost | ~gradient.isfinite()
+    if bool((unknown & (message.abs() > kind.tiny)).any()):
+        return None
+    return torch.where(unknown, 0.0, gradient)
+
+
+def _scale(largest: float, dtype: torch.dtype) -> float:
+    """A power of two by which derivatives are multiplied on the way, so that none underflows."""
+    if largest == 0 or abs(math.log2(largest)) < -math.log2(torch.finfo(dtype).tiny) / 4:
+        return 1.0
+    return 2.0 ** -round(math.log2(largest))
+
+
+def _matters(message: Tensor, small: Tensor) -> bool:
+    """Whether relevance at neurons that count as zero is more than a trace."""
+    kind = torch.finfo(message.dtype)
+    return bool((message.abs()[:, small] > kind.tiny**0.5).any())

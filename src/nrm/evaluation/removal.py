@@ -62,7 +62,7 @@ def replacement(
             f"the removal of {variable.name!r} is 'zero', 'mean', a number or a tensor, not "
             f"{given!r}."
         )
-    found = like(given, value).detach()
+    found = like(given, value).detach().clone()  # callers reuse theirs
     if found.shape not in (torch.Size(), shape):
         raise QueryError(
             f"the removal of {variable.name!r} has shape {tuple(found.shape)}, its neurons "

@@ -99,13 +99,9 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`."""
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        if groups > 1:
-            key = key.repeat_interleave(groups, -3)
-            value = value.repeat_interleave(groups, -3)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.matmul(query * scale, key.transpose(-2, -1))
+    if enable_gqa and query.shape[-3] > key.shape[-3]:
+        value = value.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = _products(query, key, scale, enable_gqa)
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~allowed, -torch.inf)
@@ -120,6 +116,32 @@ def attention(
     else:
         weights = scores.softmax(-1)
     return torch.matmul(torch.dropout(weights, dropout_p, dropout_p > 0), value)
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[Tensor]:
+    """What `attention` adds up before its softmax: products, and products with a mask."""
+    scores = _products(query, key, scale, enable_gqa)
+    if attn_mask is None or attn_mask.dtype is torch.bool:
+        return [scores]
+    return [scores, scores + attn_mask]
+
+
+def _products(query: Tensor, key: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+    groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+    if groups > 1:
+        key = key.repeat_interleave(groups, -3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.matmul(query * scale, key.transpose(-2, -1))
 
 
 def gated_linear_unit(x: Tensor, dim: int = -1) -> Tensor:

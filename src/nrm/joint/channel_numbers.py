@@ -60,7 +60,7 @@ def _down(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
     """The numbers of a step's parents, given those of what it computes."""
     if step.moves:
         wanted = [place == step.operand for place in range(len(step.operation.operands))]
-        pulled = forward.propagations[step.operation].pull(_digits(numbers), wanted)
+        pulled = forward.propagations[step.operation].send_on(_digits(numbers), wanted)
         digits = pulled[step.operand]
         assert digits is not None
         return _from_digits(digits)
@@ -82,7 +82,7 @@ def _up(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
     if step.moves:
         given: list[Tensor | None] = [None] * len(step.operation.operands)
         given[step.operand] = _digits(numbers)
-        return _from_digits(forward.propagations[step.operation].push(given, shape))
+        return _from_digits(forward.propagations[step.operation].send_up(given, shape))
     mixed = step.mixed_axes(numbers.dim())
     assert mixed is not None
     common = _in_common(numbers, mixed)

@@ -112,7 +112,7 @@ def _reaching(forward: Pass, bridge: Bridge, onward: Tensor | None) -> Tensor | 
         masses: list[Tensor | None] = [None] * len(step.operation.operands)
         masses[step.operand] = onward
         propagation = forward.propagations[step.operation]
-        onward = propagation.push(masses, forward.shape(step.above))
+        onward = propagation.send_up(masses, forward.shape(step.above))
     return onward
 
 

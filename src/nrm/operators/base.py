@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from nrm.errors import PositiveSumError, QueryError, UnsupportedOperatorError
 from nrm.operators.call import Call
+from nrm.operators.memory import dense
 from nrm.rules import Rule, Weight
 
 T = TypeVar("T")
@@ -90,14 +91,29 @@ class Columns:
 
 
 class Propagation(ABC):
-    """One operation prepared for one input: messages pass it, linearly, any number of times."""
+    """One operation prepared for one input: messages pass it, linearly, any number of times.
 
+    Who may write where: a message that travels lies in memory that nothing else sees, and is
+    handed over with it, to be overwritten or kept; `send_on` sees to that, whatever `pull` returns.
+    Forward messages are only read, and may be seen by many. What operators were given and have
+    computed is never written to.
+    """
+
+    exclusive: bool = False
+    """What `pull` returns lies in new memory or in the message's, no two of its results in the
+    same, and `push` only reads. Others are given copies, and their results are copied. A class
+    with a `pull` of its own has to say it anew."""
     output_is_free: bool = False
     """The operation's output is a tensor of its own that nothing here keeps."""
     nonnegative: bool = False
     """No `R(i|j)` is ever negative."""
     vanished: float = 0.0
     """The most relevance, in absolute size, of a message so far at columns that vanish."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "pull" in vars(cls) and "exclusive" not in vars(cls):
+            cls.exclusive = False
 
     @abstractmethod
     def pull(
@@ -106,14 +122,25 @@ class Propagation(ABC):
         """`m(i) = sum_j R(i|j) m(j)` for the operands wanted (eq. 24).
 
         Arguments:
-            message: `[K, *output shape]`, K messages at once; it may be overwritten.
+            message: `[K, *output shape]`, K messages at once, no two elements in the same memory;
+                it may be overwritten.
             wanted: for each operand, whether its message is needed.
             normalized: `False` multiplies by `T~_ij` itself (eq. 26).
 
         Returns:
             for each operand, the late leaf last, `[K, *operand shape]`, or `None` where not
-            wanted. No two share memory, so that each may be overwritten in turn.
+            wanted. Where `exclusive`, no two share memory, with each other or with anything else.
         """
+
+    def send_on(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        """`pull`, with results that may be overwritten: nothing else sees their memory."""
+        pulled = self.pull(message, wanted, normalized)
+        return [
+            part if part is None or (self.exclusive and dense(part)) else part.clone()
+            for part in pulled
+        ]
 
     def push(
         self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
@@ -121,11 +148,12 @@ class Propagation(ABC):
         """`F(j) = sum_i R(i|j) F(i)`: the transpose of `pull`, which is linear in the message.
 
         Arguments:
-            masses: for each operand F(i), `[K, *operand shape]`; `None` where it is zero.
+            masses: for each operand F(i), `[K, *operand shape]`, only to be read; `None` where it
+                is zero.
             shape: of the output.
 
         Returns:
-            `[K, *output shape]`.
+            `[K, *output shape]`, perhaps in the memory of a mass.
         """
         wanted = [mass is not None for mass in masses]
         known = [mass for mass in masses if mass is not None]
@@ -150,6 +178,14 @@ class Propagation(ABC):
                 row, [p.detach() * m[k] for p, m in zip(reached, known, strict=True)]
             )
         return pushed
+
+    def send_up(
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+    ) -> Tensor:
+        """`push`, of masses that are seen by others. The result is only to be read."""
+        if not self.exclusive:
+            masses = [None if mass is None else mass.clone() for mass in masses]
+        return self.push(masses, shape, normalized)
 
     def _check_transposed(self, pushed: Tensor, pulled: Sequence[Tensor]) -> None:
         """What ones pull, weighed by the masses, and what the masses push add up to the same."""

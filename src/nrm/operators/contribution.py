@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nrm.operators.base import pull_back
 from nrm.operators.connections import Connections
-from nrm.operators.memory import dense, same_memory, sum_to
+from nrm.operators.memory import sum_to
 from nrm.rules import Activation, Weight
 
 
@@ -26,6 +26,7 @@ class Contribution:
         uniform: `factor -> output` with weight one on every connection, which counts them.
         transpose: `([K, *output], weight) -> [K, *operand]`, the transpose of `apply` in the
             factor; without it autograd finds it, at the cost of running `apply` once.
+        transposes_anew: whether `transpose` always returns new memory, which may be overwritten.
         operand: which operand this is; one may contribute in several ways.
         by_channels: `([*operand], weight, [*output]) -> [outputs, inputs]`: `w_ij factor_i share_j`
             added up over the connections of each two channels, where channels have one weight.
@@ -48,6 +49,7 @@ class Contribution:
     by_channels: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
     keeps_sign: bool = False
     connections: Callable[[torch.Size], Connections] | None = None
+    transposes_anew: bool = False
     share: float = 1.0
     every: Tensor | None = None
 
@@ -113,27 +115,24 @@ class TermSum:
             )
 
     def pull(self, share: Tensor, wanted: Sequence[bool], pulled: list[Tensor | None]) -> None:
-        """Add `factor * (transposed weight) share`, term by term, to what operands get."""
+        """Add `factor * (transposed weight) share`, term by term, to what operands get.
+
+        All of that is new memory: derivatives may be the share itself, parts of it, one tensor
+        for several operands, or what a function keeps.
+        """
         chosen = [t for t, (part, *_) in enumerate(self.summands) if wanted[part.operand]]
         if not chosen:
             return
         gradients = self._transposed(chosen, share)
-        # The gradients of a plain sum are one and the same tensor.
-        lent = len(chosen) > 1 or same_memory(gradients[0], share)
         for t, gradient in zip(chosen, gradients, strict=True):
             part, factor, _ = self.summands[t]
-            operand = part.operand
+            owned = self.direct and part.transposes_anew
             if factor is part.x.every:
-                product = gradient.clone() if lent else gradient
-            elif lent or not dense(gradient):
-                product = gradient * factor
+                product = gradient if owned else gradient.clone()
             else:
-                product = gradient.mul_(factor)
-            before = pulled[operand]
-            if before is None:
-                pulled[operand] = product
-            else:
-                pulled[operand] = product.add_(before) if dense(product) else before + product
+                product = gradient.mul_(factor) if owned else gradient * factor
+            before = pulled[part.operand]
+            pulled[part.operand] = product if before is None else product.add_(before)
 
     def push(self, masses: Sequence[Tensor | None]) -> Tensor | None:
         """`sum_i T_ij F(i)`: `[K, *output]`, perhaps broadcast; `None` where all F are zero."""
@@ -144,17 +143,17 @@ class TermSum:
                 added.append(part.add_each(mass * factor, weight))
         return total(added) if added else None
 
-    def _transposed(self, chosen: Sequence[int], share: Tensor) -> Sequence[Tensor]:
+    def _transposed(self, chosen: Sequence[int], share: Tensor) -> Iterator[Tensor]:
+        """`(transposed weight) share` of each term in turn, to be used before the next."""
         if not self.direct:
             leaves, output = self._graph
-            return pull_back(output, [leaves[t] for t in chosen], sum_to(share, output.shape))
-        found = []
+            yield from pull_back(output, [leaves[t] for t in chosen], sum_to(share, output.shape))
+            return
         for t in chosen:
             part, _, weight = self.summands[t]
             assert part.transpose is not None
             assert weight is not None
-            found.append(part.transpose(share, weight))
-        return found
+            yield part.transpose(share, weight)
 
 
 def total(summands: Iterable[Tensor]) -> Tensor:

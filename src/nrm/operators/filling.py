@@ -44,6 +44,7 @@ class Filled(Propagation):
 
     def __init__(self, routed: Routed, filled: Tensor) -> None:
         self.routed, self.filled = routed, filled
+        self.exclusive = routed.exclusive
 
     def late_shape(self) -> torch.Size:
         return self.filled.shape

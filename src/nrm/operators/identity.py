@@ -12,6 +12,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Operator, Propagation, Setting, fill
 from nrm.operators.call import Call
+from nrm.operators.gradient_share import with_slope
 from nrm.rules import Rule
 
 
@@ -21,15 +22,16 @@ class Identity(Operator):
     Where the operator broadcasts its operand, the message is summed over the copies.
 
     Arguments:
-        at_zero: what is known of the function at zero: `"linear"` functions and those that are
-            `"zero"` there have a slope `f(x) / x`; others may not.
+        at_zero: what is known of the function at zero: `"linear"` functions, those that are linear
+            on either side of it (a `"ramp"`) and those that are `"zero"` there have a slope
+            `f(x) / x`, of the first two it is the derivative; others may not.
         elementwise: whether it is; some that are not pass relevance as if they were.
     """
 
     def __init__(
         self,
         kind: str,
-        at_zero: Literal["linear", "zero", "unknown"] = "unknown",
+        at_zero: Literal["linear", "ramp", "zero", "unknown"] = "unknown",
         elementwise: bool = True,
     ) -> None:
         super().__init__(kind)
@@ -54,11 +56,13 @@ class Identity(Operator):
         return self.at_zero != "unknown"
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
-        if self.at_zero == "linear":
+        if self.at_zero in ("linear", "ramp"):
             return super().frozen(call, values, setting)
         x = values[0].detach()
-        slope = fill(call, [x])() / x
-        return values[0] * torch.where(x == 0, 0.0, slope)
+        with torch.no_grad():
+            output: Tensor = fill(call, [x])()
+            slope = torch.where(x == 0, 0.0, output / x)
+        return with_slope(values[0], output, slope)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -90,6 +94,7 @@ class Copy(Identity):
 class Unchanged(Propagation):
     """The message as it is, summed over the copies where the operand was broadcast."""
 
+    exclusive = True
     nonnegative = True
 
     def __init__(self, operand: torch.Size, output: torch.Size) -> None:

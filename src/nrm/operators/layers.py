@@ -74,6 +74,7 @@ class Layer(WeightedSum):
                     apply,
                     uniform,
                     torch.matmul,
+                    transposes_anew=True,
                     by_channels=through_matrix,
                     keeps_sign=True,
                     connections=lambda output: Dense(weight),
@@ -91,6 +92,7 @@ class Layer(WeightedSum):
                 apply,
                 uniform,
                 transpose if x.dim() == weight.dim() else None,
+                transposes_anew=True,
                 by_channels=convolution.by_channels,
                 keeps_sign=True,
                 connections=partial(Kernel, call, x.shape),
@@ -190,6 +192,7 @@ class Sum(Elementwise):
                         # A sign of zero, as in `x.add(y, alpha=0)`, connects nothing.
                         uniform=partial(torch.mul, other=0.0) if sign == 0 else _itself,
                         transpose=torch.mul if alike and len(values) > 1 else None,
+                        transposes_anew=True,
                         operand=call[name].index,
                         keeps_sign=True,
                         connections=partial(OneParent, w.value, x.shape),

@@ -144,6 +144,8 @@ class Linearised(Propagation):
         added: what the late leaf adds; `None`: nothing.
     """
 
+    exclusive = True
+
     def __init__(
         self, steps: Sequence[Step], output: Tensor, added: Tensor | None, setting: Setting
     ) -> None:

@@ -14,7 +14,10 @@ _PIECE = 2**18  # elements: what is computed on the way stays in the cache
 
 
 def dense(tensor: Tensor) -> bool:
-    """Whether every element has memory of its own, so that it may be written to."""
+    """Whether no two elements are in the same memory, so that what owns it may write to it.
+
+    It says nothing of others that see this memory: those that were sliced from it, for one.
+    """
     return all(
         stride or size == 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
@@ -47,6 +50,8 @@ def smaller_than(value: Tensor, bound: float) -> Coordinates | None:
     if value.device.type != "cpu":
         small = value.abs() <= bound
         return tuple(small.nonzero(as_tuple=True)) if bool(small.any()) else None
+    if 0 < value.numel() <= _PIECE and float(value.abs().amin()) > bound:
+        return None
     order = _memory_order(value)
     found = []
     for begin, piece in _pieces(value.permute(order).reshape(-1)):

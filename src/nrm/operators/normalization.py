@@ -19,6 +19,7 @@ from nrm.errors import UnsupportedOperatorError
 from nrm.operators.base import Propagation, Setting, fill
 from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
+from nrm.operators.gradient_share import with_transpose
 from nrm.operators.identity import Unchanged
 from nrm.operators.weighted_sum import WeightedSum
 from nrm.rules import Activation, Identity, Rule, Weight
@@ -191,12 +192,22 @@ class Normalization(Centring):
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         if isinstance(setting.rule, Identity):
             return super().frozen(call, values, setting)
-        x = values[0]
-        own, _, _ = self.coefficients(call, x.detach())
-        grouped = self.groups(call, x)  # centred before it is scaled, as the operator does
-        centred = (grouped - grouped.mean(-1, keepdim=True)).reshape(x.shape) * own
-        bias = self.bias(call, values, setting.output_dim)
-        return centred if bias is None else centred + bias
+        x = values[0].detach()
+        with torch.no_grad():
+            if self.groups is last_axes:  # the operator's own statistics
+                shape, gain, bias = call["normalized_shape"], call["weight"], call["bias"]
+                output, _, own = torch.native_layer_norm(x, shape, gain, bias, call["eps"])
+                own = own if gain is None else own * gain
+            else:
+                output = fill(call, [x])()
+                own, _, _ = self.coefficients(call, x)
+
+        def transpose(message: Tensor) -> Tensor:
+            grouped = self.groups(call, message * own)
+            mean = grouped.sum(-1, keepdim=True) / grouped.shape[-1]
+            return (grouped - mean).reshape(message.shape)
+
+        return with_transpose(values[0], output, transpose)
 
     def add_up(self, call: Call, x: Tensor) -> Tensor:
         grouped = self.groups(call, x)
@@ -214,7 +225,7 @@ class Normalization(Centring):
 
 def last_axes(call: Call, x: Tensor) -> Tensor:
     """Layer norm: all neurons of the last axes are one group."""
-    return x.flatten(x.dim() - len(call["normalized_shape"]))
+    return x.reshape(*x.shape[: x.dim() - len(call["normalized_shape"])], -1)
 
 
 def channel_groups(call: Call, x: Tensor) -> Tensor:
@@ -224,4 +235,4 @@ def channel_groups(call: Call, x: Tensor) -> Tensor:
 
 def single_channels(call: Call, x: Tensor) -> Tensor:
     """Instance norm: each channel is a group."""
-    return x.flatten(2)
+    return x.reshape(*x.shape[:2], -1)

@@ -49,6 +49,7 @@ class Overwriting(Routing):
 class Overwritten(Propagation):
     """`winners` numbers, from one, what was written at each neuron; zero: it is as it was."""
 
+    exclusive = True
     nonnegative = True
 
     def __init__(

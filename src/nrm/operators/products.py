@@ -18,7 +18,7 @@ from nrm.operators.base import Operator, Propagation, Setting, Slot, fill
 from nrm.operators.call import Call
 from nrm.operators.connections import Connections, Dense
 from nrm.operators.contribution import Contribution
-from nrm.operators.gradient_share import gradient_share
+from nrm.operators.gradient_share import gradient_share, with_slope
 from nrm.operators.identity import Unchanged
 from nrm.operators.layers import through_matrix
 from nrm.operators.weighted_sum import WeightedSum
@@ -56,6 +56,8 @@ class Product(Operator):
 class Split(Propagation):
     """A fixed share of the message for every factor."""
 
+    exclusive = True
+
     def __init__(
         self, factors: Sequence[Tensor], output: torch.Size, alphas: Sequence[float]
     ) -> None:
@@ -84,8 +86,9 @@ class Quotient(Product):
         if isinstance(call["self"], Slot):
             return super().frozen(call, values, setting)
         x = values[0].detach()  # a constant divided by it: one parent
-        slope: Tensor = fill(call, [x])() / x
-        return values[0] * slope
+        with torch.no_grad():
+            output: Tensor = fill(call, [x])()
+        return with_slope(values[0], output, output / x)
 
     def operands(
         self, call: Call, carries: Callable[[Node], bool], address: str
@@ -206,6 +209,7 @@ class MatrixProduct(WeightedSum):
             apply,
             uniform=lambda factor: plain(factor, torch.ones_like(w.value)),
             transpose=transpose if stacks else None,
+            transposes_anew=True,
             operand=operand,
             by_channels=by_channels if self._is_linear(call, side, w.value, share) else None,
             keeps_sign=share >= 0,

@@ -42,7 +42,10 @@ class Routing(Operator):
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad():
             output = fill(call, leaves)()
-        return output.detach(), Routed(leaves, output)
+        routed = Routed(leaves, output)
+        # A function of a user's own may have derivatives that share memory with anything.
+        routed.exclusive = getattr(call.target, "namespace", None) == "aten"
+        return output.detach(), routed
 
 
 class Routed(Propagation):

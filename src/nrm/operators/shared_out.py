@@ -14,6 +14,7 @@ from nrm.errors import QueryError
 from nrm.operators.base import Columns, Propagation, Setting, refuse_failing
 from nrm.operators.contribution import Contribution, TermSum
 from nrm.operators.contribution import total as add_up
+from nrm.operators.gradient_share import column_floor
 from nrm.operators.memory import (
     Coordinates,
     any_below,
@@ -34,6 +35,8 @@ class SharedOut(Propagation):
     Groups of terms (see `nrm.rules.base`) are evaluated when the first message that needs them
     arrives, and kept, so that further messages cost one transposed product per group.
     """
+
+    exclusive = True
 
     def __init__(self, parts: list[Contribution], setting: Setting, operands: int) -> None:
         self.parts, self.setting, self.rule = parts, setting, setting.rule
@@ -114,7 +117,9 @@ class SharedOut(Propagation):
         pulled: list[Tensor | None] = [None] * len(self.shapes)
         for terms, share in self._shares(message, normalized):
             if terms is None:
-                pulled[-1] = share if wanted[-1] else None
+                if wanted[-1]:
+                    before = pulled[-1]
+                    pulled[-1] = share if before is None else share.add_(before)
                 continue
             if terms is self.uniform and not message.requires_grad:
                 self._note_vanished(share)
@@ -262,7 +267,7 @@ class SharedOut(Propagation):
         return self.group(index).output if derived is None else derived
 
     def _with_vanished(self, total: Tensor) -> Sums:
-        floor = max(self.rule.stabilizer, torch.finfo(total.dtype).tiny)
+        floor = max(self.rule.stabilizer, column_floor(total.dtype))
         return total, smaller_than(total, floor)
 
     def _split_uniformly(

@@ -120,11 +120,12 @@ _CARRIES_NONE = frozenset(
 )
 
 # One parent for each neuron.
+register(Identity("activation", at_zero="ramp"), *_names("relu leaky_relu abs"))
 register(
     Identity("activation", at_zero="zero"),
     *_names(
-        "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish tanh hardswish "
-        "hardshrink softshrink tanhshrink expm1 erf abs square sqrt log1p sin atan"
+        "relu6 prelu rrelu elu selu celu gelu silu mish tanh hardswish "
+        "hardshrink softshrink tanhshrink expm1 erf square sqrt log1p sin atan"
     ),
 )
 register(

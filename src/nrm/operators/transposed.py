@@ -53,6 +53,7 @@ class TransposedConvolution(WeightedSum):
                 apply,
                 uniform=lambda factor: apply(factor, weight.new_ones(weight.shape)),
                 transpose=transpose if x.dim() == weight.dim() else None,
+                transposes_anew=True,
                 by_channels=convolution.by_channels,
                 keeps_sign=True,
                 connections=partial(Kernel, call, x.shape, transposed=True),

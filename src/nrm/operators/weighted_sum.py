@@ -131,6 +131,7 @@ def _bias_as_input(
         apply=torch.mul,
         uniform=lambda factor: factor,
         transpose=torch.mul,
+        transposes_anew=True,
         operand=number,
         keeps_sign=True,
         connections=lambda shape: OneParent(weight.value, shape, shape),

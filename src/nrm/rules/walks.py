@@ -147,7 +147,7 @@ def _checked(start: Any) -> Tensor | float:
     finite = start.isfinite().all() if isinstance(start, Tensor) else math.isfinite(start)
     if not bool(finite):
         raise InputError("a baseline holds NaN or infinite values.")
-    return start.detach() if isinstance(start, Tensor) else start
+    return start.detach().clone() if isinstance(start, Tensor) else start
 
 
 def _same(a: Any, b: Any) -> bool:
