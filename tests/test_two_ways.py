@@ -308,3 +308,23 @@ def test_both_ways_agree_on_networks_with_exact_zeros(seed: int) -> None:
             chosen = nrm.channels(layer, 0)
             torch.testing.assert_close(fast.heatmap(chosen), slow.heatmap(chosen))
             torch.testing.assert_close(fast(chosen, layers[-1]), slow(chosen, layers[-1]))
+
+
+def test_sets_that_no_walk_passes_together():
+    """Layers side by side, and what lies below one of them: zero, whichever way is gone."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.a(x))) + torch.relu(self.b(x))
+
+    torch.manual_seed(0)
+    R = nrm.Explainer(Beside().double().eval(), composites.CPLRP())(torch.rand(2, 3).double())
+    assert R.forward_pass.telescope is not None
+    for sets in (("c", "b"), ("a", "b"), ("c", "a", "b")):
+        assert R(*sets).tolist() == [0.0, 0.0]
+        assert not R.heatmap(*sets).any()
+    assert R.joint("a", "b", by="neuron").abs().max() == 0

@@ -70,6 +70,8 @@ class Telescope:
             return None
         if len(stops) > 1 and any(self.graph.upstream(v) & stops.keys() for v in stops):
             return None  # who meets a stop first needs message passing
+        if not messages:
+            return {}  # nothing arrived where they were to start: no walk passes there
         if not all(self.values[variable].requires_grad for variable in messages):
             return None
         begun = {v: _over_values(m, self.values[v].detach()) for v, m in messages.items()}
