@@ -21,8 +21,8 @@ from networks import NETWORKS, make
 import nrm
 
 FIRST = int(os.environ.get("NRM_FUZZ_SEED", "0"))
-COUNT = int(os.environ.get("NRM_FUZZ_COUNT", "24"))
-LISTED = 3000
+COUNT = int(os.environ.get("NRM_FUZZ_COUNT", "20"))
+LISTED = 1500
 """So many walks are listed one by one."""
 
 
@@ -51,13 +51,13 @@ def test_flows_are_the_sums_over_listed_walks(network, bias):
 
 def test_flows_are_the_sums_over_listed_walks_of_random_networks():
     compared = 0
-    for seed in range(40):
+    for seed in range(FIRST, FIRST + 25):
         case = Case.drawn(seed)
         net = case.walks.describe(case.network, 0)
         if _count(net) <= LISTED:
             _compare(net, np.random.default_rng(seed))
             compared += 1
-    assert compared >= 10
+    assert compared >= 5
 
 
 def test_what_is_wrong_is_found():
