@@ -12,16 +12,17 @@ import os
 import numpy as np
 import oracle as o
 import pytest
-from fuzz.cases import Case, compare
+from fuzz.cases import Case, Explained, compare
 from fuzz.flows import Flows
+from fuzz.networks import BATCH
 from fuzz.queries import Asked
 from networks import NETWORKS, make
 
 import nrm
 
 FIRST = int(os.environ.get("NRM_FUZZ_SEED", "0"))
-COUNT = int(os.environ.get("NRM_FUZZ_COUNT", "24"))
-LISTED = 3000
+COUNT = int(os.environ.get("NRM_FUZZ_COUNT", "20"))
+LISTED = 1500
 """So many walks are listed one by one."""
 
 
@@ -36,7 +37,7 @@ def test_every_answer_is_that_of_the_oracle(seed):
 def test_seeds_are_asked_and_not_passed_over():
     """Of the seeds of this run, few are left out because rounding decides what is right."""
     seeds = range(FIRST, FIRST + COUNT)
-    left_out = [seed for seed in seeds if Case.drawn(seed).flows(0) is None]
+    left_out = [seed for seed in seeds if Case.drawn(seed).flows() is None]
     assert len(left_out) <= max(1, COUNT // 4)
 
 
@@ -50,20 +51,20 @@ def test_flows_are_the_sums_over_listed_walks(network, bias):
 
 def test_flows_are_the_sums_over_listed_walks_of_random_networks():
     compared = 0
-    for seed in range(40):
+    for seed in range(FIRST, FIRST + 25):
         case = Case.drawn(seed)
         net = case.walks.describe(case.network, 0)
         if _count(net) <= LISTED:
             _compare(net, np.random.default_rng(seed))
             compared += 1
-    assert compared >= 10
+    assert compared >= 5
 
 
 def test_what_is_wrong_is_found():
     """Answers that are off by little are findings, at every query."""
-    case = next(c for c in map(Case.drawn, range(FIRST, FIRST + COUNT)) if c.flows(0))
+    case = next(c for c in map(Case.drawn, range(FIRST, FIRST + COUNT)) if c.flows())
     target = 0
-    known = case.flows(target)
+    known = case.flows(Explained([target] * BATCH))
     assert known is not None
     flows, raw = known
     model, inputs = case.network.model(), case.network.inputs

@@ -42,6 +42,7 @@ def pick(net: Described, step: Step, chosen: list[o.Neuron], filler: float | Non
     if filler is None:
         net.pick(step.name, chosen)
     else:
+        net.filled[step.name] = step.reads
         net.fill(step.name, [neuron if neuron[0] else None for neuron in chosen], filler)
     for j, neuron in enumerate(chosen):
         if neuron in net.zeros or (not neuron[0] and filler == 0):

@@ -11,7 +11,7 @@ from torch import nn
 from fuzz import describing as d
 from fuzz import moves, products, sums
 from fuzz.builder import Builder, filled_in
-from fuzz.networks import BATCH, Network
+from fuzz.networks import BATCH, HEADS, Network
 
 BLOCKS: dict[Callable[[Builder], str | None], float] = {
     sums.linear: 4,
@@ -64,7 +64,8 @@ def draw(seed: int) -> Network:
             pass
     b.highest = np.inf
     _head(b)
-    return Network(b.inputs, b.steps)
+    head = b.one_of(["", "", "", *HEADS])
+    return Network(b.inputs, b.steps, head)
 
 
 def _head(b: Builder) -> None:

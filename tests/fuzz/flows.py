@@ -22,15 +22,25 @@ Holds = Callable[[tuple[bool, ...]], bool]
 
 
 class Flows:
-    """One sample of one network, from one output neuron.
+    """One sample of one network, from its output down.
 
     Arguments:
-        normalized: `False`: the unnormalised contributions, from the output's value (eq. 26).
+        explained: an output neuron; or the unnormalised relevance of all (eq. 13).
+        normalized: `False`: the unnormalised contributions (eq. 26).
     """
 
-    def __init__(self, net: o.Oracle, target: int, normalized: bool = True) -> None:
-        self.net, self.target = net, target
-        self.start = 1.0 if normalized else float(net.values[net.output][target])
+    def __init__(self, net: o.Oracle, explained: int | np.ndarray, normalized: bool = True) -> None:
+        self.net = net
+        output = net.values[net.output]
+        self.unnormalized = np.zeros(len(output))
+        if isinstance(explained, int):
+            self.unnormalized[explained] = output[explained]
+            self.start = (np.arange(len(output)) == explained).astype(float)
+        else:
+            self.unnormalized[:] = explained
+            self.start = explained / explained.sum()
+        if not normalized:
+            self.start = self.unnormalized
         self.order = list(_from_output(net))
         self.sizes = {name: _size(net, name) for name in self.order}
         self.matrices: dict[str, dict[str, np.ndarray]] = {}
@@ -75,7 +85,7 @@ class Flows:
     def variation(self) -> float:
         """The sum of the absolute relevance of all walks."""
         messages = {name: np.zeros(size) for name, size in self.sizes.items()}
-        messages[self.net.output][self.target] = abs(self.start)
+        messages[self.net.output] += np.abs(self.start)
         for name in self.order:
             for parent, matrix in self._sizes.get(name, {}).items():
                 messages[parent] += matrix @ messages[name]
@@ -100,7 +110,7 @@ class Asked:
         """`[states, neurons]`: what reaches every neuron, it itself visited."""
         flows, states = self.flows, 2**self.count
         waiting = {name: np.zeros((states, size)) for name, size in flows.sizes.items()}
-        waiting[flows.net.output][0, flows.target] = flows.start
+        waiting[flows.net.output][0] = flows.start
         arrived = {}
         for name in flows.order:
             message = self._visit(name, waiting[name])

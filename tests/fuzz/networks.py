@@ -80,12 +80,14 @@ class Described(o.Oracle):
 
     Attributes:
         zeros: neurons that are written as zeros; `alone` those that have no other parents.
+        filled: what was read where a constant stands for some neurons, or all.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     exact: dict[str, bool] = field(default_factory=dict)
     zeros: set[o.Neuron] = field(default_factory=set)
     alone: set[o.Neuron] = field(default_factory=set)
+    filled: dict[str, tuple[str, ...]] = field(default_factory=dict)
     stabilizers: dict[str, float] = field(default_factory=dict)
     alphas: Callable[[Sequence[int]], list[float]] = lambda gates: [0.5, 0.5]
     softmax_rule: bool = False
@@ -152,10 +154,15 @@ class Described(o.Oracle):
 
 @dataclass
 class Network:
-    """The steps, and inputs by name: values `[BATCH, ...]`; integers are embedded."""
+    """The steps, and inputs by name: values `[BATCH, ...]`; integers are embedded.
+
+    Attributes:
+        head: a function of the outputs that the package looks through; empty without one.
+    """
 
     inputs: dict[str, Tensor]
     steps: list[Step]
+    head: str = ""
 
     @property
     def output(self) -> str:
@@ -163,7 +170,8 @@ class Network:
 
     def __str__(self) -> str:
         shapes = (f"{name}{tuple(x.shape[1:])}" for name, x in self.inputs.items())
-        return "\n".join([f"inputs {', '.join(shapes)}", *map(str, self.steps)])
+        head = [f"head {self.head}"] * bool(self.head)
+        return "\n".join([f"inputs {', '.join(shapes)}", *map(str, self.steps), *head])
 
     @cached_property
     def values(self) -> dict[str, Tensor]:
@@ -203,7 +211,7 @@ class Network:
         for step in kept:  # a module's calls are numbered
             calls.setdefault(step.module_name, []).append(step.name)
         names = {
-            name: place[0] + (f"@{k}" if k else "")
+            name: place[0].partition("@")[0] + (f"@{k}" if k else "")
             for place in calls.values()
             for k, name in enumerate(place)
         }
@@ -218,11 +226,11 @@ class Network:
         ]
         used = {read for step in kept for read in step.reads}
         inputs = {n: x for n, x in self.inputs.items() if n in used}
-        return Network(inputs or self.inputs, kept)
+        return Network(inputs or self.inputs, kept, self.head)
 
     def model(self) -> nn.Module:
         """The torch module, with copies of the weights."""
-        return copy.deepcopy(Model(self.steps, list(self.inputs))).eval()
+        return copy.deepcopy(Model(self.steps, self.head)).eval()
 
     def describe(
         self,
@@ -256,6 +264,10 @@ class Network:
         net.output = self.output
         return net
 
+    def rewritten(self, name: str) -> bool:
+        """Whether the package computes something else there, as a layer that takes in a norm."""
+        return any(step.name == name and self.folded(step) for step in self.steps)
+
     def folded(self, step: Step) -> Step | None:
         """What the package takes into a layer: a batch norm that alone reads its channels, or the
         same written out."""
@@ -282,13 +294,21 @@ def run(steps: Sequence[Step], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda v: v,
+    "softmax": lambda v: v.softmax(-1),
+    "log_softmax": lambda v: v.log_softmax(-1),
+    "sigmoid": torch.sigmoid,
+}
+
+
 class Model(nn.Module):
     """The steps one after the other."""
 
-    def __init__(self, steps: Sequence[Step], inputs: Sequence[str]) -> None:
+    def __init__(self, steps: Sequence[Step], head: str) -> None:
         super().__init__()
+        self.head = HEADS[head]
         self.plan = [(step.name, step.module_name, step.reads) for step in steps]
-        self.given = list(inputs)
         for step in steps:
             if step.name == step.module_name:
                 self.add_module(step.name, step.module)
@@ -299,7 +319,7 @@ class Model(nn.Module):
         values = {"x": x, "y": y, "t": t}
         for name, module, reads in self.plan:
             values[name] = getattr(self, module)(*(values[read] for read in reads))
-        return values[self.plan[-1][0]]
+        return self.head(values[self.plan[-1][0]])
 
 
 def _short(values: np.ndarray) -> bool:

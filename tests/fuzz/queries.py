@@ -207,10 +207,11 @@ def _about_sets(asked: Asked) -> Iterator[Answer]:
         )
     if len(a) > 1:
         given = R(a[0], given=a[1:])
+        below = [flow.relevance(lambda h: all(h[1:])) for flow in known]
 
         def conditional(b: int) -> object:
-            below = known[b].relevance(lambda h: all(h[1:]))
-            return known[b].relevance() / below if abs(below) > 1e-2 else float(given[b])
+            certain = abs(below[b]) > 1e-2
+            return known[b].relevance() / below[b] if certain else float(given[b])
 
         yield f"R(a, given=rest), {about}", list(given), conditional, False
     name = str(rng.choice(asked.names))
@@ -230,6 +231,14 @@ def _about_sets(asked: Asked) -> Iterator[Answer]:
         (lambda b: known[b].marginals()[leaf]),
         False,
     )
+    if len(a) > 1:
+        there = asked.laid(R.marginal(layer, a[0], given=a[1:]), name)
+        yield (
+            f"R.marginal({layer!r}, a, given=rest), {about}",
+            there,
+            (lambda b: known[b].marginals()[name] / below[b] if abs(below[b]) > 1e-2 else there[b]),
+            False,
+        )
     several = R.heatmaps([formula, list(a), a[0]], at=at)
     for k, of in enumerate((holds, all, lambda h: h[0])):
         yield (
@@ -272,6 +281,15 @@ def _weights(asked: Asked, sets: Sets, about: str) -> Iterator[Answer]:
         f"R(*rest, within=a), {about}",
         list(R(*rest, within=sets.events[0])),
         (lambda b: inside[b].relevance()),
+        False,
+    )
+    name = str(rng.choice(asked.names))
+    layer = asked.network.address(name)
+    there = R.marginal(layer, *rest, within=sets.events[0])
+    yield (
+        f"R.marginal({layer!r}, *rest, within=a), {about}",
+        asked.laid(there, name),
+        (lambda b: inside[b].marginals()[name]),
         False,
     )
     known = [flow.asked(sets.masks[b]) for b, flow in enumerate(flows)]
@@ -361,14 +379,21 @@ def _combinations(asked: Asked) -> Iterator[Answer]:
             )
         if not R.activations(a)[0].dim() or not R.activations(b_)[0].dim():
             continue
-        coarse = R.joint(a, b_)
         masks = [_channels(R, n) for n in (a, b_)]
+        for text, coarse in (("", R.joint(a, b_)), (", memory=1", R.joint(a, b_, memory=1))):
+            yield (
+                f"R.joint({a!r}, {b_!r}{text})",
+                [p.double().numpy() for p in coarse],
+                (lambda b, e=expected, m=masks: m[0] @ e[b] @ m[1].T),
+                False,
+            )
         yield (
-            f"R.joint({a!r}, {b_!r})",
-            [p.double().numpy() for p in coarse],
-            (lambda b, e=expected, m=masks: m[0] @ e[b] @ m[1].T),
+            f"R.channels({a!r})",
+            [row.double().numpy() for row in R.channels(a)],
+            (lambda b, n=first, m=masks: m[0] @ flows[b].asked().marginals()[n]),
             False,
         )
+        yield from _three(asked, first, second)
         if not (flows[0].leads(first, second) or flows[0].leads(second, first)):
             continue  # refused: no walk passes both
         best = R.top(a, b_, by="neuron", k=3, order="absolute")
@@ -379,6 +404,38 @@ def _combinations(asked: Asked) -> Iterator[Answer]:
             (lambda b, e=largest: np.abs(e)),
             False,
         )
+
+
+def _three(asked: Asked, first: str, second: str) -> Iterator[Answer]:
+    """All combinations of two parts of each of three layers, a layer given twice left out."""
+    R, rng, flows = asked.R, asked.rng, asked.flows
+    third = str(rng.choice(asked.names))
+    chosen = [n for n in dict.fromkeys((first, second, third)) if flows[0].sizes[n] > 1]
+    if len(chosen) < 2:
+        return
+    layers = [asked.network.address(n) for n in chosen]
+    if any(R.graph.variable(layer).batch_axis is None for layer in layers):
+        return
+    masks, sets = [], []
+    for name, layer in zip(chosen, layers, strict=True):
+        mask = rng.random(flows[0].sizes[name]) < 0.5
+        mask[:2] = True, False
+        masks.append([mask, ~mask])
+        laid = torch.from_numpy(mask).view(asked.network.shape(name))
+        sets.append([nrm.mask(layer, laid), nrm.mask(layer, ~laid)])
+    found = R.joint(*sets)
+    text = ", ".join(
+        f"{layer}{m[0].astype(int).tolist()}" for layer, m in zip(layers, masks, strict=True)
+    )
+
+    def right(b: int) -> np.ndarray:
+        values = np.zeros((2,) * len(chosen))
+        for place in np.ndindex(*values.shape):
+            parts = zip(chosen, masks, place, strict=True)
+            values[place] = flows[b].asked([{n: m[k]} for n, m, k in parts]).relevance()
+        return values
+
+    yield f"R.joint of {text} and the rest", [row.double().numpy() for row in found], right, False
 
 
 def _pairs(flow: Flows, first: str, second: str) -> np.ndarray:

@@ -9,7 +9,6 @@ import numpy as np
 import oracle as o
 from networks import RULES
 
-from fuzz.flows import Flows
 from fuzz.networks import Described, Network
 from nrm import composites, rules
 from nrm.composites import Composite
@@ -67,41 +66,50 @@ class Walks:
         """The oracle of one sample."""
         net = network.describe(sample, self.bias == "input", ALPHAS[self.alpha][1], self.taylor)
         kinds = {step.name: step.kind for step in network.steps}
-        visited = Flows(net, 0).order
+        above = _read(net)
+        visited = _below(above, net.output) | {net.output}
         for name in visited:
             rule = net.rules.get(name)
             if rule is None or rule is o.fixed:
                 continue
-            chosen = self._rule(name, visited, kinds, net)
+            chosen = self._rule(name, visited, kinds, above)
             products = any(isinstance(p, o.Factor) for p in net.parents[name, 0])
             column = COLUMNS[chosen]
             net.rules[name] = o.by_alpha(column) if products else column
             net.stabilizers[name] = self.stabilizer if chosen == "zero" else 0.0
         return net
 
-    def _rule(self, name: str, visited: list[str], kinds: dict[str, str], net: Described) -> str:
+    def _rule(
+        self, name: str, visited: set[str], kinds: dict[str, str], above: dict[str, set[str]]
+    ) -> str:
         if name in self.steps:
             return self.steps[name]
         if kinds.get(name) not in ("conv", "linear"):
             return self.default
         layers = {n for n in visited if kinds.get(n) in ("conv", "linear")} - {name}
-        if self.first and not layers & _below(net, name):
+        if self.first and not layers & _below(above, name):
             return self.first
-        if self.head and not any(name in _below(net, other) for other in layers):
+        if self.head and not any(name in _below(above, other) for other in layers):
             return self.head
         return self.conv if self.conv and kinds[name] == "conv" else self.default
 
 
-def _below(net: Described, name: str) -> set[str]:
+def _read(net: Described) -> dict[str, set[str]]:
+    """What each variable takes relevance to, also where none of its neurons is left."""
+    above: dict[str, set[str]] = {name: set(reads) for name, reads in net.filled.items()}
+    for (name, _), parents in net.parents.items():
+        above.setdefault(name, set()).update(parent.neuron[0] for parent in parents)
+    return above
+
+
+def _below(above: dict[str, set[str]], name: str) -> set[str]:
     found: set[str] = set()
     waiting = [name]
     while waiting:
-        current = waiting.pop()
-        for j in range(len(net.values[current]) if current in net.values else 0):
-            for parent in net.parents.get((current, j), ()):
-                if parent.neuron[0] not in found:
-                    found.add(parent.neuron[0])
-                    waiting.append(parent.neuron[0])
+        for parent in above.get(waiting.pop(), ()):
+            if parent not in found:
+                found.add(parent)
+                waiting.append(parent)
     return found
 
 
