@@ -99,6 +99,10 @@ class State:
         missing = object()
         return {p for p in places if self.parts.get(p, missing) != other.parts.get(p, missing)}
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the model's."""
+        return _spot(tensor) in self.tensors
+
     def digests(self, tensors: Iterable[Tensor]) -> list[Digest]:
         """The digests of some tensors, of which those of the model are known."""
         tensors = list(tensors)

@@ -35,6 +35,7 @@ class Setting:
             reads ahead.
         path: the operands' values on the way to this input, from a baseline on, for rules that
             integrate along it.
+        share: where a weight is found that other graphs of the same model use too.
     """
 
     address: str
@@ -46,12 +47,13 @@ class Setting:
     following: tuple[Call, ...] = ()
     path: Sequence[Sequence[Tensor]] = ()
     weights: dict[str, Weight] = field(default_factory=dict)
+    share: Callable[[Tensor, Rule], Weight] = lambda value, rule: Weight(value)
 
     def weight(self, name: str, value: Tensor) -> Weight:
         """The weight, with what rules made of it before as long as it is the same tensor."""
         known = self.weights.get(name)
         if known is None or known.value is not value:
-            known = self.weights[name] = Weight(value)
+            known = self.weights[name] = self.share(value, self.rule)
         return known
 
 
