@@ -117,6 +117,7 @@ class Shared:
         self._tensors: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
         self._weights: WeakValueDictionary[Hashable, Weight] = WeakValueDictionary()
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._computed: dict[Hashable, int] = {}
         self._count = 0
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ class Shared:
             known = compute()
             if isinstance(known, Tensor):
                 self._tensors[key] = known
-                self._number(known)
+                if known not in self._numbers:  # the same number as when it was computed before
+                    self._numbers[known] = self._computed.setdefault(key, self._next())
         return known
 
     def weight(self, value: Tensor, rule: Rule) -> Weight:
@@ -161,12 +163,15 @@ class Shared:
         return (type(leaf), repr(leaf))
 
     def _number(self, tensor: Tensor) -> int:
-        """A number that no other tensor has, nor ever had."""
+        """A number that no tensor with other contents has, nor ever had."""
         if tensor not in self._numbers:
-            self._count += 1
-            self._numbers[tensor] = self._count
+            self._numbers[tensor] = self._next()
         number: int = self._numbers[tensor]
         return number
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
 
 
 def perturbed(tensors: Iterable[Tensor]) -> list[Tensor]:
