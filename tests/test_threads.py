@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_the_model_can_be_run_while_it_is_captured(kind):
 class Interrupted(Net):
     """Is interrupted in its n-th call."""
 
-    left = [0]
+    left: ClassVar = [0]
 
     def forward(self, x):
         self.left[0] -= 1
@@ -268,7 +269,7 @@ def test_others_may_write_to_stderr_meanwhile(capfd):
 
     def write():
         while not done.is_set():
-            print("still here", file=sys.stderr)
+            sys.stderr.write("still here\n")
 
     def explain():
         try:
@@ -338,7 +339,7 @@ def test_memory_is_flat_over_many_shapes(monkeypatch):
         R = explainer(torch.ones(1, 1, length).double(), target=0)
         torch.testing.assert_close(R.heatmap().sum(), torch.tensor(1.0).double())
         del R
-        alive.append(len([g for g in _graphs()]))
+        alive.append(len(_graphs()))
     assert max(alive[3:]) <= alive[2] + 1
 
 
@@ -348,8 +349,7 @@ def _graphs():
 
 
 def test_a_used_explainer_travels():
-    model, x = make(nn.Sequential), torch.rand(1, 3)
-    model = nn.Sequential(nn.Linear(3, 2)).eval()
+    model, x = nn.Sequential(nn.Linear(3, 2)).eval(), torch.rand(1, 3)
     explainer = nrm.Explainer(model)
     expected = explainer(x, target=0).heatmap()
     for other in (copy.deepcopy(explainer), pickle.loads(pickle.dumps(explainer))):

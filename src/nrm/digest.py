@@ -89,7 +89,7 @@ def on_device(parts: Sequence[Tensor]) -> list[bytes]:
         if count:
             words = raw[: 8 * count].view(torch.int64)
             full = count // _CHUNK * _CHUNK
-            for piece in (*words[:full].split(_CHUNK * 256), words[full:]):
+            for piece in (*torch.split(words[:full], _CHUNK * 256), words[full:]):
                 if len(piece):
                     rows = piece.view(-1, min(_CHUNK, len(piece)))
                     low = (rows * factors[0, : rows.shape[1]]).sum(1)

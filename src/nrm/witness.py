@@ -170,7 +170,9 @@ class _Walk:
                             self._meet(held, f"{path}.{inner}" if path else inner)
                         self._note((path, inner), held)
                     self.parts[(path, name)] = tuple(value)
-                elif not (isinstance(value, dict) and not value and name[0] == "_"):  # no hooks are none
+                elif not (
+                    isinstance(value, dict) and not value and name[0] == "_"
+                ):  # no hooks are none
                     self._note((path, name), value)
         for kind in dict.fromkeys(base for found in classes for base in found.__mro__):
             if kind not in (nn.Module, object):
@@ -260,7 +262,11 @@ class _Walk:
         if known is not None:
             return known
         if isinstance(function, types.MethodType):
-            return ("method", self._of(function.__func__, depth), self._of(function.__self__, depth))
+            return (
+                "method",
+                self._of(function.__func__, depth),
+                self._of(function.__self__, depth),
+            )
         if isinstance(function, functools.partial):
             return ("partial", self._all((function.func, function.args, function.keywords), depth))
         name = self._by_identity(function, id(function.__code__))

@@ -27,8 +27,8 @@ from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_batch_norms
 from nrm.graph.model_call import ModelCall
 from nrm.graph.precision import as_rounded, is_rounded, wide, widen
-from nrm.graph.recurrent import StepsAlongBatchError
 from nrm.graph.quiet import capturing
+from nrm.graph.recurrent import StepsAlongBatchError
 from nrm.graph.regions import inline
 from nrm.graph.shadow import restored, shadow
 from nrm.graph.variables import is_symbolic
@@ -279,9 +279,7 @@ def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
     )
 
 
-def _rewritten(
-    captured: Captured, copies: MutableMapping[Any, Tensor] | None = None
-) -> Captured:
+def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = None) -> Captured:
     """The graph as rules see it: no writing in place, no operators that hide a network."""
     inline(captured.graph)
     widen(captured.graph, captured.constants, copies)

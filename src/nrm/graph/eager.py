@@ -31,7 +31,8 @@ def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Traced:
     """Run `model` on `inputs` and record every operator, with the module each ran in."""
     scopes = _Scopes(model)
     # Hooks of all modules are for the user's, of which this is none.
-    run = model.forward if torch.nn.modules.module._has_any_global_hook() else model
+    everywhere: bool = torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    run = model.forward if everywhere else model
     with scopes, torch.no_grad():
         traced = make_fx(
             lambda *arguments: run(*arguments),

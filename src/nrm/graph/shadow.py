@@ -145,7 +145,8 @@ def _is_plain(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, type | types.ModuleType | torch.Tensor | nn.Module):
         return False
-    made_plainly = kind.__new__ is object.__new__ and kind.__reduce_ex__ is object.__reduce_ex__
+    made, reduced = (getattr(kind, name) for name in ("__new__", "__reduce_ex__"))
+    made_plainly = made is object.__new__ and reduced is object.__reduce_ex__
     return made_plainly and kind.__module__ != "builtins" and hasattr(value, "__dict__")
 
 
