@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from nrm.captures import Captures, Entry, perturbed
 from nrm.composites import Composite, Everywhere, suggested
+from nrm.digest import Digest, contents
 from nrm.errors import InputError, QueryError, TargetError
 from nrm.graph import (
     Graph,
@@ -19,8 +22,10 @@ from nrm.graph import (
     ModelCall,
     Output,
     capture,
+    capturing,
     check_dense,
     check_nested,
+    is_copy,
     reproduces,
     wide,
     without_autocast,
@@ -32,15 +37,19 @@ from nrm.program import Program
 from nrm.recipe import Recipe
 from nrm.rules import Rule
 from nrm.targets import Target, explain_relevance, explain_target
+from nrm.witness import State, state_of, written
+
+Check = Literal["model", "output", "none"]
+"""How it is noticed that a model changed after it was captured."""
 
 
 class Explainer:
     """Explains a PyTorch model by the normalized relevance measure.
 
     The model is captured at the first call and the capture is used again for inputs of the same
-    shape, in batches of any size. The model is never changed. When its weights or modules were,
-    it is captured again; after a change that leaves no trace on them (a Python attribute that
-    the model branches on, a single number written through `.data`), call `refresh()`.
+    shape, in batches of any size. The model is never changed. When anything that lies in it was
+    (the contents of its tensors, however written; hooks, forwards, attributes of modules and of
+    their classes), it is captured again. Several threads may use one explainer.
 
     A model in float16 or bfloat16 takes inputs as ever and is answered in float32, from a copy of
     its weights that takes twice their memory.
@@ -84,10 +93,13 @@ class Explainer:
         batch_axis: int | Literal["auto"] | None = "auto",
         fallback: Operator | None = None,
         head: Heads = "logits",
+        check: Check = "model",
     ) -> None:
         _check_options(bias, strict, output, batch_axis, fallback)
         if head not in ("logits", "keep"):
             raise ValueError(f"head is 'logits' or 'keep', not {head!r}")
+        if check not in ("model", "output", "none"):
+            raise ValueError(f"check is 'model', 'output' or 'none', not {check!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
         self.model = model
@@ -104,9 +116,8 @@ class Explainer:
         self.batch_axis = batch_axis
         self.fallback = fallback
         self.head = head
-        self._programs: dict[tuple[Any, ...], Program] = {}
-        self._verified: set[tuple[Any, ...]] = set()
-        self._weights: tuple[Any, ...] = ()
+        self.check = check
+        self._captures = Captures()
 
     def __call__(
         self,
@@ -132,7 +143,8 @@ class Explainer:
         """
         with torch.inference_mode(False), without_autocast(self.model):
             call = self._bind(inputs, named)
-            forward = self._program(call).run([wide(x) for x in call.tensors])
+            program, unchanged = self._program(call)
+            forward = program.run([wide(x) for x in call.tensors])
             if isinstance(output_relevance, Tensor):
                 output_relevance = wide(output_relevance).detach().clone()  # callers reuse theirs
             if output_relevance is None:
@@ -143,8 +155,7 @@ class Explainer:
                 raise TargetError("give either a target or an output_relevance, not both")
             inputs, named = call.arguments(*call.tensors)
             recipe = Recipe(self, inputs, named, explained.target, output_relevance)
-            check = partial(_refuse_changed, self.model, self._weights)
-            return Measure(forward, explained, check, recipe)
+            return Measure(forward, explained, unchanged, recipe)
 
     def layers(self, *inputs: Any, **named: Any) -> Listing:
         """Every addressable variable: its name, operator, shape, channels, and whether a cut."""
@@ -153,7 +164,7 @@ class Explainer:
     def graph(self, *inputs: Any, **named: Any) -> Graph:
         """The graph that these inputs are explained on."""
         with torch.inference_mode(False), without_autocast(self.model):
-            return self._program(self._bind(inputs, named)).graph
+            return self._program(self._bind(inputs, named))[0].graph
 
     def samples(self, *inputs: Any, **named: Any) -> int:
         """How many samples a call with these inputs explains."""
@@ -163,7 +174,7 @@ class Explainer:
 
     def refresh(self) -> None:
         """Forget the captured model, so that the next call captures it as it is then."""
-        self._weights = ()
+        self._captures.forget()
 
     # Pickled and copied without its captures, which are made anew where it is used next. A copy
     # shares the model, a deep copy has its own.
@@ -186,26 +197,55 @@ class Explainer:
         _check_inputs(call, self.model)
         return call
 
-    def _program(self, call: ModelCall) -> Program:
-        inputs, along = call.tensors, self._batch_axis(call)
-        weights = _fingerprint(self.model)
-        if weights != self._weights:
-            self._programs.clear()
-            self._verified.clear()
-            self._weights = weights
-        samples = 1 if along is None else inputs[0].shape[along]
-        shapes = tuple((_without(x.shape, along), x.dtype, x.device) for x in inputs)
-        any_batch = (along, *call.key, *shapes)
-        this_batch = (samples, *any_batch)
-        if this_batch in self._programs:
-            return self._programs[this_batch]
-        if any_batch in self._programs:
-            program = self._programs[any_batch]
+    def _program(self, call: ModelCall) -> tuple[Program, Callable[[], None]]:
+        """The program for a call, and a check that what it reads is still the same."""
+        along = self._batch_axis(call)
+        samples = 1 if along is None else call.tensors[0].shape[along]
+        state = None if self.check == "none" else state_of(self.model)
+        self._captures.meet(state)
+        entry = self._known(call, along, samples)
+        if entry is None:
+            with capturing():  # another thread may have captured it meanwhile
+                entry = self._known(call, along, samples) or self._new(call, along, samples)
+        if along is not None and samples > 1 and not entry.apart:
+            _check_samples_are_apart(call, along, entry.program.graph.captured.rounds)
+            entry.apart = True
+        if state is None:
+            return entry.program, lambda: None
+        constants = entry.program.graph.captured.constants
+        read = [t for node, t in constants.items() if not is_copy(node)]
+        if len(read) < len(constants):  # copies of what is in half precision
+            tensors = (*self.model.parameters(), *self.model.buffers())
+            read += [t for t in tensors if wide(t) is not t]
+        return entry.program, partial(_refuse_changed, read, state.digests(read))
+
+    def _known(self, call: ModelCall, along: int | None, samples: int) -> Entry | None:
+        """What was captured before, if it still is the model."""
+        any_batch = _signature(call, along)
+        for key in ((samples, *any_batch), any_batch):
+            entry = self._captures.find(key)
+            if entry is None:
+                continue
+            if self.check != "none" and not entry.is_unchanged():
+                self._captures.drop(key)
+                continue
+            wary = self.check == "output" or self._captures.written
+            if samples in entry.sizes and not wary:
+                return entry
             # Python code may have branched on the batch size: compare once for every size.
-            if this_batch in self._verified or reproduces(program.graph.captured, call):
-                self._verified.add(this_batch)
-                return program
-        captured = capture(call, along)
+            if reproduces(entry.program.graph.captured, call):
+                entry.sizes.add(samples)
+                return entry
+            if samples in entry.sizes:  # it was the model once
+                self._captures.drop(key)
+        return None
+
+    def _new(self, call: ModelCall, along: int | None, samples: int) -> Entry:
+        any_batch = _signature(call, along)
+        this_batch = (samples, *any_batch)
+        exports = not self._captures.is_refused(this_batch)
+        shared = self._captures.shared
+        captured = capture(call, along, exports, shared.widened)
         if not captured.batched and samples > 1:
             raise InputError(
                 f"{type(self.model).__name__} can only be captured for one batch at a time (its "
@@ -216,14 +256,29 @@ class Explainer:
         composite = self.composite or suggested(captured)
         bias = self.bias or composite.bias
         graph = Graph(captured, composite, bias == "input", self.fallback, self.head)
-        if along is not None and samples > 1:
-            _check_samples_are_apart(call, along, captured.rounds)
-        program = Program(graph, self.strict)
-        if captured.reusable:
-            key = this_batch if any_batch in self._programs or not captured.batched else any_batch
-            self._programs[key] = program
-            self._verified.add(this_batch)
-        return program
+        own: list[Tensor] = []
+        if self.check != "none":
+            state = self._witnessed(call)
+            own = [t for t in captured.constants.values() if not state.holds(t)]
+        entry = Entry(Program(graph, self.strict, shared), own, contents(own), {samples})
+        if not captured.reusable:
+            self._captures.refuse(this_batch)
+        else:
+            only_here = not captured.batched or self._captures.find(any_batch) is not None
+            self._captures.keep(this_batch if only_here else any_batch, entry)
+        return entry
+
+    def _witnessed(self, call: ModelCall) -> State:
+        """The model as it is now, with a note of what it writes into itself when it runs."""
+        states = [state_of(self.model)]
+        for tensors in (perturbed(call.tensors), call.tensors):
+            with torch.no_grad(), suppress(Exception):  # it need not take other inputs
+                call.forward(*tensors)
+            states.append(state_of(self.model))
+            if not states[-2].changes(states[-1]):
+                break
+        self._captures.note(states[-1], written(states))
+        return states[-1]
 
     def _batch_axis(self, call: ModelCall) -> int | None:
         """Where the batch lies in every input.
@@ -375,41 +430,15 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
             raise InputError(f"{what} holds NaN or infinite values")
 
 
-class _Place:
-    """Where a tensor lies. Sent to another process it moves to shared memory, unchanged."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.pointer = tensor, tensor.data_ptr()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Place):
-            return NotImplemented
-        return self.pointer == other.pointer or (
-            self.tensor is other.tensor and self.tensor.is_shared()  # type: ignore[no-untyped-call]
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+def _signature(call: ModelCall, along: int | None) -> tuple[Any, ...]:
+    """What calls of any batch size have in common that one graph may serve."""
+    shapes = ((_without(x.shape, along), x.dtype, x.device) for x in call.tensors)
+    return (along, *call.key, *shapes)
 
 
-def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when a weight does, in place or by replacement, and when a module is replaced."""
-    tensors = [*model.parameters(), *model.buffers()]
-    # Writes through .data leave no other trace than the values: look at some of each tensor.
-    samples = [
-        t.detach().reshape(-1)[:: t.numel() // 64 + 1].sum(dtype=torch.float64)
-        for t in tensors
-        if t.numel()
-    ]
-    return (
-        tuple(map(id, model.modules())),
-        tuple((_Place(t), None if t.is_inference() else t._version) for t in tensors),
-        tuple(torch.stack(samples).tolist()) if samples else (),
-    )
-
-
-def _refuse_changed(model: nn.Module, weights: tuple[Any, ...]) -> None:
-    if _fingerprint(model) != weights:
+def _refuse_changed(read: Sequence[Tensor], held: Sequence[Digest]) -> None:
+    if contents(read) != held:
         raise QueryError(
-            "the model's weights or modules changed after this measure was made, and it reads "
-            "them when it is asked. Call the explainer again."
+            "the model's weights changed after this measure was made, and it reads them when it "
+            "is asked. Call the explainer again."
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.captures import Shared
 from nrm.cautions import Cautions
 from nrm.errors import InputError, NrmError, QueryError, UnsupportedOperatorError
 from nrm.fusion import Fusion, fusions, needed
@@ -114,11 +115,13 @@ class Pass:
 class Program:
     """Runs a graph forward and prepares every operation with its rule.
 
-    Constants (folded weights) and what rules make of weights are computed once and kept.
+    Constants (folded weights) and what rules make of weights are computed once and kept, and
+    shared with other graphs of the model.
     """
 
-    def __init__(self, graph: Graph, strict: bool) -> None:
+    def __init__(self, graph: Graph, strict: bool, shared: Shared | None = None) -> None:
         self.graph = graph
+        self._shared = shared = Shared() if shared is None else shared
         self.settings = {operation: _setting(operation, strict) for operation in graph.operations}
         self.telescopes = not strict and telescopes(graph)
         self._reads_memory = any("as_strided" in str(n.target) for n in graph.captured.graph.nodes)
@@ -129,6 +132,7 @@ class Program:
         self._path = _path(graph)
         self._starts = {} if self._path is None else _starts(graph, self._path)
         for operation in graph.operations:
+            self.settings[operation].share = shared.weight
             if operation.rule.reads_ahead:
                 self.settings[operation].following = self._following(operation)
 
@@ -324,14 +328,19 @@ class Program:
         for node in reversed(captured.graph.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)
-        values: dict[Node, Any] = dict(captured.constants)
+        values: dict[Node, Any] = {
+            node: self._shared.constant(value) for node, value in captured.constants.items()
+        }
         varying = set(captured.inputs)
         to_run = []
         for node in captured.graph.nodes:
             if node not in needed or node.op != "call_function":
                 continue
             if not any(parent in varying for parent in node.all_input_nodes):
-                values[node] = _evaluate(node, values)
+                arguments = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = self._shared.computed(
+                    node.target, arguments, partial(_evaluate, node, values)
+                )
                 continue
             varying.add(node)
             carried = [user in graph.by_node for user in node.users]
@@ -340,7 +349,13 @@ class Program:
         self._zeros = ExplicitZeros(graph, values)
         read = {parent for node in to_run for parent in _reads(node)} | results
         read.update(parent for fusion in self._fused.values() for parent in fusion.reads)
-        return {node: self._laid_out(v) for node, v in values.items() if node in read}, to_run
+        # Everything here is shared: whoever writes over values writes over its own alone.
+        kept = {
+            node: self._shared.computed("laid out", value, partial(self._laid_out, value))
+            for node, value in values.items()
+            if node in read
+        }
+        return kept, to_run
 
     def _plan_release(self) -> dict[Node, list[Node]]:
         """After which node each value is needed no more."""

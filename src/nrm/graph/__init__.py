@@ -4,7 +4,8 @@ from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
 from nrm.graph.heads import Heads
 from nrm.graph.model_call import ModelCall, Output, check_dense, check_nested
-from nrm.graph.precision import wide, without_autocast
+from nrm.graph.precision import is_copy, wide, without_autocast
+from nrm.graph.quiet import capturing
 from nrm.graph.variables import Operation, Variable
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "Output",
     "Variable",
     "capture",
+    "capturing",
     "check_dense",
     "check_nested",
     "first_tokens",
+    "is_copy",
     "reproduces",
     "run",
     "wide",

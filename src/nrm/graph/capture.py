@@ -1,18 +1,18 @@
 """Capture a model as a flat graph of operators: torch.export first, an eager trace otherwise.
 
-Neither changes the model. Both give the same thing, a `Captured`, whose outputs are compared with
-the model's own before anyone relies on it.
+Both work on a shadow of the model (`nrm.graph.shadow`), one at a time in the whole process, because
+both change what all of torch shares meanwhile. Both give the same thing, a `Captured`. Before
+anyone relies on it, it is proved on the inputs as they are, at their own batch size: the output's
+values are the model's, and every value has the shape that the graph says it has.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.errors import CaptureError, InputError
+from nrm.errors import CaptureError, InputError, NrmError
 from nrm.graph.baked import holds_numbers_of
 from nrm.graph.blocks import collapse
 from nrm.graph.complex_parts import collapse_complex
@@ -29,8 +29,10 @@ from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_constants
 from nrm.graph.model_call import ModelCall
 from nrm.graph.precision import as_rounded, is_rounded, wide, widen
+from nrm.graph.quiet import capturing
 from nrm.graph.recurrent import StepsAlongBatchError
 from nrm.graph.regions import inline
+from nrm.graph.shadow import restored, shadow
 from nrm.graph.variables import is_symbolic
 from nrm.operators import functional
 
@@ -70,48 +72,98 @@ class Captured:
         return is_rounded(self.graph)
 
 
-def capture(call: ModelCall, batch_axis: int | None) -> Captured:
+def capture(
+    call: ModelCall,
+    batch_axis: int | None,
+    exports: bool = True,
+    copies: MutableMapping[Any, Tensor] | None = None,
+) -> Captured:
     """Capture a model as called.
+
+    Arguments:
+        exports: whether torch.export is tried. It takes long to fail, and fails again.
+        copies: of weights in half precision, that other captures of the model made (`widen`).
 
     Raises:
         InputError: the model itself refuses the inputs.
         CaptureError: no graph reproduces the model's output.
     """
-    expected = _run_model(call, call.tensors)
-    name = type(call.model).__name__
-    with _by_parts():
+    with capturing():
+        expected = _run_model(call, call.tensors)
         try:
-            program, batched = _export(call, batch_axis)
-        except Exception as export_failure:  # torch.export raises many kinds
-            try:
-                captured = _rewritten(trace_eagerly(call, batch_axis))
-            except Exception as trace_failure:
-                raise CaptureError(
-                    f"{name} could be captured neither by torch.export "
-                    f"({_first_line(export_failure)}) nor by an eager trace "
-                    f"({_first_line(trace_failure)})."
-                ) from export_failure
-            detail = _difference(captured, call.tensors, expected)
-            if detail is None:
-                _refuse_baked(captured, call)
-        else:
-            try:
-                captured = _rewritten(_of_program(program, call, batched, batch_axis))
-            except StepsAlongBatchError:  # not samples, but time
-                program, batched = export(call, tuple(call.tensors), strict=False), False
-                captured = _rewritten(_of_program(program, call, batched, batch_axis))
-            detail = _difference(captured, call.tensors, expected)
-            if detail is not None:  # something relied on writing in place
-                program, batched = _export(call, batch_axis)
-                program = program.run_decompositions({})
-                captured = _rewritten(_of_program(program, call, batched, batch_axis))
-                detail = _difference(captured, call.tensors, expected)
-    if detail is not None:
-        raise CaptureError(
-            f"the captured graph's output of {name} {detail}. The likely causes are a random "
-            "operator, or an in-place operator on a view of a tensor that is used again."
-        )
-    return captured
+            return _capture(shadow(call), batch_axis, expected, exports, copies)
+        except (CaptureError, TypeError) as failure:
+            # Some classes bear no second module; some functions enclose the model itself.
+            with restored(call):
+                try:
+                    return _capture(call, batch_axis, expected, exports, copies)
+                except CaptureError as again:
+                    raise again from failure
+
+
+def _capture(
+    call: ModelCall,
+    batch_axis: int | None,
+    expected: Tensor,
+    exports: bool,
+    copies: MutableMapping[Any, Tensor] | None,
+) -> Captured:
+    name = type(call.model).__name__
+    why, detail = "it failed before", None
+    if exports:
+        try:
+            for captured, detail in _exported(call, batch_axis, expected, copies):
+                if detail is None:
+                    return captured
+        except NrmError:
+            raise
+        except Exception as failure:  # torch.export raises many kinds
+            why = _first_line(failure)
+    try:
+        captured = _rewritten(trace_eagerly(call, batch_axis), copies)
+    except Exception as failure:
+        if detail is None:
+            raise CaptureError(
+                f"{name} could be captured neither by torch.export ({why}) nor by an eager trace "
+                f"({_first_line(failure)})."
+            ) from failure
+    else:
+        detail = _difference(captured, call.tensors, expected)
+        if detail is None:
+            _refuse_baked(captured, call)
+            return captured
+    raise CaptureError(
+        f"the captured graph's output of {name} {detail}. The likely causes are a random "
+        "operator, or an in-place operator on a view of a tensor that is used again."
+    )
+
+
+def _exported(
+    call: ModelCall,
+    batch_axis: int | None,
+    expected: Tensor,
+    copies: MutableMapping[Any, Tensor] | None,
+) -> Iterator[tuple[Captured, str | None]]:
+    """Exported graphs, the most general first, and how each fails to be the model."""
+    for free in (True, False):
+        if free and batch_axis is None:
+            continue
+        program = _export(call, batch_axis if free else None)
+        if program is None:  # the model fixes its batch size
+            continue
+        try:
+            captured = _rewritten(_of_program(program, call, free, batch_axis), copies)
+        except StepsAlongBatchError:  # not samples, but time
+            if not free:
+                raise
+            continue
+        yield captured, _unlike(captured, call, expected)
+        if _Sizes(captured, call.tensors).hold:  # or something relied on writing in place
+            program = _export(call, batch_axis if free else None)
+            assert program is not None
+            program = program.run_decompositions({})
+            captured = _rewritten(_of_program(program, call, free, batch_axis), copies)
+            yield captured, _unlike(captured, call, expected)
 
 
 def run(
@@ -148,29 +200,11 @@ def run(
     return values[at]
 
 
-@contextmanager
-def _by_parts() -> Iterator[None]:
-    """Transformer layers by their parts, not as one fused operator; quietly, without gradients."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    symbols = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    disabled = symbols.disabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # Export warns of attributes that a recurrent layer sets; the outputs are compared.
-            warnings.simplefilter("ignore")
-            symbols.disabled = True  # it prints whole graphs where export gives up
-            yield
-    finally:
-        symbols.disabled = disabled
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
     name = type(call.model).__name__
     try:
         with torch.no_grad():
-            output: Tensor = call(*inputs)
+            output: Tensor = call.forward(*inputs)  # hooks on every module are not on ours
     except CaptureError:
         raise
     except Exception as failure:
@@ -181,22 +215,22 @@ def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
     return output
 
 
-def _export(call: ModelCall, batch_axis: int | None) -> tuple[ExportedProgram, bool]:
-    """The exported program, and whether it holds for any batch size."""
+def _export(call: ModelCall, batch_axis: int | None) -> ExportedProgram | None:
+    """The exported program for any size along an axis; `None` where the model fixes it."""
     inputs = tuple(call.tensors)
-    if batch_axis is not None:
-        # At least two samples, so that export does not take a batch of one for a constant.
-        examples = tuple(
-            torch.cat([x, x], batch_axis) if x.shape[batch_axis] == 1 else x for x in inputs
-        )
-        try:
-            dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
-            program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
-            if all(is_symbolic(node.meta["val"].shape[batch_axis]) for node in _arguments(program)):
-                return program, True
-        except Exception:  # the model fixes its batch size: try that
-            pass
-    return export(call, inputs, strict=False), False
+    if batch_axis is None:
+        return export(call, inputs, strict=False)
+    # At least two samples, so that export does not take a batch of one for a constant.
+    examples = tuple(
+        torch.cat([x, x], batch_axis) if x.shape[batch_axis] == 1 else x for x in inputs
+    )
+    dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
+    try:
+        program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
+    except Exception:  # of many kinds
+        return None
+    free = (is_symbolic(node.meta["val"].shape[batch_axis]) for node in _arguments(program))
+    return program if all(free) else None
 
 
 def _arguments(program: ExportedProgram) -> list[Node]:
@@ -250,10 +284,10 @@ def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
     )
 
 
-def _rewritten(captured: Captured) -> Captured:
+def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = None) -> Captured:
     """The graph as rules see it: no writing in place, no operators that hide a network."""
     inline(captured.graph)
-    widen(captured.graph, captured.constants)
+    widen(captured.graph, captured.constants, copies)
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph)
@@ -279,18 +313,47 @@ def _use_functional_operators(graph: FxGraph) -> None:
 
 
 def reproduces(captured: Captured, call: ModelCall) -> bool:
-    """Whether the captured graph gives the model's own output, to rounding."""
-    return _difference(captured, call.tensors, _run_model(call, call.tensors)) is None
+    """Whether the captured graph is the model at this batch size too."""
+    with capturing():
+        expected = _run_model(call, call.tensors)
+        return _unlike(captured, call, expected) is None
+
+
+def _unlike(captured: Captured, call: ModelCall, expected: Tensor) -> str | None:
+    """How the captured graph differs from the model at this batch size; `None`: by rounding."""
+    detail = _difference(captured, call.tensors, expected)
+    along = captured.batch_axis
+    if detail is not None or not captured.batched or along is None:
+        return detail
+    if call.tensors[0].shape[along] != 1 or not any(map(torch.is_floating_point, call.tensors)):
+        return None
+    # For one sample Python may go another way, of which a graph for more says nothing, and which
+    # these values may not show: try others.
+    others = [x * -2 if x.is_floating_point() else x for x in call.tensors]
+    try:
+        with torch.no_grad():
+            expected = call.forward(*others)
+    except Exception:  # it takes no such values
+        return None
+    return _difference(captured, others, expected) if bool(expected.isfinite().all()) else None
 
 
 def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) -> str | None:
-    """How the captured graph's output differs from what is expected; `None`: by rounding."""
+    """How the captured graph differs from the model whose output is given; `None`: by rounding."""
+    sizes = _Sizes(captured, inputs)
+
+    def seen(node: Node, value: Any) -> Any:
+        sizes.compare(node, value)
+        return as_rounded(node, value)
+
     try:
-        found: Tensor = run(captured, inputs, change=as_rounded)
+        found: Tensor = run(captured, inputs, change=seen)
     except (RuntimeError, TypeError, ValueError) as failure:
         return f"cannot be computed ({_first_line(failure)})"
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, the model's {tuple(expected.shape)}"
+    if found.dtype != wide(expected).dtype:
+        return f"is of {found.dtype}, the model's of {expected.dtype}"
     if not bool(torch.isfinite(expected).all()):
         return "cannot be compared: the model's output holds NaN or infinite values"
     tolerance = 1e-10 if expected.dtype is torch.float64 else 1e-4
@@ -298,7 +361,67 @@ def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) 
     error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not error <= tolerance:
         return f"differs from the model's by {error:.2g} of its largest value"
-    return None
+    return sizes.other
+
+
+class _Sizes:
+    """Whether a graph for any batch size is one for the size of these inputs.
+
+    A batch of one may take other ways in Python and in torch (`squeeze`), and a graph is captured
+    with more than one.
+
+    Attributes:
+        other: what fails to hold.
+    """
+
+    def __init__(self, captured: Captured, inputs: Sequence[Tensor]) -> None:
+        self.other: str | None = None
+        self._known: dict[sympy.Basic, sympy.Integer] = {}
+        self._sizes: dict[sympy.Basic, int | None] = {}
+        conditions: list[sympy.Basic] = []
+        for node, x in zip(captured.inputs, inputs, strict=True):
+            for size, actual in zip(node.meta["val"].shape, x.shape, strict=True):
+                if is_symbolic(size) and size.node.expr.is_Symbol:
+                    self._known[size.node.expr] = sympy.Integer(actual)
+                    conditions = [guard.expr for guard in size.node.shape_env.guards]
+        if any(size > 1 for size in self._known.values()):  # those for one were never asked
+            for condition in conditions:
+                if condition.xreplace(self._known) == sympy.false:
+                    self.other = f"holds only where {condition}"
+
+    @property
+    def hold(self) -> bool:
+        return self.other is None
+
+    def compare(self, node: Node, value: Any) -> None:
+        """Note where a value has another shape than the graph says."""
+        said = node.meta.get("val")
+        if isinstance(value, (tuple, list)) and isinstance(said, (tuple, list)):
+            pairs = list(zip(said, value, strict=False))
+        else:
+            pairs = [(said, value)]
+        for one, other in pairs:
+            if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+                continue
+            expected = [self._number(size) for size in one.shape]
+            if one.dim() != other.dim() or any(
+                size not in (None, actual)
+                for size, actual in zip(expected, other.shape, strict=True)
+            ):
+                self.other = self.other or (
+                    f"depends on the batch size: {node.name} has shape {tuple(other.shape)}, "
+                    f"in larger batches {tuple(one.shape)}"
+                )
+
+    def _number(self, size: int | torch.SymInt) -> int | None:
+        """A size at this batch size, where that decides it."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = size.node.expr
+        if expression not in self._sizes:
+            value = expression.xreplace(self._known)
+            self._sizes[expression] = int(value) if value.is_number else None
+        return self._sizes[expression]
 
 
 def _refuse_baked(captured: Captured, call: ModelCall) -> None:

@@ -30,9 +30,12 @@ class Traced:
 def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Traced:
     """Run `model` on `inputs` and record every operator, with the module each ran in."""
     scopes = _Scopes(model)
+    # Hooks of all modules are for the user's, of which this is none.
+    everywhere: bool = torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    run = model.forward if everywhere else model
     with scopes, torch.no_grad():
         traced = make_fx(
-            lambda *arguments: model(*arguments),
+            lambda *arguments: run(*arguments),
             tracing_mode="real",
             pre_dispatch=True,
             _error_on_data_dependent_ops=False,

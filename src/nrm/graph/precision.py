@@ -7,7 +7,7 @@ weights after `model.float()`. A rewrite of the captured graph only, never of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,12 +31,19 @@ _ROUNDED = "rounded_to"
 """Where a node's `meta` keeps the type that the model computes it in."""
 
 
-def widen(graph: FxGraph, constants: dict[Node, Tensor]) -> None:
+def widen(
+    graph: FxGraph,
+    constants: dict[Node, Tensor],
+    copies: MutableMapping[Any, Tensor] | None = None,
+) -> None:
     """Give what is of half precision in a graph single precision, in place.
 
     Double precision and integers stay as they are. Constants of half precision are replaced by
     copies, of twice the memory that the model's own take; one that several nodes share is copied
     once, and nothing here holds the model's.
+
+    Arguments:
+        copies: those that other captures of the same model made.
 
     Raises:
         CaptureError: something reads the bits of such numbers.
@@ -56,15 +63,16 @@ def widen(graph: FxGraph, constants: dict[Node, Tensor]) -> None:
                 _widen_default(node, _WIDER[narrow])
         if isinstance(value, FakeTensor) or (value is not None and node not in constants):
             node.meta["val"] = _described(value)
-    copies: dict[Any, Tensor] = {}
+    copies = {} if copies is None else copies
     for node, tensor in constants.items():
         if tensor.dtype not in _WIDER:
             continue
         strided = tensor.layout is torch.strided
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if strided else id(tensor)
-        if place not in copies:
-            copies[place] = wide(tensor)
-        constants[node] = copies[place]
+        copy = copies.get(place)
+        if copy is None:
+            copy = copies[place] = wide(tensor)
+        constants[node] = copy
         if not isinstance(node.meta.get("val"), FakeTensor):  # an eager trace has the tensor
             node.meta["val"] = constants[node]
 
@@ -77,6 +85,11 @@ def wide(tensor: Tensor) -> Tensor:
 def is_rounded(graph: FxGraph) -> bool:
     """Whether the model computes anything of a widened graph in half precision."""
     return any(_ROUNDED in node.meta for node in graph.nodes)
+
+
+def is_copy(node: Node) -> bool:
+    """Whether a constant is a copy that `widen` made: nobody else can write to it."""
+    return _ROUNDED in node.meta
 
 
 def as_rounded(node: Node, value: Any) -> Any:

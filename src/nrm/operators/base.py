@@ -41,6 +41,7 @@ class Setting:
         real: for each operand 0 at its explicit zeros and 1 elsewhere, `[*operand]`; `None` (or
             nothing at all) where it has none (see `nrm.zeros`).
         addend: the same of the constant that is added to them.
+        share: where a weight is found that other graphs of the same model use too.
     """
 
     address: str
@@ -55,6 +56,7 @@ class Setting:
     addend: Tensor | None = None
     weights: dict[str, Weight] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
+    share: Callable[[Tensor, Rule], Weight] = lambda value, rule: Weight(value)
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
         """Something that depends on what `name` says alone, made once."""
@@ -67,7 +69,7 @@ class Setting:
         """The weight, with what rules made of it before as long as it is the same tensor."""
         known = self.weights.get(name)
         if known is None or known.value is not value:
-            known = self.weights[name] = Weight(value)
+            known = self.weights[name] = self.share(value, self.rule)
         return known
 
 
