@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -470,9 +471,10 @@ class Measure:
         parts = self._partitions(layers, by, checked(memory))
         left = max(1, checked(memory) - sum(part.held for part in parts))
         with narrowed(progress, "searching") as advance:
+            forward = self.forward_pass
             return find_flows(
-                self.forward_pass,
-                self._message,
+                forward,
+                partial(self._message, forward=forward),
                 parts,
                 k,
                 order,
@@ -594,8 +596,9 @@ class Measure:
         within: NeuronSet | str | None,
         normalized: bool,
         weights: Stops | None = None,
+        forward: Pass | None = None,
     ) -> Query:
-        forward = self.forward_pass
+        forward = self.forward_pass if forward is None else forward
         open_to = weights if within is None else resolve(as_set(within), forward)
         return Query(forward, self._begin(normalized), formulas, normalized, open_to)
 
@@ -630,13 +633,18 @@ class Measure:
         named = (layers,) if isinstance(layers, str) else layers
         return {layer: self.graph.variable(layer) for layer in named}
 
-    def _message(self, variable: Variable, sets: Sequence[Sets] = ()) -> Tensor:
+    def _message(
+        self, variable: Variable, sets: Sequence[Sets] = (), forward: Pass | None = None
+    ) -> Tensor:
         """`[1, *shape]`: the message at a variable of the walks that visit `sets` before it.
+
+        Arguments:
+            forward: what `forward_pass` gave, for many messages: it looks at all weights.
 
         Raises:
             QueryError: a set lies further up than the variable.
         """
-        query = self._query([_together(*sets)], None, True)
+        query = self._query([_together(*sets)], None, True, forward=forward)
         for place in query.places & self.graph.upstream(variable):
             raise QueryError(
                 f"{place.name!r} lies between {variable.name!r} and the inputs. Here sets are "
