@@ -177,14 +177,14 @@ class ZBox(Rule):
     def __post_init__(self) -> None:
         low, high = (_bound(name, getattr(self, name)) for name in ("low", "high"))
         try:
-            crossed = bool((torch.as_tensor(low) > torch.as_tensor(high)).any())
+            crossed = int((torch.as_tensor(low) > torch.as_tensor(high)).sum())
         except RuntimeError:
             raise ValueError(
                 f"ZBox: low {tuple(torch.as_tensor(low).shape)} and high "
                 f"{tuple(torch.as_tensor(high).shape)} do not broadcast"
             ) from None
         if crossed:
-            raise ValueError(f"ZBox: low lies above high somewhere, got {low} and {high}")
+            raise ValueError(f"ZBox: low lies above high in {crossed} places")
         object.__setattr__(self, "low", low)
         object.__setattr__(self, "high", high)
 
