@@ -534,7 +534,7 @@ def test_removal(layers: list[str], removal: str, shortcuts: bool) -> None:
     values = {layer: outputs_of(model, inputs, layer) for layer in layers}
     given: Any = {"number": 0.7, "mean": "mean"}.get(removal)
     if removal == "number":
-        to = dict.fromkeys(layers, torch.tensor(0.7).double())
+        to = dict.fromkeys(layers, torch.tensor(0.7, dtype=torch.float64))
     elif removal == "mean":
         to = {
             layer: v.mean((1, 2), keepdim=True).expand(v.shape) if v.dim() > 1 else v.mean()

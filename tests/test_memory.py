@@ -58,6 +58,8 @@ FUNCTIONS: dict[str, Function] = {
     "slice": lambda m, x, y: x[:, 1:, ::2],
     "select": lambda m, x, y: x[:, 1],
     "flip": lambda m, x, y: x.flip(1),
+    "log-softmax": lambda m, x, y: torch.log_softmax(x, -1) + y,
+    "Fourier transform": lambda m, x, y: torch.fft.fft(x).real + y,
     "roll": lambda m, x, y: x.roll(1, 2),
     "expand": lambda m, x, y: y.expand(-1, 3, -1),
     "expand to itself": lambda m, x, y: x.expand(-1, 3, -1),
