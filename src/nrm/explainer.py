@@ -74,6 +74,10 @@ class Explainer:
         head: `"logits"`: a last softmax, log-softmax, sigmoid or log-sigmoid is looked through,
             and the logit behind it explained (`Measure.explained` says so); `"keep"`: the model's
             output as it is, whose sign is not the logit's (`nrm.graph.heads`).
+        check: how a change of the model is noticed. `"model"`: everything that lies in it is looked
+            at in every call, its tensors whole. `"output"`: the model also runs, and its output for
+            this very input is compared with the captured one, which sees what no look at the model
+            can (a global variable that its code reads). `"none"`: it is trusted not to change.
 
     Example:
         >>> R = Explainer(model)(image, target=3)
