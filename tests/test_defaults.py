@@ -390,7 +390,7 @@ def test_structure_by_its_name():
         (
             lambda s, a, x: (a @ x.T).sum(0, keepdim=True),
             3,
-        ),  # vectors of two inputs, as many as long
+        ),  # vectors of two inputs
         (lambda s, a, x: (x @ a).sum(0, keepdim=True), 3),  # a hypernetwork's layer
         (lambda s, a, x: (torch.relu(s.lin(x)) @ a).sum(0, keepdim=True), 4),
     ],

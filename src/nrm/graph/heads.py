@@ -335,8 +335,11 @@ def _routes(node: Node) -> bool:
             row = row.specialize(Call.of(node))
         except UnsupportedOperatorError:
             return False  # refused by name if a walk gets there
-    return isinstance(row, Routing) and row.kind in ("view", "where", "pad")
+    return isinstance(row, Routing) and row.kind in _ROUTES
 
+
+_ROUTES = ("view", "where", "pad", "interpolation")
+"""Each neuron has one parent, or none (of interpolation: to the nearest)."""
 
 _CHOOSE = ("max", "min", "topk", "sort", "cummax")
 """Where they return two tensors: what is chosen along an axis, and where it was."""
