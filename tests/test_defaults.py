@@ -384,6 +384,26 @@ def test_structure_by_its_name():
     assert float(R.heatmap(at="edge_weight").abs().sum()) == 0
 
 
+@pytest.mark.parametrize(
+    ("function", "size"),
+    [
+        (
+            lambda s, a, x: (a @ x.T).sum(0, keepdim=True),
+            3,
+        ),  # vectors of two inputs
+        (lambda s, a, x: (x @ a).sum(0, keepdim=True), 3),  # a hypernetwork's layer
+        (lambda s, a, x: (torch.relu(s.lin(x)) @ a).sum(0, keepdim=True), 4),
+    ],
+)
+def test_what_happens_to_be_square_is_a_value(function, size):
+    """Nothing of it counts the places of the other input: its default is that of other sizes."""
+    model = of(function, lin=nn.Linear(3, 4))
+    model.lin.weight.data.abs_()
+    R = nrm.Explainer(model, batch_axis=None)(drawn(size, size), drawn(NODES, 3), target=(0, 1))
+    for variable in R.graph.inputs:
+        assert float(R.heatmap(at=variable.name).sum()) == pytest.approx(0.5)
+
+
 def test_two_inputs_alike_share_alike():
     """Neither is told to be structure: both are square and as they were given."""
     model = of(lambda s, a, b: (a @ b).sum(0, keepdim=True))

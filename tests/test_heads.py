@@ -54,7 +54,22 @@ SAME_CLASSES = {
     "class weights": lambda z: z.softmax(-1) * torch.tensor([1.0, 2.0, 0.5, 3.0]).double(),
     "two heads": lambda z: torch.cat([z[:, :2].softmax(-1), torch.sigmoid(z[:, 2:])], 1),
     "softplus": F.softplus,
+    "beside values": lambda z: torch.cat([z[:, :1], z[:, 1:].softmax(-1)], 1),
+    "written into values": lambda z: torch.cat([written(z[:, :3]), z[:, 3:]], 1),
+    "classes blanked": lambda z: z.softmax(-1).masked_fill(LOGITS > 2, 0.0),
+    "classes chosen": lambda z: torch.where(LOGITS > 2, 0.0, F.pad(z.softmax(-1), (0, 1))[:, :4]),
+    "normalised twice": lambda z: F.normalize(torch.sigmoid(z), p=1, dim=-1),
+    "log_softmax by hand": lambda z: z - z.exp().sum(-1, keepdim=True).log(),
+    "at the nearest": lambda z: F.interpolate(z.softmax(-1)[:, None], 8)[:, 0, ::2],
+    "squared": lambda z: z.softmax(-1) ** 2,
 }
+
+
+def written(z):
+    """As detectors do, in place: scores beside coordinates."""
+    result = z.clone()
+    result[:, 1:] = result[:, 1:].sigmoid()
+    return result
 
 
 @pytest.mark.parametrize("name", SAME_CLASSES)
@@ -113,6 +128,28 @@ def test_targets_follow_what_is_done_after_the_softmax():
     torch.testing.assert_close(in_units(R)[0], WEIGHT[1])
 
 
+@pytest.mark.parametrize(
+    ("function", "place"),
+    [
+        (lambda z: torch.topk(z.softmax(1), 2, 1).values[:, 1:], 0),
+        (lambda z: z.softmax(1).max(1).values, 3),
+        (lambda z: (1 - torch.sigmoid(z)).min(1, keepdim=True).values, 3),
+        (lambda z: z.log_softmax(1).sort(1).values[:, :1], 1),
+        # of probabilities that are no order of the logits: weighted
+        (lambda z: (z.softmax(1) * torch.tensor([9.0, 1, 1, 1]).double()).amax(1), None),
+        (lambda z: (z.softmax(1) * torch.tensor([9.0, 1, 1, 1]).double()).max(1).values, 0),
+    ],
+)
+def test_of_what_is_chosen_the_logit_is_explained(function, place):
+    R = nrm.Explainer(Headed(function).eval(), rules.Zero())(ones(2))
+    if place is None:
+        assert R.explained == "output"
+        return
+    sign = -1 if "behind sigmoid" in R.explained else 1
+    torch.testing.assert_close(R.scale, sign * LOGITS[place].expand(2))
+    torch.testing.assert_close(in_units(R), sign * WEIGHT[place].expand(2, 3))
+
+
 def test_the_largest_output_is_the_models_own():
     """The softmax over positions: the largest logit is not the most probable one."""
     model = Headed(lambda z: z.view(-1, 2, 2).softmax(1))  # columns (1.5, .6) and (-1.5, 3)
@@ -166,7 +203,7 @@ def test_the_head_is_another_name_of_the_logits():
         lambda z: z.softmax(-1).sum(-1, keepdim=True),  # no longer one of the logits
         lambda z: z.softmax(-1) * z,
         lambda z: z.softmax(-1) @ WEIGHT,
-        lambda z: torch.cat([z, z.softmax(-1)], 1),
+        lambda z: torch.cat([z, z.softmax(-1)], 1) - 0.5 + 0.5,  # nor is all of it
         lambda z: torch.relu(z),
         lambda z: torch.tanh(z),
     ],

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from nrm.graph.capture import Captured
 from nrm.graph.character import is_embedding, reached_by_inputs
+from nrm.graph.variables import is_symbolic
 from nrm.operators import Call, MatrixProduct, lookup, picks
 from nrm.operators.batch_norm import BatchNorm
 from nrm.operators.layers import Layer
@@ -28,7 +29,9 @@ class Structure:
     """What of a captured graph is nothing but the structure of what other inputs hold.
 
     An input is structure if it is called so (`adj`, `edge_weight`), or if it is, as it was given
-    or rescaled, a square matrix that multiplies features computed from another input.
+    or rescaled, a square matrix that multiplies features computed from another input, as many as
+    the matrix has rows. What mixes another input's own last axis, its channels, is none: nor is a
+    product of two inputs' vectors.
     """
 
     def __init__(self, captured: Captured) -> None:
@@ -70,7 +73,10 @@ class Structure:
             for matrix, features in ((0, 1), (1, 0)):
                 sources = self._sources[factors[matrix]]
                 others = self._sources[factors[features]] - sources
-                if square[matrix] and not square[features] and others:
+                if not square[matrix] or square[features] or not others:
+                    continue
+                size = str(factors[matrix].meta["val"].shape[-1])
+                if any(size in _places(source) for source in others):
                     found |= sources
         return frozenset(found)
 
@@ -82,6 +88,13 @@ class Structure:
         if not isinstance(value, Tensor) or not 2 <= value.dim() <= 3:
             return False
         return str(value.shape[-1]) == str(value.shape[-2])
+
+
+def _places(source: Node) -> list[str]:
+    """The sizes of an input's axes (or an embedding's) but for those of samples and channels."""
+    value = source.meta["val"]
+    sizes = [size for size in value.shape if not is_symbolic(size) and size != 1]
+    return [str(size) for size in (sizes[:-1] if len(sizes) > 1 else sizes)]
 
 
 def _is_weighted(node: Node, reached: set[Node]) -> bool:
