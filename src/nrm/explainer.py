@@ -23,13 +23,13 @@ from nrm.graph import (
     Output,
     capture,
     capturing,
-    check_dense,
     check_nested,
     is_copy,
     reproduces,
     wide,
     without_autocast,
 )
+from nrm.like import check_dense
 from nrm.listing import Listing
 from nrm.measure import Measure
 from nrm.operators import Operator
@@ -74,6 +74,9 @@ class Explainer:
         head: `"logits"`: a last softmax, log-softmax, sigmoid or log-sigmoid is looked through,
             and the logit behind it explained (`Measure.explained` says so); `"keep"`: the model's
             output as it is, whose sign is not the logit's (`nrm.graph.heads`).
+        check: how it is noticed at a call that the model changed. `"model"`: by all that lies in
+            it; `"output"`: its own output for the input is compared as well (two more forward
+            passes); `"none"`: not at all, until `refresh`.
 
     Example:
         >>> R = Explainer(model)(image, target=3)
