@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+import nrm.explainer
 
 torch.set_num_threads(1)  # networks are small; two threads that wait for each other are slower
 
@@ -25,3 +28,24 @@ def torchvision_models() -> ModuleType:
             pytest.skip(f"torchvision is not installed: {error}")
     models: ModuleType = torchvision.models
     return models
+
+
+@pytest.fixture(scope="module")
+def captures() -> dict[Any, Any]:
+    """What `captured_once` keeps for the tests of a file."""
+    return {}
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch, captures: dict[Any, Any]) -> None:
+    """Capture a model once for all explainers of a file: it takes longest, whatever the rule."""
+    itself = nrm.explainer.capture
+
+    def capture(call: Any, batch_axis: int | None, *options: Any) -> Any:
+        shapes = tuple(tuple(x.shape) for x in call.tensors)
+        key = (id(call.model), shapes, batch_axis, *call.key)
+        if key not in captures:  # with the model, so that its id stays its own
+            captures[key] = call.model, itself(call, batch_axis, *options)
+        return captures[key][1]
+
+    monkeypatch.setattr(nrm.explainer, "capture", capture)

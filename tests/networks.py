@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import oracle as o
@@ -207,12 +208,18 @@ class Case:
         return Everywhere(self.rule)
 
 
+@cache
+def built(network: str, seed: int) -> tuple[nn.Module, list[Tensor]]:
+    """The same for all tests of a session, which read it and write nothing to it."""
+    torch.manual_seed(seed)
+    model = NETWORKS[network]().double().eval()
+    return model, [torch.randn(2, *shape, dtype=torch.float64) for shape in model.inputs]
+
+
 def make(
     network: str, rule: str, bias_is_input: bool, seed: int, nonnegative: bool = False
 ) -> Case:
-    torch.manual_seed(seed)
-    model = NETWORKS[network]().double().eval()
-    inputs = [torch.randn(2, *shape, dtype=torch.float64) for shape in model.inputs]
+    model, inputs = built(network, seed)
     if nonnegative:
         inputs = [x.abs() for x in inputs]
     package_rule, column_rule = (RULES | OCCLUSION)[rule]

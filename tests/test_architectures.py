@@ -11,9 +11,10 @@ from networks import RULES
 from torch import nn
 
 import nrm
-import nrm.explainer
 from nrm import rules
 from nrm.composites import Everywhere
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 ATTENTION = [
     Walks("zero", "value", "input"),
@@ -76,27 +77,6 @@ CASES = {
     "GraphAttention": PRODUCTS,
     "Tokens": FEW_SUMS,
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Capturing takes longest, and is the same whatever the rule; threads only cost time."""
-    monkeypatch.setattr(nrm.explainer, "capture", _capture)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-_capture_itself, _captures = nrm.explainer.capture, {}
-
-
-def _capture(call, batch_axis):
-    shapes = tuple(tuple(x.shape) for x in call.tensors)
-    key = (id(call.model), shapes, batch_axis, *call.key)
-    if key not in _captures:
-        _captures[key] = call.model, _capture_itself(call, batch_axis)
-    return _captures[key][1]
 
 
 def _check(found, expected, size=1.0):

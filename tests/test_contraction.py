@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,10 @@ from nrm.errors import QueryError
 from nrm.joint.contraction import contracted_pairs, find_contraction
 from nrm.operators import MatrixProduct
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # torch's own
+pytestmark = [
+    pytest.mark.usefixtures("captured_once"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even"),  # torch's own
+]
 
 SLOW = "backward"
 """The method that is always right."""
@@ -176,14 +181,19 @@ NETS = {
 }
 
 
-def measure(name, rule, bias, batch=2):
+@cache
+def made(name, batch):
+    """A network and its input."""
     torch.manual_seed(0)
     model = NETS[name]()
     x = torch.randn(batch, 2, *(9, 6, 5)[model.dims - 1 : model.dims] * model.dims)
     model(x)
-    return nrm.Explainer(model.double().eval(), Everywhere(RULES[rule]), bias=bias)(
-        x.double(), target=1
-    )
+    return model.double().eval(), x.double()
+
+
+def measure(name, rule, bias, batch=2):
+    model, x = made(name, batch)
+    return nrm.Explainer(model, Everywhere(RULES[rule]), bias=bias)(x, target=1)
 
 
 def agree(R, a, b, *sets, contracts=True):
@@ -196,9 +206,14 @@ def agree(R, a, b, *sets, contracts=True):
     return quick
 
 
-@pytest.mark.parametrize("bias", ["drop", "input"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "rule", "bias"),
+    [  # every rule on every network, and both biases with every one of either
+        (name, rule, ("drop", "input")[(row + column) % 2])
+        for row, name in enumerate(NETS)
+        for column, rule in enumerate(RULES)
+    ],
+)
 def test_pairs_of_convolutions(name, rule, bias):
     R = measure(name, rule, bias)
     pairs = agree(R, "lower", "upper")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from networks import OCCLUSION, RULES
@@ -10,6 +12,8 @@ from torch.nn import functional as F
 
 import nrm
 from nrm import composites, rules
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 COMPOSITES = [
     composites.GammaFlat(),
@@ -60,9 +64,9 @@ def padded_first(x, conv):
     return F.conv2d(F.pad(x, (1, 1, 1, 1)), conv.weight, conv.bias)
 
 
-@pytest.mark.parametrize("bias", ["drop", "input"])
-@pytest.mark.parametrize("choice", ALL, ids=str)
-def test_padding_before_a_convolution_is_padding_in_it(choice, bias):
+@cache
+def two_paddings() -> tuple[list[nn.Module], Tensor]:
+    """Padding before convolutions and in them, and an input."""
     torch.manual_seed(0)
     first, second = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3, stride=2)
     inner = [nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2, padding=(1, 2))]
@@ -77,7 +81,13 @@ def test_padding_before_a_convolution_is_padding_in_it(choice, bias):
         nn.Sequential(inner[0], nn.ReLU(), inner[1], nn.ReLU(), nn.Flatten(), head),
     ]  # fmt: skip
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64)
-    alike([model.double().eval() for model in models], x, choice, bias)
+    return [model.double().eval() for model in models], x
+
+
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("choice", ALL, ids=str)
+def test_padding_before_a_convolution_is_padding_in_it(choice, bias):
+    alike(*two_paddings(), choice, bias)
 
 
 # Spellings of a zero frame around [N, 2, 4, 5]. Each failed under Flat while explicit zeros were
@@ -151,14 +161,12 @@ def by_scale(x):
     return -2.0 * F.pad(x, (1, 1, 1, 1)) / 4.0 * -2.0
 
 
-@pytest.mark.parametrize("bias", ["drop", "input"])
-@pytest.mark.parametrize("choice", FLAT[:3], ids=str)
 @pytest.mark.parametrize(
     "frame",
     [by_cat, by_slices, by_adding_to_slices, by_two_pads, by_crop, by_slice, by_permutation,
      by_scatter, by_mask, by_where, by_factor, by_nothing, by_sum, by_scale],
 )  # fmt: skip
-def test_every_spelling_of_a_zero_frame(frame, choice, bias):
+def test_every_spelling_of_a_zero_frame(frame):
     torch.manual_seed(0)
     conv, head = nn.Conv2d(2, 3, 3), nn.Linear(60, 2)
     models = two(
@@ -167,7 +175,10 @@ def test_every_spelling_of_a_zero_frame(frame, choice, bias):
         conv,
         head,
     )
-    alike(models, torch.randn(2, 2, 4, 5, dtype=torch.float64), choice, bias)
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    for choice in FLAT[:3]:
+        for bias in ("drop", "input"):
+            alike(models, x, choice, bias)
 
 
 @pytest.mark.parametrize("bias", ["drop", "input"])

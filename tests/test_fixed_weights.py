@@ -19,6 +19,8 @@ from nrm import rules
 from nrm.composites import Composite, Everywhere, kind
 from nrm.errors import UnsupportedOperatorError
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 NAMES = sorted(set(RULES) - {"epsilon"})
 
 

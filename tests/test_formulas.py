@@ -19,6 +19,8 @@ from nrm.errors import NeuronSetError, QueryError
 from nrm.query import Query
 from nrm.rules import Gamma
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 BIAS = ["drop", "input"]
 RULES = ["zero", "gamma", "zplus", "alpha2beta1", "flat"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nrm
-from nrm.errors import InputError, TargetError
+from nrm.errors import InputError, NeuronSetError, QueryError, TargetError
 
 
 class Scaled(nn.Module):
@@ -113,6 +113,25 @@ def test_sparse_targets_and_relevances(explainer: nrm.Explainer, x: Tensor) -> N
     sparse = torch.tensor([0, 1]).to_sparse()
     found = explainer(x, target=sparse).heatmap()
     torch.testing.assert_close(found, explainer(x, target=[0, 1]).heatmap())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse rows", "nested", "meta"])
+def test_sets_weights_and_rules_take_dense_tensors(
+    kind: str, explainer: nrm.Explainer, x: Tensor
+) -> None:
+    R, (make, message) = explainer(x, target=0), KINDS[kind]
+    with pytest.raises(NeuronSetError, match=f"mask of 'input'.* {message}"):
+        nrm.mask("input", make(x > 0.5))
+    with pytest.raises(NeuronSetError, match=message):
+        nrm.channels("input", make(torch.ones(1, 1).long()))
+    with pytest.raises(QueryError, match=message):
+        R.weighted({"input": make(x)})
+    with pytest.raises(InputError, match=f"baseline.* {message}"):
+        nrm.composites.IntegratedGradients(make(x))
+    with pytest.raises(InputError, match=f"low.* {message}"):
+        nrm.rules.ZBox(make(x), 1.0)
+    with pytest.raises(QueryError, match=message):
+        nrm.evaluation.Interventions(explainer, x[:1], target=0, removal={"input": make(x)})
 
 
 def test_numbers_in_lists_are_no_inputs(explainer: nrm.Explainer) -> None:

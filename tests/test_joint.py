@@ -18,6 +18,8 @@ from nrm.chunks import in_chunks, message_size
 from nrm.composites import Everywhere
 from nrm.errors import QueryError
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 RULES = ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1", "flat", "occlusion"]
 
 

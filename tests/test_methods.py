@@ -301,6 +301,17 @@ def test_conditions_keep_their_order(explainer, images):
         methods.crp_conditions(explainer, x, [])
 
 
+@pytest.mark.parametrize("head", [nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid()], ids=repr)
+def test_several_outputs_are_explained_behind_a_head(explainer, images, head):
+    """As a single one is: by the logits, in their units, and never by probabilities."""
+    conditions = [{"y": [0]}, {"y": [0, 2]}, {"2": [4, 0], "y": [1, 2]}]
+    through = nrm.Explainer(nn.Sequential(*explainer.model, head).eval(), explainer.composite)
+    for scale in ("logit", "normalized"):
+        expected = methods.crp_conditions(explainer, images[:2], conditions, scale=scale)
+        found = methods.crp_conditions(through, images[:2], conditions, scale=scale)
+        torch.testing.assert_close(found, expected)
+
+
 def test_conditions_beside_a_skip_connection(images):
     torch.manual_seed(2)
     explainer = nrm.Explainer(Skip().double().eval(), nrm.composites.GammaFlat())

@@ -12,6 +12,8 @@ from networks import NETWORKS, RULES, make
 
 import nrm
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 BIAS = ["drop", "input"]
 
 

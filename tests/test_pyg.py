@@ -259,6 +259,30 @@ def test_masks_are_relevance_in_units_of_the_output(pyg, algorithm, kind):
     assert torch.allclose(shares.node_mask, R.heatmap(), atol=1e-12)
 
 
+@pytest.mark.parametrize("head", ["log_softmax", "sigmoid"])
+def test_masks_are_of_the_logits_behind_a_head(pyg, algorithm, head):
+    class Headed(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x, edge_index):
+            logits = self.body(x, edge_index)
+            return logits.log_softmax(1) if head == "log_softmax" else logits.sigmoid()
+
+    body = _net(pyg, "GCN", 3, graph_level=False)
+    body.head.bias -= 3  # logits below zero, probabilities above
+    assert float(body(_x(), EDGES).max()) < 0
+    for index in (2, torch.tensor([0, 3])):
+        masks = [
+            _explain(algorithm, m, "multiclass_classification", "node", index=index)
+            for m in (body, Headed(body))
+        ]
+        torch.testing.assert_close(masks[1].node_mask, masks[0].node_mask)
+        torch.testing.assert_close(masks[1].edge_mask, masks[0].edge_mask)
+        assert masks[0].node_mask.sum() < 0
+
+
 def test_node_masks_of_every_kind(pyg, algorithm):
     one = algorithm(rules.Gamma(0.25))  # captures the model once
     model = _net(pyg, "GCN")

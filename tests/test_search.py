@@ -18,6 +18,8 @@ from nrm.errors import NeuronSetError, QueryError
 from nrm.operators import LocalLinear
 from nrm.placing import resolve
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 ORDERS = {"largest": lambda r: r, "smallest": lambda r: -r, "absolute": abs}
 
 

@@ -23,13 +23,13 @@ from nrm.graph import (
     Output,
     capture,
     capturing,
-    check_dense,
     check_nested,
     is_copy,
     reproduces,
     wide,
     without_autocast,
 )
+from nrm.like import check_dense
 from nrm.listing import Listing
 from nrm.measure import Measure
 from nrm.operators import Operator
@@ -75,9 +75,10 @@ class Explainer:
             and the logit behind it explained (`Measure.explained` says so); `"keep"`: the model's
             output as it is, whose sign is not the logit's (`nrm.graph.heads`).
         check: how a change of the model is noticed. `"model"`: everything that lies in it is looked
-            at in every call, its tensors whole. `"output"`: the model also runs, and its output for
-            this very input is compared with the captured one, which sees what no look at the model
-            can (a global variable that its code reads). `"none"`: it is trusted not to change.
+            at in every call, its tensors whole. `"output"`: its own output for this very input is
+            compared as well (two more forward passes), which sees what no look at the model can (a
+            global variable that its code reads). `"none"`: it is trusted not to change, until
+            `refresh()`.
 
     Example:
         >>> R = Explainer(model)(image, target=3)

@@ -372,7 +372,8 @@ def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]
     """Several outputs together, each with its own value as its relevance (eq. 13)."""
     if len(outputs) < 2:
         return _explain(explainer, inputs, target=outputs[0] if outputs else None)
-    found = _explain(explainer, inputs).output
+    # Behind a head that is looked through, as for a single output.
+    found = _explain(explainer, inputs).forward_pass.output
     if found.dim() > 2:
         raise TargetError(
             "a condition explains several outputs where each sample has one row of them; the "

@@ -14,6 +14,7 @@ from torch import Tensor
 from nrm.errors import NeuronSetError
 from nrm.formulas import Member, NeuronSet, Selector, every_neuron
 from nrm.graph import Variable
+from nrm.like import check_dense
 
 Index = int | slice | Sequence[int]
 
@@ -69,6 +70,7 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
     if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
         what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
+    check_dense(chosen, f"the mask of {layer!r}", NeuronSetError)
     chosen = chosen.detach().clone()  # callers reuse theirs
     text = f"mask({layer!r}, {int(chosen.sum())} neurons)"
     bits = np.packbits(chosen.cpu().numpy())
@@ -217,6 +219,8 @@ def _made(
 
 def _frozen(index: Any) -> Any:
     """An index that the caller cannot change any more: a tuple for lists, tensors and arrays."""
+    if isinstance(index, Tensor):
+        check_dense(index, "an index of neurons", NeuronSetError)
     if hasattr(index, "tolist"):
         index = index.tolist()
     return tuple(map(_frozen, index)) if isinstance(index, (list, tuple)) else index

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nrm.errors import PositiveSumError, TargetError
+from nrm.like import check_dense
 from nrm.placing import per_sample
 from nrm.program import Pass
 
@@ -62,8 +63,7 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
     output, variable = forward.returned, forward.graph.output
     if not isinstance(relevance, Tensor):
         raise TargetError(f"output_relevance is a tensor, not a {type(relevance).__name__}")
-    if relevance.is_nested or relevance.layout is not torch.strided or relevance.is_meta:
-        raise TargetError("output_relevance is a dense tensor with values: give x.to_dense()")
+    check_dense(relevance, "output_relevance", TargetError)
     if relevance.shape != output.shape or relevance.dtype != output.dtype:
         raise TargetError(
             f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nrm.errors import QueryError
+from nrm.like import check_dense
 from nrm.placing import Stops, laid_out, per_sample
 from nrm.program import Pass
 from nrm.query import Query
@@ -30,6 +31,8 @@ def weights_of(weights: Weights, forward: Pass) -> Stops:
         variable = forward.graph.variable(layer)
         if variable in found:
             raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
+        if isinstance(values, Tensor):
+            check_dense(values, f"the tensor of weights of {layer!r}", QueryError)
         if (
             not isinstance(values, Tensor)
             or values.is_complex()

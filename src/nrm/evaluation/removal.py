@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nrm.errors import QueryError
 from nrm.graph import Graph, Variable
-from nrm.like import like
+from nrm.like import check_dense, like
 from nrm.neurons import channel_axis
 
 Removal = str | float | Mapping[str, str | float | Tensor]
@@ -62,6 +62,8 @@ def replacement(
             f"the removal of {variable.name!r} is 'zero', 'mean', a number or a tensor, not "
             f"{given!r}."
         )
+    if isinstance(given, Tensor):
+        check_dense(given, f"the removal of {variable.name!r}", QueryError)
     found = like(given, value).detach().clone()  # callers reuse theirs
     if found.shape not in (torch.Size(), shape):
         raise QueryError(

@@ -3,7 +3,7 @@
 from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
 from nrm.graph.heads import Heads
-from nrm.graph.model_call import ModelCall, Output, check_dense, check_nested
+from nrm.graph.model_call import ModelCall, Output, check_nested
 from nrm.graph.precision import is_copy, wide, without_autocast
 from nrm.graph.quiet import capturing
 from nrm.graph.variables import Operation, Variable
@@ -18,7 +18,6 @@ __all__ = [
     "Variable",
     "capture",
     "capturing",
-    "check_dense",
     "check_nested",
     "first_tokens",
     "is_copy",

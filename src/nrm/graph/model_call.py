@@ -182,27 +182,3 @@ def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
                 "arguments of their own (or in tuples and dicts), e.g. "
                 "explainer(data.x, data.edge_index), with a module around the model if need be."
             )
-
-
-def check_dense(x: Tensor, what: str) -> None:
-    """Refuse a tensor whose elements are not all there, each a number of its own.
-
-    Arguments:
-        what: it is called in the message.
-
-    Raises:
-        InputError: says what it is, and how to make a dense tensor of it.
-    """
-    if x.is_nested:
-        kind, cure = "nested", "give torch.nested.to_padded_tensor(x, 0.0), and the model a mask"
-    elif x.is_mkldnn:
-        kind, cure = "in MKL-DNN's layout", "give x.to_dense()"
-    elif x.layout is not torch.strided:
-        kind, cure = f"sparse ({x.layout})", "give x.to_dense()"
-    elif x.is_quantized:
-        kind, cure = f"quantised ({x.dtype})", "give x.dequantize()"
-    elif x.is_meta:
-        kind, cure = "on the meta device, where tensors hold no values", "give it values"
-    else:
-        return
-    raise InputError(f"{what} is {kind}, and relevance is passed to dense tensors: {cure}.")

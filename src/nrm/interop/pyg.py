@@ -125,10 +125,14 @@ class RelevanceExplainer(ExplainerAlgorithm):  # type: ignore[misc] # untyped
                 model, self.composite, bias=self.bias, batch_axis=None, fallback=self.fallback
             )
             self._explainers = [explainer]
-        with torch.no_grad():
-            output = model(x, edge_index, **kwargs)
+        explainer = self._explainers[0]
+        if explainer.graph(x, edge_index, **kwargs).head is None:
+            with torch.no_grad():
+                output = model(x, edge_index, **kwargs)
+        else:  # the logits behind it, of whatever output
+            output = explainer(x, edge_index, **kwargs).forward_pass.output
         explained = _explained(output, target, index, self.model_config.mode)
-        return self._explainers[0](x, edge_index, output_relevance=explained, **kwargs)
+        return explainer(x, edge_index, output_relevance=explained, **kwargs)
 
 
 def _explained(

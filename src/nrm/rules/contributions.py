@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from nrm.errors import InputError
-from nrm.like import like
+from nrm.like import check_dense, like
 from nrm.rules.base import Activation, Gate, Rule, Term, Weight
 from nrm.rules.options import number
 
@@ -216,6 +216,8 @@ def _bound(name: str, given: Any) -> Tensor | float:
     numeric = isinstance(given, Tensor) and given.dtype is not torch.bool
     if isinstance(given, bool) or not (isinstance(given, float) or numeric):
         raise TypeError(f"ZBox: {name} is a number, a tensor or an array, not {given!r}")
+    if isinstance(given, Tensor):
+        check_dense(given, f"ZBox: {name}")
     if isinstance(given, Tensor) and given.is_complex():
         raise TypeError(f"ZBox: {name} is a real number or tensor, not {given.dtype}")
     if isinstance(given, float) and math.isfinite(given):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nrm.errors import InputError
-from nrm.like import like
+from nrm.like import check_dense, like
 from nrm.rules.base import Activation, Rule, Term, Weight
 from nrm.rules.contributions import Zero
 from nrm.rules.options import flag, number
@@ -144,6 +144,8 @@ def _checked(start: Any) -> Tensor | float:
             "a baseline is a number, a tensor or an array, or a mapping from the names of the "
             f"inputs to these, not {start!r}"
         )
+    if isinstance(start, Tensor):
+        check_dense(start, "a baseline")
     finite = start.isfinite().all() if isinstance(start, Tensor) else math.isfinite(start)
     if not bool(finite):
         raise InputError("a baseline holds NaN or infinite values.")
