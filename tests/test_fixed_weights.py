@@ -333,7 +333,7 @@ def test_a_softmax_squares_the_weights_of_its_expansion():
     logits = torch.randn(1, 4, dtype=torch.float64)
     composite = Composite([(kind("softmax"), rules.WSquare())], rules.Zero())
     model = nn.Sequential(nn.Identity(), _Taken()).eval()
-    R = nrm.Explainer(model, composite, bias="drop")(logits, target=2)
+    R = nrm.Explainer(model, composite, bias="drop", head="keep")(logits, target=2)
     s = logits.softmax(-1)[0]
     made = (s[2] * s) ** 2
     made[2] += s[2] ** 2
