@@ -353,7 +353,7 @@ def test_a_rule_that_a_factored_weight_cannot_follow_is_refused():
             return [[(x.ones, w.derive("odd", lambda v: v.square() + v.abs()))]]
 
     composite = Composite([(kind("softmax"), Odd())], rules.Zero())
-    R = nrm.Explainer(nn.Sequential(_Taken()).eval(), composite, bias="drop")
+    R = nrm.Explainer(nn.Sequential(_Taken()).eval(), composite, bias="drop", head="keep")
     with pytest.raises(UnsupportedOperatorError, match=r"softmax.*Choose another rule"):
         R(torch.randn(1, 3), target=0).heatmap()
 
