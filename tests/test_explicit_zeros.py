@@ -133,6 +133,11 @@ def by_scatter(x):
     return x.new_zeros(x.shape[0], 2, 42).scatter(2, places, x.flatten(2)).view(-1, 2, 6, 7)
 
 
+def by_index_add(x):
+    inside = torch.arange(42).view(6, 7)[1:-1, 1:-1].flatten()
+    return x.new_zeros(x.shape[0], 2, 42).index_add(2, inside, x.flatten(2)).view(-1, 2, 6, 7)
+
+
 def by_mask(x):
     inside = F.pad(torch.ones(4, 5, dtype=torch.bool), (1, 1, 1, 1))
     return F.pad(x, (1, 1, 1, 1), value=7.0).masked_fill(~inside, 0.0)
@@ -164,7 +169,7 @@ def by_scale(x):
 @pytest.mark.parametrize(
     "frame",
     [by_cat, by_slices, by_adding_to_slices, by_two_pads, by_crop, by_slice, by_permutation,
-     by_scatter, by_mask, by_where, by_factor, by_nothing, by_sum, by_scale],
+     by_scatter, by_index_add, by_mask, by_where, by_factor, by_nothing, by_sum, by_scale],
 )  # fmt: skip
 def test_every_spelling_of_a_zero_frame(frame):
     torch.manual_seed(0)
@@ -179,6 +184,47 @@ def test_every_spelling_of_a_zero_frame(frame):
     for choice in FLAT[:3]:
         for bias in ("drop", "input"):
             alike(models, x, choice, bias)
+
+
+INDEX, PICKED = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0, 0], [0, 1, 1]]).double()
+
+NOTHING_ADDED = {  # to x0 and x1 + x2
+    "scatter_add": lambda x: x.new_zeros(len(x), 2).scatter_add(1, INDEX.expand(len(x), -1), x),
+    "index_add": lambda x: torch.zeros(len(x), 2).double().index_add(1, INDEX, x),
+    "index_put": lambda x: x.new_zeros(2, len(x)).index_put((INDEX,), x.T, accumulate=True).T,
+    "replaced": lambda x: x.new_ones(len(x), 2).scatter_reduce(
+        1, INDEX.expand(len(x), -1), x, "sum", include_self=False
+    ),
+    "addmm": lambda x: torch.addmm(x.new_zeros(2), x, PICKED.T),
+    "linear": lambda x: F.linear(x, PICKED, x.new_zeros(2))[:, [0, 1]],
+    "beta": lambda x: torch.addmm(x.new_full((2,), torch.nan), x, PICKED.T, beta=0),
+    "alpha": lambda x: (x @ PICKED.T).add(torch.ones(2).double(), alpha=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTHING_ADDED)
+def test_zeros_that_are_added_to_are_no_bias(name):
+    """Under the flat rule the zeros took 1/3 of two parents, and 1/4 of three."""
+    x = torch.tensor([[1.0, 2.0, -3.0]], dtype=torch.float64)
+    R = nrm.Explainer(Net(NOTHING_ADDED[name]).eval(), rules.Flat(), bias="input")(x, target=1)
+    weighted = name in ("addmm", "linear", "beta", "alpha")  # a zero weight is a connection
+    right = [[1 / 3] * 3] if weighted else [[0, 0.5, 0.5]]
+    torch.testing.assert_close(R.heatmap(), torch.tensor(right, dtype=torch.float64))
+    assert all(float(share) == 0 for share in R.biases().values())
+
+
+@pytest.mark.parametrize("kind", ["bias", "shift"])
+def test_a_bias_of_zeros_that_a_layer_holds_is_one(kind):
+    """Whether it is trained decides nothing: a parameter, or a buffer of a frozen layer."""
+    norm = nn.BatchNorm2d(2)
+    if kind == "shift":  # all of it buffers
+        for part in ("weight", "bias"):
+            held = getattr(norm, part).detach()
+            delattr(norm, part)
+            norm.register_buffer(part, held)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), norm, nn.Flatten()).double().eval()
+    R = nrm.Explainer(model, rules.Flat(), bias="input")(torch.ones(1, 1, 2, 2).double(), target=0)
+    assert float(R.heatmap().sum()) == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize("bias", ["drop", "input"])

@@ -173,7 +173,7 @@ class Program:
                 if not real.keys().isdisjoint(operation.slots):
                     setting = replace(setting, real=[real.get(slot) for slot in operation.slots])
                 addend = self._zeros.addend(operation, values, real)
-                if addend is not None:
+                if addend:
                     setting = replace(setting, addend=addend)
                 values[node], propagation = operation.operator.prepare(
                     call, [values[slot] for slot in operation.slots], setting

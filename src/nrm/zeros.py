@@ -34,6 +34,7 @@ from nrm.operators import (
 )
 from nrm.operators.filling import Filling
 from nrm.operators.identity import Copy
+from nrm.operators.scattering import ScatterSum
 
 _ATEN = torch.ops.aten
 
@@ -102,19 +103,24 @@ class ExplicitZeros:
 
     def addend(
         self, operation: Operation, values: Mapping[Node, Any], known: Mapping[Node, Tensor]
-    ) -> Tensor | None:
-        """What tells the explicit zeros of the constant that a sum adds to its one operand."""
-        call = operation.call
-        if operation.late_leaf != "bias" or not isinstance(operation.operator, Sum):
-            return None
-        (operand,) = operation.slots
-        (added,) = (call[name] for name in ("self", "other") if call[name] is not operand)
-        like = values[operand]
-        if not isinstance(added, Node):
-            return like.new_zeros(()) if added == 0 else None
-        if added in known:
-            return known[added]
-        return torch.zeros_like(values[added]) if self.blank(added) else None
+    ) -> dict[str, Tensor]:
+        """What tells the explicit zeros of the constant that is added to operands, by argument."""
+        found: dict[str, Tensor] = {}
+        if operation.late_leaf != "bias":
+            return found
+        call, like = operation.call, values[operation.slots[0]]
+        for name, added in call.arguments.items():
+            if not operation.operator.adds(call, name) or added in operation.slots:
+                continue
+            if not isinstance(added, Node):
+                if added is not None and added == 0:
+                    found[name] = like.new_zeros(())
+            elif added in known:
+                found[name] = known[added]
+            elif self.blank(added) and (name != "bias" or _made_zero(added)):
+                # A layer's own bias may be trained, whatever holds it.
+                found[name] = torch.zeros_like(values[added])
+        return found
 
     def blank(self, node: Node) -> bool:
         """Whether a constant is zeros."""
@@ -180,6 +186,8 @@ class ExplicitZeros:
             return reads == ["self"] and call["other"] not in self._carries
         if isinstance(row, Identity):
             return len(reads) == 1 and (row.elementwise or row.at_zero == "zero")
+        if isinstance(row, ScatterSum):
+            return "self" in reads and self.placed(call, row)
         if isinstance(row, Routing):
             return self.placed(call, row) and set(reads) <= set(row.passes or ())
         return isinstance(row, Sum)
@@ -212,6 +220,9 @@ class _Telling:
             return self._multiplied()
         if isinstance(row, Identity | Quotient):
             return self._of_one()
+        if isinstance(row, ScatterSum):  # where nothing arrives
+            told = {name: self._real(call[name]) for name in row.passes or ()}
+            return self._run(told | ({"alpha": 1} if "alpha" in call.arguments else {})) != 0
         return self._routed(row)
 
     def _multiplied(self) -> Tensor:

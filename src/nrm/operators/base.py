@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -40,7 +40,8 @@ class Setting:
             integrate along it.
         real: for each operand 0 at its explicit zeros and 1 elsewhere, `[*operand]`; `None` (or
             nothing at all) where it has none (see `nrm.zeros`).
-        addend: the same of the constant that is added to them.
+        addend: the same of the arguments that hold the constant added to them, by name, of
+            those that have any.
         share: where a weight is found that other graphs of the same model use too.
     """
 
@@ -53,7 +54,7 @@ class Setting:
     following: tuple[Call, ...] = ()
     path: Sequence[Sequence[Tensor]] = ()
     real: Sequence[Tensor | None] = ()
-    addend: Tensor | None = None
+    addend: Mapping[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
     share: Callable[[Tensor, Rule], Weight] = lambda value, rule: Weight(value)

@@ -170,7 +170,10 @@ class Sum(Elementwise):
         self.signs = signs
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        return len(operands) == 1
+        if len(operands) > 1:
+            return False
+        signs = zip(self.passes, self.signs(call), strict=True)
+        return all(sign != 0 for name, sign in signs if name != operands[0][0])
 
     def adds(self, call: Call, name: str) -> bool:
         return name in self.passes
@@ -202,7 +205,7 @@ class Sum(Elementwise):
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         for name, sign in zip(("self", "other"), self.signs(call), strict=True):
-            if not isinstance(call[name], Slot):
+            if sign != 0 and not isinstance(call[name], Slot):
                 given, x = call[name], values[0]
                 # Before it is multiplied: integers and Python numbers have no precision to keep.
                 kind = torch.result_type(x, given) if isinstance(given, Tensor) else x.dtype

@@ -130,7 +130,7 @@ class MatrixProduct(WeightedSum):
         return self.kind if len(operands) > 1 else "linear"
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        return self.addend is not None
+        return self.addend is not None and call["beta"] != 0
 
     def adds(self, call: Call, name: str) -> bool:
         return name == self.addend
@@ -231,7 +231,7 @@ class MatrixProduct(WeightedSum):
         return lambda output: Dense(weight, positions=len(output) > 1)
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
-        if self.addend is None:
+        if self.addend is None or call["beta"] == 0:  # which hides even NaN
             return None
         constant: Tensor = call[self.addend] * float(call["beta"])
         return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))

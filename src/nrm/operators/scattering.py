@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ class ScatterSum(WeightedSum):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return "self" not in [name for name, _ in operands]
 
+    def adds(self, call: Call, name: str) -> bool:
+        return name == "self"
+
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "empty" if "self" not in [name for name, _ in operands] else None
 
@@ -111,7 +115,8 @@ class ScatterSum(WeightedSum):
                     Activation(added),
                     setting.weight("added", scale),
                     lambda factor, weight: scatter(factor) * weight,
-                    scatter,
+                    # An alpha of zero connects nothing.
+                    lambda factor: scatter(factor) * (scale != 0),
                     operand=call[self.added].index,
                     keeps_sign=True,
                 )
@@ -129,6 +134,12 @@ class ScatterSum(WeightedSum):
         elif _is_mean(call):
             base = base / _count(call, base, values[call[self.added].index])
         return base
+
+    def real_bias(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
+        if call.get("include_self") is False and not setting.addend:
+            # No parent where something is added in its place.
+            setting = replace(setting, addend={"self": torch.ones_like(call["self"])})
+        return super().real_bias(call, values, setting)
 
 
 def _is_mean(call: Call) -> bool:

@@ -35,6 +35,15 @@ class WeightedSum(Operator):
         """The constant that is added, with `dim` axes as the output has, or `None`."""
         return None
 
+    def real_bias(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
+        """Where that constant is a parent: 0 where explicit zeros are added, else 1, as the
+        constant has axes; `None`: everywhere."""
+        if not setting.addend:
+            return None
+        told = Call(call.target, {**call.arguments, **setting.addend}, call.item)
+        found = self.bias(told, values, setting.output_dim)
+        return None if found is None else found != 0
+
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return type(rule) in (Zero, LocalLinear)
 
@@ -59,7 +68,8 @@ class WeightedSum(Operator):
         if setting.late_leaf == "bias":
             assert constant is not None
             output = _run(call, values)
-            bias, whole = _bias_as_input(constant.to(output), output, setting, len(values))
+            real = self.real_bias(call, values, setting)
+            bias, whole = _bias_as_input(constant.to(output), output, real, setting, len(values))
             parts.append(bias)
             shared = SharedOut(parts, setting, len(values) + 1)
             if reads_sum:
@@ -100,7 +110,8 @@ class WeightedSum(Operator):
         operands = len(values)
         if setting.late_leaf == "bias":
             assert constant is not None
-            parts.append(_bias_as_input(constant.to(output), output, setting, operands)[0])
+            real = self.real_bias(call, values, setting)
+            parts.append(_bias_as_input(constant.to(output), output, real, setting, operands)[0])
             operands += 1
         occluded = Occluded(parts, setting, operands, output)
         occluded.adopt_orphans(output.shape)
@@ -114,7 +125,7 @@ def _run(call: Call, values: Sequence[Tensor]) -> Tensor:
 
 
 def _bias_as_input(
-    bias: Tensor, output: Tensor, setting: Setting, number: int
+    bias: Tensor, output: Tensor, real: Tensor | None, setting: Setting, number: int
 ) -> tuple[Contribution, bool]:
     """A bias as late input neurons, of value one and weight b_j, one for each neuron j; and
     whether that is all of it."""
@@ -124,9 +135,8 @@ def _bias_as_input(
     whole = bool((bias.abs() <= limit).all())
     ones = torch.ones((), dtype=bias.dtype, device=bias.device).expand(output.shape)
     weight = setting.weight("bias", bias if whole else bias.clamp(-limit, limit))
-    real = None if setting.addend is None else setting.addend.expand(output.shape)
     contribution = Contribution(
-        Activation(ones, constant=True, real=real),
+        Activation(ones, constant=True, real=None if real is None else real.expand(output.shape)),
         weight,
         apply=torch.mul,
         uniform=lambda factor: factor,
