@@ -335,7 +335,7 @@ def test_a_softmax_squares_the_weights_of_its_expansion():
     logits = torch.randn(1, 4, dtype=torch.float64)
     composite = Composite([(kind("softmax"), rules.WSquare())], rules.Zero())
     model = nn.Sequential(nn.Identity(), _Taken()).eval()
-    R = nrm.Explainer(model, composite, bias="drop")(logits, target=2)
+    R = nrm.Explainer(model, composite, bias="drop", head="keep")(logits, target=2)
     s = logits.softmax(-1)[0]
     made = (s[2] * s) ** 2
     made[2] += s[2] ** 2
@@ -343,7 +343,7 @@ def test_a_softmax_squares_the_weights_of_its_expansion():
 
 
 class _Taken(nn.Module):
-    """A softmax that is not the head."""
+    """A softmax, which `head="keep"` leaves to its rule."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2.0 * x.softmax(-1)
@@ -355,7 +355,7 @@ def test_a_rule_that_a_factored_weight_cannot_follow_is_refused():
             return [[(x.ones, w.derive("odd", lambda v: v.square() + v.abs()))]]
 
     composite = Composite([(kind("softmax"), Odd())], rules.Zero())
-    R = nrm.Explainer(nn.Sequential(_Taken()).eval(), composite, bias="drop")
+    R = nrm.Explainer(nn.Sequential(_Taken()).eval(), composite, bias="drop", head="keep")
     with pytest.raises(UnsupportedOperatorError, match=r"softmax.*Choose another rule"):
         R(torch.randn(1, 3), target=0).heatmap()
 
