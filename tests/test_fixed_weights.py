@@ -343,7 +343,7 @@ def test_a_softmax_squares_the_weights_of_its_expansion():
 
 
 class _Taken(nn.Module):
-    """A softmax that is not the head."""
+    """A softmax, which `head="keep"` leaves to its rule."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2.0 * x.softmax(-1)

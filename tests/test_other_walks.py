@@ -21,8 +21,6 @@ from nrm import composites, rules
 from nrm.errors import InputError, PositiveSumError, QueryError, UnsupportedOperatorError
 from nrm.operators import LocalLinear, Propagation, occlusion
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 BIAS = ["drop", "input"]
 Walks = list[tuple[frozenset[o.Neuron], float]]
 
