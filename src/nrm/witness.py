@@ -175,7 +175,7 @@ class _Walk:
                     self._note((path, name), value)
             kind = type(module)
             if kind not in classes:
-                classes[kind] = _slots(kind)
+                classes[kind] = slots(kind)
             for name in classes[kind]:
                 self._note((path, name), getattr(module, name, None))
         for kind in dict.fromkeys(base for found in classes for base in found.__mro__):
@@ -299,13 +299,13 @@ class _Walk:
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(value, "__dict__", {}).items()
-    for name in _slots(type(value)):
+    for name in slots(type(value)):
         if hasattr(value, name):
             yield name, getattr(value, name)
 
 
-def _slots(kind: type) -> list[str]:
-    """Attributes that lie in no `__dict__`, as Python mangles their names."""
+def slots(kind: type) -> list[str]:
+    """Attributes of a class's objects that lie in no `__dict__`, as Python mangles their names."""
     found = []
     for base in kind.__mro__:
         names = vars(base).get("__slots__", ())

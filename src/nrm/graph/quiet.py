@@ -11,13 +11,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 _CAPTURES = threading.RLock()
 """Of all explainers: torch.export and traces change torch itself while they run."""
-
-_REMEMBERED = 2**10
-"""Shapes of operators' results that torch may remember of captures; it never forgets any."""
 
 
 @contextmanager
@@ -26,18 +22,12 @@ def capturing() -> Iterator[None]:
     with _CAPTURES, ExitStack() as after, torch.no_grad():
         fused = torch.backends.mha.get_fastpath_enabled()
         after.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        after.callback(_forget)
         torch.backends.mha.set_fastpath_enabled(False)
         # Export warns of attributes that a recurrent layer sets; the outputs are compared.
         after.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         after.enter_context(_silent())
         yield
-
-
-def _forget() -> None:
-    if len(FakeTensorMode.cache) > _REMEMBERED:
-        FakeTensorMode.cache_clear()
 
 
 @contextmanager
