@@ -26,9 +26,34 @@ class Config:
     names: tuple[str, ...] = ("a", "b")
 
 
+class Slotted:
+    __slots__ = ("__hidden", "gain")
+
+    def __init__(self):
+        self.__hidden, self.gain = 1.0, 1.0
+
+    def hide(self, value):
+        self.__hidden = value
+
+    def product(self):
+        return self.__hidden * self.gain
+
+
+class Chain:
+    """Objects within objects, and a long list at the end."""
+
+    def __init__(self, length):
+        self.next = Chain(length - 1) if length else None
+        self.numbers = [1.0] * 1000
+
+    def last(self):
+        return self if self.next is None else self.next.last()
+
+
 class Scaled(nn.Module):
     """Reads its attributes in every way that a forward can."""
 
+    __slots__ = ("offset",)
     shift = 0.25  # of the class
 
     def __init__(self):
@@ -39,10 +64,13 @@ class Scaled(nn.Module):
         self.extra = [torch.ones(4, dtype=torch.float64), {"deep": (1.0, [2.0])}]
         self.power = 1
         self.flag = False
+        self.slotted, self.chain = Slotted(), Chain(5)
+        type(self).offset.__set__(self, 0.5)
 
     def forward(self, x):
         x = x * self.config.scale * self.table + torch.from_numpy(self.array)
         x = x * self.extra[0] * self.extra[1]["deep"][1][0] + self.shift
+        x = x * self.slotted.product() * self.chain.last().numbers[500] * self.offset
         return (-x if self.flag else x) * self.power
 
 
@@ -147,6 +175,10 @@ CHANGES = {
     "config replaced": set_("3.config", Config(scale=4.0)),
     "plain tensor replaced": set_("3.table", torch.tensor([4.0, 3.0, 2.0, 1.0]).double()),
     "plain tensor written": lambda m: m[3].table.copy_(m[3].table.flip(0)),
+    "slot": set_("3.slotted.gain", -3.0),
+    "hidden slot": lambda m: m[3].slotted.hide(-2.0),
+    "slot of a module": lambda m: Scaled.offset.__set__(m[3], -1.0),
+    "deep in objects": lambda m: m[3].chain.last().numbers.__setitem__(500, -4.0),
     "array written": lambda m: m[3].array.__setitem__(2, 9.0),
     "tensor in a list": lambda m: m[3].extra[0].mul_(-2),
     "number deep in a list": lambda m: m[3].extra[1]["deep"][1].__setitem__(0, -5.0),
@@ -185,6 +217,25 @@ def test_the_last_digit_of_one_weight_is_seen():
     assert explainer.graph(X) is before
     next_number(model[0].weight.data)
     assert explainer.graph(X) is not before
+
+
+def test_a_large_tensor_is_the_same_whatever_the_number_of_threads():
+    """Products of rows are rounded otherwise by three threads than by one."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(1500, 1000, generator=generator)
+    digests = []
+    try:
+        for count in (1, 3, 7):
+            torch.set_num_threads(count)
+            digests += contents([large])
+    finally:
+        torch.set_num_threads(threads)
+    assert digests[0] == digests[1] == digests[2]
+    for change in (lambda w: w[7].copy_(w[7].nextafter(w[8])), flip_signs_of_two, swap):
+        changed = large.clone()
+        change(changed)
+        assert contents([changed]) != digests[:1]
 
 
 @pytest.mark.parametrize("name", ["hook", "pre-hook"])

@@ -74,8 +74,8 @@ _ATOMS = frozenset({str, type(None), bytes, torch.dtype, torch.device})
 _NUMBERS = frozenset({int, bool})
 _OPAQUE = frozenset({"_thread", "asyncio", "concurrent", "io", "logging", "multiprocessing"})
 _OPAQUE_TYPES = (types.ModuleType, type, weakref.ref, torch.Generator)
-_DEEP = 3  # objects within objects within attributes
-_LONG = 256  # of what such objects hold
+_DEEP = 8  # objects within objects within attributes
+_LONG = 2**12  # of what such objects hold
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,12 @@ class _Walk:
         for name in _EVERYWHERE:
             self._note(("torch", name), getattr(torch_modules, name, None))
         self._meet(model, "")
-        classes: dict[type, None] = {}
+        classes: dict[type, list[str]] = {}
         while self._waiting:
             path, module = self._waiting.popleft()
-            classes[type(module)] = None
             for name, value in vars(module).items():
+                if name[:1] == "_" and isinstance(value, dict) and not value:
+                    continue  # no hooks are none
                 if name in _WITHOUT_EFFECT:
                     continue
                 if name in ("_modules", "_parameters", "_buffers"):
@@ -169,11 +170,14 @@ class _Walk:
                         if isinstance(held, nn.Module):
                             self._meet(held, f"{path}.{inner}" if path else inner)
                         self._note((path, inner), held)
-                    self.parts[(path, name)] = tuple(value)
-                elif not (
-                    isinstance(value, dict) and not value and name[0] == "_"
-                ):  # no hooks are none
+                    self.parts[(path, name)] = tuple(value.keys())  # TorchScript's, too
+                else:
                     self._note((path, name), value)
+            kind = type(module)
+            if kind not in classes:
+                classes[kind] = slots(kind)
+            for name in classes[kind]:
+                self._note((path, name), getattr(module, name, None))
         for kind in dict.fromkeys(base for found in classes for base in found.__mro__):
             if kind not in (nn.Module, object):
                 self._class(kind)
@@ -295,11 +299,22 @@ class _Walk:
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from getattr(value, "__dict__", {}).items()
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, name) and not name.startswith("__"):
-                yield name, getattr(value, name)
+    for name in slots(type(value)):
+        if hasattr(value, name):
+            yield name, getattr(value, name)
+
+
+def slots(kind: type) -> list[str]:
+    """Attributes of a class's objects that lie in no `__dict__`, as Python mangles their names."""
+    found = []
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if not name.startswith("__"):
+                found.append(name)
+            elif not name.endswith("__"):
+                found.append(f"_{base.__name__.lstrip('_')}{name}")
+    return found
 
 
 def _content(cell: types.CellType) -> Any:

@@ -9,6 +9,7 @@ values are the model's, and every value has the shape that the graph says it has
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,18 +92,33 @@ def capture(
     with capturing():
         expected = _run_model(call, call.tensors)
         try:
-            return _capture(shadow(call), batch_axis, expected, exports, copies)
+            return _capture(call, _shadowed, batch_axis, expected, exports, copies)
         except (CaptureError, TypeError) as failure:
             # Some classes bear no second module; some functions enclose the model itself.
-            with restored(call):
-                try:
-                    return _capture(call, batch_axis, expected, exports, copies)
-                except CaptureError as again:
-                    raise again from failure
+            try:
+                return _capture(call, _itself, batch_axis, expected, exports, copies)
+            except CaptureError as again:
+                raise again from failure
+
+
+Using = Callable[[ModelCall], AbstractContextManager[ModelCall]]
+"""What a capture may run; another one each time, since a failed capture leaves its traces in it."""
+
+
+@contextmanager
+def _shadowed(call: ModelCall) -> Iterator[ModelCall]:
+    yield shadow(call)
+
+
+@contextmanager
+def _itself(call: ModelCall) -> Iterator[ModelCall]:
+    with restored(call):
+        yield call
 
 
 def _capture(
     call: ModelCall,
+    using: Using,
     batch_axis: int | None,
     expected: Tensor,
     exports: bool,
@@ -112,7 +128,9 @@ def _capture(
     why, detail = "it failed before", None
     if exports:
         try:
-            for captured, detail in _exported(call, batch_axis, expected, copies):
+            for captured in _exported(call, using, batch_axis, copies):
+                with using(call) as once:
+                    detail = _unlike(captured, once, expected)
                 if detail is None:
                     return captured
         except NrmError:
@@ -120,7 +138,8 @@ def _capture(
         except Exception as failure:  # torch.export raises many kinds
             why = _first_line(failure)
     try:
-        captured = _rewritten(trace_eagerly(call, batch_axis), copies)
+        with using(call) as once:
+            captured = _rewritten(trace_eagerly(once, batch_axis), copies)
     except Exception as failure:
         if detail is None:
             raise CaptureError(
@@ -130,7 +149,8 @@ def _capture(
     else:
         detail = _difference(captured, call.tensors, expected)
         if detail is None:
-            _refuse_baked(captured, call)
+            with using(call) as once:
+                _refuse_baked(captured, once)
             return captured
     raise CaptureError(
         f"the captured graph's output of {name} {detail}. The likely causes are a random "
@@ -140,15 +160,16 @@ def _capture(
 
 def _exported(
     call: ModelCall,
+    using: Using,
     batch_axis: int | None,
-    expected: Tensor,
     copies: MutableMapping[Any, Tensor] | None,
-) -> Iterator[tuple[Captured, str | None]]:
-    """Exported graphs, the most general first, and how each fails to be the model."""
+) -> Iterator[Captured]:
+    """Exported graphs, the most general first; the next where one fails to be the model."""
     for free in (True, False):
         if free and batch_axis is None:
             continue
-        program = _export(call, batch_axis if free else None)
+        with using(call) as once:
+            program = _export(once, batch_axis if free else None)
         if program is None:  # the model fixes its batch size
             continue
         try:
@@ -157,13 +178,13 @@ def _exported(
             if not free:
                 raise
             continue
-        yield captured, _unlike(captured, call, expected)
+        yield captured
         if _Sizes(captured, call.tensors).hold:  # or something relied on writing in place
-            program = _export(call, batch_axis if free else None)
+            with using(call) as once:
+                program = _export(once, batch_axis if free else None)
             assert program is not None
             program = program.run_decompositions({})
-            captured = _rewritten(_of_program(program, call, free, batch_axis), copies)
-            yield captured, _unlike(captured, call, expected)
+            yield _rewritten(_of_program(program, call, free, batch_axis), copies)
 
 
 def run(

@@ -144,7 +144,10 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
 def _names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """Names of the tensors among the arguments, after the parameters they are given for."""
     named: list[tuple[str, Any]] = []
-    parameters = iter(inspect.signature(model.forward).parameters.values())
+    try:
+        parameters = iter(inspect.signature(model.forward).parameters.values())
+    except ValueError:  # of what is written in another language
+        parameters = iter(())
     variadic: str | None = None
     for value in args:
         if variadic is None:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from nrm.witness import slots
+
 M = TypeVar("M", bound=nn.Module)
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque)
@@ -73,7 +75,7 @@ def _of(value: Any, known: dict[int, Any]) -> Any:
             return value
         copy = object.__new__(type(value))
         known[id(value)] = copy
-        vars(copy).update((name, _of(held, known)) for name, held in vars(value).items())
+        _fill(copy, value, known)
         return copy
     if isinstance(value, types.MethodType):
         owner = value.__self__
@@ -98,8 +100,15 @@ def _of(value: Any, known: dict[int, Any]) -> Any:
 def _object(value: Any, known: dict[int, Any]) -> Any:
     if id(value) not in known:
         copy = known[id(value)] = object.__new__(type(value))
-        vars(copy).update((name, _of(held, known)) for name, held in vars(value).items())
+        _fill(copy, value, known)
     return known[id(value)]
+
+
+def _fill(copy: Any, value: Any, known: dict[int, Any]) -> None:
+    vars(copy).update((name, _of(held, known)) for name, held in vars(value).items())
+    for name in slots(type(value)):
+        if hasattr(value, name):
+            object.__setattr__(copy, name, _of(getattr(value, name), known))
 
 
 def _function(value: types.FunctionType, known: dict[int, Any]) -> types.FunctionType:
