@@ -676,6 +676,8 @@ class Scatter(nn.Module):
             terms = [(j, "lift", i, weights[i]) for i, j in enumerate(self.to)]
             net.weighted(name, walks.column, 3, terms, np.full(3, start))
             net.adopt(name, "empty")
+            if not start:
+                net.onto_zeros(name, self.to)
 
         scatter(":scatter_add", (1, 1, 1))
         scatter(":index_add", (2, 2, 2))
@@ -684,6 +686,7 @@ class Scatter(nn.Module):
         terms = [(j, ":scatter_add", j, 1.0) for j in range(3)]
         terms += [(j, "lift", i, 1.0) for i, j in enumerate(self.to)]
         net.weighted(":index_add@1", walks.column, 3, terms)
+        net.onto_zeros(":index_add@1", self.to)
         names = (":scatter_add", ":index_add", ":scatter_reduce", ":scatter_reduce@1")
         net.cat(":cat", *names, ":index_add@1")
         net.linear("head", walks.column, ":cat", *_parameters(self.head))
@@ -884,6 +887,7 @@ class GraphAttention(nn.Module):
                  for c in (0, 1)]  # fmt: skip
         net.weighted(":index_add@1", walks.column, 6, terms, np.zeros(6))
         net.adopt(":index_add@1", "empty")
+        net.onto_zeros(":index_add@1", (2 * t + c for t in self.end for c in (0, 1)))
         net.linear("head", walks.column, ":index_add@1", *_parameters(self.head))
 
 

@@ -374,6 +374,13 @@ class Oracle:
                     self.parents[name, j] = [Parent((f"{name}.{leaf}", j), 1.0, 1.0, True)]
         return name
 
+    def onto_zeros(self, name: str, reached: Iterable[int]) -> str:
+        """Say that sums over indices are added to explicit zeros, which are left elsewhere."""
+        size = len(self.values[name])
+        self.blank |= {(f"{name}.bias", j) for j in range(size)}
+        self.blank |= {(name, j) for j in set(range(size)) - set(reached)}
+        return name
+
     def visited(self) -> set[str]:
         """The variables that walks from the output can visit, and every leaf that enters there."""
         found, waiting = {self.output}, [self.output]

@@ -246,7 +246,8 @@ def test_nothing_that_is_seen_is_overwritten(rule: rules.Rule) -> None:
     alone = rule not in (RULES["zero"], RULES["gamma"])
     batch = 1 if alone else 2
     x, y = torch.rand(batch, 3, 4).double() + 0.1, torch.randn(batch, 1, 4).double()
-    R = nrm.Explainer(model, rule, bias="input" if alone else "drop")(x, y, target=0)
+    bias = "input" if alone else "drop"
+    R = nrm.Explainer(model, rule, bias=bias, head="keep")(x, y, target=0)
     poison(R, rule is not RULES["flat"])
     rows = {type(operation.operator) for operation in R.graph.operations}
     if rule is RULES["zero"]:  # every row of the table is there
