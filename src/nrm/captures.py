@@ -18,7 +18,7 @@ from nrm.digest import Digest, contents
 from nrm.rules import Rule, Weight
 from nrm.witness import Place, State
 
-LIMIT = 32
+LIMIT = 64
 """How many captures an explainer keeps; of more, the least recently used goes."""
 
 _KEEPING = threading.Lock()  # of all explainers, so that each can be copied and pickled
