@@ -64,6 +64,9 @@ def test_relevances_that_cancel_are_said_once_with_the_place_and_the_line_that_a
         lambda R: R.heatmap(~nrm.neurons("second", 0) | nrm.neurons("first", 0)),
         lambda R: R.channels("input"),
         lambda R: R.heatmap(given="first"),
+        lambda R: R.heatmaps(["second", ["first", nrm.neurons("second", 0)]]),
+        lambda R: R.joint("first", "input", by="neuron"),
+        lambda R: R.top("first", "input", by="neuron"),
     ],
 )
 def test_any_query_that_adds_up_what_cancels_says_so(ask) -> None:

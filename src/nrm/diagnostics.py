@@ -205,8 +205,17 @@ def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
             variation = float(per_sample(message.abs(), variable, forward.batch).max())
         elif forward.batch > 1:
             variation /= forward.batch
-        if variation > VARIATION:
-            forward.cautions.cancels(variable.name, variation, _where_it_grows(forward, start))
+        warn_of_variation(forward, start, variable.name, variation)
+
+
+def warn_of_variation(forward: Pass, start: Messages, name: str, variation: float) -> None:
+    """Warn, once, where the absolute relevances of one sample add up to too much.
+
+    Arguments:
+        name: where they were asked for.
+    """
+    if variation > VARIATION and not forward.cautions.silent_on_cancelling:
+        forward.cautions.cancels(name, variation, _where_it_grows(forward, start))
 
 
 def _where_it_grows(forward: Pass, start: Messages) -> str:

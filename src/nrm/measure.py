@@ -12,7 +12,14 @@ from torch import Tensor
 
 from nrm.channels import require_samples_apart, sum_by_channel
 from nrm.chunks import checked
-from nrm.diagnostics import Diagnostics, bias_shares, diagnose, warn_of_output
+from nrm.diagnostics import (
+    Diagnostics,
+    bias_shares,
+    diagnose,
+    warn_of_cancelling,
+    warn_of_output,
+    warn_of_variation,
+)
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
@@ -318,6 +325,8 @@ class Measure:
                 found[places] = finite(message)
                 advance(len(places))
             marginals_of_chains(forward, self._start, chains, variable, found, memory, advance)
+        for heatmap in found:
+            warn_of_cancelling(forward, self._start, {variable: heatmap.unsqueeze(0)})
         return found
 
     def _input(self, at: str | None) -> str:
@@ -403,6 +412,9 @@ class Measure:
         message = self._message(sides[0].variable, conditions)
         left = max(1, checked(memory) - sum(side.held for side in sides))
         found = all_combinations(self.forward_pass, message, sides, left, method)
+        for table in found:  # of each sample
+            variation = float(torch.linalg.vector_norm(table, 1))
+            warn_of_variation(self._forward_pass, self._start, sides[-1].name, variation)
         return finite(found.permute(0, *(order.index(place) + 1 for place in range(len(order)))))
 
     def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
@@ -472,7 +484,7 @@ class Measure:
         left = max(1, checked(memory) - sum(part.held for part in parts))
         with narrowed(progress, "searching") as advance:
             forward = self.forward_pass
-            return find_flows(
+            flows = find_flows(
                 forward,
                 partial(self._message, forward=forward),
                 parts,
@@ -484,6 +496,9 @@ class Measure:
                 left,
                 advance,
             )
+        variation = sum(abs(flow.relevance) for flow in flows)
+        warn_of_variation(forward, self._start, parts[-1].name, variation)
+        return flows
 
     def activations(self, layer: str) -> Tensor:
         """The values of a layer's neurons, shaped like the layer, batch axis included."""
