@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from nrm.errors import QueryError
 
-if TYPE_CHECKING:
-    from nrm.explainer import Explainer
-    from nrm.measure import Measure
+
+class Explains(Protocol):
+    """What makes measures: an `Explainer`."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The measure of some inputs."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings."""
 
 
 class Recipe:
@@ -24,7 +30,7 @@ class Recipe:
 
     def __init__(
         self,
-        explainer: Explainer,
+        explainer: Explains,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
         target: Tensor | None,
@@ -52,11 +58,11 @@ class Recipe:
 
 
 def made(
-    explainer: Explainer,
+    explainer: Explains,
     inputs: Sequence[Any],
     named: Mapping[str, Any],
     target: Tensor | None,
     output_relevance: Tensor | None,
-) -> Measure:
+) -> Any:
     """The measure that was saved, made anew: the model runs forward once."""
     return explainer(*inputs, target=target, output_relevance=output_relevance, **named)
