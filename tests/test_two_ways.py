@@ -158,7 +158,16 @@ def test_dropout_is_a_variable_of_its_own() -> None:
             h = self.first(x)
             return self.head(self.drop(h) + 3 * h)
 
+    class Branching(Net):
+        """Captured by a trace: its code looks at values."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.detach().sum()) > -9 else x
+
     torch.manual_seed(0)
+    branching = Branching().double().eval()
+    R = nrm.Explainer(branching, rules.Zero())(torch.rand(1, 2).double())
+    torch.testing.assert_close(R("drop"), torch.full((1,), 0.25).double())
     for R in both_ways(Net().double().eval(), COMPOSITES["cp"], torch.rand(2, 2).double()):
         torch.testing.assert_close(R("drop"), torch.full((2,), 0.25).double())
         torch.testing.assert_close(R("first"), torch.ones(2).double())

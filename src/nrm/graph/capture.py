@@ -29,6 +29,7 @@ from nrm.graph.eager import trace
 from nrm.graph.expansion import expand
 from nrm.graph.folding import fold_constants
 from nrm.graph.model_call import ModelCall
+from nrm.graph.passed_on import ResultsApart, tell_apart
 from nrm.graph.precision import as_rounded, is_rounded, wide, widen
 from nrm.graph.quiet import capturing
 from nrm.graph.recurrent import StepsAlongBatchError
@@ -240,14 +241,16 @@ def _export(call: ModelCall, batch_axis: int | None) -> ExportedProgram | None:
     """The exported program for any size along an axis; `None` where the model fixes it."""
     inputs = tuple(call.tensors)
     if batch_axis is None:
-        return export(call, inputs, strict=False)
+        with ResultsApart():
+            return export(call, inputs, strict=False)
     # At least two samples, so that export does not take a batch of one for a constant.
     examples = tuple(
         torch.cat([x, x], batch_axis) if x.shape[batch_axis] == 1 else x for x in inputs
     )
     dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
     try:
-        program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
+        with ResultsApart():
+            program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
     except Exception:  # of many kinds
         return None
     free = (is_symbolic(node.meta["val"].shape[batch_axis]) for node in _arguments(program))
@@ -292,7 +295,8 @@ def _of_program(
 
 def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
     """An eager trace: right for this input only, because Python may branch on values."""
-    traced = trace(call, call.tensors)
+    with ResultsApart():
+        traced = trace(call, call.tensors)
     return Captured(
         traced.graph,
         traced.inputs,
@@ -308,6 +312,7 @@ def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
 def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = None) -> Captured:
     """The graph as rules see it: no writing in place, no operators that hide a network."""
     inline(captured.graph)
+    tell_apart(captured.graph)
     widen(captured.graph, captured.constants, copies)
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
