@@ -205,6 +205,15 @@ class _Reals:
         return hash(self._sums)
 
 
+def lasting(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's values, the same in every process: for what is kept on disk."""
+    plain = tensor.detach().cpu()
+    plain = plain.int_repr() if plain.is_quantized else plain.to_dense()
+    plain = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    raw = plain.view(torch.uint8) if plain.numel() else plain
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
 @cache
 def _factors() -> np.ndarray:
     """`[2, words of a chunk]`, odd: two factors for each word."""

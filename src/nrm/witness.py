@@ -275,9 +275,8 @@ class _Walk:
             return ("partial", self._all((function.func, function.args, function.keywords), depth))
         name = self._by_identity(function, id(function.__code__))
         self.held.append(function.__code__)
-        enclosed = [_content(cell) for cell in function.__closure__ or ()]
         others = (function.__defaults__, function.__kwdefaults__, vars(function))
-        return (*name, self._all((*enclosed, *others), depth))
+        return (*name, self._all((*enclosed(function), *others), depth))
 
     def _object(self, value: Any, depth: int) -> Any:
         """By identity, and what it holds."""
@@ -317,8 +316,12 @@ def slots(kind: type) -> list[str]:
     return found
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
+def enclosed(function: types.FunctionType) -> list[Any]:
+    """What a function encloses; `None` for what is not assigned yet."""
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:
+            found.append(None)
+    return found

@@ -14,6 +14,7 @@ from torch import nn
 
 import nrm
 from nrm.cli.errors import as_text
+from nrm.digest import lasting
 
 _OTHERS = ("torchvision", "numpy", "PIL", "matplotlib")
 
@@ -68,10 +69,8 @@ def _installed(package: str) -> str | None:
 
 def _values_digest(model: nn.Module) -> str:
     """The SHA-256 of all parameters and buffers, with their names."""
-    digest = hashlib.sha256()
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        plain = value.detach().cpu()
-        plain = plain.int_repr() if plain.is_quantized else plain.to_dense()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    lines = [
+        f"{name} {value.dtype} {tuple(value.shape)} {lasting(value)}\n"
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from nrm.digest import lasting
 from nrm.formulas import Member
+from nrm.witness import enclosed
 
 
 def digest(value: Any) -> str:
@@ -76,8 +77,8 @@ def _shown(value: Any) -> str:
 
 
 def _function(function: types.FunctionType) -> list[Any]:
-    enclosed = [_content(cell) for cell in function.__closure__ or ()]
-    return [_code(function.__code__), function.__defaults__, function.__kwdefaults__, enclosed]
+    settings = [function.__defaults__, function.__kwdefaults__, enclosed(function)]
+    return [_code(function.__code__), *settings]
 
 
 def _code(code: types.CodeType) -> list[Any]:
@@ -86,17 +87,8 @@ def _code(code: types.CodeType) -> list[Any]:
     return [_hash(code.co_code), code.co_names, constants]
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
 def _array(tensor: Tensor) -> str:
-    plain = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
-    raw = plain.reshape(-1).view(torch.uint8) if plain.numel() else plain
-    return f"tensor {tuple(tensor.shape)} {tensor.dtype} {_hash(raw.numpy().tobytes())}"
+    return f"tensor {tuple(tensor.shape)} {tensor.dtype} {lasting(tensor)[:32]}"
 
 
 def _hash(raw: bytes) -> str:
