@@ -159,12 +159,12 @@ def test_data_dependent_control_flow_is_traced_for_each_input():
 
 def test_export_and_eager_trace_give_the_same(net, x):
     from nrm.composites import GammaFlat
-    from nrm.graph import Graph
+    from nrm.graph import build_graph
     from nrm.graph.capture import _rewritten, trace_eagerly
     from nrm.program import Program
 
     captured = _rewritten(trace_eagerly(ModelCall(net, [x], {}, None), 0))
-    eager = Program(Graph(captured, GammaFlat(), False), False).run([x])
+    eager = Program(build_graph(captured, GammaFlat(), False), False).run([x])
     exported = nrm.Explainer(net)(x, target=0)
     assert [v.name for v in eager.graph.variables] == [v.name for v in exported.graph.variables]
     torch.testing.assert_close(eager.output, exported.output)

@@ -21,6 +21,7 @@ from nrm.graph import (
     Heads,
     ModelCall,
     Output,
+    build_graph,
     capture,
     capturing,
     check_nested,
@@ -260,7 +261,7 @@ class Explainer:
             )
         composite = self.composite or suggested(captured)
         bias = self.bias or composite.bias
-        graph = Graph(captured, composite, bias == "input", self.fallback, self.head)
+        graph = build_graph(captured, composite, bias == "input", self.fallback, self.head)
         own: list[Tensor] = []
         if self.check != "none":
             state = self._witnessed(call)

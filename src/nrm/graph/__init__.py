@@ -1,5 +1,6 @@
 """A PyTorch model as a graph of variables and operations with module paths as addresses."""
 
+from nrm.graph.build import build_graph
 from nrm.graph.capture import Captured, capture, reproduces, run
 from nrm.graph.graph import Graph, first_tokens
 from nrm.graph.heads import Heads
@@ -16,6 +17,7 @@ __all__ = [
     "Operation",
     "Output",
     "Variable",
+    "build_graph",
     "capture",
     "capturing",
     "check_nested",
