@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nrm
+from nrm.capture.call import ModelCall
 from nrm.cli.torchvision_mismatch import import_torchvision
-from nrm.graph import ModelCall, first_tokens
+from nrm.graph import first_tokens
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Ways:
 
     def contraction(self) -> Tensor:
         """All pairs, of a message that is already there."""
-        from nrm.joint.contraction import contracted_pairs, find_contraction
+        from nrm.contraction import contracted_pairs, find_contraction
 
         graph = self.ready.graph
         message = self.ready.marginal(self.upper).unsqueeze(0)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import nrm
 from benchmarks.architectures import CASES, Case, build
-from nrm.graph import ModelCall
+from nrm.capture.call import ModelCall
 
 Row = dict[str, Any]
 

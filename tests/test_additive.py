@@ -17,16 +17,10 @@ from nrm import composites
 from nrm.errors import NrmError
 from nrm.evaluation import Interventions, pearson
 from nrm.experiments import digit_net
-from nrm.experiments.additive import (
-    Effect,
-    Mean,
-    Score,
-    additive_ceiling,
-    contributions,
-    mean_with_interval,
-)
 from nrm.experiments.additive import experiment as experiments
-from nrm.experiments.additive.comparison import overlap, scores
+from nrm.experiments.additive.comparison import Effect, Score, overlap, scores
+from nrm.experiments.additive.contribution import contributions
+from nrm.experiments.additive.correlation import Mean, additive_ceiling, mean_with_interval
 from nrm.experiments.additive.drawing import EFFECTS, SCORES, typical
 from nrm.experiments.additive.experiment import Additive
 from nrm.experiments.additive.study import Study, means

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import nrm
+from nrm.capture.call import ModelCall
+from nrm.capture.export import capture, run
 from nrm.errors import (
     CaptureError,
     InputError,
@@ -17,8 +19,6 @@ from nrm.errors import (
     UnknownLayerError,
     UnsupportedOperatorError,
 )
-from nrm.graph import ModelCall
-from nrm.graph.capture import capture, run
 
 
 class Block(nn.Module):
@@ -158,10 +158,10 @@ def test_data_dependent_control_flow_is_traced_for_each_input():
 
 
 def test_export_and_eager_trace_give_the_same(net, x):
+    from nrm.build import build_graph
+    from nrm.capture.export import _rewritten, trace_eagerly
     from nrm.composites import GammaFlat
-    from nrm.graph import build_graph
-    from nrm.graph.capture import _rewritten, trace_eagerly
-    from nrm.program import Program
+    from nrm.prepare import Program
 
     captured = _rewritten(trace_eagerly(ModelCall(net, [x], {}, None), 0))
     eager = Program(build_graph(captured, GammaFlat(), False), False).run([x])

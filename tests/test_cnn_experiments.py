@@ -15,7 +15,7 @@ from torch import nn
 from nrm.cli.errors import CommandError
 from nrm.errors import InputError, QueryError, UnknownLayerError
 from nrm.evaluation import faithfulness
-from nrm.evaluation.baselines import Families
+from nrm.evaluation.faithfulness import Families
 from nrm.evaluation.fingerprint import digest
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import pearson

@@ -12,8 +12,8 @@ from torch import nn
 import nrm
 from nrm import composites, rules
 from nrm.composites import Composite, Everywhere, first, kind
+from nrm.contraction import contracted_pairs, find_contraction
 from nrm.errors import QueryError
-from nrm.joint.contraction import contracted_pairs, find_contraction
 from nrm.operators import MatrixProduct
 
 pytestmark = [

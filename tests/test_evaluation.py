@@ -14,8 +14,7 @@ from torch import nn
 import nrm
 from nrm import composites
 from nrm.errors import InputError, QueryError
-from nrm.evaluation.baselines import Families, activation, joint, lrp, occlusion, sums
-from nrm.evaluation.faithfulness import evaluate
+from nrm.evaluation.faithfulness import Families, activation, evaluate, joint, lrp, occlusion, sums
 from nrm.evaluation.fingerprint import described, digest
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (

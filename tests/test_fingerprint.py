@@ -13,9 +13,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrize
 
 import nrm
-from nrm.digest import as_bytes, contents, of_bytes, on_device
+from nrm.capture.digest import as_bytes, contents, of_bytes, on_device
+from nrm.capture.export import capture
 from nrm.errors import QueryError
-from nrm.graph.capture import capture
 
 X = torch.tensor([[0.3, -0.2, 0.9, 0.5]], dtype=torch.float64)
 

@@ -13,8 +13,8 @@ import nrm
 from nrm import graph_networks as gn
 from nrm import rules
 from nrm.errors import NeuronSetError, QueryError
-from nrm.experiments.mutag import GIN, composite, enumerated_subgraph, walk_relevance, walks_inside
-from nrm.experiments.mutag.gin import gammas
+from nrm.experiments.mutag.enumeration import enumerated_subgraph, walk_relevance, walks_inside
+from nrm.experiments.mutag.gin import GIN, composite, gammas
 from nrm.experiments.mutag.relevance import parts
 
 NODES = 5

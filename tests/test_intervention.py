@@ -14,7 +14,8 @@ from torch.fx import Node
 import nrm
 from nrm import NeuronSet
 from nrm.errors import InputError, NeuronSetError, QueryError, TargetError, UnknownLayerError
-from nrm.evaluation import Families, combinations, downstream, intervention
+from nrm.evaluation import Families, combinations, intervention
+from nrm.evaluation import rerun as downstream
 from nrm.evaluation.intervention import Interventions, joint_contributions
 
 Removed = dict[str, Tensor]

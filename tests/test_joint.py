@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import nrm
 from nrm import composites, rules
-from nrm.chunks import in_chunks, message_size
 from nrm.composites import Everywhere
+from nrm.engine import in_chunks, message_size
 from nrm.errors import QueryError
 
 pytestmark = pytest.mark.usefixtures("captured_once")

@@ -12,9 +12,10 @@ from gnn_lrp import of_model
 
 from nrm import graph_networks as gn
 from nrm.errors import InputError
-from nrm.experiments.mutag import enumerated_subgraph, explain, load_gin, load_molecules
-from nrm.experiments.mutag.gin import gammas
-from nrm.experiments.mutag.relevance import make_explainer, parts
+from nrm.experiments.mutag.enumeration import enumerated_subgraph
+from nrm.experiments.mutag.gin import gammas, load_gin
+from nrm.experiments.mutag.molecules import load_molecules
+from nrm.experiments.mutag.relevance import explain, make_explainer, parts
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "graphs"
 needs_data = pytest.mark.skipif(

@@ -120,7 +120,7 @@ def test_scaling_and_broadcast_by_constants():
 def test_a_users_operator_needs_one_row():
     from nrm.errors import UnsupportedOperatorError
     from nrm.operators import register, table
-    from nrm.operators.identity import Identity
+    from nrm.operators.routing import Identity
 
     class Gamma(nn.Module):
         def forward(self, x):

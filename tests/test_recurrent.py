@@ -9,17 +9,9 @@ import pytest
 import torch
 
 import nrm
-from nrm.experiments.recurrent import (
-    COMPOSITES,
-    Method,
-    Task,
-    all_events,
-    make_series,
-    middle,
-    relevance_over_time,
-    train,
-)
 from nrm.experiments.recurrent.experiment import METHODS, Recurrent
+from nrm.experiments.recurrent.relevance import COMPOSITES, Method, relevance_over_time
+from nrm.experiments.recurrent.series import Task, all_events, make_series, middle, train
 from nrm.experiments.recurrent.study import Network
 from nrm.experiments.report import PAGE, RESULT
 from nrm.experiments.request import Request

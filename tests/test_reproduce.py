@@ -22,9 +22,9 @@ from nrm.experiments.mlp.study import METHODS
 from nrm.experiments.mlp.walks import PAPERS
 from nrm.experiments.recurrent.experiment import Recurrent
 from nrm.experiments.recurrent.study import Network
-from nrm.experiments.report import PAGE, RESULT, Report, Row, Table, cells
+from nrm.experiments.report import PAGE, RESULT, Report
 from nrm.experiments.reproduce import EXPERIMENTS, find
-from nrm.experiments.tables import brief
+from nrm.experiments.tables import Row, Table, brief, cells
 from nrm.experiments.walks import OTHERS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nrm.errors import InputError
-from nrm.evaluation.baselines import Families
+from nrm.evaluation.faithfulness import Families
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.experiments.cnn.data import Photo
 from nrm.experiments.cnn.one_class import of_class

@@ -245,9 +245,8 @@ def test_a_model_that_bears_no_second_is_captured_itself_and_given_back():
 
 
 def test_failing_exports_are_silent_and_not_tried_again(capfd, monkeypatch):
-    from nrm.graph import capture as _  # noqa: F401
 
-    module = sys.modules["nrm.graph.capture"]
+    module = sys.modules["nrm.capture.export"]
     tried = []
     export = module.export
     monkeypatch.setattr(module, "export", lambda *a, **k: tried.append(1) or export(*a, **k))
@@ -331,7 +330,7 @@ def test_shapes_share_weights_and_what_rules_make_of_them(rule, dtype):
 
 
 def test_memory_is_flat_over_many_shapes(monkeypatch):
-    monkeypatch.setattr("nrm.captures.LIMIT", 3)
+    monkeypatch.setattr("nrm.capture.store.LIMIT", 3)
     model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
     explainer = nrm.Explainer(model.double().eval())
     alive = []

@@ -2,13 +2,13 @@
 
 import nrm.cli.starting as _starting  # before torch: Ctrl-C and the import path of the command
 from nrm import composites, methods, rules
-from nrm.clusters import Clusters, clusters
 from nrm.errors import NrmError, RelevanceWarning
 from nrm.evaluation import evaluate
 from nrm.explainer import Explainer
 from nrm.formulas import Formula, NeuronSet
 from nrm.measure import Measure
-from nrm.neurons import channels, mask, neurons, patch
+from nrm.methods import Clusters, clusters
+from nrm.sets import channels, mask, neurons, patch
 
 __all__ = [
     "Clusters",

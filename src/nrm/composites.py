@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from nrm.graph import Captured, Graph, Operation
-from nrm.graph.character import is_signed
+from nrm.capture.export import Captured
+from nrm.graph import Graph, Operation
 from nrm.rules import (
     Alpha,
     AlphaBeta,
@@ -27,7 +27,8 @@ from nrm.rules import (
 )
 from nrm.rules import LocalLinear as LocalLinearRule
 from nrm.rules import Occlusion as OcclusionRule
-from nrm.rules.walks import Baseline
+from nrm.rules.contributions import Baseline
+from nrm.structure import is_signed
 
 Selector = Callable[[Operation, Graph], bool]
 """Says whether an operation is meant. Those made here can be pickled, with the composite."""
@@ -348,6 +349,6 @@ def suggested(captured: Captured) -> Composite:
     `CPLRP` for networks with embeddings, normalisation layers (but for batch norm), recurrent
     layers, or one linear layer applied three times or more, as recurrent cells are: their
     activations are signed and smooth. `GammaFlat` for the others, mostly rectified. What is done
-    to constants decides nothing, nor how any of it is spelled (`nrm.graph.character`).
+    to constants decides nothing, nor how any of it is spelled (`nrm.structure`).
     """
     return CPLRP() if is_signed(captured) else GammaFlat()

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrm.cautions import VARIATION
+from nrm.engine import Messages, send
+from nrm.errors import VARIATION
 from nrm.graph import Graph, Operation, Variable
+from nrm.masks import per_sample
 from nrm.operators import Columns, Identity, Routing, fill
-from nrm.passing import Messages, send
-from nrm.placing import per_sample
-from nrm.program import Pass
+from nrm.prepare import Pass
 from nrm.targets import Explained
 
 

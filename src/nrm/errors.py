@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class NrmError(Exception):
@@ -59,3 +62,82 @@ class RelevanceWarning(UserWarning):
 
 class PositiveSumError(NrmError, ArithmeticError):
     """`strict`: relevance met a column that violates a positive-sum condition (eqs. 15, 16)."""
+
+
+# -- What a person has to know of a number without asking for it: one warning for each forward pass.
+# Totals stay exact whatever a network does, so nothing in a result shows that it is made of large
+# relevances that cancel, of a division by almost nothing, or of relevance that had no parent to go
+# to. Each is said once, with the place and what to do. `R.diagnostics()` has the figures.
+
+VARIATION = 1e3
+"""Absolute relevances that add up to more than this, where the total is one, are warned of."""
+
+VANISHED = 1e-2
+"""Relevance above this that met neurons without any contribution is warned of."""
+
+_PACKAGE = str(Path(__file__).parent)
+_SILENCE = "Silence it with warnings.simplefilter('ignore', nrm.RelevanceWarning)."
+
+
+class Cautions:
+    """The warnings that one forward pass gave; each kind is given once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def vanished(self, address: str, relevance: float) -> None:
+        """Relevance was split evenly, for want of any contribution, at an operation."""
+        if relevance > VANISHED:
+            self._say(
+                "vanished",
+                f"relevance of absolute size {relevance:.2g} (of all samples together) met "
+                f"neurons of {address!r} whose contributions all vanish: it was split evenly over "
+                "their parents, or ended in a leaf. Where a bias alone made them active, biases "
+                "as inputs (bias='input') take it; where a rule leaves contributions out, as "
+                "rules.ZPlus() does, another such as rules.Gamma(0.25) counts them.",
+            )
+
+    def cancels(self, name: str, variation: float, place: str) -> None:
+        """Relevances of a result cancel.
+
+        Arguments:
+            name: where it was asked for.
+            variation: the sum of absolute relevances.
+            place: where it grew most, in words.
+        """
+        self._say(
+            "cancels",
+            f"relevances at {name!r} cancel: their absolute sizes add up to {variation:.2g}, the "
+            f"relevance of all walks is 1{place}. Single values say little then. Rules that "
+            "bound it: composites.GammaFlat(), or rules.Gamma(0.25) at that place; biases as "
+            "inputs (bias='input') under LRP-0.",
+        )
+
+    def output_vanishes(self, value: float, size: float, sample: str) -> None:
+        """The explained output is nothing but rounding."""
+        self._say(
+            "output",
+            f"the explained output{sample} is {value:.2g}, which is within rounding of zero: it "
+            f"adds up terms of absolute size {size:.2g}. Shares of it mean little, and R.scale "
+            "turns them into next to nothing. Explain another target, or a difference of outputs "
+            "(output_relevance=).",
+        )
+
+    @property
+    def silent_on_cancelling(self) -> bool:
+        """Whether that was said, so that nobody need look for where it grew."""
+        return "cancels" in self._said
+
+    def _say(self, kind: str, text: str) -> None:
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        warnings.warn(f"{text} {_SILENCE}", RelevanceWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of `_say`'s warning that points to the first frame outside the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -12,33 +12,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from nrm.captures import Captures, Entry, perturbed
+from nrm.build import build_graph
+from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
+from nrm.capture.digest import Digest, contents
+from nrm.capture.export import capture, reproduces
+from nrm.capture.store import Captures, Entry, perturbed
+from nrm.capture.tracing import capturing
+from nrm.capture.witness import State, state_of, written
 from nrm.composites import Composite, Everywhere, suggested
-from nrm.digest import Digest, contents
 from nrm.errors import InputError, QueryError, TargetError
-from nrm.graph import (
-    Graph,
-    Heads,
-    ModelCall,
-    Output,
-    build_graph,
-    capture,
-    capturing,
-    check_nested,
-    is_copy,
-    reproduces,
-    wide,
-    without_autocast,
-)
-from nrm.like import check_dense
-from nrm.listing import Listing
+from nrm.graph import Graph
+from nrm.heads import Heads
 from nrm.measure import Measure
 from nrm.operators import Operator
-from nrm.program import Program
-from nrm.recipe import Recipe
+from nrm.prepare import Program
 from nrm.rules import Rule
-from nrm.targets import Target, explain_relevance, explain_target
-from nrm.witness import State, state_of, written
+from nrm.targets import Recipe, Target, explain_relevance, explain_target
+from nrm.tensors import check_dense
+from nrm.views import Listing
 
 Check = Literal["model", "output", "none"]
 """How it is noticed that a model changed after it was captured."""
@@ -74,7 +65,7 @@ class Explainer:
             they are refused.
         head: `"logits"`: a last softmax, log-softmax, sigmoid or log-sigmoid is looked through,
             and the logit behind it explained (`Measure.explained` says so); `"keep"`: the model's
-            output as it is, whose sign is not the logit's (`nrm.graph.heads`).
+            output as it is, whose sign is not the logit's (`nrm.heads`).
         check: how a change of the model is noticed. `"model"`: everything that lies in it is looked
             at in every call, its tensors whole. `"output"`: its own output for this very input is
             compared as well (two more forward passes), which sees what no look at the model can (a

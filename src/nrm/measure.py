@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nrm.channels import require_samples_apart, sum_by_channel
-from nrm.chunks import checked
 from nrm.diagnostics import (
     Diagnostics,
     bias_shares,
@@ -20,22 +18,26 @@ from nrm.diagnostics import (
     warn_of_output,
     warn_of_variation,
 )
+from nrm.engine import Messages, checked, finite
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
-from nrm.joint.pairs import Method, all_combinations, best_method
-from nrm.joint.partitions import Division, Partition, partition
-from nrm.many import Chain, marginals_of_chains
-from nrm.passing import Messages, finite
-from nrm.placing import Stops, by_sample, divide, per_sample, resolve
-from nrm.program import Pass
+from nrm.joint import Division, Method, Partition, all_combinations, best_method, partition
+from nrm.masks import (
+    Stops,
+    by_sample,
+    divide,
+    per_sample,
+    require_samples_apart,
+    resolve,
+    sum_by_channel,
+)
+from nrm.prepare import Pass
 from nrm.progress import counted, narrowed
-from nrm.proper_form import ProperForm, depth, proper_form
-from nrm.query import Plan, Query
-from nrm.recipe import Recipe, made
+from nrm.query import Chain, Plan, Query, Weights, expected, marginals_of_chains, weights_of
 from nrm.search import Budget, Flows, Order, Way, find_flows
-from nrm.targets import Explained
-from nrm.weights import Weights, expected, weights_of
+from nrm.targets import Explained, Recipe, made
+from nrm.views import ProperForm, depth, proper_form
 
 Sets = Formula | str
 """A neuron set, a formula over such, or the name of a layer for all of its neurons."""

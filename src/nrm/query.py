@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from nrm.automaton import Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
+from nrm.engine import Mask, Messages, finite, in_chunks, message_size, send, travel
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
-from nrm.forward_messages import ForwardMessages
 from nrm.graph import Variable
-from nrm.passing import Messages, send, travel
-from nrm.placing import Stops, in_order, per_sample, resolve, variables_of
-from nrm.program import Pass
+from nrm.masks import Stops, in_order, laid_out, per_sample, resolve, variables_of
+from nrm.prepare import Pass
+from nrm.tensors import check_dense
 
 
 class Query:
@@ -327,3 +327,231 @@ class _States:
         if self.leading is not None and variable not in self.leading:
             return None
         return self.automaton.arrive(state, variable)
+
+
+# -- Forward messages: what the rest of a walk does, seen from every neuron (the transpose of eq.
+# 24).
+# `F(j) = sum_i R(i|j) F(i)`, started at the neurons of a set, gives `R(set | j)` for every neuron j
+# downstream in one pass. With a formula there is one `F` for each state that it can be in. Times
+# the backward message in the same state it is the relevance of j jointly with the formula, as in
+# hidden Markov models.
+
+
+class ForwardMessages:
+    """The relevance with which one formula comes to hold, at every neuron and in every state.
+
+    Arguments:
+        wanted: the states in which messages are needed, by variable, once it is visited.
+        normalized: `False` multiplies unnormalised contributions (eq. 26) down to the leaves.
+        open_to: factors at the neurons of some variables, as for `nrm.engine.travel`.
+    """
+
+    def __init__(
+        self,
+        forward: Pass,
+        automaton: Automaton,
+        wanted: Mapping[Variable, Iterable[State]],
+        normalized: bool = True,
+        open_to: Mapping[Variable, Mask] | None = None,
+    ) -> None:
+        self.forward, self.automaton = forward, automaton
+        self.normalized, self.open_to = normalized, open_to or {}
+        self._known: dict[Variable, dict[State, Tensor]] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            needed = self._needed(wanted)
+            for variable in forward.graph.variables:  # parents first
+                if variable in needed:
+                    self._known[variable] = self._push(variable, needed[variable])
+
+    def after(self, variable: Variable, state: State | None) -> Tensor | None:
+        """`[1, *shape]`: of walks that have visited a neuron in a state; `None`: zero."""
+        if state is None or state[0] is False:
+            return None
+        if self._is_one(state):
+            return self._ones(variable)
+        return self._known[variable][state]
+
+    def before(self, variable: Variable, state: State | None) -> Tensor | None:
+        """`[1, *shape]`: of walks that come to a neuron in a state; `None`: zero."""
+        if state is None:
+            return None
+        found: Tensor | None = None
+        for then, mask in self.automaton.visit(state, variable):
+            onward = self.after(variable, then)
+            if onward is not None:
+                part = onward if mask is None else onward * mask
+                found = part if found is None else found + part
+        way = self.open_to.get(variable)
+        return found if found is None or way is None else found * way
+
+    def _needed(self, wanted: Mapping[Variable, Iterable[State]]) -> dict[Variable, set[State]]:
+        """The states in which messages have to be computed, from the output down."""
+        needed = {v: {s for s in states if not self._is_known(s)} for v, states in wanted.items()}
+        for variable in reversed(self.forward.graph.variables):
+            producer = variable.producer
+            for state in needed.get(variable, ()):
+                for operand in producer.operands if producer else ():
+                    coming = self.automaton.arrive(state, operand)
+                    if coming is not None:
+                        after = (then for then, _ in self.automaton.visit(coming, operand))
+                        unknown = {then for then in after if not self._is_known(then)}
+                        needed.setdefault(operand, set()).update(unknown)
+        return {variable: states for variable, states in needed.items() if states}
+
+    def _push(self, variable: Variable, states: Collection[State]) -> dict[State, Tensor]:
+        if variable.producer is None:  # all is settled, and holds: what fails is known
+            return {state: self._ones(variable) for state in states}
+        chosen = list(states)
+        masses: list[Tensor | None] = []
+        for operand in variable.producer.operands:
+            coming = [self.before(operand, self.automaton.arrive(s, operand)) for s in chosen]
+            nothing = self._ones(operand) * 0
+            rows = [nothing if row is None else row for row in coming]
+            masses.append(None if all(row is None for row in coming) else torch.cat(rows))
+        shape = self.forward.shape(variable)
+        if all(mass is None for mass in masses):
+            return {state: self.forward.output.new_zeros((1, *shape)) for state in chosen}
+        propagation = self.forward.propagations[variable.producer]
+        pushed = propagation.send_up(masses, shape, self.normalized)
+        return {state: pushed[k : k + 1] for k, state in enumerate(chosen)}
+
+    def _is_known(self, state: State) -> bool:
+        return state[0] is False or self._is_one(state)
+
+    def _is_one(self, state: State) -> bool:
+        """All walks on count, and their relevance sums to one."""
+        return is_settled(state) and bool(state[0]) and self.normalized and not self.open_to
+
+    def _ones(self, variable: Variable) -> Tensor:
+        return self.forward.output.new_ones(()).expand((1, *self.forward.shape(variable)))
+
+
+# -- Many conditions at once: one pass for all conditions on the same layers.
+
+Chain = tuple[NeuronSet, ...]
+"""Neuron sets in the order in which walks meet them."""
+
+
+def marginals_of_chains(
+    forward: Pass,
+    start: Messages,
+    chains: Mapping[Chain, Sequence[int]],
+    variable: Variable,
+    found: Tensor,
+    memory: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Every neuron's relevance jointly with each chain of sets above it.
+
+    Chains over the same layers travel together, as many at a time as the memory allows, their
+    masks included; what lies above their first layer is passed once.
+
+    Arguments:
+        chains: with the rows of `found` where the result goes.
+        found: `[rows, *shape]`, zero.
+        memory: bytes that the messages travelling at once may take.
+        advance: called with the number of rows just done.
+    """
+    groups: dict[tuple[frozenset[Variable], ...], list[Chain]] = {}
+    for chain in chains:
+        layers = tuple(frozenset(variables_of(chosen, forward.graph)) for chosen in chain)
+        groups.setdefault(layers, []).append(chain)
+    for layers, group in groups.items():
+        first, begin = start, forward.graph.output
+        if layers and len(layers[0]) == 1:
+            (begin,) = layers[0]
+            first = send(forward, start, {begin: None})
+
+        def travelled(
+            chosen: Sequence[Chain], first: Messages = first, depths: int = len(layers)
+        ) -> None:
+            messages = first
+            for depth in range(depths):
+                stops = _stacked([chain[depth] for chain in chosen], forward)
+                messages = send(forward, messages, stops)
+            arrived = send(forward, messages, {variable: None}).get(variable)
+            if arrived is not None:
+                each = finite(arrived).expand(len(chosen), *arrived.shape[1:])
+                for chain, marginal in zip(chosen, each, strict=True):
+                    found[chains[chain]] = marginal
+            advance(sum(len(chains[chain]) for chain in chosen))
+
+        size = message_size(forward, begin, variable) + _mask_size(layers, forward)
+        in_chunks(group, memory, size, travelled)
+
+
+def _mask_size(layers: Sequence[frozenset[Variable]], forward: Pass) -> int:
+    """The most bytes that the masks of one set of a chain take."""
+    sizes = (sum(forward.shape(variable).numel() for variable in lies) for lies in layers)
+    return max(sizes, default=0) * forward.output.element_size()
+
+
+def _stacked(sets: Sequence[NeuronSet], forward: Pass) -> Stops:
+    """The masks of sets over the same variables, one for each message; one if all are the same."""
+    rows: dict[NeuronSet, list[int]] = {}
+    for row, chosen in enumerate(sets):
+        rows.setdefault(chosen, []).append(row)
+    if len(rows) == 1:
+        return resolve(sets[0], forward)
+    stacked: Stops = {}
+    for chosen, places in rows.items():
+        for variable, mask in resolve(chosen, forward).items():
+            known = stacked.setdefault(variable, None)
+            if mask is None:  # the whole variable: ones
+                continue
+            if known is None:
+                known = mask.new_ones((len(sets), *mask.shape[1:]))
+            elif mask.shape[1:] != known.shape[1:]:  # one of them differs by sample
+                shape = map(max, mask.shape[1:], known.shape[1:])
+                known = known.expand(len(sets), *shape).clone()
+            known[places] = mask
+            stacked[variable] = known
+    return stacked
+
+
+# -- Weighted relevance (eq. 33): walks that count more or less, by the neurons that they visit.
+
+Weights = Mapping[str, Tensor]
+"""For some layers, a weight of each of their neurons, shaped like the layer without its batch
+axis, or with it."""
+
+
+def weights_of(weights: Weights, forward: Pass) -> Stops:
+    """The weights, so that they broadcast to messages.
+
+    Raises:
+        QueryError, NeuronSetError: there are none, or they do not fit their layers.
+    """
+    found: Stops = {}
+    if not weights:
+        raise QueryError("there are no weights: name at least one layer.")
+    for layer, values in weights.items():
+        variable = forward.graph.variable(layer)
+        if variable in found:
+            raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
+        if isinstance(values, Tensor):
+            check_dense(values, f"the tensor of weights of {layer!r}", QueryError)
+        if (
+            not isinstance(values, Tensor)
+            or values.is_complex()
+            or not bool(torch.isfinite(values).all())
+        ):
+            raise QueryError(
+                f"the weights of {layer!r} are to be a tensor of real, finite numbers."
+            )
+        there = laid_out(values.detach().to(forward.output), variable, forward)
+        found[variable] = there.unsqueeze(0)
+    return found
+
+
+def expected(weights: Stops, query: Query) -> Tensor:
+    """`[batch]`: the sum of the weights on a walk, over all walks of a query.
+
+    Sums and walks change places: each neuron's weight times the relevance of the neuron.
+    """
+    found = query.marginals(weights)
+    total = query.forward.output.new_zeros(query.forward.batch)
+    for variable, weight in weights.items():
+        inside = found[variable] if weight is None else found[variable] * weight
+        total = total + per_sample(inside, variable, query.forward.batch)[0]
+    return total

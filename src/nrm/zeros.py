@@ -32,9 +32,8 @@ from nrm.operators import (
     carries_none,
     lookup,
 )
-from nrm.operators.filling import Filling
-from nrm.operators.identity import Copy
-from nrm.operators.scattering import ScatterSum
+from nrm.operators.routing import Copy, Filling
+from nrm.operators.sums import ScatterSum
 
 _ATEN = torch.ops.aten
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import nrm
+from nrm.capture.digest import lasting
 from nrm.cli.errors import as_text
-from nrm.digest import lasting
 
 _OTHERS = ("torchvision", "numpy", "PIL", "matplotlib")
 

@@ -16,9 +16,10 @@ from rich.text import Text
 from nrm.cli.errors import CommandError, one_line_errors
 from nrm.cli.folder import check_folder, filled_at_once
 from nrm.experiments.mlp.data import DIGITS
-from nrm.experiments.report import PAGE, RESULT, Report, Table
+from nrm.experiments.report import PAGE, RESULT, Report
 from nrm.experiments.reproduce import EXPERIMENTS, find
 from nrm.experiments.request import Request
+from nrm.experiments.tables import Table
 
 KEPT = "kept"
 """The folder in `--out` that a run after an interruption goes on from."""

@@ -13,8 +13,7 @@ store          a folder of finished samples, from which an interrupted run goes 
 faithfulness   `evaluate`: all of it over samples
 """
 
-from nrm.evaluation.baselines import Families
-from nrm.evaluation.faithfulness import Evaluation, evaluate
+from nrm.evaluation.faithfulness import Evaluation, Families, evaluate
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
     Mean,

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from nrm.digest import lasting
+from nrm.capture.digest import lasting
+from nrm.capture.witness import enclosed
 from nrm.formulas import Member
-from nrm.witness import enclosed
 
 
 def digest(value: Any) -> str:

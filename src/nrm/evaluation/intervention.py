@@ -14,15 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nrm.chunks import checked
+from nrm.capture.call import ModelCall, without_autocast
+from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
-from nrm.evaluation.downstream import Replay
-from nrm.evaluation.families import Family, Picked
-from nrm.evaluation.removal import Removal, by_variable, neuron_shape, replacement
+from nrm.evaluation.removal import Family, Picked, Removal, by_variable, neuron_shape, replacement
+from nrm.evaluation.rerun import Replay
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
-from nrm.graph import Graph, ModelCall, Variable, without_autocast
+from nrm.graph import Graph, Variable
 from nrm.progress import counted
 from nrm.targets import Target
 

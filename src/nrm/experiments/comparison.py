@@ -8,7 +8,7 @@ import numpy as np
 
 from nrm.evaluation.faithfulness import Evaluation
 from nrm.experiments.mlp.drawing import Curve
-from nrm.experiments.report import Row
+from nrm.experiments.tables import Row
 
 BASELINES = {"lrp": "LRP", "occlusion": "occlusion", "activation": "activation"}
 """What `evaluate` calls them, and tables do."""

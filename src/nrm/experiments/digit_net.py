@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nrm.errors import InputError
-from nrm.threads import one_thread
+from nrm.tensors import one_thread
 
 EPOCHS = 20
 _SIDE, _MARGIN = 16, 2

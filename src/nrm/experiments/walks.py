@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from nrm.composites import Composite
-from nrm.evaluation.baselines import By, Families
+from nrm.evaluation.faithfulness import By, Families
 from nrm.evaluation.intervention import Interventions
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet

@@ -5,10 +5,17 @@ neurons visits one node in each layer of message passing; walks that visit the s
 one walk of nodes.
 """
 
-from nrm.graph_networks.edges import EdgeLayer, edge_layers, edge_relevance
-from nrm.graph_networks.layers import node_layers
-from nrm.graph_networks.sets import edges, nodes, step, subgraph
-from nrm.graph_networks.walks import NodeWalk, NodeWalks, node_walks, top_walks
+from nrm.graph_networks.edges import EdgeLayer, edge_layers, edge_relevance, node_layers
+from nrm.graph_networks.walks import (
+    NodeWalk,
+    NodeWalks,
+    edges,
+    node_walks,
+    nodes,
+    step,
+    subgraph,
+    top_walks,
+)
 
 __all__ = [
     "EdgeLayer",

@@ -1,9 +1,11 @@
-"""Edges: the messages along them as neurons, where the model has one row for each edge."""
+"""The layers of message passing: where walks of nodes are read."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,8 +13,135 @@ from torch import Tensor
 
 from nrm.errors import QueryError
 from nrm.formulas import Formula
-from nrm.graph_networks.mixing import messages, pickings, scatters
+from nrm.graph import Graph, Operation, Variable
 from nrm.measure import Measure
+from nrm.operators import MatrixProduct, Routing
+from nrm.operators.routing import ScatterMaximum
+from nrm.operators.sums import ScatterSum
+
+_OVERRIDE = "Name the layers to read walks at instead (`Explainer.layers` lists them)."
+
+
+def node_layers(R: Measure) -> list[str]:
+    """The layers `[nodes, features]` at which walks of nodes are read, from the input up.
+
+    The node features, then for every step of message passing the last variable that all walks
+    cross before the next step: one more than there are steps. Biases, at which walks may end, do
+    not count as a way around.
+
+    Raises:
+        QueryError: the model passes no messages, or skips over a step. Layers can be named instead
+            wherever layers are asked for.
+    """
+    graph = R.graph
+    node_input = graph.inputs[0]
+    size = _rows(node_input)
+    crossed = [
+        v for v in graph.crossings(leaving_out=("bias", "constant"))[::-1] if _rows(v) == size
+    ]
+    steps = [v for v in graph.variables if v.producer and mixes(v.producer) and _rows(v) == size]
+    if not steps:
+        raise QueryError(
+            f"no step of message passing among the {size} rows of {node_input.name!r} was found. "
+            + _OVERRIDE
+        )
+    if node_input not in crossed:
+        raise QueryError(f"walks do not all end at {node_input.name!r}. {_OVERRIDE}")
+    groups = [[node_input]]
+    between: list[list[Variable]] = []
+    for lower, upper in pairwise(crossed):
+        inside = [v for v in steps if lower.index < v.index <= upper.index]
+        _refuse_chain(graph, inside)
+        if inside:
+            between.append(inside)
+            groups.append([])
+        groups[-1].append(upper)
+    if len(steps) > sum(map(len, between)):
+        raise QueryError(f"a step lies beside all layers that every walk crosses. {_OVERRIDE}")
+    chosen = [node_input]
+    for group, above in zip(groups[1:-1], between[1:], strict=True):
+        scopes = {scope(v.producer) for v in above if v.producer} - {""}
+        outside = [v for v in group if not any(_within(v, name) for name in scopes)]
+        chosen.append((outside or group)[-1])
+    chosen.append(groups[-1][-1])
+    return [variable.name for variable in chosen]
+
+
+def _rows(variable: Variable) -> int | None:
+    """The size of a variable's first axis that is not the batch."""
+    sizes = [size for axis, size in enumerate(variable.shape) if axis != variable.batch_axis]
+    return sizes[0] if sizes else None
+
+
+def _refuse_chain(graph: Graph, steps: list[Variable]) -> None:
+    for upper in steps:
+        below = graph.upstream(upper)
+        for lower in steps:
+            if lower in below:
+                raise QueryError(
+                    f"between {lower.name!r} and {upper.name!r} no layer is crossed by every "
+                    f"walk: something skips it. {_OVERRIDE}"
+                )
+
+
+def _within(variable: Variable, module: str) -> bool:
+    return variable.name.startswith((f"{module}.", f"{module}:"))
+
+
+# -- Where nodes meet: the operations that add up, for every node, what others send.
+
+_RIGHT = ("other", "mat2", "batch2")
+"""What a matrix from nodes to nodes is multiplied by."""
+_PICKS = ("index_select", "index", "gather")
+
+
+def mixes(operation: Operation) -> bool:
+    """Whether a node's neurons have those of other nodes for parents.
+
+    So it is for scatters, and for products with a matrix from nodes to nodes (an adjacency,
+    attention) on the left.
+    """
+    if scatters(operation):
+        return True
+    names = [name for name, _ in operation.arguments]
+    return isinstance(operation.operator, MatrixProduct) and any(n in _RIGHT for n in names)
+
+
+def scatters(operation: Operation) -> bool:
+    """Whether it adds up (or takes the largest of) messages, one row for each edge."""
+    return isinstance(operation.operator, ScatterSum | ScatterMaximum)
+
+
+def messages(operation: Operation) -> Variable | None:
+    """What a scatter adds up."""
+    for (name, _), operand in zip(operation.arguments, operation.operands, strict=False):
+        if name in ("src", "source"):
+            return operand
+    return None
+
+
+def pickings(operation: Operation) -> Iterator[Operation]:
+    """The operations upstream of a scatter that pick a node's row for every edge, nearest first."""
+    message = messages(operation)
+    waiting = deque([] if message is None else [message])
+    while waiting:
+        producer = waiting.popleft().producer
+        if producer is None:
+            continue
+        name = str(producer.call.target).split(".")[1]
+        if isinstance(producer.operator, Routing) and name in _PICKS:
+            yield producer
+        elif not scatters(producer):  # below it lies the step before
+            waiting.extend(producer.operands)
+
+
+def scope(operation: Operation) -> str:
+    """The module that a step of message passing is computed in."""
+    start = next(pickings(operation), operation)
+    return start.address.partition(":")[0]
+
+
+# -- Edges: the messages along them as neurons, where the model has one row for each edge.
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,20 +1,196 @@
-"""Walks of nodes: the most relevant ones, and all of them (GNN-LRP as queries on the measure)."""
+"""Neuron sets of graph networks: nodes, edges, subgraphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from nrm.errors import QueryError
+from nrm.engine import in_chunks, message_size, send
+from nrm.errors import NeuronSetError, QueryError
+from nrm.formulas import NeuronSet
 from nrm.graph import Variable
-from nrm.graph_networks.layers import node_layers
-from nrm.graph_networks.prefixes import Prefixes
+from nrm.graph_networks.edges import EdgeLayer, node_layers
 from nrm.measure import Measure
+from nrm.prepare import Pass
 from nrm.search import Flows, Order, in_depth, keys
+from nrm.sets import channels
+
+
+def nodes(layer: str, *indices: int, axis: int = 0) -> NeuronSet:
+    """All features of some nodes in a layer.
+
+    Arguments:
+        layer: address of a variable.
+        indices: node numbers.
+        axis: the axis of the nodes, not counting the batch.
+
+    Raises:
+        NeuronSetError: no nodes given.
+
+    Example:
+        >>> R(nodes("conv1", 3, 4), nodes("x", 7))  # from node 3 or 4 after conv1 to node 7
+    """
+    if not indices:
+        raise NeuronSetError(f"nodes({layer!r}) names no node: the set is empty.")
+    return channels(layer, *indices, axis=axis)
+
+
+def edges(layer: str | EdgeLayer, *indices: int, axis: int = 0) -> NeuronSet:
+    """The messages along some edges, as neurons: all features of some rows of an edge layer.
+
+    Arguments:
+        layer: what `edge_layers` found, or the address of a variable with one row for each edge.
+        indices: row numbers; `EdgeLayer.rows` finds those from one node to another.
+        axis: the axis of the edges, not counting the batch.
+
+    Raises:
+        NeuronSetError: no edges given.
+    """
+    name = layer.name if isinstance(layer, EdgeLayer) else layer
+    if not indices:
+        raise NeuronSetError(f"edges({name!r}) names no edge: the set is empty.")
+    return channels(name, *indices, axis=axis)
+
+
+def step(lower: str, upper: str, sender: int, receiver: int, axis: int = 0) -> list[NeuronSet]:
+    """The step from `receiver` in the upper layer down to `sender` in the lower one.
+
+    `R(*step(...))` is the relevance of the walks that take it, over an edge or in place.
+    """
+    return [nodes(lower, sender, axis=axis), nodes(upper, receiver, axis=axis)]
+
+
+def subgraph(
+    layers: Iterable[str], chosen: Sequence[int] | Sequence[Sequence[int]], axis: int = 0
+) -> list[NeuronSet]:
+    """The same nodes in every layer (or some of their own for each), one set a layer.
+
+    `R(*subgraph(layers, chosen))` is the relevance `R(S_0, ..., S_L)` of the subgraph: that of the
+    walks that never leave it.
+
+    Arguments:
+        layers: addresses of variables, such as `node_layers` gives.
+        chosen: node numbers, or one sequence of them for each layer.
+        axis: the axis of the nodes, not counting the batch.
+
+    Raises:
+        NeuronSetError: no nodes, or not as many sequences as layers.
+    """
+    names = list(layers)
+    if hasattr(chosen, "tolist"):  # tensors and arrays
+        chosen = chosen.tolist()
+    own = [list(one) for one in chosen if not isinstance(one, int)]
+    if not own:
+        own = [[int(node) for node in chosen if isinstance(node, int)]] * len(names)
+    if len(own) != len(names):
+        raise NeuronSetError(f"a subgraph has nodes of {len(own)} layers, but there are {names}.")
+    return [nodes(name, *some, axis=axis) for name, some in zip(names, own, strict=True)]
+
+
+# -- Beginnings of walks of nodes, with the message of each at the node it has come to.
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """Walks from the output down to a layer.
+
+    Attributes:
+        variable: the layer.
+        axis: that of the nodes in a message `[K, *shape]`.
+        nodes: `[P, layers so far]`, the node of every walk in each layer.
+        held: `[P, *features]`, the message of each at its last node; elsewhere it has none.
+        parents: `[P]`, which prefix each came from.
+    """
+
+    variable: Variable
+    axis: int
+    nodes: Tensor
+    held: Tensor
+    parents: Tensor
+
+    @classmethod
+    def split(cls, message: Tensor, variable: Variable, axis: int) -> Prefixes:
+        """The parts of a message `[1, *shape]`, one for each node that holds any."""
+        place = axis + 1
+        if variable.batch_axis is not None and variable.batch_axis <= axis:
+            place += 1
+        parents, nodes, held = _parts(message, place)
+        return cls(variable, place, nodes[:, None], held, parents)
+
+    @property
+    def relevance(self) -> Tensor:
+        """`[P]`: the joint relevance of the nodes so far."""
+        return self.held.flatten(1).sum(1)
+
+    def strongest(self, beam: int) -> Prefixes:
+        """Those with the largest sum of absolute relevance."""
+        return self._at(self.held.abs().flatten(1).sum(1).topk(beam).indices)
+
+    def step(self, forward: Pass, lower: Variable, memory: int) -> Prefixes:
+        """Every prefix with every node of a lower layer that its message gets to."""
+        shape = forward.shape(self.variable)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def stepped(chosen: Sequence[int]) -> None:
+            part = self._at(slice(chosen[0], chosen[-1] + 1))
+            arrived = send(forward, {self.variable: part._messages(shape)}, {lower: None})
+            if lower in arrived:
+                parents, nodes, held = _parts(arrived[lower], self.axis)
+                found.append((parents + chosen[0], nodes, held))
+
+        each = message_size(forward, self.variable, lower)
+        in_chunks(range(len(self)), memory, each, stepped)
+        if not found:
+            blank = self.held.new_zeros((0, *forward.shape(lower)))
+            found.append(_parts(blank, self.axis))
+        parents, nodes, held = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        so_far = torch.cat([self.nodes[parents], nodes[:, None]], 1)
+        return Prefixes(lower, self.axis, so_far, held, parents)
+
+    def merged(self, ways: list[int]) -> tuple[Prefixes, list[int]]:
+        """One prefix for each last node, and how many walks it stands for.
+
+        Arguments:
+            ways: the same for the prefixes that these came from.
+        """
+        last, group = torch.unique(self.nodes[:, -1], return_inverse=True)
+        held = self.held.new_zeros((len(last), *self.held.shape[1:]))
+        held.index_add_(0, group, self.held.abs())
+        counts = [0] * len(last)
+        for place, parent in zip(group.tolist(), self.parents.tolist(), strict=True):
+            counts[place] += ways[parent]
+        parents = torch.arange(len(last), device=last.device)
+        return Prefixes(self.variable, self.axis, last[:, None], held, parents), counts
+
+    def _messages(self, shape: torch.Size) -> Tensor:
+        """`[P, *shape]`."""
+        message = self.held.new_zeros((len(self), *shape))
+        every = torch.arange(len(self), device=message.device)
+        message.movedim(self.axis, 1)[every, self.nodes[:, -1]] = self.held
+        return message
+
+    def _at(self, chosen: Tensor | slice) -> Prefixes:
+        return Prefixes(
+            self.variable, self.axis, self.nodes[chosen], self.held[chosen], self.parents[chosen]
+        )
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+
+def _parts(message: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a message `[K, *shape]` holds at each node: its row, the node, and `[P, *features]`."""
+    by_node = message.movedim(axis, 1)
+    holds = by_node.flatten(2).ne(0).any(2) if by_node.dim() > 2 else by_node.ne(0)
+    rows, nodes = holds.nonzero(as_tuple=True)
+    return rows, nodes, by_node[rows, nodes]
+
+
+# -- Walks of nodes: the most relevant ones, and all of them (GNN-LRP as queries on the measure).
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,22 @@
 """How relevance passes each kind of operator, and the table that says which kind each one is."""
 
-from nrm.operators.base import Columns, Operator, Propagation, Setting, Slot, fill
-from nrm.operators.call import Call, picks
 from nrm.operators.contribution import Contribution
-from nrm.operators.identity import Identity
-from nrm.operators.layers import Sum
-from nrm.operators.local_linear import LocalLinear, ToFirstOrder
-from nrm.operators.own import Block, operation
+from nrm.operators.derivatives import LocalLinear, ToFirstOrder
 from nrm.operators.products import MatrixProduct, Product, Quotient
-from nrm.operators.routing import Routing
+from nrm.operators.routing import Identity, Routing
+from nrm.operators.row import Call, Columns, Operator, Propagation, Setting, Slot, fill, picks
+from nrm.operators.sums import Sum, WeightedSum
 from nrm.operators.table import (
     COMPLEX_LINEAR,
+    Block,
     carries_none,
     functional,
     has_row,
     in_place,
     lookup,
+    operation,
     register,
 )
-from nrm.operators.weighted_sum import WeightedSum
 
 __all__ = [
     "COMPLEX_LINEAR",

@@ -1,24 +1,154 @@
-"""The weighted sums of convolutional and fully connected networks."""
+"""The derivatives of convolutions and transposed convolutions, by their input and their weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional as F
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.like import like
-from nrm.operators.base import Propagation, Setting, Slot, fill
-from nrm.operators.call import Call
-from nrm.operators.connections import Dense, Kernel, OneParent
-from nrm.operators.contribution import Contribution
-from nrm.operators.convolutions import Convolution
-from nrm.operators.identity import Unchanged
-from nrm.operators.weighted_sum import WeightedSum
+from nrm.operators.contribution import Contribution, Dense, Kernel, through_matrix
+from nrm.operators.row import Call, Setting
+from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule
+from nrm.tensors import plain_strides
+
+_MANY = 64
+"""From so many channels on it is worth to look for those that hold nothing."""
+
+
+class Convolution:
+    """A convolution of any dimension as its derivatives see it.
+
+    Arguments:
+        call: the operator's call.
+        transposed: whether it is the transpose of a convolution.
+    """
+
+    def __init__(self, call: Call, transposed: bool = False) -> None:
+        self.weight: Tensor = call["weight"]
+        self.transposed, self.groups = transposed, int(call["groups"])
+        axes = self.weight.dim() - 2
+        self.stride, self.dilation = (_each(call[name], axes) for name in ("stride", "dilation"))
+        self.output_padding = _each(call["output_padding"], axes) if transposed else [0] * axes
+        self.padding, self.margins = self._padding(call["padding"])
+
+    def by_input(self, message: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The transpose: `[K, *output]` to `[K, *x]`, all messages as one batch."""
+        message, weight = self._where_held(message, weight)
+        many = len(message)
+        shape = [*x.shape[:2], *self._padded(x)]
+        if many > 1 or self.margins:
+            x = x.new_empty(()).expand(many * shape[0], *shape[1:])  # only its shape is read
+        one = message.flatten(0, 1) if many > 1 else message[0]
+        gradient = self._backward(one, x, weight, [True, False, False])[0]
+        for axis, (before, after) in enumerate(self.margins, start=2):
+            gradient = gradient.narrow(axis, before, gradient.shape[axis] - before - after)
+        if many == 1:
+            return plain_strides(gradient).unsqueeze(0)
+        return torch.unflatten(gradient, 0, (many, shape[0]))
+
+    def _where_held(self, message: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Messages and weight without the channels where no message holds anything."""
+        if self.groups > 1 or self.transposed or message.requires_grad:
+            return message, weight
+        held = _held(message, 2)
+        if held is None:
+            return message, weight
+        return message.index_select(2, held), weight.index_select(0, held)
+
+    def by_channels(self, x: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
+        """`w_ij x_i share_j` of each two channels: the gradient by the weight, times the weight.
+
+        Arguments:
+            x, share: of one sample, like the input and the output.
+            weight: in place of the convolution's own; `None`: one everywhere.
+
+        Returns:
+            `[outputs, inputs]`.
+        """
+        if x.dim() < self.weight.dim():
+            x, share = x.unsqueeze(0), share.unsqueeze(0)
+        held = None
+        if self.groups == 1 and not self.transposed:
+            held = _held(share, 1)
+        if held is not None:
+            outputs = share.shape[1]
+            share = share.index_select(1, held)
+            weight = None if weight is None else weight.index_select(0, held)
+        if self.margins:
+            x = F.pad(x, [side for pair in reversed(self.margins) for side in pair])
+        like = self.weight if held is None else self.weight[: len(held)]
+        passed = self._backward(share, x.contiguous(), like, [False, True, False])[1]
+        joined = (passed if weight is None else passed.mul_(weight)).flatten(2).sum(2)
+        if self.groups > 1:
+            blocks = torch.unflatten(joined, 0, (self.groups, -1))
+            joined = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        if held is not None:
+            return joined.new_zeros((outputs, joined.shape[1])).index_copy_(0, held, joined)
+        return joined.mT if self.transposed else joined
+
+    def _backward(
+        self, message: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
+    ) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = torch.ops.aten.convolution_backward(
+            message,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            wanted,
+        )
+        return found
+
+    def _padding(self, padding: str | Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The padding of every axis, and what the input is padded by before, where sides differ."""
+        axes = self.weight.dim() - 2
+        if not isinstance(padding, str):
+            return _each(padding, axes), []
+        if padding == "valid":
+            return [0] * axes, []
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
+        if all(r % 2 == 0 for r in reach):
+            return [r // 2 for r in reach], []
+        return [0] * axes, [(r // 2, r - r // 2) for r in reach]
+
+    def _padded(self, x: Tensor) -> list[int]:
+        """The sizes of an input's positions with its margins."""
+        sizes = list(x.shape[2:])
+        for axis, (before, after) in enumerate(self.margins):
+            sizes[axis] += before + after
+        return sizes
+
+
+def _held(message: Tensor, axis: int) -> Tensor | None:
+    """The channels that hold anything, if they are few: after a mask nearly all hold nothing.
+
+    Looking costs as much as a fraction of a channel.
+    """
+    channels = message.shape[axis]
+    if channels < _MANY:
+        return None
+    others = [other for other in range(message.dim()) if other != axis]
+    held = message.abs().amax(others).nonzero()[:, 0]
+    return held if 0 < len(held) <= channels // 2 else None
+
+
+def _each(setting: Sequence[int], axes: int) -> list[int]:
+    """One number for each axis."""
+    return list(setting) * (axes if len(setting) == 1 else 1)
+
+
+# -- The weighted sums of convolutional and fully connected networks.
 
 
 class Layer(WeightedSum):
@@ -119,13 +249,6 @@ class Layer(WeightedSum):
         return max(weight.dim() - 1, 1)
 
 
-def through_matrix(x: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
-    """`w_ij x_i share_j` of each two channels, for a weight `[outputs, inputs]`; added up over all
-    other axes."""
-    passed = share.reshape(-1, share.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-    return passed if weight is None else passed.mul_(weight)
-
-
 def _sees_only_padding(call: Call) -> bool:
     """Whether some neuron of a convolution has its whole receptive field in the padding."""
     weight, x = call["weight"].meta["val"], call["input"].meta["val"]
@@ -147,72 +270,55 @@ def _sees_only_padding(call: Call) -> bool:
     return False
 
 
-class Elementwise(WeightedSum):
-    """A weighted sum with at most one parent per neuron and operand; alone it is an identity."""
-
-    def prepare(
-        self, call: Call, values: Sequence[Tensor], setting: Setting
-    ) -> tuple[Tensor, Propagation]:
-        if len(values) == 1 and setting.late_leaf is None:
-            with torch.no_grad():
-                output = fill(call, values)()
-            return output, Unchanged(values[0].shape, output.shape)
-        return super().prepare(call, values, setting)
+# -- Transposed convolutions: weighted sums whose weight has the input channels first.
 
 
-class Sum(Elementwise):
-    """Addition and subtraction of tensors; all operands are normalised jointly."""
+class TransposedConvolution(WeightedSum):
+    """`conv_transpose1d` to `3d`. Where strides leave gaps, neurons have no parent but the bias."""
 
-    passes = ("self", "other")
-
-    def __init__(self, kind: str, signs: Callable[[Call], tuple[float, float]]) -> None:
-        super().__init__(kind)
-        self.signs = signs
+    passes = ("input",)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        if len(operands) > 1:
-            return False
-        signs = zip(self.passes, self.signs(call), strict=True)
-        return all(sign != 0 for name, sign in signs if name != operands[0][0])
+        return call["bias"] is not None
 
-    def adds(self, call: Call, name: str) -> bool:
-        return name in self.passes
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "gaps"
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        weight: Tensor = call["weight"].meta["val"]
+        return 1 - weight.dim()
 
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
-        alike = all(value.shape == values[0].shape for value in values)
-        parts = []
-        for name, sign in zip(("self", "other"), self.signs(call), strict=True):
-            if isinstance(call[name], Slot):
-                x = values[call[name].index]
-                w = setting.weight(name, like(sign, x))
-                parts.append(
-                    Contribution(
-                        Activation(x),
-                        w,
-                        apply=torch.mul,
-                        # A sign of zero, as in `x.add(y, alpha=0)`, connects nothing.
-                        uniform=partial(torch.mul, other=0.0) if sign == 0 else _itself,
-                        transpose=torch.mul if alike and len(values) > 1 else None,
-                        transposes_anew=True,
-                        operand=call[name].index,
-                        keeps_sign=True,
-                        connections=partial(OneParent, w.value, x.shape),
-                    )
-                )
-        return parts
+        weight = call["weight"]
+
+        def apply(factor: Tensor, weight: Tensor) -> Tensor:
+            output: Tensor = call(input=factor, weight=weight, bias=None)
+            return output
+
+        x, convolution = values[0], Convolution(call, transposed=True)
+
+        def transpose(message: Tensor, weight: Tensor) -> Tensor:
+            return convolution.by_input(message, x, weight)
+
+        return [
+            Contribution(
+                Activation(x),
+                setting.weight("weight", weight),
+                apply,
+                uniform=lambda factor: apply(factor, weight.new_ones(weight.shape)),
+                transpose=transpose if x.dim() == weight.dim() else None,
+                transposes_anew=True,
+                by_channels=convolution.by_channels,
+                keeps_sign=True,
+                connections=partial(Kernel, call, x.shape, transposed=True),
+            )
+        ]
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
-        for name, sign in zip(("self", "other"), self.signs(call), strict=True):
-            if sign != 0 and not isinstance(call[name], Slot):
-                given, x = call[name], values[0]
-                # Before it is multiplied: integers and Python numbers have no precision to keep.
-                kind = torch.result_type(x, given) if isinstance(given, Tensor) else x.dtype
-                constant = like(given, x.new_empty((), dtype=kind)) * sign
-                return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
-        return None
-
-
-def _itself(factor: Tensor) -> Tensor:
-    return factor
+        bias: Tensor | None = call["bias"]
+        if bias is None:
+            return None
+        after = call["weight"].dim() - 2
+        return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)

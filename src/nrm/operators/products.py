@@ -14,15 +14,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.base import Operator, Propagation, Setting, Slot, fill
-from nrm.operators.call import Call
-from nrm.operators.connections import Connections, Dense
-from nrm.operators.contribution import Contribution
-from nrm.operators.gradient_share import gradient_share, with_slope
-from nrm.operators.identity import Unchanged
-from nrm.operators.layers import through_matrix
-from nrm.operators.weighted_sum import WeightedSum
+from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
+from nrm.operators.routing import Unchanged
+from nrm.operators.row import Call, Operator, Propagation, Setting, Slot, fill
+from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule, Weight
+from nrm.tensors import gradient_share, with_slope
 
 
 class Product(Operator):

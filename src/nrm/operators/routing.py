@@ -1,17 +1,132 @@
-"""Operators that move neurons about: the message follows the indices."""
+"""Operators with one parent per neuron: the message passes unchanged, at no cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators.base import Operator, Propagation, Setting, fill, pull_back
-from nrm.operators.call import Call
+from nrm.errors import UnsupportedOperatorError
+from nrm.operators.row import Call, Operator, Propagation, Setting, Slot, fill, pull_back
 from nrm.rules import Rule
+from nrm.tensors import with_slope
+
+
+class Identity(Operator):
+    """Elementwise operators: activations, dropout in evaluation mode, casts.
+
+    Where the operator broadcasts its operand, the message is summed over the copies.
+
+    Arguments:
+        at_zero: what is known of the function at zero: `"linear"` functions, those that are linear
+            on either side of it (a `"ramp"`) and those that are `"zero"` there have a slope
+            `f(x) / x`, of the first two it is the derivative; others may not.
+        elementwise: whether it is; some that are not pass relevance as if they were.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        at_zero: Literal["linear", "ramp", "zero", "unknown"] = "unknown",
+        elementwise: bool = True,
+    ) -> None:
+        super().__init__(kind)
+        self.at_zero, self.elementwise = at_zero, elementwise
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return not self.elementwise
+
+    def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
+        if len(operands) > 1:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} combines several tensors that depend on the input, "
+                "and no rule says how they share the relevance."
+            )
+        if call.get("train") is True or call.get("training") is True:
+            raise UnsupportedOperatorError(
+                f"{call.target} at {address!r} is random (its training flag is set). "
+                "Pass training=self.training in the model's code."
+            )
+
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return self.at_zero != "unknown"
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        if self.at_zero in ("linear", "ramp"):
+            return super().frozen(call, values, setting)
+        x = values[0].detach()
+        with torch.no_grad():
+            output: Tensor = fill(call, [x])()
+            slope = torch.where(x == 0, 0.0, output / x)
+        return with_slope(values[0], output, slope)
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        with torch.no_grad():
+            output = fill(call, values)()
+        return output, Unchanged(values[0].shape, output.shape)
+
+
+class Copy(Identity):
+    """`copy(self, src)`: the values of `src`, broadcast and cast to look like `self`."""
+
+    passes = ("src",)
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind, at_zero="linear")
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        output = self.frozen(call, [values[0].detach()], setting)
+        return output, Unchanged(values[0].shape, output.shape)
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        like: Tensor = call["self"]
+        return values[0].to(like.dtype).expand(like.shape)
+
+
+class Unchanged(Propagation):
+    """The message as it is, summed over the copies where the operand was broadcast."""
+
+    exclusive = True
+    nonnegative = True
+
+    def __init__(self, operand: torch.Size, output: torch.Size) -> None:
+        self.operand, self.broadcast = operand, operand != output
+
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        if self.broadcast:
+            added = message.dim() - 1 - len(self.operand)
+            if added:
+                message = message.sum(tuple(range(1, 1 + added)))
+            stretched = [
+                axis
+                for axis, size in enumerate(self.operand, start=1)
+                if size == 1 and message.shape[axis] != 1
+            ]
+            if stretched:
+                message = message.sum(stretched, keepdim=True)
+        return [message]
+
+    def push(
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+    ) -> Tensor:
+        (mass,) = masses
+        assert mass is not None
+        if not self.broadcast:
+            return mass
+        added = (1,) * (len(shape) - len(self.operand))
+        return mass.reshape(len(mass), *added, *self.operand).expand(len(mass), *shape)
+
+
+# -- Operators that move neurons about: the message follows the indices.
 
 
 class Routing(Operator):
@@ -62,3 +177,133 @@ class Routed(Propagation):
             return [None] * len(wanted)
         pulled = iter(pull_back(self.output, chosen, message))
         return [next(pulled) if want else None for want in wanted]
+
+
+# -- Operators that put a constant in the place of some neurons: padding, masking, triangles.
+
+
+class Filling(Routing):
+    """A routing in which some neurons have no parent: what reaches those ends in a leaf.
+
+    Arguments:
+        passes: the one argument that carries relevance.
+        filler: the argument that holds the constant, if it is not always zero.
+    """
+
+    def __init__(self, kind: str, passes: tuple[str, ...], filler: str | None = None) -> None:
+        super().__init__(kind, passes, keeps_channels=True)
+        self.filler = filler
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "fill"
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        output, routed = super().prepare(call, values, setting)
+        assert isinstance(routed, Routed)
+        with torch.no_grad():
+            blank = {} if self.filler is None else {self.filler: 0}
+            kept = fill(call, [torch.ones_like(value) for value in values])(**blank)
+        return output, Filled(routed, kept == 0)
+
+
+class Filled(Propagation):
+    nonnegative = True
+
+    def __init__(self, routed: Routed, filled: Tensor) -> None:
+        self.routed, self.filled = routed, filled
+        self.exclusive = routed.exclusive
+
+    def late_shape(self) -> torch.Size:
+        return self.filled.shape
+
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        constant = torch.where(self.filled, message, 0.0) if wanted[-1] else None
+        return [*self.routed.pull(message, wanted[:-1], normalized), constant]
+
+
+# -- Operators that write values over others at indices, where the last one written wins.
+
+
+class Overwriting(Routing):
+    """`self` with what `written` holds at indices. Each neuron has one parent: what stands there.
+
+    Its derivative would also give to values that were overwritten in turn.
+
+    Arguments:
+        passes: `self`, and the argument that is written.
+    """
+
+    def __init__(self, kind: str, passes: tuple[str, str]) -> None:
+        super().__init__(kind, passes, keeps_channels=True)
+
+    def telescopes(self, call: Call, rule: Rule) -> bool:
+        return False
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        assert self.passes is not None
+        base, written = (fill(call, values)[name] for name in self.passes)
+        with torch.no_grad():
+            output = fill(call, values)()
+            numbers = torch.arange(1, written.numel() + 1, dtype=torch.float64)
+            winners = call(
+                **{
+                    self.passes[0]: torch.zeros_like(base, dtype=torch.float64),
+                    self.passes[1]: numbers.to(base.device).view(written.shape),
+                }
+            ).long()
+        sides = [call[name].index if isinstance(call[name], Slot) else None for name in self.passes]
+        return output, Overwritten(winners, written.shape, sides, len(values))
+
+
+class Overwritten(Propagation):
+    """`winners` numbers, from one, what was written at each neuron; zero: it is as it was."""
+
+    exclusive = True
+    nonnegative = True
+
+    def __init__(
+        self, winners: Tensor, written: torch.Size, sides: list[int | None], operands: int
+    ) -> None:
+        self.winners, self.written, self.sides, self.operands = winners, written, sides, operands
+
+    def pull(
+        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+    ) -> list[Tensor | None]:
+        pulled: list[Tensor | None] = [None] * self.operands
+        base, source = self.sides
+        if base is not None and wanted[base]:
+            pulled[base] = torch.where(self.winners == 0, message, 0.0)
+        if source is not None and wanted[source]:
+            count = self.written.numel()
+            by_number = message.new_zeros((len(message), count + 1))
+            by_number.index_add_(1, self.winners.flatten(), message.flatten(1))
+            pulled[source] = by_number[:, 1:].reshape(len(message), *self.written)
+        return pulled
+
+
+class ScatterMaximum(Routing):
+    """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        if not call["include_self"]:
+            # `self` counts only where nothing arrives; elsewhere it must not tie with a winner.
+            base, src = fill(call, values)["self"], fill(call, values)["src"]
+            least = -torch.inf if call["reduce"] == "amax" else torch.inf
+            arrived = torch.zeros_like(base).scatter_add(
+                call["dim"], call["index"], torch.ones_like(src)
+            )
+            replaced = torch.where(arrived > 0, least, base)
+            index = call["self"].index if isinstance(call["self"], Slot) else None
+            if index is not None:
+                values = [replaced if i == index else v for i, v in enumerate(values)]
+            changed = {"include_self": True} | ({} if index is not None else {"self": replaced})
+            call = Call(call.target, call.arguments | changed, call.item)
+        return super().prepare(call, values, setting)

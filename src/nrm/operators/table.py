@@ -1,35 +1,62 @@
-"""The operator table: one row for every operator that relevance can pass.
-
-A new operator is one more row; in-place variants (`relu_`) use the row of the plain one.
-"""
+"""Operators whose arguments decide which kind they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
-from nrm.operators.averages import Averaging
-from nrm.operators.base import Operator
-from nrm.operators.batch_norm import BatchNorm
-from nrm.operators.filling import Filling
-from nrm.operators.identity import Copy, Identity
-from nrm.operators.interpolation import Interpolation
-from nrm.operators.layers import Layer, Sum
-from nrm.operators.local_linear import LocalLinear
-from nrm.operators.normalization import (
+from nrm.errors import UnsupportedOperatorError
+from nrm.operators.averages import Averaging, Interpolation
+from nrm.operators.derivatives import LocalLinear
+from nrm.operators.layers import Layer, TransposedConvolution
+from nrm.operators.norms import (
+    LogSoftmax,
     Normalization,
+    Softmax,
     channel_groups,
     last_axes,
     single_channels,
 )
-from nrm.operators.one_of import OneOf
-from nrm.operators.overwriting import Overwriting
 from nrm.operators.products import MatrixProduct, Product, Quotient
-from nrm.operators.routing import Routing
-from nrm.operators.scattering import ScatterMaximum, ScatterSum
-from nrm.operators.softmax import LogSoftmax, Softmax
-from nrm.operators.transposed import TransposedConvolution
+from nrm.operators.routing import Copy, Filling, Identity, Overwriting, Routing, ScatterMaximum
+from nrm.operators.row import Call, Operator, Propagation, Setting
+from nrm.operators.sums import BatchNorm, ScatterSum, Sum
+
+
+class OneOf(Operator):
+    """An operator that is one kind or another, as its arguments say: `scatter_reduce`, `pad`.
+
+    Arguments:
+        choices: `(condition on the call, row)`, the first that applies counts.
+    """
+
+    def __init__(self, *choices: tuple[Callable[[Call], bool], Operator]) -> None:
+        super().__init__("")
+        self.choices = choices
+
+    def specialize(self, call: Call) -> Operator:
+        for applies, operator in self.choices:
+            if applies(call):
+                return operator
+        chosen = {
+            name: value for name, value in call.arguments.items() if isinstance(value, str | bool)
+        }
+        raise UnsupportedOperatorError(f"no rule covers {call.target} with {chosen}.")
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        return self.specialize(call).prepare(call, values, setting)
+
+
+# -- The operator table: one row for every operator that relevance can pass.
+# A new operator is one more row; in-place variants (`relu_`) use the row of the plain one.
 
 _TABLE: dict[str, Operator] = {}
 
@@ -305,3 +332,68 @@ register(MatrixProduct("product", ("self", "tensor")), *_names("dot"))
 register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("addmm"))
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
+
+
+# -- Functions and modules of a user's own as operators with a row in the table.
+
+_LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module call that stands in the graph as one operator.
+
+    Attributes:
+        kind: the module's class, by which its row is found.
+        body: what it computes, from its inputs and parameters.
+    """
+
+    kind: str
+    body: Callable[..., Any]
+    _schema: Any  # torch.fx and `Call` look for it, as operators have it
+
+    @classmethod
+    def of(cls, kind: str, body: Callable[..., Any], names: Sequence[str]) -> Block:
+        """A block whose inputs and parameters have names."""
+        arguments = [SimpleNamespace(name=n, kwarg_only=False, default_value=None) for n in names]
+        return cls(kind, body, SimpleNamespace(arguments=arguments, is_mutable=False))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return self.kind
+
+    @property
+    def __name__(self) -> str:
+        return self.kind.rpartition(".")[2]
+
+
+def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function one operation of every graph, with a row of its own.
+
+    The function takes tensors and numbers, annotated, and returns a tensor; it is differentiated
+    as before.
+
+    Arguments:
+        row: how relevance passes it.
+
+    Example:
+        >>> @nrm.operators.operation(Identity("activation"))
+        ... def cube(x: Tensor) -> Tensor:
+        ...     return x**3
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"{function.__module__}_{function.__qualname__}"
+        name = "".join(c if c.isalnum() else "_" for c in name)
+        while hasattr(torch.ops.nrm, name):  # defined again, as in a notebook
+            name += "_"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+        register(row, f"nrm.{name}")
+        operator: Callable[..., Any] = getattr(torch.ops.nrm, name)
+        return operator
+
+    return decorate

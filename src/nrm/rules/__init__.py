@@ -8,13 +8,15 @@ from nrm.rules.contributions import (
     Flat,
     Gamma,
     Identity,
+    LocalLinear,
+    Occlusion,
+    PathIntegrated,
     PlainGamma,
     WSquare,
     ZBox,
     Zero,
     ZPlus,
 )
-from nrm.rules.walks import LocalLinear, Occlusion, PathIntegrated
 
 __all__ = [
     "Activation",

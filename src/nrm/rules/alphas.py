@@ -10,13 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 
-from nrm.rules.options import check, number
+from nrm.rules.base import check, number
 
 STRUCTURE = 4
 """The rank of what says how features are connected, an adjacency matrix given as an input."""
 
 SCALE = 5
-"""From this rank on a gate is a scale, what normalises a vector (see `nrm.graph.gates`)."""
+"""From this rank on a gate is a scale, what normalises a vector (see `nrm.structure`)."""
 
 
 class Alpha(ABC):
@@ -31,7 +31,7 @@ class Alpha(ABC):
         """One coefficient for each factor; they sum to one, and a factor with zero is no parent.
 
         Arguments:
-            gates: how much each factor is a gate (see `nrm.graph.gates`); 0: it is none.
+            gates: how much each factor is a gate (see `nrm.structure`); 0: it is none.
         """
 
 

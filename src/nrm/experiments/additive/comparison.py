@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from nrm.clusters import Clusters
 from nrm.errors import QueryError
 from nrm.evaluation import Interventions, pearson
 from nrm.experiments.additive.contribution import Contributions, contributions
 from nrm.experiments.cnn.data import Photo
 from nrm.experiments.cnn.layers import Pair
 from nrm.measure import Measure
+from nrm.methods import Clusters
 
 
 class Score(StrEnum):

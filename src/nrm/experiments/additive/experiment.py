@@ -13,8 +13,9 @@ from nrm.experiments.additive.drawing import EFFECTS, SCORES, draw
 from nrm.experiments.additive.study import COMPOSITE, Study, details, limits, means
 from nrm.experiments.cnn.layers import Pair, pairs
 from nrm.experiments.cnn.subject import Kind, Subject, load
-from nrm.experiments.report import Picture, Report, Row, Table
+from nrm.experiments.report import Picture, Report
 from nrm.experiments.request import Request
+from nrm.experiments.tables import Row, Table
 from nrm.progress import counted
 
 SAMPLES = 24

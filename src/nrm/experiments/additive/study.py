@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nrm.clusters import clusters
 from nrm.composites import GammaFlat
 from nrm.evaluation import Interventions
 from nrm.evaluation.fingerprint import digest
@@ -18,6 +17,7 @@ from nrm.experiments.cnn.data import Photo
 from nrm.experiments.cnn.layers import Pair, combinations
 from nrm.experiments.cnn.subject import Subject
 from nrm.explainer import Explainer
+from nrm.methods import clusters
 
 COMPOSITE = GammaFlat(0.25)
 

@@ -14,12 +14,7 @@ from nrm.experiments.cnn.layers import pairs
 from nrm.experiments.cnn.plan import Plan
 from nrm.experiments.cnn.study import METHODS, Shown, Study, typical
 from nrm.experiments.cnn.subject import Subject, load
-from nrm.experiments.mlp.drawing import (
-    colours,
-    draw_correlations,
-    draw_curves,
-    draw_scatter,
-)
+from nrm.experiments.mlp.drawing import colours, draw_correlations, draw_curves, draw_scatter
 from nrm.experiments.report import Picture, Report
 from nrm.experiments.request import Request
 from nrm.progress import counted

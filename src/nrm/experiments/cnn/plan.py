@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nrm.clusters import clusters
-from nrm.evaluation.baselines import By
+from nrm.evaluation.faithfulness import By
 from nrm.experiments.cnn.layers import Pair
 from nrm.experiments.cnn.subject import Kind
 from nrm.formulas import NeuronSet
 from nrm.measure import Measure
+from nrm.methods import clusters
 
 
 @dataclass(frozen=True)

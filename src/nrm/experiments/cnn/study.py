@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nrm.evaluation.baselines import SCORES, Families, Score
-from nrm.evaluation.faithfulness import Evaluation, evaluate
+from nrm.evaluation.faithfulness import SCORES, Evaluation, Families, Score, evaluate
 from nrm.evaluation.faithfulness import Row as Found
 from nrm.evaluation.fingerprint import digest
 from nrm.evaluation.intervention import Interventions, joint_contributions
@@ -23,7 +22,7 @@ from nrm.experiments.cnn.subject import Subject
 from nrm.experiments.cnn.walks import PAPERS
 from nrm.experiments.comparison import BASELINES, steps
 from nrm.experiments.mlp.drawing import Cloud, Curve
-from nrm.experiments.report import Row
+from nrm.experiments.tables import Row
 from nrm.experiments.walks import OTHERS, JointRelevance
 from nrm.explainer import Explainer
 from nrm.measure import Measure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from nrm.experiments.report import Row
+from nrm.experiments.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

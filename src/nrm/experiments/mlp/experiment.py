@@ -21,8 +21,9 @@ from nrm.experiments.mlp.drawing import (
 from nrm.experiments.mlp.network import RECIPES, Trained, trained
 from nrm.experiments.mlp.study import DOTS, METHODS, SECOND, THIRD, Order, Study
 from nrm.experiments.mlp.walks import PAPERS
-from nrm.experiments.report import Picture, Report, Row
+from nrm.experiments.report import Picture, Report
 from nrm.experiments.request import Request
+from nrm.experiments.tables import Row
 from nrm.experiments.walks import Walks
 from nrm.progress import counted
 

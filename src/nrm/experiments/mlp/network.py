@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nrm.errors import NrmError
 from nrm.experiments.mlp.data import Data, Part
-from nrm.threads import one_thread
+from nrm.tensors import one_thread
 
 INPUT = "x"
 LAYERS = ("relu1", "relu2")

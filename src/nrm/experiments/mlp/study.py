@@ -16,14 +16,14 @@ from nrm.evaluation import (
     joint_contributions,
     pearson,
 )
-from nrm.evaluation.baselines import SCORES, Score
+from nrm.evaluation.faithfulness import SCORES, Score
 from nrm.experiments import comparison
 from nrm.experiments.comparison import BASELINES, steps
 from nrm.experiments.mlp.data import Part
 from nrm.experiments.mlp.drawing import Array, Cloud, Curve
 from nrm.experiments.mlp.network import INPUT, LAYERS, Trained
 from nrm.experiments.mlp.walks import PAPERS
-from nrm.experiments.report import Row
+from nrm.experiments.tables import Row
 from nrm.experiments.walks import OTHERS, JointRelevance, Walks
 
 WALKS = (PAPERS, *OTHERS)

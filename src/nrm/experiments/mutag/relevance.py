@@ -18,7 +18,7 @@ from nrm.experiments.mutag.molecules import Molecule, load_molecules
 from nrm.explainer import Explainer
 from nrm.graph_networks import NodeWalk, NodeWalks, node_layers, node_walks, nodes, subgraph
 from nrm.measure import Measure
-from nrm.threads import one_thread
+from nrm.tensors import one_thread
 
 DRAWN = (0, 1, 137, 139)
 """The molecules whose walks are drawn."""

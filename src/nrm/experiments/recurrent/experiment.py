@@ -13,8 +13,9 @@ from nrm.experiments.recurrent.drawing import draw
 from nrm.experiments.recurrent.relevance import Method
 from nrm.experiments.recurrent.series import Task
 from nrm.experiments.recurrent.study import EXPLAINED, Network, summary
-from nrm.experiments.report import Picture, Report, Table
+from nrm.experiments.report import Picture, Report
 from nrm.experiments.request import Request
+from nrm.experiments.tables import Table
 from nrm.progress import counted
 
 STEPS = 12

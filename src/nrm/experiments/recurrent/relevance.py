@@ -12,7 +12,7 @@ from nrm import rules
 from nrm.composites import Composite, Everywhere, LRPAll
 from nrm.experiments.recurrent.series import Series
 from nrm.explainer import Explainer
-from nrm.threads import one_thread
+from nrm.tensors import one_thread
 
 
 class Method(StrEnum):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nrm.threads import one_thread
+from nrm.tensors import one_thread
 
 STATES = 3
 _BATCH = 128

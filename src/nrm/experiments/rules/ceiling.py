@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrm.evaluation.baselines import Families
+from nrm.evaluation.faithfulness import Families
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.experiments.walks import JointRelevance
 

@@ -10,13 +10,13 @@ import torch
 import nrm
 from nrm.evaluation import Evaluation
 from nrm.experiments import comparison
-from nrm.experiments.report import Picture, Report, Row
+from nrm.experiments.report import Picture, Report
 from nrm.experiments.request import Request
 from nrm.experiments.rules.drawing import draw_gammas, draw_walks
 from nrm.experiments.rules.grid import FEW, RULES
 from nrm.experiments.rules.networks import trials
 from nrm.experiments.rules.trial import Trial
-from nrm.experiments.tables import Table
+from nrm.experiments.tables import Row, Table
 from nrm.experiments.walks import Walks
 
 

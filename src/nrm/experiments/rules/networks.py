@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nrm.errors import InputError
-from nrm.evaluation.baselines import Score
+from nrm.evaluation.faithfulness import Score
 from nrm.experiments.cnn.plan import CHANNELS, CLUSTERS, Plan
 from nrm.experiments.cnn.subject import load as load_pictures
 from nrm.experiments.mlp.data import Part

@@ -10,8 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from nrm.evaluation import Evaluation, evaluate
-from nrm.evaluation.baselines import By, Score
-from nrm.evaluation.faithfulness import Chosen, Row
+from nrm.evaluation.faithfulness import By, Chosen, Row, Score
 from nrm.evaluation.fingerprint import digest
 from nrm.experiments.cnn.one_class import of_class
 from nrm.experiments.walks import JointRelevance, Walks

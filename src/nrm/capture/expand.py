@@ -1,0 +1,343 @@
+"""Recurrent layers and cells written out step by step, with names for their hidden states."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from nrm.errors import UnsupportedOperatorError
+
+
+class StepsAlongBatchError(Exception):
+    """What was taken for the batch axis is time: it cannot have any size."""
+
+
+Step = Callable[[Tensor, Any, Tensor, Any], Any]
+"""From what the input adds to the gates, the state before, and the recurrent weight and bias, to
+the state after."""
+
+
+def _lstm_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
+    hidden, cell = state
+    i, f, g, o = (torch.nn.functional.linear(hidden, weight, bias) + added).chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def _gru_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
+    (hidden,) = state
+    xr, xz, xn = added.chunk(3, -1)
+    hr, hz, hn = torch.nn.functional.linear(hidden, weight, bias).chunk(3, -1)
+    update = (xz + hz).sigmoid()
+    new = (xn + (xr + hr).sigmoid() * hn).tanh()
+    return (new * (1 - update) + hidden * update,)
+
+
+def _rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
+    def step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
+        (hidden,) = state
+        return (activation(torch.nn.functional.linear(hidden, weight, bias) + added),)
+
+    return step
+
+
+def cell(step: Step) -> Callable[..., Any]:
+    """One step, as `aten.lstm_cell` and the like take their arguments."""
+
+    def one_step(
+        x: Tensor, state: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None
+    ) -> Any:
+        before = state if isinstance(state, list | tuple) else (state,)
+        after = step(torch.nn.functional.linear(x, w_ih, b_ih), before, w_hh, b_hh)
+        return after if isinstance(state, list | tuple) else after[0]
+
+    return one_step
+
+
+def recurrent(step: Step) -> Callable[..., Any]:
+    """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
+
+    def network(
+        x: Tensor,
+        initial: Any,
+        weights: list[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, ...]:
+        kinds = initial if isinstance(initial, list | tuple) else [initial]
+        each = 4 if has_biases else 2
+        directions = 2 if bidirectional else 1
+        if len(weights) != each * directions * num_layers:
+            raise UnsupportedOperatorError(
+                "no rule covers recurrent layers with projections (proj_size)."
+            )
+        x = x.transpose(0, 1) if batch_first else x
+        if not isinstance(x.shape[0], int):
+            raise StepsAlongBatchError
+        ends: list[Any] = []
+        for layer in range(num_layers):
+            outputs = []
+            for direction in range(directions):
+                run = layer * directions + direction
+                w_ih, w_hh, *biases = weights[run * each : (run + 1) * each]
+                b_ih, b_hh = biases or (None, None)
+                added = torch.nn.functional.linear(x, w_ih, b_ih).unbind(0)
+                state = tuple(kind[run] for kind in kinds)
+                hidden = []
+                for one in reversed(added) if direction else added:
+                    state = step(one, state, w_hh, b_hh)
+                    hidden.append(state[0])
+                outputs.append(torch.stack(hidden[::-1] if direction else hidden))
+                ends.append(state)
+            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        x = x.transpose(0, 1) if batch_first else x
+        return (x, *(torch.stack(kind) for kind in zip(*ends, strict=True)))
+
+    return network
+
+
+STEPS = {
+    "lstm": _lstm_step,
+    "gru": _gru_step,
+    "rnn_tanh": _rnn_step(torch.tanh),
+    "rnn_relu": _rnn_step(torch.relu),
+}
+
+
+def name_steps(node: Node, new: Sequence[Node]) -> None:
+    """Name the hidden (and cell) state of each time step: `h_l0[3]`, `c_l1_reverse[0]`.
+
+    Every layer and direction ends by stacking its hidden states, in the order of time.
+    """
+    name = str(node.target).split(".")[1]
+    if name.removesuffix("_cell") not in STEPS:
+        return
+    for inner in new:
+        inner.meta["recurrent"] = True  # its constants are states
+    if name not in STEPS:
+        return
+    layers, bidirectional = node.args[4], node.args[7]
+    assert isinstance(layers, int)
+    directions = 2 if bidirectional else 1
+    stacks = [n for n in new if n.target is torch.ops.aten.stack.default]
+    for number, stack in enumerate(stacks[: layers * directions]):
+        layer, reverse = divmod(number, directions)
+        of = f"l{layer}" + ("_reverse" if reverse else "")
+        states = stack.args[0]
+        assert isinstance(states, list | tuple)
+        for step, hidden in enumerate(states):
+            assert isinstance(hidden, Node)
+            hidden.meta["label"] = f"h_{of}[{step}]"
+            if name == "lstm":
+                squashed = hidden.args[1]
+                assert isinstance(squashed, Node)
+                cell = squashed.args[0]
+                assert isinstance(cell, Node)
+                cell.meta["label"] = f"c_{of}[{step}]"
+
+
+# -- Operators that hide a network: recurrent layers, attention, gated units, written out in steps.
+# Each is replaced by the operators it stands for, so that its hidden states, attention weights and
+# gates are variables of the graph like any other. A rewrite of the captured graph only.
+
+aten = torch.ops.aten
+
+
+def expand(graph: FxGraph) -> None:
+    """Write out every operator of the table, in place."""
+    for node in list(graph.nodes):
+        written = _TABLE.get(node.target)
+        if written is not None:
+            _replace(graph, node, written)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
+    """Trace `written` on the node's (fake) arguments, and put its operators in the node's place."""
+    leaves, layout = pytree.tree_flatten((node.args, node.kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Node)]
+
+    def on_tensors(*tensors: Any) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, layout)
+        return written(*args, **kwargs)
+
+    given = [leaves[place].meta["val"] for place in places]
+    mode = detect_fake_mode(given)
+    if mode is not None:  # an eager trace has real parameters among fake activations
+        given = [
+            mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
+            for v in given
+        ]
+    with torch.no_grad():
+        traced = make_fx(on_tensors, pre_dispatch=True)(*given)
+    outer: dict[Node, Any] = {}
+    arguments = iter(leaves[p] for p in places)
+    new: list[Node] = []
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                outer[inner] = next(arguments)
+            elif inner.op == "output":
+                result = torch.fx.node.map_arg(inner.args[0], outer.__getitem__)
+            else:
+                outer[inner] = graph.node_copy(inner, outer.__getitem__)
+                outer[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                new.append(outer[inner])
+    name_steps(node, new)
+    if node.target is aten.scaled_dot_product_attention.default:
+        # What it was, for those who need only its result and its derivative.
+        result.meta["fused"] = (node.target, node.args, node.kwargs)
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    for user in list(node.users):  # a getitem takes one of several results
+        assert user.target is operator.getitem
+        assert isinstance(result, list | tuple)
+        picked = result[user.args[1]]  # type: ignore[index]
+        user.replace_all_uses_with(picked)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+# -- what the operators stand for ----------------------------------------------------------------
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    if enable_gqa and query.shape[-3] > key.shape[-3]:
+        value = value.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = _products(query, key, scale, enable_gqa)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        else:
+            scores = scores + attn_mask
+        # Where all is masked, the result is zero and not NaN.
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    return torch.matmul(torch.dropout(weights, dropout_p, dropout_p > 0), value)
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[Tensor]:
+    """What `attention` adds up before its softmax: products, and products with a mask."""
+    scores = _products(query, key, scale, enable_gqa)
+    if attn_mask is None or attn_mask.dtype is torch.bool:
+        return [scores]
+    return [scores, scores + attn_mask]
+
+
+def _products(query: Tensor, key: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+    groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+    if groups > 1:
+        key = key.repeat_interleave(groups, -3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.matmul(query * scale, key.transpose(-2, -1))
+
+
+def gated_linear_unit(x: Tensor, dim: int = -1) -> Tensor:
+    value, gate = x.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def bags(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`torch.nn.functional.embedding_bag` as embeddings, each added to its bag."""
+    if mode > 1:
+        raise UnsupportedOperatorError("no rule covers embedding bags with mode='max'.")
+    if include_last_offset:
+        offsets = offsets[:-1]
+    embedded = torch.nn.functional.embedding(indices, weight)
+    counted = torch.ones_like(indices, dtype=weight.dtype)
+    if padding_idx is not None and padding_idx >= 0:
+        counted = counted * (indices != padding_idx)
+    if per_sample_weights is not None:
+        embedded = embedded * per_sample_weights.unsqueeze(-1)
+    embedded = embedded * counted.unsqueeze(-1)
+    places = torch.ones_like(indices).cumsum(0) - 1
+    bag = torch.bucketize(places, offsets, right=True) - 1
+    # Without sizes, which may be free.
+    empty = torch.zeros_like(offsets, dtype=weight.dtype).unsqueeze(-1).repeat(1, weight.shape[1])
+    total = empty.index_add(0, bag, embedded)
+    if mode == 1:
+        sizes = torch.zeros_like(offsets, dtype=weight.dtype).index_add(0, bag, counted)
+        total = total / sizes.clamp(min=1).unsqueeze(-1)
+    return total, bag, bag, bag
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    x1 = x1 / x1.norm(dim=dim, keepdim=True).clamp_min(eps)
+    x2 = x2 / x2.norm(dim=dim, keepdim=True).clamp_min(eps)
+    return (x1 * x2).sum(dim)
+
+
+def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.bilinear`: a linear map of one input, multiplied with the other."""
+    mapped = torch.einsum("...i,oij->...oj", x1, weight)
+    output = torch.matmul(mapped, x2.unsqueeze(-1)).squeeze(-1)
+    return output if bias is None else output + bias
+
+
+_TABLE: dict[Any, Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: attention,
+    aten.glu.default: gated_linear_unit,
+    aten.embedding_bag.padding_idx: bags,
+    aten.embedding_bag.default: bags,
+    aten.cosine_similarity.default: cosine_similarity,
+    aten.bilinear.default: bilinear,
+    aten.addcmul.default: lambda x, a, b, *, value=1: x + a * b * value,
+    aten.lerp.Scalar: lambda a, b, weight: a * (1 - weight) + b * weight,
+    aten.lerp.Tensor: lambda a, b, weight: a * (1 - weight) + b * weight,
+    **{getattr(aten, name).input: recurrent(step) for name, step in STEPS.items()},
+    **{getattr(aten, f"{name}_cell").default: cell(step) for name, step in STEPS.items()},
+}

@@ -1,0 +1,148 @@
+"""Names for the tensors of a captured graph, after the modules that compute them.
+
+`features.28` is that module's output; a module called again gets `@1`, `@2`. What a module
+computes on the way is `layer1.0:add`, and again `layer1.0:add@1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.capture.call import ModelCall
+from nrm.operators import carries_none, picks
+
+_ROOT = "L__self__"
+
+
+def scopes(node: Node) -> list[tuple[str, str]]:
+    """The module calls that a node belongs to, outermost first, as (address, module type)."""
+    found = []
+    for key, (_, kind) in node.meta.get("nn_module_stack", {}).items():
+        if "_empty_nn_module_stack" in key:
+            continue
+        address = _below_the_call(key[len(_ROOT) :] if key.startswith(_ROOT) else key)
+        if address is None:
+            continue
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        found.append((address, name))
+    return found
+
+
+def module_type(node: Node) -> str:
+    """The type of the innermost module, e.g. `torch.nn.modules.conv.Conv2d`."""
+    found = scopes(node)
+    return found[-1][1] if found else ""
+
+
+def assign(nodes: Iterable[Node]) -> dict[Node, list[str]]:
+    """All names of every node, the one to show first."""
+    nodes = list(nodes)
+    outputs: dict[str, Node] = {}
+    for node in nodes:
+        for address, _ in scopes(node):
+            if address and _leaves(node, address):
+                outputs[address] = node
+    names: dict[Node, list[str]] = {}
+    taken: dict[str, int] = {}
+    for node in nodes:
+        inside = [address for address, _ in scopes(node) if outputs.get(address) is node]
+        if inside:
+            names[node] = inside[::-1]
+            continue
+        calls = scopes(node)
+        plain = f"{calls[-1][0] if calls else ''}:{operator_name(node)}"
+        again = taken[plain] = taken.get(plain, -1) + 1
+        names[node] = [plain + (f"@{again}" if again else "")]
+        label = node.meta.get("label")  # a hidden state of a recurrent layer
+        if label is not None:
+            names[node].insert(0, f"{calls[-1][0]}.{label}" if calls else label)
+    return names
+
+
+def _below_the_call(path: str) -> str | None:
+    """A module's path in the user's model; `None` for the call around it."""
+    prefix = ModelCall.PREFIX
+    if path == prefix:
+        return ""
+    if path.startswith(f"{prefix}@"):
+        return ""
+    return path.removeprefix(f"{prefix}.") if path.startswith(f"{prefix}.") else None
+
+
+def _leaves(node: Node, address: str) -> bool:
+    """Whether something outside the module call reads the node: then it is the call's output."""
+    return any(
+        user.op == "output" or address not in {scope for scope, _ in scopes(user)}
+        for user in node.users
+    )
+
+
+def operator_name(node: Node) -> str:
+    """`add` for `aten.add.Tensor`."""
+    if picks(node) and isinstance(node.args[0], Node):
+        return f"{operator_name(node.args[0])}.{node.args[1]}"
+    name = str(node.meta.get("spelled", node.target))
+    return name.split(".")[1] if "." in name else getattr(node.target, "__name__", name)
+
+
+Follows = Literal["steps", "lost"]
+
+
+def is_symbolic(size: int | torch.SymInt) -> TypeGuard[torch.SymInt]:
+    """Whether a size is free: export leaves those that Python fixed as symbols for a number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+def is_float_tensor(node: Node) -> bool:
+    """Whether a node may carry relevance."""
+    value: Any = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def reads_no_values(node: Node) -> bool:
+    """Whether a node reads nothing of a tensor but how it looks: its sizes, or zeros like it."""
+    name = str(node.target)
+    if name.startswith(("aten.sym_", "aten.size")):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or not carries_none(node.target):
+        return False
+    # A value to fill with may depend on the input.
+    return all(parent is node.args[0] for parent in node.all_input_nodes)
+
+
+def unfollowed(node: Node) -> Follows | None:
+    """What becomes of relevance at a node that depends on an input; `None`: real values.
+
+    Comparisons, indices and whole numbers are constant but for steps, and pass none on. Complex
+    or quantised numbers, and numbers taken out of tensors, are not constant.
+    """
+    value: Any = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    found: set[Follows | None] = set()
+    for part in parts:
+        if isinstance(part, Tensor):
+            whole = part.dtype is torch.bool or not (
+                part.is_floating_point() or part.is_complex() or part.dtype in _QUANTISED
+            )
+            found.add(None if part.is_floating_point() else "steps" if whole else "lost")
+        elif isinstance(part, float | torch.SymFloat | complex):
+            found.add("lost")
+        else:
+            found.add("steps")
+    for kind in (None, "lost", "steps"):
+        if kind in found:
+            return kind  # type: ignore[return-value]
+    return "steps"
+
+
+_QUANTISED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+
+
+def is_mask(name: str) -> bool:
+    """Whether an input of this name says what counts, and carries no relevance itself."""
+    return name.rpartition(".")[2].lower() in ("mask", "masks") or name.lower().endswith("_mask")

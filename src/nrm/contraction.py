@@ -1,0 +1,381 @@
+"""The one way between two layers, and the weighted sum on it by which channels are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nrm.engine import send
+from nrm.graph import Graph, Operation, Variable
+from nrm.operators import Identity, Product, Routing
+from nrm.operators.averages import Averaging
+from nrm.operators.layers import Layer
+from nrm.operators.sums import Elementwise
+from nrm.prepare import Pass
+from nrm.sets import channel_axis
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation that all walks between two layers pass.
+
+    Attributes:
+        operand: the place among its operands over which they all leave it.
+    """
+
+    operation: Operation
+    operand: int
+
+    @property
+    def above(self) -> Variable:
+        """What it computes."""
+        return self.operation.output
+
+    @property
+    def below(self) -> Variable:
+        """Its parents on the way."""
+        return self.operation.operands[self.operand]
+
+    @property
+    def moves(self) -> bool:
+        """Whether every neuron has its parent anywhere."""
+        return isinstance(self.operation.operator, Routing)
+
+    def mixed_axes(self, dim: int) -> list[int] | None:
+        """The axes of its `dim` along which parents may lie; `None` where it is not known.
+
+        Along all others a neuron and its parents have the same place.
+        """
+        operator = self.operation.operator
+        if isinstance(operator, Averaging | Layer):
+            return operator.mixed_axes(self.operation.call, dim)
+        return [] if isinstance(operator, Identity | Elementwise | Product) else None
+
+    @property
+    def passes_all_on(self) -> bool:
+        """Whether the relevance of every neuron goes to its one parent, all of it."""
+        return isinstance(self.operation.operator, Identity)
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """The one operation between two layers that may join any channels.
+
+    Attributes:
+        crossing: that operation.
+        above, below: the others on the way, which keep channels apart, the highest first.
+    """
+
+    crossing: Step
+    above: tuple[Step, ...]
+    below: tuple[Step, ...]
+
+    @property
+    def axis(self) -> int | None:
+        """Where its weight has channels, of parents and output, counted from the end."""
+        operator, call = self.crossing.operation.operator, self.crossing.operation.call
+        return -1 if operator.acts_on_last_axis(call) else operator.channel_axis(call, None)
+
+
+def find_bridge(graph: Graph, upper: Variable, lower: Variable) -> Bridge | None:
+    """The one operation that may join any channels of two layers, if there is just one.
+
+    A convolution of single channels, if there is nothing else.
+    """
+    steps = _steps(graph, upper, lower)
+    crossings = [place for place, step in enumerate(steps) if not _keeps_apart(step)]
+    if not crossings:
+        crossings = [
+            p for p, step in enumerate(steps) if isinstance(step.operation.operator, Layer)
+        ]
+    if len(crossings) != 1:
+        return None
+    (place,) = crossings
+    return Bridge(steps[place], tuple(steps[:place]), tuple(steps[place + 1 :]))
+
+
+def _keeps_apart(step: Step) -> bool:
+    return step.moves or step.mixed_axes(len(step.below.shape)) is not None
+
+
+def _steps(graph: Graph, upper: Variable, lower: Variable) -> list[Step]:
+    """The way from one layer down to another; none, where there are several or there is none."""
+    steps: list[Step] = []
+    variable = upper
+    while variable is not lower:
+        operation = variable.producer
+        if operation is None:
+            return []
+        ways = [
+            place
+            for place, operand in enumerate(operation.operands)
+            if operand is lower or lower in graph.upstream(operand)
+        ]
+        if len(ways) != 1:
+            return []
+        steps.append(Step(operation, ways[0]))
+        variable = operation.operands[ways[0]]
+    return steps
+
+
+# -- Which channel of a layer the neurons on the way to it belong to.
+# Every neuron of the layer has the number of its channel. Step by step the neurons that lead to it,
+# or that it leads to, take over the number, as long as all those of one neuron are alike.
+
+_NONE = -1
+"""The number of no channel."""
+
+
+def numbers_below(
+    forward: Pass, upper: Variable, steps: Iterable[Step], axis: int
+) -> Tensor | None:
+    """The channels of a layer that those of another lead to, some steps below.
+
+    Arguments:
+        axis: of the lower layer's channels, counted from the end.
+
+    Returns:
+        for each channel of the lower layer a channel of the upper, or -1 if it leads to none;
+        `None` where one of them leads to several.
+    """
+    numbers: Tensor | None = _own_numbers(forward, upper)
+    for step in steps:
+        numbers = None if numbers is None else _down(forward, step, numbers)
+    return None if numbers is None else _by_channel(numbers, axis)
+
+
+def numbers_above(
+    forward: Pass, lower: Variable, steps: Iterable[Step], axis: int
+) -> Tensor | None:
+    """The channels of a layer behind those of another, some steps above: as `numbers_below`.
+
+    Arguments:
+        steps: the lowest first.
+    """
+    numbers: Tensor | None = _own_numbers(forward, lower)
+    for step in steps:
+        numbers = None if numbers is None else _up(forward, step, numbers)
+    return None if numbers is None else _by_channel(numbers, axis)
+
+
+def count_channels(forward: Pass, variable: Variable) -> int:
+    return forward.shape(variable)[_axis(forward, variable)]
+
+
+def _down(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
+    """The numbers of a step's parents, given those of what it computes."""
+    if step.moves:
+        wanted = [place == step.operand for place in range(len(step.operation.operands))]
+        pulled = forward.propagations[step.operation].send_on(_digits(numbers), wanted)
+        digits = pulled[step.operand]
+        assert digits is not None
+        return _from_digits(digits)
+    parents = forward.shape(step.below)
+    mixed = step.mixed_axes(len(parents))
+    assert mixed is not None
+    if len(parents) > numbers.dim():  # those axes were dropped
+        sizes = [1 if axis in mixed else size for axis, size in enumerate(parents)]
+        numbers = numbers.reshape(sizes)
+    added = numbers.dim() - len(parents)
+    copied = [axis for axis, size in enumerate(parents) if size == 1 or axis in mixed]
+    common = _in_common(numbers, [*range(added), *(added + axis for axis in copied)])
+    return None if common is None else common.reshape(common.shape[added:]).expand(parents)
+
+
+def _up(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
+    """The numbers of what a step computes, given those of its parents on the way."""
+    shape = forward.shape(step.above)
+    if step.moves:
+        given: list[Tensor | None] = [None] * len(step.operation.operands)
+        given[step.operand] = _digits(numbers)
+        return _from_digits(forward.propagations[step.operation].send_up(given, shape))
+    mixed = step.mixed_axes(numbers.dim())
+    assert mixed is not None
+    common = _in_common(numbers, mixed)
+    if common is None:
+        return None
+    return (common.squeeze(mixed) if common.dim() > len(shape) else common).expand(shape)
+
+
+_BASE = 64
+
+
+def _digits(numbers: Tensor) -> Tensor:
+    """One, and each of two digits with its square: `[5, *shape]`, small enough to add exactly.
+
+    Nothing of a neuron without a number.
+    """
+    numbered = (numbers != _NONE).to(numbers.dtype)
+    numbers = numbers * numbered
+    low, high = numbers % _BASE, numbers // _BASE
+    return torch.stack([numbered, low, low.square(), high, high.square()])
+
+
+def _from_digits(added: Tensor) -> Tensor | None:
+    """The numbers behind sums of digits, if those that were added are all alike."""
+    count = added[0]
+    if not torch.equal(count, count.round()):
+        return None  # winners that tie, of which each has a part
+    if float(added.abs().max()) * max(1.0, float(count.max())) >= 1 / torch.finfo(added.dtype).eps:
+        return None  # not exact
+    numbers = torch.zeros_like(count)
+    for place, (total, squares) in enumerate(((added[1], added[2]), (added[3], added[4]))):
+        if not torch.equal(squares * count, total.square()):
+            return None
+        numbers += _BASE**place * total / torch.where(count > 0, count, 1)
+    return torch.where(count > 0, numbers, _NONE)
+
+
+def _in_common(numbers: Tensor, axes: list[int]) -> Tensor | None:
+    """The number of all neurons along some axes, which become of size one, if all are alike.
+
+    Those without a number count for nothing.
+    """
+    if not axes:
+        return numbers
+    highest = numbers.amax(axes, keepdim=True)
+    if bool(((numbers != _NONE) & (numbers != highest)).any()):
+        return None
+    return highest
+
+
+def _by_channel(numbers: Tensor, axis: int) -> Tensor | None:
+    """`[channels]`: the number of each channel's neurons, if they are all alike."""
+    along = axis % numbers.dim()
+    common = _in_common(numbers, [other for other in range(numbers.dim()) if other != along])
+    return None if common is None else common.flatten().long()
+
+
+def _own_numbers(forward: Pass, variable: Variable) -> Tensor:
+    """The channel of every neuron, shaped like the variable."""
+    shape = forward.shape(variable)
+    axis = _axis(forward, variable)
+    numbers = torch.arange(shape[axis], device=forward.output.device, dtype=forward.output.dtype)
+    return numbers.view(-1, *[1] * (len(shape) - 1 - axis)).expand(shape)
+
+
+def _axis(forward: Pass, variable: Variable) -> int:
+    """Where the channels lie in a variable's tensor."""
+    shape = list(forward.shape(variable))
+    batch = variable.batch_axis
+    if batch is not None:
+        del shape[batch]
+    axis = channel_axis(variable, torch.Size(shape))
+    return axis + 1 if batch is not None and axis >= batch else axis
+
+
+# -- All pairs of channels on the two sides of one weighted sum, in one step.
+# The relevance that passes over a weight `w[c', c, δ]` of a convolution is the weight times what
+# its
+# gradient would be, for the contributing values as the input and the shared message as the output's
+# gradient. Added up over the kernel it is the joint relevance of an output and an input channel:
+# 512 x 512 of them cost one gradient by the weight, not 512 backward passes.
+#
+# Activations, pooling, concatenation and the like may lie between the weighted sum and the layers:
+# it is known there which channel each neuron belongs to. Below the weighted sum, what part of each
+# neuron's relevance goes on to the lower layer is a factor at the contributing values.
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """How channels of two layers meet at the one weighted sum between them.
+
+    Attributes:
+        rows, columns: for every channel of the bridge's output, and of its parents, the channel
+            of the upper and of the lower layer it belongs to, or -1.
+    """
+
+    bridge: Bridge
+    rows: Tensor
+    columns: Tensor
+
+
+def find_contraction(forward: Pass, upper: Variable, lower: Variable) -> Contraction | None:
+    """How to find all pairs of channels of two layers at once, for this input.
+
+    Returns:
+        `None` where there is more than one weighted sum between the layers that mixes channels,
+        or its weights are not those of channels.
+    """
+    bridge = find_bridge(forward.graph, upper, lower)
+    if bridge is None or bridge.axis is None:
+        return None
+    crossing = bridge.crossing
+    if forward.batch > 1 and not crossing.above.batch_axis == crossing.below.batch_axis == 0:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        nothing = forward.output.new_zeros((1, *forward.shape(crossing.above)))
+        propagation = forward.propagations[crossing.operation]
+        if propagation.by_channels(nothing, crossing.operand, 1) is None:
+            return None
+        rows = numbers_below(forward, upper, bridge.above, bridge.axis)
+        columns = numbers_above(forward, lower, bridge.below[::-1], bridge.axis)
+    return None if rows is None or columns is None else Contraction(bridge, rows, columns)
+
+
+def contracted_pairs(
+    forward: Pass,
+    message: Tensor,
+    upper: Variable,
+    lower: Variable,
+    found: Contraction,
+    onward: Tensor | None = None,
+) -> Tensor:
+    """`R(channel of upper, channel of lower)` of all pairs, from the message at `upper`.
+
+    Arguments:
+        onward: `[1, *shape of lower]`, factors at the neurons of `lower`.
+
+    Returns:
+        `[batch, channels of upper, channels of lower]`.
+    """
+    crossing = found.bridge.crossing
+    above = crossing.above
+    if above is not upper:
+        arrived = send(forward, {upper: message}, {above: None})
+        message = arrived.get(above, message.new_zeros((1, *forward.shape(above))))
+    with torch.inference_mode(False), torch.no_grad():
+        reaching = _reaching(forward, found.bridge, onward)
+        propagation = forward.propagations[crossing.operation]
+        by_sample = propagation.by_channels(
+            message.clone(),
+            crossing.operand,
+            forward.batch,
+            None if reaching is None else reaching[0],
+        )
+        assert by_sample is not None
+        rows, columns = (count_channels(forward, layer) for layer in (upper, lower))
+        return torch.stack(
+            [
+                _gather(_gather(passed, found.rows, rows, 0), found.columns, columns, 1)
+                for passed in by_sample
+            ]
+        )
+
+
+def _reaching(forward: Pass, bridge: Bridge, onward: Tensor | None) -> Tensor | None:
+    """The part of each parent's relevance at the bridge that reaches the lower layer, there times
+    `onward`: `[1, *shape]`; `None`: all of it."""
+    for step in bridge.below[::-1]:
+        if onward is None:
+            if step.passes_all_on:
+                continue
+            onward = forward.output.new_ones((1, *forward.shape(step.below)))
+        masses: list[Tensor | None] = [None] * len(step.operation.operands)
+        masses[step.operand] = onward
+        propagation = forward.propagations[step.operation]
+        onward = propagation.send_up(masses, forward.shape(step.above))
+    return onward
+
+
+def _gather(pairs: Tensor, numbers: Tensor, size: int, axis: int) -> Tensor:
+    """Pairs of the bridge's channels added up by the channels of the layer they belong to."""
+    if numbers.tolist() == list(range(size)):
+        return pairs
+    shape = list(pairs.shape)
+    shape[axis] = size + 1  # those of no channel last
+    added = pairs.new_zeros(shape).index_add_(axis, numbers % (size + 1), pairs)
+    return added.narrow(axis, 0, size)

@@ -1,0 +1,308 @@
+"""What a graph is made of: variables, whose elements are the neurons, and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol
+
+from torch.fx import Node
+
+from nrm.capture.export import Captured
+from nrm.capture.nodes import is_float_tensor
+from nrm.errors import QueryError, UnknownLayerError
+from nrm.heads import Head
+from nrm.operators import Call, Identity, Operator, Routing, lookup
+from nrm.rules import Alpha, Rule
+
+"""What holds no real values and depends on an input: piecewise constant, or anything else."""
+
+Kind = Literal["input", "embedding", "operation", "bias", "constant"]
+
+
+@dataclass(eq=False)
+class Variable:
+    """A tensor that carries relevance; its elements are the neurons.
+
+    Attributes:
+        index: position in the graph; parents come before their children.
+        name: the address to show; `aliases` are further names of the same tensor.
+        kind: `"operation"` for a computed one. The others are leaves, where walks end: inputs,
+            embeddings of integer inputs, biases (with `bias="input"`), and constants that are
+            some neuron's only parent.
+        shape: `None` at the batch axis.
+        batch_axis: `None` where the batch lies in no axis of its own.
+        channel_axis: counted from the end.
+    """
+
+    index: int
+    name: str
+    kind: Kind
+    shape: tuple[int | None, ...]
+    batch_axis: int | None
+    channel_axis: int | None = None
+    aliases: tuple[str, ...] = ()
+    producer: Operation | None = None
+    node: Node | None = None
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.producer is None
+
+    def __repr__(self) -> str:
+        return f"Variable({self.name!r}, {self.kind}, {list(self.shape)})"
+
+
+@dataclass(eq=False)
+class Operation:
+    """One operator call that relevance passes.
+
+    Attributes:
+        kind: what it is, to show and to choose rules by.
+        operands: where relevance goes; the late leaf last, if there is one.
+        slots: the operands among the call's arguments, in order (without the late leaf).
+        arguments: the name of each slot's argument, and the place in it, for those that are lists.
+        gates: how much each factor of a product is a gate.
+        alphas: what each factor of a product takes.
+        rule: how a weighted sum is shared out.
+    """
+
+    address: str
+    operator: Operator
+    call: Call
+    module_type: str
+    kind: str
+    slots: tuple[Node, ...]
+    arguments: tuple[tuple[str, int], ...]
+    operands: tuple[Variable, ...] = ()
+    gates: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    rule: Rule = field(init=False)
+    late_leaf: str | None = None
+    output: Variable = field(init=False)
+
+    @property
+    def named_slots(self) -> list[tuple[str, Node]]:
+        """The slots with the names of their arguments."""
+        return [(name, s) for (name, _), s in zip(self.arguments, self.slots, strict=True)]
+
+    @property
+    def late(self) -> Variable | None:
+        """The leaf that enters here: a bias, or what neurons without parents are."""
+        return self.operands[-1] if self.late_leaf is not None else None
+
+    def __repr__(self) -> str:
+        return f"Operation({self.address!r}, {self.kind})"
+
+
+# -- The computation graph that the measure lives on: variables, operations, cuts (appendix A).
+
+_ELEMENTWISE = ("activation", "scaling")
+"""The kinds of rows for functions of one neuron each."""
+
+
+class WalkSpecification(Protocol):
+    """What decides how walks go (section 3.3): a composite."""
+
+    def rule(self, operation: Operation, graph: Graph) -> Rule:
+        """How a weighted sum is shared out."""
+
+    def alpha(self, operation: Operation, graph: Graph) -> Alpha:
+        """How the factors of a product share."""
+
+
+class Graph:
+    """The variables and operations between the leaves and the explained output.
+
+    A walk is a path from an output neuron to a neuron of a leaf.
+
+    Made by `nrm.build.build_graph`.
+
+    Arguments:
+        captured: the model.
+        specification: which rules and alphas apply where.
+        bias_is_input: biases are leaves.
+        head: the last softmax or sigmoid, where it is looked through.
+        variables: parents before their children.
+        by_node: the variable of each node of the captured graph that has one.
+
+    Attributes:
+        explained: the node that walks begin at: the model's output, or the logits behind it.
+        silent: names of what no walk visits, since it enters products whose other factor takes all.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        specification: WalkSpecification,
+        bias_is_input: bool,
+        head: Head | None,
+        variables: Sequence[Variable],
+        by_node: Mapping[Node, Variable],
+    ) -> None:
+        self.captured = captured
+        self.specification = specification
+        self.bias_is_input = bias_is_input
+        self.head = head
+        self.explained = captured.output if head is None else head.explained
+        self.by_node: dict[Node, Variable] = dict(by_node)
+        self.output = self.by_node[self.explained]
+        self.silent: set[str] = set()
+        self.set_variables(variables)
+
+    def set_variables(self, variables: Sequence[Variable]) -> None:
+        """Number the variables, parents first, and forget what followed from others.
+
+        To be called again when operations have got other operands.
+        """
+        self.variables = list(variables)
+        for index, variable in enumerate(self.variables):
+            variable.index = index
+        # Who is upstream of whom, remembered as long as operations keep their operands.
+        self._upstream: dict[Variable, frozenset[Variable]] = {}
+        self._leading: dict[frozenset[Variable], frozenset[Variable]] = {}
+        vars(self).pop("_readers", None)
+        self._names = {
+            name: variable
+            for variable in reversed(self.variables)
+            for name in (variable.name, *variable.aliases)
+        }
+
+    # -- looking at it ---------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[Variable]:
+        """The model's real-valued inputs, and the embeddings of its integer inputs."""
+        return [v for v in self.variables if v.kind in ("input", "embedding")]
+
+    @property
+    def leaves(self) -> list[Variable]:
+        return [v for v in self.variables if v.is_leaf]
+
+    @property
+    def operations(self) -> list[Operation]:
+        return [v.producer for v in self.variables if v.producer is not None]
+
+    def variable(self, name: str) -> Variable:
+        """The variable of this name or alias.
+
+        Raises:
+            UnknownLayerError: with the nearest names.
+        """
+        try:
+            return self._names[name]
+        except (KeyError, TypeError):
+            if name in self.silent:
+                raise QueryError(
+                    f"no walk visits {name!r}: wherever it enters a product, the composite gives "
+                    "the other factor all (a gate takes none), so its relevance is zero. "
+                    "composites.AttnLRP shares products evenly."
+                ) from None
+            raise UnknownLayerError(str(name), self._names) from None
+
+    @cached_property
+    def cuts(self) -> list[Variable]:
+        """The variables that every walk crosses exactly once, from the output down."""
+        return self.crossings()
+
+    def crossings(self, leaving_out: Collection[Kind] = ()) -> list[Variable]:
+        """The variables that every walk crosses exactly once, from the output down.
+
+        Arguments:
+            leaving_out: kinds of leaves; walks that end there do not count.
+        """
+        found: list[Variable] = []
+        pending = {self.output}
+        ended = False
+        for variable in reversed(self.variables):
+            if variable not in pending:
+                continue
+            if len(pending) == 1 and not ended:
+                found.append(variable)
+            pending.discard(variable)
+            if variable.producer is None:
+                ended = True
+            else:
+                operands = variable.producer.operands
+                pending.update(v for v in operands if v.kind not in leaving_out)
+        return found
+
+    def upstream(self, variable: Variable) -> frozenset[Variable]:
+        """The variables that a walk can reach from `variable`, itself not included."""
+        if variable not in self._upstream:
+            found: set[Variable] = set()
+            waiting = [variable]
+            while waiting:
+                producer = waiting.pop().producer
+                for operand in producer.operands if producer else ():
+                    if operand not in found:
+                        found.add(operand)
+                        waiting.append(operand)
+            self._upstream[variable] = frozenset(found)
+        return self._upstream[variable]
+
+    def leading_to(self, targets: Collection[Variable]) -> frozenset[Variable]:
+        """The variables from which a walk can reach one of `targets`, themselves included."""
+        chosen = frozenset(targets)
+        if chosen not in self._leading:
+            leading = set(chosen)
+            for variable in self.variables:  # parents first
+                if variable.producer and not leading.isdisjoint(variable.producer.operands):
+                    leading.add(variable)
+            self._leading[chosen] = frozenset(leading)
+        return self._leading[chosen]
+
+    def activation_after(self, operation: Operation) -> tuple[Operation, ...]:
+        """The activation that alone reads what an operation computes, and copies on the way."""
+        found: list[Operation] = []
+        while True:
+            output = found[-1].output if found else operation.output
+            readers = self._readers.get(output, [])
+            if len(readers) != 1 or output is self.output:
+                return ()
+            (reader,) = readers
+            row = reader.operator
+            if not isinstance(row, Identity) or not row.elementwise:
+                return ()
+            if reader.output.shape != output.shape or reader.kind not in _ELEMENTWISE:
+                return ()
+            found.append(reader)
+            if reader.kind == "activation":
+                return tuple(found)
+
+    def carries(self, node: Node) -> bool:
+        """Whether a node of the captured graph depends on an input that takes relevance."""
+        variable = self.by_node.get(node)
+        return variable is not None and variable.kind != "constant"
+
+    @cached_property
+    def _readers(self) -> dict[Variable, list[Operation]]:
+        readers: dict[Variable, list[Operation]] = {}
+        for operation in self.operations:
+            for operand in dict.fromkeys(operation.operands):
+                readers.setdefault(operand, []).append(operation)
+        return readers
+
+
+def first_tokens(graph: Graph) -> str:
+    """The embeddings that the first integer input is looked up in.
+
+    Raises:
+        QueryError: there are none.
+    """
+    embeddings = {v.node: v.name for v in graph.variables if v.kind == "embedding"}
+    for given in graph.captured.inputs:
+        reached = {given}
+        for node in graph.captured.graph.nodes:
+            if node in embeddings and reached.intersection(node.all_input_nodes):
+                return embeddings[node]
+            integer = node.op == "call_function" and not is_float_tensor(node)
+            if integer and reached.intersection(node.all_input_nodes) and _same_tokens(node):
+                reached.add(node)
+    raise QueryError("the model embeds no integer input; name a layer with at=.")
+
+
+def _same_tokens(node: Node) -> bool:
+    """Whether an integer tensor still holds the tokens it was computed from."""
+    return isinstance(lookup(node.target), Routing | Identity)  # type: ignore[arg-type]

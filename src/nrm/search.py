@@ -1,0 +1,497 @@
+"""What a search finds."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nrm.bounds import Arrivals, Interval, arrivals, intervals, one_step
+from nrm.contraction import Contraction, contracted_pairs
+from nrm.engine import Absolute, checked, finite, send
+from nrm.errors import QueryError
+from nrm.formulas import NeuronSet
+from nrm.graph import Graph, Variable
+from nrm.joint import Neurons, Partition, contraction_between
+from nrm.masks import only_sample
+from nrm.prepare import Pass
+
+Order = Literal["largest", "smallest", "absolute"]
+"""Which flows are wanted: those with the largest, smallest or absolutely largest relevance."""
+
+
+def keys(values: Tensor, order: Order) -> Tensor:
+    """What is to be large."""
+    if order == "absolute":
+        return values.abs()
+    return values if order == "largest" else -values
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One combination of parts, and the relevance that flows through all of them.
+
+    Attributes:
+        parts: the part of each layer, by its number (that of a channel, of a neuron as they lie,
+            of a set as given), in the order in which the layers were given.
+        sets: the same as neuron sets, to query on with.
+        relevance: the joint relevance; all walks together have one.
+        share: the relevance as a fraction of what passes the layers at all. Equal to the
+            relevance where every layer is a cut; elsewhere what passes may be small or negative,
+            and shares beyond one or of the other sign.
+    """
+
+    parts: dict[str, int]
+    sets: tuple[NeuronSet, ...]
+    relevance: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Flows:
+    """The flows found, in order.
+
+    Attributes:
+        flows: the first of the order wanted, first.
+        gap: no combination that is not listed goes beyond the last one listed by more than this,
+            in the order wanted. Zero: the list is exact. Infinite: nothing is known.
+        visited: the share of all combinations whose relevance was computed. Of others it is known
+            that they stay behind, or that nothing flows there.
+        expanded: how many beginnings were followed, by a message each.
+    """
+
+    flows: list[Flow]
+    gap: float
+    visited: float
+    expanded: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether no combination that is not listed goes beyond those listed, up to rounding."""
+        return self.gap == 0
+
+    def __iter__(self) -> Iterator[Flow]:
+        return iter(self.flows)
+
+    def __len__(self) -> int:
+        return len(self.flows)
+
+    def __getitem__(self, index: int) -> Flow:
+        return self.flows[index]
+
+
+# -- The exact search: the most promising beginning of a flow first, until none can come in between.
+# A beginning is a part of each of the first few layers, with the message of the walks through all
+# of them. What it may still lead to is bounded from the message and the intervals of the layer it
+# has come to (`nrm.bounds`). Where one weighted sum lies between two layers, one
+# contraction bounds all pairs of their channels, and finds their relevance if they are the last.
+
+Prefix = tuple[int, ...]
+"""A part of each of the first few layers."""
+Combination = tuple[Prefix, float]
+Waiting = tuple[float, int, Prefix]
+"""Minus its bound and its length, so that the smallest comes first, and a beginning."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop before the search is over.
+
+    Attributes:
+        work: how many beginnings may be followed.
+        seconds: how long the search may take.
+    """
+
+    work: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Found:
+    """The best combinations so far.
+
+    Attributes:
+        evaluated: how many combinations were looked at; not those known to be zero.
+    """
+
+    k: int
+    order: Order
+    best: list[tuple[float, Prefix, float]] = field(default_factory=list)
+    evaluated: int = 0
+
+    def add(self, prefix: Prefix, table: Tensor, rows: Sequence[int] | None = None) -> None:
+        """The relevances of ways to complete a beginning: one axis for each further layer.
+
+        Arguments:
+            rows: which parts of the next layer these are; by default all.
+        """
+        flat = keys(finite(table), self.order).flatten()
+        self.evaluated += flat.numel()
+        places = flat.topk(min(self.k, flat.numel())).indices
+        chosen = torch.unravel_index(places, table.shape)
+        if rows is not None:
+            chosen = (torch.tensor(rows)[chosen[0].cpu()], *chosen[1:])
+        self._keep(prefix, chosen, table.flatten()[places])
+
+    def add_zeros(self, prefix: Prefix, shape: Sequence[int]) -> None:
+        """All ways to complete a beginning through which nothing flows."""
+        if self.worst < 0:
+            places = torch.arange(min(self.k, math.prod(shape)))
+            self._keep(prefix, torch.unravel_index(places, tuple(shape)), torch.zeros(len(places)))
+
+    def _keep(self, prefix: Prefix, chosen: Sequence[Tensor], values: Tensor) -> None:
+        further = zip(*(parts.tolist() for parts in chosen), strict=True)
+        scores = keys(values, self.order).tolist()
+        for key, more, value in zip(scores, further, values.tolist(), strict=True):
+            self.best.append((key, (*prefix, *more), value))
+        self.best.sort(key=lambda one: -one[0])
+        del self.best[self.k :]
+
+    @property
+    def worst(self) -> float:
+        """What has to be beaten."""
+        return self.best[-1][0] if len(self.best) == self.k else -math.inf
+
+
+class BranchAndBound:
+    """Search over combinations of one part for each of some layers, from the output down.
+
+    Arguments:
+        start: `[1, *shape]`, the message at the first layer, of one sample alone.
+        layers: their parts, each layer upstream of the one before.
+        memory: bytes for the messages of beginnings that are kept to go on from.
+        advance: called for every beginning followed, with the gap that is left.
+    """
+
+    def __init__(
+        self,
+        forward: Pass,
+        start: Tensor,
+        layers: Sequence[Partition],
+        order: Order,
+        memory: int,
+        advance: Callable[[float], None] = lambda gap: None,
+    ) -> None:
+        self.forward, self.layers, self.order = forward, layers, order
+        self.memory, self.advance = checked(memory), advance
+        self.sizes = Absolute(forward)
+        self.start = start
+        self.shape = [layer.size for layer in layers]
+        self._arrived: dict[Prefix, Tensor] = {}
+        self._slack = 1 + 100 * torch.finfo(start.dtype).eps  # bounds are rounded, too
+
+    def search(self, k: int, budget: Budget) -> tuple[list[Combination], float, int, int]:
+        """The best k combinations, first to last.
+
+        Returns:
+            they, the gap, how many combinations were evaluated, how many beginnings followed.
+        """
+        begin = time.monotonic()
+        found = Found(k, self.order)
+        waiting: list[Waiting] = [(-math.inf, 0, ())]
+        followed = 0
+        while waiting and -waiting[0][0] > found.worst:
+            late = budget.seconds is not None and time.monotonic() - begin >= budget.seconds
+            over = late or (budget.work is not None and followed >= budget.work)
+            if over and len(found.best) == k:
+                break
+            bound, _, prefix = _deepest(waiting) if over else heapq.heappop(waiting)
+            followed += 1
+            for key, part in self._follow(prefix, -bound, found):
+                child = (*prefix, part)
+                heapq.heappush(waiting, (-key, -len(child), child))
+            self.advance(_gap(waiting, found))
+        assert waiting or len(found.best) == min(k, math.prod(self.shape))
+        best = [(chosen, value) for _, chosen, value in found.best]
+        return best, _gap(waiting, found), found.evaluated, followed
+
+    # -- following a beginning -------------------------------------------------------------------
+
+    def _follow(self, prefix: Prefix, bound: float, found: Found) -> list[tuple[float, int]]:
+        """What a beginning leads to: relevances, or longer beginnings and their bounds.
+
+        Returns:
+            those that may be among the best.
+        """
+        depth, last = len(prefix), len(self.layers) - 1
+        message = self._message(prefix)
+        here = self.layers[depth]
+        if depth == last:
+            found.add(prefix, here.add_up(message)[0].sum(0))
+            return []
+        held = here.add_up(message.abs())[0].sum(0)
+        for part in (held == 0).nonzero()[:, 0].tolist():
+            found.add_zeros((*prefix, part), self.shape[depth + 1 :])
+        contracts = depth == last - 1 and self._contractions[depth] is not None
+        if contracts and not math.isfinite(found.worst):
+            bounds = torch.full_like(held, torch.inf)  # nothing to beat yet
+        else:
+            below = None if contracts else self._ceilings[depth + 1]
+            bounds = self._bounds(message, message.abs(), depth, below)
+            bounds = torch.minimum(bounds, self._ceilings[depth]).clamp(max=bound)
+        alive = ((held > 0) & (bounds > found.worst)).nonzero()[:, 0].tolist()
+        if contracts:
+            if alive:
+                kept = here.keep(message, alive)
+                found.add(prefix, self._pairs(self.forward, kept, depth).sum(0)[alive], alive)
+            return []
+        if alive:
+            self._remember(prefix, message)
+        return [(float(bounds[part]), part) for part in alive]
+
+    def _message(self, prefix: Prefix) -> Tensor:
+        """`[1, *shape]` at the layer that a beginning leads to, before it is divided there."""
+        if not prefix:
+            return self.start
+        if prefix in self._arrived:
+            return self._arrived[prefix]
+        upper, lower = self.layers[len(prefix) - 1], self.layers[len(prefix)]
+        held = upper.split(self._message(prefix[:-1]), prefix[-1:])
+        return finite(one_step(self.forward, held, upper, lower))
+
+    def _remember(self, prefix: Prefix, message: Tensor) -> None:
+        """Keep a message for what it leads to; the oldest are forgotten, and sent again."""
+        if not prefix:
+            return
+        self._arrived[prefix] = message
+        size = message.numel() * message.element_size()
+        while len(self._arrived) > max(1, self.memory // size):
+            del self._arrived[next(iter(self._arrived))]
+
+    # -- bounds ----------------------------------------------------------------------------------
+
+    def _bounds(self, message: Tensor, size: Tensor, depth: int, below: Tensor | None) -> Tensor:
+        """`[parts]`: what flows through each part of a layer cannot go beyond, in the order wanted.
+
+        Arguments:
+            message: at the layer; walks that have come there, or any part of them, flow on.
+            size: their absolute relevance.
+            below: `[parts]` of the next layer, what cannot be gone beyond there; `None`: not to
+                look at pairs with its parts.
+        """
+        here = self._intervals[depth]
+        if here is None:
+            return message.new_full((self.shape[depth],), torch.inf)
+        layer = self.layers[depth]
+        sums = layer.add_up(message * here.sum)[0].sum(0)
+        bounds = self._key(sums, layer.add_up(size * here.width)[0].sum(0))
+        onward = None if below is None else self._intervals[depth + 1]
+        if below is not None and onward is not None and self._bounds_pairs(depth):
+            pairs = self._pairs(self.forward, message, depth, onward.sum).sum(0)
+            widths = self._pairs(self.sizes, size, depth, onward.width).sum(0)
+            by_pair = torch.minimum(self._key(pairs, widths), below)
+            bounds = torch.minimum(bounds, by_pair.amax(1))
+        # Where sizes overflowed nothing is known.
+        return torch.nan_to_num(bounds, nan=torch.inf, posinf=torch.inf)
+
+    def _bounds_pairs(self, depth: int) -> bool:
+        """Whether all pairs of a layer's parts and the next one's are bounded at once."""
+        if self._contractions[depth] is None:
+            return False
+        upper, lower = self.layers[depth : depth + 2]
+        return self.sizes.covers(upper.variable, lower.variable)
+
+    def _key(self, total: Tensor, size: Tensor) -> Tensor:
+        """The best that any part of some walks can be, of which the relevances are known."""
+        spread = size * self._slack
+        low, high = (total - spread) / 2, (total + spread) / 2
+        if self.order == "absolute":
+            return torch.maximum(high, -low)
+        return high if self.order == "largest" else -low
+
+    def _pairs(
+        self, forward: Pass, message: Tensor, depth: int, onward: Tensor | None = None
+    ) -> Tensor:
+        upper, lower = (layer.variable for layer in self.layers[depth : depth + 2])
+        found = self._contractions[depth]
+        assert found is not None
+        return contracted_pairs(forward, message, upper, lower, found, onward)
+
+    @cached_property
+    def _intervals(self) -> list[Interval | None]:
+        return intervals(self.forward, self.sizes, self.layers, self._arrivals, self.memory)
+
+    @cached_property
+    def _arrivals(self) -> list[Arrivals]:
+        return arrivals(self.forward, self.sizes, self.layers, self.start)
+
+    @cached_property
+    def _contractions(self) -> list[Contraction | None]:
+        """Between each layer and the next."""
+        pairs = itertools.pairwise(self.layers)
+        return [contraction_between(self.forward, upper, lower) for upper, lower in pairs]
+
+    @cached_property
+    def _ceilings(self) -> list[Tensor]:
+        """`[parts]` of each layer: what nothing that comes through a part goes beyond.
+
+        From the lowest layer up, each with the help of the one below. Nothing is known where
+        intervals are not those of any part of the walks, but of single neurons.
+        """
+        found = [self.start.new_full((size,), torch.inf) for size in self.shape]
+        single = any(isinstance(layer, Neurons) for layer in self.layers)
+        if single or any(way is None for way in self._intervals):
+            return found
+        for depth, arrived in reversed(list(enumerate(self._arrivals))):
+            assert arrived.size is not None
+            below = None if depth == len(found) - 1 else found[depth + 1]
+            found[depth] = self._bounds(arrived.message, arrived.size, depth, below)
+        return found
+
+
+def _deepest(waiting: list[Waiting]) -> Waiting:
+    """The longest beginning, and of those the best: what soonest leads to relevances."""
+    chosen = min(waiting, key=lambda one: (one[1], one[0]))
+    waiting.remove(chosen)
+    heapq.heapify(waiting)
+    return chosen
+
+
+def _gap(waiting: Sequence[Waiting], found: Found) -> float:
+    """How far beyond the last of the best something may be that was not followed."""
+    return max(0.0, -waiting[0][0] - found.worst) if waiting else 0.0
+
+
+# -- The layer-by-layer search that CRP's users do by hand: the best part, then the best given it.
+# Each step is right, and the whole need not be: parts that are strong together may be weak alone.
+
+
+def greedy(
+    forward: Pass, start: Tensor, layers: Sequence[Partition], order: Order, k: int
+) -> tuple[list[tuple[tuple[int, ...], float]], int]:
+    """For each of the k best parts of the first layer, the best of the next one jointly with it.
+
+    Returns:
+        the combinations and their relevances, first to last, and how many were looked at.
+    """
+    first = layers[0]
+    parts = keys(first.add_up(start)[0].sum(0), order).topk(min(k, first.size)).indices.tolist()
+    found = []
+    for part in parts:
+        chosen = [part]
+        held = first.split(start, [part])
+        relevance = held.sum()
+        for upper, lower in itertools.pairwise(layers):
+            arrived = send(forward, {upper.variable: held}, {lower.variable: None})
+            nothing = held.new_zeros((1, *forward.shape(lower.variable)))
+            message = arrived.get(lower.variable, nothing)
+            table = finite(lower.add_up(message)[0].sum(0))
+            chosen.append(int(keys(table, order).argmax()))
+            held, relevance = lower.split(message, chosen[-1:]), table[chosen[-1]]
+        found.append((tuple(chosen), float(relevance)))
+    by_key = keys(torch.tensor([relevance for _, relevance in found], dtype=torch.float64), order)
+    ranked = [found[place] for place in by_key.argsort(descending=True, stable=True).tolist()]
+    return ranked, len(parts) * layers[-1].size
+
+
+# -- Search, from layers and options to flows.
+
+Way = Literal["exact", "greedy"]
+"""How flows are searched for."""
+
+
+def find_flows(
+    forward: Pass,
+    message: Callable[[Variable], Tensor],
+    parts: Sequence[Partition],
+    k: int,
+    order: Order = "largest",
+    sample: int = 0,
+    method: Way = "exact",
+    budget: Budget | None = None,
+    memory: int = 2**28,
+    advance: Callable[[float], None] = lambda gap: None,
+) -> Flows:
+    """The `k` most relevant combinations of parts of one sample, one part of each layer.
+
+    Arguments:
+        message: gives the message `[1, *shape]` at a layer.
+        parts: of layers in any order, each on a walk with the others.
+
+    Raises:
+        QueryError: an option is none of those there are, or no walk passes all layers.
+    """
+    if not parts:
+        raise QueryError("name at least one layer")
+    budget = budget or Budget()
+    _check(forward, k, order, sample, method, budget)
+    layers = in_depth([part.variable for part in parts], forward.graph)
+    by_layer = {part.variable: part for part in parts}
+    ordered = [by_layer[layer] for layer in layers]
+    start = only_sample(message(layers[0]), layers[0], sample)
+    gap = math.inf
+    if method == "greedy":
+        best, evaluated = greedy(forward, start, ordered, order, k)
+        followed = len(best) * (len(ordered) - 1)
+    else:
+        search = BranchAndBound(forward, start, ordered, order, memory, advance)
+        best, gap, evaluated, followed = search.search(k, budget)
+    whole = _whole(forward, start, ordered)
+    flows = []
+    for chosen, relevance in best:
+        at = dict(zip(layers, chosen, strict=True))
+        flows.append(
+            Flow(
+                {part.name: at[part.variable] for part in parts},
+                tuple(part.set_of(at[part.variable]) for part in parts),
+                relevance,
+                relevance / whole if whole else 0.0,
+            )
+        )
+    return Flows(flows, gap, evaluated / math.prod(part.size for part in parts), followed)
+
+
+def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
+    """Layers from the output down.
+
+    Raises:
+        QueryError: two of them lie side by side, so that no walk passes both.
+    """
+    ordered = sorted(layers, key=lambda variable: -variable.index)
+    for upper, lower in itertools.pairwise(ordered):
+        if lower not in graph.upstream(upper):
+            raise QueryError(
+                f"no walk passes both {upper.name!r} and {lower.name!r}: they are the same layer "
+                "or lie side by side."
+            )
+    return ordered
+
+
+def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:
+    """The relevance of all combinations together, where parts do not overlap."""
+    message = layers[0].covered(start)
+    for upper, lower in itertools.pairwise(layers):
+        arrived = send(forward, {upper.variable: message}, {lower.variable: None})
+        if lower.variable not in arrived:
+            return 0.0
+        message = lower.covered(arrived[lower.variable])
+    return float(message.sum())
+
+
+def _check(forward: Pass, k: int, order: str, sample: int, method: str, budget: Budget) -> None:
+    if order not in get_args(Order):
+        raise QueryError(f"the order is one of {get_args(Order)}, not {order!r}")
+    if method not in get_args(Way):
+        raise QueryError(f"the method is one of {get_args(Way)}, not {method!r}")
+    _require_positive("k", k)
+    if budget.work is not None:
+        _require_positive("work", budget.work)
+    seconds = budget.seconds
+    known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if seconds is not None and not (known and seconds > 0):
+        raise QueryError(f"seconds is a positive number, not {seconds!r}")
+    if not isinstance(sample, int) or isinstance(sample, bool) or not 0 <= sample < forward.batch:
+        raise QueryError(f"sample {sample!r} is out of range: the batch has {forward.batch}")
+
+
+def _require_positive(what: str, number: Any) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise QueryError(f"{what} is a positive integer, not {number!r}")

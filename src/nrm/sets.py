@@ -1,0 +1,232 @@
+"""Neuron sets by index, channel, patch or mask."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nrm.errors import NeuronSetError
+from nrm.formulas import Member, NeuronSet, Selector, every_neuron
+from nrm.graph import Variable
+from nrm.tensors import check_dense
+
+Index = int | slice | Sequence[int]
+
+
+def neurons(layer: str, *indices: Any) -> NeuronSet:
+    """Neurons of a layer by index, without the batch axis; all of them if none is given.
+
+    Arguments:
+        layer: address of a variable, e.g. `"features.28"`, `"input"`, `"output"`.
+        indices: each one neuron: an int for a layer of one axis, otherwise a tuple with one
+            entry per axis, where slices take several (`(12, slice(None), slice(None))`).
+    """
+    if not indices:
+        return every_neuron(layer)
+    # One entry for each axis.
+    chosen = tuple(_frozen(index if isinstance(index, tuple) else (index,)) for index in indices)
+    return _made("neurons", layer, indices, _Indexed(layer, chosen))
+
+
+def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
+    """All neurons of some channels of a layer.
+
+    Arguments:
+        layer: address of a variable.
+        indices: channel numbers.
+        axis: the channel axis, not counting the batch; by default that of the layer (the first
+            for convolutions, the last for linear layers).
+
+    Raises:
+        NeuronSetError: no channels given.
+    """
+    if not indices:
+        raise NeuronSetError(f"channels({layer!r}) names no channel: the set is empty.")
+    return _made("channels", layer, indices, _OfChannels(layer, _frozen(indices), axis), axis)
+
+
+def patch(layer: str, *spatial: Index) -> NeuronSet:
+    """All channels of a spatial patch: one index or slice for each axis but the channels'.
+
+    Example:
+        >>> patch("features.28", slice(0, 7), slice(0, 7))  # upper left quarter of 14 x 14
+    """
+    return _made("patch", layer, spatial, _InPatch(layer, _frozen(spatial)))
+
+
+def mask(layer: str, chosen: Tensor) -> NeuronSet:
+    """The neurons where a boolean mask is true.
+
+    Arguments:
+        chosen: boolean, shaped like the layer without its batch axis; with a batch axis in
+            front, each sample has a set of its own.
+    """
+    if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
+        what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
+    check_dense(chosen, f"the mask of {layer!r}", NeuronSetError)
+    chosen = chosen.detach().clone()  # callers reuse theirs
+    text = f"mask({layer!r}, {int(chosen.sum())} neurons)"
+    bits = np.packbits(chosen.cpu().numpy())
+    key = (tuple(chosen.shape), hashlib.sha256(bits.tobytes()).hexdigest())
+    return NeuronSet((Member(layer, _Masked(layer, chosen), text, key),))
+
+
+# Selectors are values, not functions, so that sets can be pickled and sent to other processes.
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """Neurons by index.
+
+    Attributes:
+        chosen: for each, one entry for each axis.
+    """
+
+    layer: str
+    chosen: tuple[Any, ...]
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        picked = torch.zeros(shape, dtype=torch.bool)
+        for index in self.chosen:
+            if len(index) != len(shape):
+                raise NeuronSetError(
+                    f"{self.layer!r} has neurons of shape {tuple(shape)}, so an index needs "
+                    f"{len(shape)} entries, not {index}."
+                )
+            picked |= _block(index, shape, self.layer)
+        return picked
+
+
+@dataclass(frozen=True)
+class _OfChannels:
+    layer: str
+    chosen: tuple[Any, ...]
+    axis: int | None
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        index: list[Any] = [slice(None)] * len(shape)
+        along = channel_axis(variable, shape) if self.axis is None else self.axis
+        if not -len(shape) <= along < len(shape):
+            raise NeuronSetError(
+                f"{self.layer!r} has no axis {self.axis}: its neurons are {tuple(shape)}."
+            )
+        index[along] = self.chosen
+        return _block(index, shape, self.layer)
+
+
+@dataclass(frozen=True)
+class _InPatch:
+    """All channels of a patch.
+
+    Attributes:
+        chosen: one entry for each axis but the channels'.
+    """
+
+    layer: str
+    chosen: tuple[Any, ...]
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        along = channel_axis(variable, shape)
+        if len(self.chosen) != len(shape) - 1:
+            raise NeuronSetError(
+                f"{self.layer!r} has {len(shape) - 1} spatial axes (neurons of shape "
+                f"{tuple(shape)}), but the patch has {len(self.chosen)}."
+            )
+        index: list[Any] = list(self.chosen)
+        index.insert(along, slice(None))
+        return _block(index, shape, self.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Masked:
+    layer: str
+    chosen: Tensor
+
+    def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
+        chosen = self.chosen
+        if chosen.shape != shape and chosen.shape[1:] != shape:
+            raise NeuronSetError(
+                f"the mask has shape {tuple(chosen.shape)}, the neurons of {self.layer!r} have "
+                f"{tuple(shape)} (without the batch)."
+            )
+        return chosen
+
+
+def channel_axis(variable: Variable, shape: torch.Size) -> int:
+    """The channel axis of a variable's neurons, not counting the batch."""
+    if not shape:
+        raise NeuronSetError(f"{variable.name!r} has one neuron per sample and no channels.")
+    if variable.channel_axis is None:
+        return 0
+    return len(shape) + variable.channel_axis
+
+
+def _block(index: Sequence[Any], shape: torch.Size, layer: str) -> Tensor:
+    """The mask of a block of neurons: one index, slice or list of indices for each axis."""
+    picked = torch.ones(shape, dtype=torch.bool)
+    for axis, (entry, size) in enumerate(zip(index, shape, strict=True)):
+        along = torch.zeros(size, dtype=torch.bool)
+        along[_entry(entry, size, layer)] = True
+        picked &= along.view((-1,) + (1,) * (len(shape) - 1 - axis))
+    return picked
+
+
+def _entry(entry: Any, size: int, layer: str) -> list[int]:
+    """One axis of an index, checked against the axis' size."""
+    if isinstance(entry, slice):
+        taken = list(range(size))[entry]
+        if not taken:
+            raise NeuronSetError(f"{entry} takes nothing of an axis of {size} of {layer!r}.")
+        return taken
+    if hasattr(entry, "tolist"):  # tensors and arrays
+        entry = entry.tolist()
+    if isinstance(entry, Sequence) and not isinstance(entry, str):
+        if not entry:
+            raise NeuronSetError(f"an index of {layer!r} is empty.")
+        return [i for one in entry for i in _integer(one, size, layer)]
+    return _integer(entry, size, layer)
+
+
+def _integer(index: Any, size: int, layer: str) -> list[int]:
+    index = index.tolist() if hasattr(index, "tolist") else index
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        hint = " Use nrm.mask for booleans." if isinstance(index, bool) else ""
+        raise NeuronSetError(f"{index!r} is no index of {layer!r}.{hint}")
+    position = index.__index__()
+    if not -size <= position < size:
+        raise NeuronSetError(
+            f"index {position} is out of range: {layer!r} has {size} there (0 to {size - 1})."
+        )
+    return [position % size]
+
+
+def _made(
+    how: str, layer: str, indices: Sequence[Any], select: Selector, axis: int | None = None
+) -> NeuronSet:
+    along = "" if axis is None else f", axis={axis}"
+    text = f"{how}({layer!r}{''.join(f', {index!r}' for index in indices)}{along})"
+    # Large tensors are shown in part, so that their text does not tell them apart.
+    key = None if all(map(_is_plain, indices)) else repr(_frozen(indices))
+    return NeuronSet((Member(layer, select, text, key),))
+
+
+def _frozen(index: Any) -> Any:
+    """An index that the caller cannot change any more: a tuple for lists, tensors and arrays."""
+    if isinstance(index, Tensor):
+        check_dense(index, "an index of neurons", NeuronSetError)
+    if hasattr(index, "tolist"):
+        index = index.tolist()
+    return tuple(map(_frozen, index)) if isinstance(index, (list, tuple)) else index
+
+
+def _is_plain(index: Any) -> bool:
+    if isinstance(index, (list, tuple)):
+        return all(map(_is_plain, index))
+    return isinstance(index, (int, slice))

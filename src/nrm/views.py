@@ -1,0 +1,247 @@
+"""The listing of a graph for people: what can be addressed, and under which name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nrm.engine import Messages, send
+from nrm.errors import UnknownLayerError
+from nrm.graph import Graph, Variable
+from nrm.masks import per_sample
+from nrm.prepare import Pass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One addressable variable.
+
+    Attributes:
+        name: its address; `aliases` are further ones.
+        kind: conv, linear, activation, ... or input, bias, constant.
+        module: the type of the module that computes it.
+        shape: without the batch axis.
+        channel_axis: of that shape.
+        cut: whether every walk crosses it, so that its relevance is one.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    module: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    cut: bool
+
+
+class Listing:
+    """All addressable variables, inputs first. Prints as a table."""
+
+    def __init__(self, graph: Graph) -> None:
+        cuts = set(graph.cuts)
+        self.layers = [_layer(variable, variable in cuts) for variable in graph.variables]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self.layers:
+            if name == layer.name or name in layer.aliases:
+                return layer
+        raise UnknownLayerError(name, [layer.name for layer in self.layers])
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Name, kind, module, shape, cut, aliases: as text."""
+        return [
+            (
+                layer.name,
+                layer.kind,
+                layer.module,
+                " x ".join(map(str, layer.shape)),
+                "cut" if layer.cut else "",
+                ", ".join(layer.aliases),
+            )
+            for layer in self.layers
+        ]
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "module", "shape", "cut", "also called"), *self.rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+def _layer(variable: Variable, cut: bool) -> Layer:
+    producer = variable.producer
+    shape = list(variable.shape)
+    if variable.batch_axis is not None and shape:
+        del shape[variable.batch_axis]
+    channel = variable.channel_axis
+    return Layer(
+        variable.name,
+        variable.aliases,
+        producer.kind if producer else variable.kind,
+        producer.module_type.rpartition(".")[2] if producer else "",
+        tuple(size if size is not None else -1 for size in shape),
+        0 if channel is None else len(shape) + channel,
+        cut,
+    )
+
+
+# -- The network in proper form (appendix A): layers one after the other, with virtual copies.
+# A variable stands one layer above the highest of its operands. What is needed further up than in
+# the next layer is copied through identities until it is: a skip connection, or a late input (a
+# bias seen as an input, an input that enters in the middle). All walks cross every layer exactly
+# once, so that the relevance of each layer, copies included, sums to one. The copies exist here
+# only: message passing needs none.
+#
+# The explained output is the one variable of the last layer. Early outputs do not occur, because
+# one tensor is explained; several outputs that a function joins are copied up to it like skips.
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """One variable in one layer.
+
+    Attributes:
+        name: the variable's address.
+        copy: `None` where the variable itself stands; else what it is a copy of, `"skip"` or
+            `"late input"`.
+        neurons: how many, for each sample.
+        relevance: `[batch]`.
+    """
+
+    name: str
+    copy: str | None
+    neurons: int
+    relevance: Tensor
+
+
+@dataclass(frozen=True)
+class ProperLayer:
+    """Neurons that every walk crosses exactly once.
+
+    Attributes:
+        index: 0 for the inputs.
+        neurons: variables first, copies after.
+    """
+
+    index: int
+    neurons: list[Neurons]
+
+    @property
+    def total(self) -> Tensor:
+        """`[batch]`: the relevance of all neurons, which must be one."""
+        return torch.stack([part.relevance for part in self.neurons]).sum(0)
+
+
+@dataclass(frozen=True)
+class ProperForm:
+    """The layers, inputs first. Prints as a table."""
+
+    layers: list[ProperLayer]
+
+    def __iter__(self) -> Iterator[ProperLayer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> ProperLayer:
+        return self.layers[index]
+
+    def __str__(self) -> str:
+        lines = []
+        for layer in reversed(self.layers):
+            total = float(layer.total.mean())
+            lines.append(f"layer {layer.index}: total {total:.6f}")
+            for part in layer.neurons:
+                what = f"  (copy: {part.copy})" if part.copy else ""
+                share = float(part.relevance.mean())
+                lines.append(f"  {share:+10.4f}  {part.name} [{part.neurons}]{what}")
+        return "\n".join(lines)
+
+
+def proper_form(forward: Pass, start: Messages) -> ProperForm:
+    """Lay out the graph in layers, with the relevance of each (appendix A)."""
+    graph, batch = forward.graph, forward.batch
+    levels = _levels(graph)
+    members = _members(graph, levels)
+    held: dict[int, dict[Variable, Tensor]] = {}
+
+    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
+        level = levels[variable]
+        if level not in held:  # everything above this layer is done
+            held[level] = {
+                v: per_sample(message, v, batch)[0]
+                for v, message in (*travelling.items(), *arrived.items())
+            }
+
+    order = sorted(graph.variables, key=lambda v: (-levels[v], -v.index))
+    send(forward, start, dict.fromkeys(graph.leaves), observe=look, order=order)
+    nothing = forward.output.new_zeros(batch)
+    layers = []
+    for index, present in enumerate(members):
+        layers.append(
+            ProperLayer(
+                index,
+                [
+                    Neurons(
+                        variable.name,
+                        None if levels[variable] == index else _copy_of(variable),
+                        _count(forward, variable),
+                        held.get(index, {}).get(variable, nothing),
+                    )
+                    for variable in present
+                ],
+            )
+        )
+    return ProperForm(layers)
+
+
+def depth(graph: Graph) -> int:
+    """How many layers the proper form has: `L + 1`."""
+    return max(_levels(graph).values()) + 1
+
+
+def _levels(graph: Graph) -> dict[Variable, int]:
+    """One more than the highest operand; 0 for leaves."""
+    levels: dict[Variable, int] = {}
+    for variable in graph.variables:  # parents first
+        operands = variable.producer.operands if variable.producer else ()
+        levels[variable] = max((levels[v] + 1 for v in operands), default=0)
+    return levels
+
+
+def _members(graph: Graph, levels: dict[Variable, int]) -> list[list[Variable]]:
+    """The variables of each layer, and after them those that are copied through it."""
+    last = dict(levels)  # the highest layer where a copy is needed
+    for operation in graph.operations:
+        for operand in operation.operands:
+            last[operand] = max(last[operand], levels[operation.output] - 1)
+    members: list[list[Variable]] = [[] for _ in range(max(levels.values()) + 1)]
+    for variable, level in levels.items():
+        members[level].append(variable)
+    for variable, level in levels.items():
+        for between in range(level + 1, last[variable] + 1):
+            members[between].append(variable)
+    return members
+
+
+def _copy_of(variable: Variable) -> str:
+    return "late input" if variable.is_leaf else "skip"
+
+
+def _count(forward: Pass, variable: Variable) -> int:
+    shape = forward.shape(variable)
+    if variable.batch_axis is None:
+        return shape.numel()
+    return shape.numel() // shape[variable.batch_axis]
