@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrm.engine import Absolute, bring_up, in_chunks, message_size, send
-from nrm.joint import Neurons, Partition
+from nrm.engine import Absolute, in_chunks, message_size, push_between, send_between
+from nrm.joint import ByNeuron, Partition
 from nrm.prepare import Pass
 
 _MOST_ROWS = 4096
@@ -53,7 +53,7 @@ class Arrivals:
     message: Tensor
     size: Tensor | None
 
-    def reached(self, layer: Neurons) -> list[int]:
+    def reached(self, layer: ByNeuron) -> list[int]:
         """The neurons to which anything may come."""
         if self.size is None:
             return list(range(layer.size))
@@ -67,21 +67,15 @@ def arrivals(
     """One for each layer, from the output down, where `start` comes to the first."""
     found = [Arrivals(start, start.abs())]
     for upper, lower in itertools.pairwise(layers):
-        message = upper.covered(found[-1].message)
-        size = found[-1].size
-        if size is not None and sizes.covers(upper.variable, lower.variable):
-            size = one_step(sizes, upper.covered(size), upper, lower)
+        above, below = upper.variable, lower.variable
+        message, size = found[-1].message, found[-1].size
+        arrived = send_between(forward, upper.covered(message), above, below)
+        if size is None or not sizes.covers(above, below):
+            found.append(Arrivals(arrived, None))
         else:
-            size = None
-        found.append(Arrivals(one_step(forward, message, upper, lower), size))
+            size = send_between(sizes, upper.covered(size), above, below)
+            found.append(Arrivals(arrived, size))
     return found
-
-
-def one_step(forward: Pass, message: Tensor, upper: Partition, lower: Partition) -> Tensor:
-    """`[1, *shape]`: what arrives at a layer of a message at the layer above."""
-    arrived = send(forward, {upper.variable: message}, {lower.variable: None})
-    nothing = message.new_zeros((1, *forward.shape(lower.variable)))
-    return arrived.get(lower.variable, nothing)
 
 
 def intervals(
@@ -105,13 +99,13 @@ def intervals(
             found.append(None)
             continue
         bounds = []
-        if isinstance(upper, Neurons) and isinstance(lower, Neurons):
+        if isinstance(upper, ByNeuron) and isinstance(lower, ByNeuron):
             reached = arriving[depth].reached(upper), arriving[depth + 1].reached(lower)
             if min(map(len, reached)) <= _MOST_ROWS:
                 bounds.append(_best_continuation(forward, upper, lower, reached, below, memory))
         if sizes.covers(upper.variable, lower.variable):
-            total = bring_up(forward, below.sum, lower.variable, upper.variable)
-            size = bring_up(sizes, below.width, lower.variable, upper.variable)
+            total = push_between(forward, below.sum, lower.variable, upper.variable)
+            size = push_between(sizes, below.width, lower.variable, upper.variable)
             bounds.append(((total - size) / 2, (total + size) / 2))
         found.append(_within(bounds, upper))
     return found[::-1]
@@ -131,8 +125,8 @@ def _within(bounds: Sequence[tuple[Tensor, Tensor]], layer: Partition) -> Interv
 
 def _best_continuation(
     forward: Pass,
-    upper: Neurons,
-    lower: Neurons,
+    upper: ByNeuron,
+    lower: ByNeuron,
     reached: tuple[list[int], list[int]],
     below: Interval,
     memory: int,
@@ -150,7 +144,7 @@ def _best_continuation(
     def pushed(chosen: Sequence[int]) -> None:
         for bound in (below.low, below.high):
             if bool(bound.any()):
-                onward = bring_up(forward, lower.split(bound, chosen), under, above)
+                onward = push_between(forward, lower.split(bound, chosen), under, above)
                 torch.minimum(low, onward.amin(0, keepdim=True), out=low)
                 torch.maximum(high, onward.amax(0, keepdim=True), out=high)
 
@@ -158,7 +152,7 @@ def _best_continuation(
     flat = [upper.add_up(bound)[0] for bound in (low, high)]
 
     def pulled(chosen: Sequence[int]) -> None:
-        rows = lower.add_up(one_step(forward, upper.split(ones, chosen), upper, lower))
+        rows = lower.add_up(send_between(forward, upper.split(ones, chosen), above, under))
         for end in ends:
             if bool(end.any()):
                 products = rows * end

@@ -12,8 +12,7 @@ from torch import Tensor
 from nrm.engine import Messages, send
 from nrm.errors import VARIATION
 from nrm.graph import Graph, Operation, Variable
-from nrm.masks import per_sample
-from nrm.operators import Columns, Identity, Routing, fill
+from nrm.operators import Columns, fill
 from nrm.prepare import Pass
 from nrm.targets import Explained
 
@@ -133,10 +132,10 @@ def bias_shares(forward: Pass, start: Messages) -> dict[str, Tensor]:
     shares = {}
     for leaf in constants:
         share = forward.output.new_zeros(forward.batch)
-        if leaf in arrived and forward.batch > 1 and leaf.batch_axis is None:
+        if leaf in arrived and not leaf.tells_samples(forward.batch):
             share += torch.nan
         elif leaf in arrived:
-            share = per_sample(arrived[leaf], leaf, forward.batch)[0]
+            share = leaf.per_sample(arrived[leaf], forward.batch)[0]
         shares[leaf.name] = share
     return shares
 
@@ -155,14 +154,14 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
         if key not in known:
             known[key] = (
                 message,  # held, so that its id stays its own
-                per_sample(message, variable, batch)[0],
-                per_sample(message.abs(), variable, batch)[0],
+                variable.per_sample(message, batch)[0],
+                variable.per_sample(message.abs(), batch)[0],
             )
         return known[key][1:]
 
     def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
         crossed = (*travelling.items(), *arrived.items())
-        if batch > 1 and any(v.batch_axis is None for v, _ in crossed):
+        if not all(v.tells_samples(batch) for v, _ in crossed):
             mixed.append(variable.name)
         else:
             cuts.append(_cut(variable.name, variable in alone, crossed, sums))
@@ -178,8 +177,7 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
     zero = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
 
     def share(leaf: Variable, message: Tensor) -> Tensor:
-        untold = batch > 1 and leaf.batch_axis is None  # it mixes the samples
-        return zero + torch.nan if untold else sums(leaf, message)[0]
+        return sums(leaf, message)[0] if leaf.tells_samples(batch) else zero + torch.nan
 
     shares = {leaf.name: share(leaf, message) for leaf, message in arrived.items()}
     by_derivatives = _by_derivatives(forward, start, arrived)
@@ -201,10 +199,10 @@ def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
         variation = float(torch.linalg.vector_norm(message, 1))  # of all samples together
         if variation <= VARIATION:
             continue
-        if forward.batch > 1 and variable.batch_axis is not None:
-            variation = float(per_sample(message.abs(), variable, forward.batch).max())
-        elif forward.batch > 1:
+        if not variable.tells_samples(forward.batch):
             variation /= forward.batch
+        elif forward.batch > 1:
+            variation = float(variable.per_sample(message.abs(), forward.batch).max())
         warn_of_variation(forward, start, variable.name, variation)
 
 
@@ -249,7 +247,7 @@ _LARGE = 1e2
 def warn_of_output(forward: Pass, explained: Explained) -> None:
     """Warn where an explained output is within rounding of zero."""
     given = explained.unnormalized.unsqueeze(0)
-    values = per_sample(given, forward.graph.output, forward.batch)[0]
+    values = forward.graph.output.per_sample(given, forward.batch)[0]
     rounding = _ROUNDING * torch.finfo(values.dtype).eps
     if bool((values.abs() > rounding * _LARGE * forward.output.abs().amax().clamp(min=1)).all()):
         return
@@ -266,18 +264,18 @@ def _terms_of_output(forward: Pass, explained: Explained) -> Tensor:
     # How what is explained changes with what it is made of.
     part = (explained.relevance != 0).to(explained.relevance.dtype)
     sizes = explained.unnormalized.abs().unsqueeze(0)
-    sizes = per_sample(sizes, forward.graph.output, forward.batch)[0]
+    sizes = forward.graph.output.per_sample(sizes, forward.batch)[0]
     for operation, (call, values) in zip(operations, forward.calls(operations), strict=True):
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad():
             output = fill(call, leaves)()
         operands = operation.operands[: len(leaves)]
-        mixed = forward.batch > 1 and any(operand.batch_axis is None for operand in operands)
-        if mixed or not output.requires_grad:
+        apart = all(operand.tells_samples(forward.batch) for operand in operands)
+        if not apart or not output.requires_grad:
             break
         gradients = torch.autograd.grad(output, leaves, part, materialize_grads=True)
         terms = [
-            per_sample((leaf.detach() * g).abs().unsqueeze(0), operand, forward.batch)[0]
+            operand.per_sample((leaf.detach() * g).abs().unsqueeze(0), forward.batch)[0]
             for leaf, g, operand in zip(leaves, gradients, operands, strict=True)
         ]
         sizes = torch.stack([sizes, torch.stack(terms).sum(0)]).amax(0)
@@ -292,7 +290,8 @@ def _down_to_a_sum(graph: Graph) -> list[Operation]:
     while variable.producer is not None:
         operation = variable.producer
         found.append(operation)
-        if not isinstance(operation.operator, Identity | Routing) or len(operation.slots) > 1:
+        row = operation.operator
+        if not (row.one_parent or row.moves) or len(operation.slots) > 1:
             break
         variable = operation.operands[0]
     return found

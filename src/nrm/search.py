@@ -1,4 +1,15 @@
-"""What a search finds."""
+"""The most relevant flows: combinations of one part of each of some layers (appendix H).
+
+The exact search follows the most promising beginning of a flow first, until none can come in
+between. A beginning is a part of each of the first few layers, with the message of the walks
+through all of them. What it may still lead to is bounded from the message and the intervals of the
+layer it has come to (`nrm.bounds`). Where one weighted sum lies between two layers, one contraction
+bounds all pairs of their channels, and finds their relevance if they are the last.
+
+The greedy search is what CRP's users do by hand: the best part of the highest layer, then the best
+of the next one given it. Each step is right, and the whole need not be: parts that are strong
+together may be weak alone.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +25,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nrm.bounds import Arrivals, Interval, arrivals, intervals, one_step
+from nrm.bounds import Arrivals, Interval, arrivals, intervals
 from nrm.contraction import Contraction, contracted_pairs
-from nrm.engine import Absolute, checked, finite, send
+from nrm.engine import Absolute, checked, finite, send_between
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
-from nrm.joint import Neurons, Partition, contraction_between
-from nrm.masks import only_sample
+from nrm.joint import ByNeuron, Partition, contraction_between
 from nrm.prepare import Pass
 
 Order = Literal["largest", "smallest", "absolute"]
@@ -88,11 +98,7 @@ class Flows:
         return self.flows[index]
 
 
-# -- The exact search: the most promising beginning of a flow first, until none can come in between.
-# A beginning is a part of each of the first few layers, with the message of the walks through all
-# of them. What it may still lead to is bounded from the message and the intervals of the layer it
-# has come to (`nrm.bounds`). Where one weighted sum lies between two layers, one
-# contraction bounds all pairs of their channels, and finds their relevance if they are the last.
+# -- The exact search.
 
 Prefix = tuple[int, ...]
 """A part of each of the first few layers."""
@@ -255,7 +261,7 @@ class BranchAndBound:
             return self._arrived[prefix]
         upper, lower = self.layers[len(prefix) - 1], self.layers[len(prefix)]
         held = upper.split(self._message(prefix[:-1]), prefix[-1:])
-        return finite(one_step(self.forward, held, upper, lower))
+        return finite(send_between(self.forward, held, upper.variable, lower.variable))
 
     def _remember(self, prefix: Prefix, message: Tensor) -> None:
         """Keep a message for what it leads to; the oldest are forgotten, and sent again."""
@@ -337,7 +343,7 @@ class BranchAndBound:
         intervals are not those of any part of the walks, but of single neurons.
         """
         found = [self.start.new_full((size,), torch.inf) for size in self.shape]
-        single = any(isinstance(layer, Neurons) for layer in self.layers)
+        single = any(isinstance(layer, ByNeuron) for layer in self.layers)
         if single or any(way is None for way in self._intervals):
             return found
         for depth, arrived in reversed(list(enumerate(self._arrivals))):
@@ -360,8 +366,7 @@ def _gap(waiting: Sequence[Waiting], found: Found) -> float:
     return max(0.0, -waiting[0][0] - found.worst) if waiting else 0.0
 
 
-# -- The layer-by-layer search that CRP's users do by hand: the best part, then the best given it.
-# Each step is right, and the whole need not be: parts that are strong together may be weak alone.
+# -- The greedy search.
 
 
 def greedy(
@@ -380,9 +385,7 @@ def greedy(
         held = first.split(start, [part])
         relevance = held.sum()
         for upper, lower in itertools.pairwise(layers):
-            arrived = send(forward, {upper.variable: held}, {lower.variable: None})
-            nothing = held.new_zeros((1, *forward.shape(lower.variable)))
-            message = arrived.get(lower.variable, nothing)
+            message = send_between(forward, held, upper.variable, lower.variable)
             table = finite(lower.add_up(message)[0].sum(0))
             chosen.append(int(keys(table, order).argmax()))
             held, relevance = lower.split(message, chosen[-1:]), table[chosen[-1]]
@@ -426,7 +429,7 @@ def find_flows(
     layers = in_depth([part.variable for part in parts], forward.graph)
     by_layer = {part.variable: part for part in parts}
     ordered = [by_layer[layer] for layer in layers]
-    start = only_sample(message(layers[0]), layers[0], sample)
+    start = _only_sample(message(layers[0]), layers[0], sample)
     gap = math.inf
     if method == "greedy":
         best, evaluated = greedy(forward, start, ordered, order, k)
@@ -465,14 +468,18 @@ def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
     return ordered
 
 
+def _only_sample(message: Tensor, variable: Variable, sample: int) -> Tensor:
+    """The message of one sample; that of the others becomes zero."""
+    kept = torch.zeros_like(message)
+    variable.canonical(kept)[:, sample] = variable.canonical(message)[:, sample]
+    return kept
+
+
 def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:
     """The relevance of all combinations together, where parts do not overlap."""
     message = layers[0].covered(start)
     for upper, lower in itertools.pairwise(layers):
-        arrived = send(forward, {upper.variable: message}, {lower.variable: None})
-        if lower.variable not in arrived:
-            return 0.0
-        message = lower.covered(arrived[lower.variable])
+        message = lower.covered(send_between(forward, message, upper.variable, lower.variable))
     return float(message.sum())
 
 

@@ -353,9 +353,26 @@ class Operator(ABC):
     """`rules.Identity` may stand for a contribution rule."""
     default_rule: ClassVar[Rule | None] = None
     """The rule where a composite chooses none for this very operation; `None`: its default."""
+    one_parent: bool = False
+    """Every neuron has one parent, which takes all of its relevance."""
+    elementwise: bool = False
+    """With `one_parent`: it is a function of that parent alone, as an activation is."""
+    moves: bool = False
+    """Neurons are moved about: a neuron's one parent may stand anywhere."""
+    is_layer: bool = False
+    """Its call has a `weight`, output channels first, and a `bias`, of one entry for each."""
+    scatters: bool = False
+    """It brings together at a neuron what is sent there by indices, as messages on a graph."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
+
+        Along all others a neuron and its parents have the same place. `call` is on graph nodes.
+        """
+        return None
 
     def specialize(self, call: Call) -> Operator:
         """The row that covers this very call; by default this one."""
