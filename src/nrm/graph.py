@@ -103,6 +103,20 @@ class Variable:
             raise NeuronSetError(f"{self.name!r} has one neuron per sample and no channels.")
         return 0 if self.channel_axis is None else len(neuron_shape) + self.channel_axis
 
+    def axis_of(self, neuron_shape: Sequence[int | None], axis: int | None) -> int:
+        """One of the neurons' axes, counted from the front; `None`: that of the channels.
+
+        Raises:
+            QueryError: there is none of this number.
+        """
+        if axis is None:
+            return self.channel_axis_of(neuron_shape)
+        if not -len(neuron_shape) <= axis < len(neuron_shape):
+            raise QueryError(
+                f"{self.name!r} has no axis {axis}: its neurons are {tuple(neuron_shape)}."
+            )
+        return axis % len(neuron_shape)
+
     def tells_samples(self, batch: int) -> bool:
         """Whether each of its neurons is one of the batch's samples' alone."""
         return batch == 1 or self.batch_axis is not None

@@ -91,11 +91,7 @@ class ByChannel(Partition):
 
     def __init__(self, variable: Variable, forward: Pass, axis: int | None = None) -> None:
         shape = variable.neuron_shape(forward.shape(variable))
-        if axis is not None and not -len(shape) <= axis < len(shape):
-            raise QueryError(
-                f"{variable.name!r} has no axis {axis}: its neurons are {tuple(shape)}."
-            )
-        along = variable.channel_axis_of(shape) if axis is None else axis % len(shape)
+        along = variable.axis_of(shape, axis)
         super().__init__(variable, shape[along])
         self.axis = axis
         self._along = along + 2  # in the canonical view

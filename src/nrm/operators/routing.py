@@ -143,10 +143,16 @@ class Routing(Operator):
     adopts_constants: ClassVar[bool] = True
     moves = True
 
-    def __init__(self, kind: str, passes: tuple[str, ...], keeps_channels: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        passes: tuple[str, ...],
+        keeps_channels: bool = False,
+        gathers: bool = False,
+    ) -> None:
         super().__init__(kind)
         self.passes = passes
-        self.keeps_channels = keeps_channels
+        self.keeps_channels, self.gathers = keeps_channels, gathers
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None

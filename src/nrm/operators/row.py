@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, ClassVar, TypeVar
@@ -363,6 +363,8 @@ class Operator(ABC):
     """Its call has a `weight`, output channels first, and a `bias`, of one entry for each."""
     scatters: bool = False
     """It brings together at a neuron what is sent there by indices, as messages on a graph."""
+    gathers: bool = False
+    """It picks rows by a tensor of indices, as a message reads the node that sends it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -445,6 +447,14 @@ class Operator(ABC):
     def acts_on_last_axis(self, call: Call) -> bool:
         """Whether the channels of its operand are known to lie in the last axis."""
         return False
+
+    def mixes_rows(self, names: Collection[str]) -> bool:
+        """Whether it passes messages on a graph: a row's neurons have those of others for parents.
+
+        Arguments:
+            names: the arguments that its operands are.
+        """
+        return self.scatters
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         """Whether relevance over value passes by the derivative of `frozen` (`nrm.telescope`)."""
