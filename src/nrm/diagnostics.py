@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,25 +98,76 @@ class Diagnostics:
         return "\n".join(lines)
 
 
+# -- The look at every cut.
+
 Crossing = Sequence[tuple[Variable, Tensor]]
+"""The variables that a cut crosses, with their messages."""
 
 
-def _cut(
-    name: str,
-    alone: bool,
-    crossing: Crossing,
-    sums: Callable[[Variable, Tensor], tuple[Tensor, Tensor]],
-) -> Cut:
-    crossed = [sums(variable, message) for variable, message in crossing]
-    return Cut(
-        name,
-        alone,
-        torch.stack([total for total, _ in crossed]).sum(0),
-        torch.stack([size for _, size in crossed]).sum(0),
-    )
+class _Sums:
+    """What messages add up to over each sample: found once, however many cuts they cross."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        # With the message, so that its id stays its own.
+        self._known: dict[tuple[Variable, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def of(self, variable: Variable, message: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch]`: the sum of the relevances, and that of their absolute values."""
+        key = (variable, id(message))
+        if key not in self._known:
+            total = variable.per_sample(message, self.batch)[0]
+            variation = variable.per_sample(message.abs(), self.batch)[0]
+            self._known[key] = message, total, variation
+        return self._known[key][1:]
+
+    def forget(self, variable: Variable) -> None:
+        """Let the messages at a variable go."""
+        for key in [key for key in self._known if key[0] is variable]:
+            del self._known[key]
+
+    def cut(self, name: str, alone: bool, crossing: Crossing) -> Cut:
+        """What crosses one cut, added up."""
+        crossed = [self.of(variable, message) for variable, message in crossing]
+        total, variation = (torch.stack(parts).sum(0) for parts in zip(*crossed, strict=True))
+        return Cut(name, alone, total, variation)
 
 
-def _by_derivatives(forward: Pass, start: Messages, arrived: Messages) -> Crossing | None:
+def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
+    """Send the output relevance to the leaves and look at every cut on the way."""
+    graph, batch = forward.graph, forward.batch
+    alone = set(graph.cuts)
+    cuts: list[Cut] = []
+    columns: list[Columns] = []
+    mixed: list[str] = []
+    sums = _Sums(batch)
+
+    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
+        crossing = (*travelling.items(), *arrived.items())
+        if all(v.tells_samples(batch) for v, _ in crossing):
+            cuts.append(sums.cut(variable.name, variable in alone, crossing))
+        else:
+            mixed.append(variable.name)
+        if variable.producer is not None:
+            met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
+            if met is not None:
+                columns.append(met)
+            sums.forget(variable)
+
+    arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
+    nothing = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
+    shares = {
+        leaf.name: sums.of(leaf, message)[0] if leaf.tells_samples(batch) else nothing + torch.nan
+        for leaf, message in arrived.items()
+    }
+    crossing = _reached_by_derivatives(forward, start, arrived)
+    if crossing is not None and not any(share.isnan().any() for share in shares.values()):
+        cuts.append(sums.cut("leaves, by derivatives", False, crossing))
+    biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
+    return Diagnostics(cuts, columns, shares, sum(biases, nothing), tolerance, mixed)
+
+
+def _reached_by_derivatives(forward: Pass, start: Messages, arrived: Messages) -> Crossing | None:
     """What arrives at the leaves, with those reached by derivatives as queries see them."""
     if forward.telescope is None:
         return None
@@ -140,51 +191,7 @@ def bias_shares(forward: Pass, start: Messages) -> dict[str, Tensor]:
     return shares
 
 
-def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
-    """Send the output relevance to the leaves and look at every cut on the way."""
-    graph, batch = forward.graph, forward.batch
-    alone = set(graph.cuts)
-    cuts: list[Cut] = []
-    columns: list[Columns] = []
-    mixed: list[str] = []
-    known: dict[tuple[Variable, int], tuple[Tensor, Tensor, Tensor]] = {}
-
-    def sums(variable: Variable, message: Tensor) -> tuple[Tensor, Tensor]:
-        key = (variable, id(message))
-        if key not in known:
-            known[key] = (
-                message,  # held, so that its id stays its own
-                variable.per_sample(message, batch)[0],
-                variable.per_sample(message.abs(), batch)[0],
-            )
-        return known[key][1:]
-
-    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
-        crossed = (*travelling.items(), *arrived.items())
-        if not all(v.tells_samples(batch) for v, _ in crossed):
-            mixed.append(variable.name)
-        else:
-            cuts.append(_cut(variable.name, variable in alone, crossed, sums))
-        if variable.producer is not None:
-            met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
-            if met is not None:
-                columns.append(met)
-        for key in [key for key in known if key[0] is variable]:
-            if not variable.is_leaf:
-                del known[key]
-
-    arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
-    zero = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
-
-    def share(leaf: Variable, message: Tensor) -> Tensor:
-        return sums(leaf, message)[0] if leaf.tells_samples(batch) else zero + torch.nan
-
-    shares = {leaf.name: share(leaf, message) for leaf, message in arrived.items()}
-    by_derivatives = _by_derivatives(forward, start, arrived)
-    if by_derivatives is not None and not any(s.isnan().any() for s in shares.values()):
-        cuts.append(_cut("leaves, by derivatives", False, by_derivatives, sums))
-    biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
-    return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance, mixed)
+# -- What a person is warned of.
 
 
 def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
