@@ -28,11 +28,9 @@ from nrm.sets import channels, neurons
 Division = Literal["channel", "neuron"] | int
 """What a layer is divided into; a number is that of an axis, not counting the batch: the nodes of
 a graph, the tokens of a text."""
-Way = Literal["contraction", "backward", "forward"]
-"""By one contraction, by a message from each part of the upper layer down, or by a forward message
-from each part of the lower layer up."""
 Method = Literal["auto", "contraction", "backward", "forward"]
-"""How the joint relevances of all pairs are found."""
+"""How the joint relevances of all pairs are found: by one contraction, by a message from each part
+of the upper layer down, or by a forward message from each part of the lower layer up."""
 
 
 # -- How a layer is divided.
@@ -285,8 +283,8 @@ def all_pairs(
     return pairs(forward, message, upper, lower, memory)
 
 
-def best_method(forward: Pass, upper: Partition, lower: Partition) -> Way:
-    """How all pairs are found by default."""
+def best_method(forward: Pass, upper: Partition, lower: Partition) -> Method:
+    """How all pairs are found where it is left open."""
     if contraction_between(forward, upper, lower) is not None:
         return "contraction"
     return _fewer(upper, lower)
@@ -306,7 +304,7 @@ def _by_channels(part: Partition) -> bool:
     return isinstance(part, ByChannel) and part.axis is None
 
 
-def _fewer(upper: Partition, lower: Partition) -> Literal["backward", "forward"]:
+def _fewer(upper: Partition, lower: Partition) -> Method:
     """From which side messages are sent: where there are fewer parts."""
     return "forward" if lower.size < upper.size else "backward"
 
@@ -373,6 +371,8 @@ def all_combinations(
         return all_pairs(forward, message, first, layers[1], memory, method)
     found = message.new_zeros((len(held), *(layer.size for layer in layers)))
     above, below = first.variable, layers[1].variable
+    if below not in forward.graph.upstream(above):  # no walk passes both
+        return found
 
     def joined(chosen: Sequence[int]) -> None:
         arrived = send_between(forward, first.split(message, chosen), above, below)
