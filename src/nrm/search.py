@@ -475,13 +475,12 @@ def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:
 
 
 def _check(forward: Pass, k: int, order: str, sample: int, method: str, budget: Budget) -> None:
-    if order not in get_args(Order):
-        raise QueryError(f"the order is one of {get_args(Order)}, not {order!r}")
+    require_order(order)
     if method not in get_args(Way):
         raise QueryError(f"the method is one of {get_args(Way)}, not {method!r}")
-    _require_positive("k", k)
+    require_positive("k", k)
     if budget.work is not None:
-        _require_positive("work", budget.work)
+        require_positive("work", budget.work)
     seconds = budget.seconds
     known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if seconds is not None and not (known and seconds > 0):
@@ -490,6 +489,17 @@ def _check(forward: Pass, k: int, order: str, sample: int, method: str, budget: 
         raise QueryError(f"sample {sample!r} is out of range: the batch has {forward.batch}")
 
 
-def _require_positive(what: str, number: Any) -> None:
+def require_order(order: str) -> None:
+    """Refuse what is no order of flows or walks."""
+    if order not in get_args(Order):
+        raise QueryError(f"the order is one of {get_args(Order)}, not {order!r}")
+
+
+def require_positive(what: str, number: Any) -> None:
+    """Refuse what is no positive integer.
+
+    Arguments:
+        what: what it is the number of.
+    """
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise QueryError(f"{what} is a positive integer, not {number!r}")

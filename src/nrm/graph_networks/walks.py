@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from nrm.graph import Variable
 from nrm.graph_networks.edges import EdgeLayer, node_layers
 from nrm.measure import Measure
 from nrm.prepare import Pass
-from nrm.search import Flows, Order, in_depth, keys
+from nrm.search import Flows, Order, in_depth, keys, require_order, require_positive
 from nrm.sets import channels
 
 # -- Neuron sets.
@@ -233,10 +232,8 @@ class NodeWalks:
 
     def top(self, k: int = 10, order: Order = "largest") -> list[NodeWalk]:
         """The `k` walks with the largest, smallest or absolutely largest relevance, in order."""
-        if order not in get_args(Order):
-            raise QueryError(f"the order is one of {get_args(Order)}, not {order!r}")
-        if not isinstance(k, int) or k < 1:
-            raise QueryError(f"k is a positive integer, not {k!r}")
+        require_order(order)
+        require_positive("k", k)
         best = keys(self.relevance, order).topk(min(k, len(self))).indices
         return [self[place] for place in best.tolist()]
 
@@ -319,9 +316,9 @@ def node_walks(
         QueryError: there are more walks than `max_walks`, and there is no beam.
     """
     _require_one(R)
-    for what, number in (("max_walks", max_walks), ("beam", 1 if beam is None else beam)):
-        if not isinstance(number, int) or number < 1:
-            raise QueryError(f"{what} is a positive integer, not {number!r}")
+    require_positive("max_walks", max_walks)
+    if beam is not None:
+        require_positive("beam", beam)
     variables = [R.graph.variable(layer) for layer in layers or node_layers(R)]
     order = in_depth(variables, R.graph)
     start = R.marginal(order[0].name).unsqueeze(0)
