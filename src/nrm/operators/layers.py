@@ -155,6 +155,7 @@ class Layer(WeightedSum):
     """Convolutions and linear layers: an input, a weight with output channels first, a bias."""
 
     passes = ("input",)
+    is_layer = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None

@@ -27,6 +27,8 @@ class Identity(Operator):
         elementwise: whether it is; some that are not pass relevance as if they were.
     """
 
+    one_parent = True
+
     def __init__(
         self,
         kind: str,
@@ -38,6 +40,9 @@ class Identity(Operator):
 
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return not self.elementwise
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:
@@ -136,11 +141,18 @@ class Routing(Operator):
     """
 
     adopts_constants: ClassVar[bool] = True
+    moves = True
 
-    def __init__(self, kind: str, passes: tuple[str, ...], keeps_channels: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        passes: tuple[str, ...],
+        keeps_channels: bool = False,
+        gathers: bool = False,
+    ) -> None:
         super().__init__(kind)
         self.passes = passes
-        self.keeps_channels = keeps_channels
+        self.keeps_channels, self.gathers = keeps_channels, gathers
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
@@ -289,6 +301,8 @@ class Overwritten(Propagation):
 
 class ScatterMaximum(Routing):
     """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
+
+    scatters = True
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, ClassVar, TypeVar
@@ -353,9 +353,28 @@ class Operator(ABC):
     """`rules.Identity` may stand for a contribution rule."""
     default_rule: ClassVar[Rule | None] = None
     """The rule where a composite chooses none for this very operation; `None`: its default."""
+    one_parent: bool = False
+    """Every neuron has one parent, which takes all of its relevance."""
+    elementwise: bool = False
+    """With `one_parent`: it is a function of that parent alone, as an activation is."""
+    moves: bool = False
+    """Neurons are moved about: a neuron's one parent may stand anywhere."""
+    is_layer: bool = False
+    """Its call has a `weight`, output channels first, and a `bias`, of one entry for each."""
+    scatters: bool = False
+    """It brings together at a neuron what is sent there by indices, as messages on a graph."""
+    gathers: bool = False
+    """It picks rows by a tensor of indices, as a message reads the node that sends it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
+
+        Along all others a neuron and its parents have the same place. `call` is on graph nodes.
+        """
+        return None
 
     def specialize(self, call: Call) -> Operator:
         """The row that covers this very call; by default this one."""
@@ -428,6 +447,14 @@ class Operator(ABC):
     def acts_on_last_axis(self, call: Call) -> bool:
         """Whether the channels of its operand are known to lie in the last axis."""
         return False
+
+    def mixes_rows(self, names: Collection[str]) -> bool:
+        """Whether it passes messages on a graph: a row's neurons have those of others for parents.
+
+        Arguments:
+            names: the arguments that its operands are.
+        """
+        return self.scatters
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         """Whether relevance over value passes by the derivative of `frozen` (`nrm.telescope`)."""

@@ -155,6 +155,9 @@ def _bias_as_input(
 class Elementwise(WeightedSum):
     """A weighted sum with at most one parent per neuron and operand; alone it is an identity."""
 
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -303,6 +306,8 @@ class ScatterSum(WeightedSum):
         added: the argument that is added.
         scale: factor of what is added.
     """
+
+    scatters = True
 
     def __init__(
         self, kind: str, added: str, scale: Callable[[Call], float] = lambda call: 1.0
