@@ -13,8 +13,10 @@ from nrm.operators.table import (
     functional,
     has_row,
     in_place,
+    keeps_values,
     lookup,
     operation,
+    reads_layout,
     register,
 )
 
@@ -42,8 +44,10 @@ __all__ = [
     "functional",
     "has_row",
     "in_place",
+    "keeps_values",
     "lookup",
     "operation",
     "picks",
+    "reads_layout",
     "register",
 ]

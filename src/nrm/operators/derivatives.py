@@ -35,6 +35,8 @@ class LocalLinear(Operator):
     sum to (nearly) zero, where the function is constant to first order, end in a leaf.
     """
 
+    by_derivatives = True
+
     def __init__(self, kind: str = "local linear") -> None:
         super().__init__(kind)
 

@@ -27,6 +27,9 @@ class Identity(Operator):
         elementwise: whether it is; some that are not pass relevance as if they were.
     """
 
+    one_parent = True
+    overwritable = True
+
     def __init__(
         self,
         kind: str,
@@ -136,6 +139,7 @@ class Routing(Operator):
     """
 
     adopts_constants: ClassVar[bool] = True
+    moves = True
 
     def __init__(self, kind: str, passes: tuple[str, ...], keeps_channels: bool = False) -> None:
         super().__init__(kind)

@@ -85,6 +85,22 @@ class Call:
                 if isinstance(leaf, Node):
                     yield name, place, leaf
 
+    def with_values(self, places: Sequence[tuple[str, int]], value: Callable[[Node], Any]) -> Call:
+        """A call on graph nodes with slots at some places, and values for all other nodes.
+
+        Arguments:
+            places: argument and place in it, of the slots in order.
+        """
+        slots = {place: Slot(index) for index, place in enumerate(places)}
+
+        def substitute(name: str, place: int, leaf: Any) -> Any:
+            if not isinstance(leaf, Node):
+                return leaf
+            slot = slots.get((name, place))
+            return value(leaf) if slot is None else slot
+
+        return self.map_places(substitute)
+
     def map_places(self, substitute: Callable[[str, int, Any], Any]) -> Call:
         """The same call with every leaf replaced, by argument and place in it."""
         mapped = {}
@@ -353,6 +369,24 @@ class Operator(ABC):
     """`rules.Identity` may stand for a contribution rule."""
     default_rule: ClassVar[Rule | None] = None
     """The rule where a composite chooses none for this very operation; `None`: its default."""
+    one_parent: bool = False
+    """Every neuron has one parent, which takes all of its relevance."""
+    elementwise: bool = False
+    """With `one_parent`: it is a function of that parent alone, as an activation is."""
+    moves: bool = False
+    """Neurons are moved about: a neuron's one parent may stand anywhere."""
+    adds_up: bool = False
+    """A weighted sum, linear in its operands, shared out by a contribution rule."""
+    by_derivatives: bool = False
+    """Relevance passes by the function's own derivatives."""
+    overwritable: bool = False
+    """Its in-place variant may run where nobody else reads the operand: nothing is read again
+    after. A class with a `prepare` of its own has to say it anew."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "prepare" in vars(cls) and "overwritable" not in vars(cls):
+            cls.overwritable = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

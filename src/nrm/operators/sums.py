@@ -28,6 +28,8 @@ class WeightedSum(Operator):
     A row says its `contributions` and its `bias`; propagation by any rule follows.
     """
 
+    adds_up = True
+
     @abstractmethod
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting

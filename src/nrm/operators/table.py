@@ -102,6 +102,16 @@ def carries_none(target: OpOverload) -> bool:
     return str(target).rpartition(".")[0] in _CARRIES_NONE
 
 
+def reads_layout(target: Any) -> bool:
+    """Whether an operator's result depends on how its operand lies in memory (`as_strided`)."""
+    return str(target).rpartition(".")[0] in _READS_LAYOUT
+
+
+def keeps_values(target: Any) -> bool:
+    """Whether an operator's result is its operand under another name."""
+    return target is torch.ops.aten.alias.default
+
+
 def functional(target: OpOverload) -> OpOverload:
     """The plain operator for one that minds memory: `relu` for `relu_`, `reshape` for `view`.
 
@@ -145,6 +155,8 @@ _CARRIES_NONE = frozenset(
         "new_full new_empty fill zero"
     )
 )
+
+_READS_LAYOUT = frozenset(_names("as_strided as_strided_copy as_strided_scatter"))
 
 # One parent for each neuron.
 register(Identity("activation", at_zero="ramp"), *_names("relu leaky_relu abs"))
