@@ -10,10 +10,6 @@ from torch import Tensor
 
 from nrm.engine import send
 from nrm.graph import Graph, Operation, Variable
-from nrm.operators import Identity, Product, Routing
-from nrm.operators.averages import Averaging
-from nrm.operators.layers import Layer
-from nrm.operators.sums import Elementwise
 from nrm.prepare import Pass
 from nrm.sets import channel_axis
 
@@ -42,22 +38,19 @@ class Step:
     @property
     def moves(self) -> bool:
         """Whether every neuron has its parent anywhere."""
-        return isinstance(self.operation.operator, Routing)
+        return self.operation.operator.moves
 
     def mixed_axes(self, dim: int) -> list[int] | None:
         """The axes of its `dim` along which parents may lie; `None` where it is not known.
 
         Along all others a neuron and its parents have the same place.
         """
-        operator = self.operation.operator
-        if isinstance(operator, Averaging | Layer):
-            return operator.mixed_axes(self.operation.call, dim)
-        return [] if isinstance(operator, Identity | Elementwise | Product) else None
+        return self.operation.operator.mixed_axes(self.operation.call, dim)
 
     @property
     def passes_all_on(self) -> bool:
         """Whether the relevance of every neuron goes to its one parent, all of it."""
-        return isinstance(self.operation.operator, Identity)
+        return self.operation.operator.one_parent
 
 
 @dataclass(frozen=True)
@@ -88,9 +81,7 @@ def find_bridge(graph: Graph, upper: Variable, lower: Variable) -> Bridge | None
     steps = _steps(graph, upper, lower)
     crossings = [place for place, step in enumerate(steps) if not _keeps_apart(step)]
     if not crossings:
-        crossings = [
-            p for p, step in enumerate(steps) if isinstance(step.operation.operator, Layer)
-        ]
+        crossings = [p for p, step in enumerate(steps) if step.operation.operator.is_layer]
     if len(crossings) != 1:
         return None
     (place,) = crossings

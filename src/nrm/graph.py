@@ -12,7 +12,7 @@ from torch.fx import Node
 from nrm.capture.nodes import Captured, is_float_tensor
 from nrm.errors import QueryError, UnknownLayerError
 from nrm.heads import Head
-from nrm.operators import Call, Identity, Operator, Routing, lookup
+from nrm.operators import Call, Operator, lookup
 from nrm.rules import Alpha, Rule
 
 """What holds no real values and depends on an input: piecewise constant, or anything else."""
@@ -262,7 +262,7 @@ class Graph:
                 return ()
             (reader,) = readers
             row = reader.operator
-            if not isinstance(row, Identity) or not row.elementwise:
+            if not row.one_parent or not row.elementwise:
                 return ()
             if reader.output.shape != output.shape or reader.kind not in _ELEMENTWISE:
                 return ()
@@ -304,4 +304,5 @@ def first_tokens(graph: Graph) -> str:
 
 def _same_tokens(node: Node) -> bool:
     """Whether an integer tensor still holds the tokens it was computed from."""
-    return isinstance(lookup(node.target), Routing | Identity)  # type: ignore[arg-type]
+    row = lookup(node.target)  # type: ignore[arg-type]
+    return row is not None and (row.moves or row.one_parent)

@@ -24,7 +24,6 @@ from nrm.operators.row import (
     pull_back,
     refuse_failing,
 )
-from nrm.operators.sums import WeightedSum
 from nrm.rules import Rule
 
 
@@ -86,7 +85,7 @@ class ToFirstOrder(LocalLinear):
         return self.row.acts_on_last_axis(call)
 
     def constant(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
-        if setting.late_leaf != "bias" or not isinstance(self.row, WeightedSum):
+        if setting.late_leaf != "bias":
             return None
         return self.row.bias(call, values, setting.output_dim)
 

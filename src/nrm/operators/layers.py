@@ -155,6 +155,8 @@ class Layer(WeightedSum):
     """Convolutions and linear layers: an input, a weight with output channels first, a bias."""
 
     passes = ("input",)
+    is_layer = True
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None
@@ -277,6 +279,7 @@ class TransposedConvolution(WeightedSum):
     """`conv_transpose1d` to `3d`. Where strides leave gaps, neurons have no parent but the bias."""
 
     passes = ("input",)
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None

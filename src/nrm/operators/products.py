@@ -34,6 +34,9 @@ class Product(Operator):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True
 
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
+
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return len(operands) > 1
 

@@ -29,6 +29,7 @@ class Identity(Operator):
 
     one_parent = True
     overwritable = True
+    accepts_identity: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -41,6 +42,9 @@ class Identity(Operator):
 
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return not self.elementwise
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:
@@ -293,6 +297,8 @@ class Overwritten(Propagation):
 
 class ScatterMaximum(Routing):
     """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
+
+    scatters = True
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

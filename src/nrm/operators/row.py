@@ -379,6 +379,12 @@ class Operator(ABC):
     """A weighted sum, linear in its operands, shared out by a contribution rule."""
     by_derivatives: bool = False
     """Relevance passes by the function's own derivatives."""
+    is_layer: bool = False
+    """Its call has a `weight`, output channels first, and a `bias`, of one entry for each."""
+    applies_weights: bool = False
+    """It applies weights of the model, or statistics kept in it."""
+    scatters: bool = False
+    """It brings together at a neuron what is sent there by indices, as messages on a graph."""
     overwritable: bool = False
     """Its in-place variant may run where nobody else reads the operand: nothing is read again
     after. A class with a `prepare` of its own has to say it anew."""
@@ -390,6 +396,13 @@ class Operator(ABC):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
+
+        Along all others a neuron and its parents have the same place. `call` is on graph nodes.
+        """
+        return None
 
     def specialize(self, call: Call) -> Operator:
         """The row that covers this very call; by default this one."""
@@ -424,6 +437,10 @@ class Operator(ABC):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
         return False
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        """The constant that is added, with `dim` axes as the output has, or `None`."""
+        return None
 
     def adds(self, call: Call, name: str) -> bool:
         """Whether what `has_bias` says is added is this argument of a call (on graph nodes)."""

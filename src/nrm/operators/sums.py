@@ -36,10 +36,6 @@ class WeightedSum(Operator):
     ) -> list[Contribution]:
         """What each operand contributes."""
 
-    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
-        """The constant that is added, with `dim` axes as the output has, or `None`."""
-        return None
-
     def real_bias(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
         """Where that constant is a parent: 0 where explicit zeros are added, else 1, as the
         constant has axes; `None`: everywhere."""
@@ -157,6 +153,9 @@ def _bias_as_input(
 class Elementwise(WeightedSum):
     """A weighted sum with at most one parent per neuron and operand; alone it is an identity."""
 
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -232,6 +231,7 @@ class BatchNorm(Elementwise):
     """Batch norm that no layer before it could take in (see `nrm.capture.rewrite`)."""
 
     passes = ("input",)
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return True
@@ -305,6 +305,8 @@ class ScatterSum(WeightedSum):
         added: the argument that is added.
         scale: factor of what is added.
     """
+
+    scatters = True
 
     def __init__(
         self, kind: str, added: str, scale: Callable[[Call], float] = lambda call: 1.0
