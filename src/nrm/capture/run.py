@@ -99,9 +99,9 @@ class Interpreter(torch.fx.Interpreter):
         derivatives: bool = False,
     ) -> None:
         super().__init__(_NO_MODULE, garbage_collect_values=False, graph=plan.graph)
-        self.plan, self.given = plan, given
-        self.change, self.derivatives = change, derivatives
+        self.plan, self.change, self.derivatives = plan, change, derivatives
         self.env = {node: given[node] for node in plan.given}
+        self._sources = {n: given[n] for n in plan.nodes if n.op != "call_function"}
 
     def compute(self) -> Values:
         """The values of the wanted nodes."""
@@ -116,7 +116,7 @@ class Interpreter(torch.fx.Interpreter):
         """The value of one node. Names of modules and the like are left as they are: other
         threads may be capturing, which `torch.fx` would tell of this node."""
         if n.op != "call_function":
-            return self.given[n]
+            return self._sources.pop(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with torch.set_grad_enabled(self.derivatives):
             return self.call_function(n.target, args, kwargs)

@@ -18,6 +18,7 @@ from nrm.operators.table import (
     operation,
     reads_layout,
     register,
+    standard,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "picks",
     "reads_layout",
     "register",
+    "standard",
 ]

@@ -404,6 +404,45 @@ class Operator(ABC):
         """
         return None
 
+    # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        """Whether the result is an affine function of some arguments, jointly.
+
+        Arguments:
+            call: on graph nodes.
+            read: their names, one of those that relevance passes; twice where two are nodes.
+        """
+        return False
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        """Whether every channel of the result is the same function of that channel alone.
+
+        Arguments:
+            call: on graph nodes, of which one changes.
+            dim: of the operand, whose channels are its second axis.
+        """
+        return False
+
+    def joined_axis(self, call: Call, dim: int) -> int | None:
+        """The axis of results of `dim` along which operands follow each other, if they do."""
+        return None
+
+    def keeps_order(self, call: Call) -> bool:
+        """Whether the neurons stay in their order, and only the shape is another."""
+        return False
+
+    def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
+        """What some channels of the operand add to a weighted sum; `None` where it has groups.
+
+        Arguments:
+            call: with tensors for nodes.
+
+        Returns:
+            the call for an operand with these channels alone.
+        """
+        return None
+
     def specialize(self, call: Call) -> Operator:
         """The row that covers this very call; by default this one."""
         return self

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class WeightedSum(Operator):
     """
 
     adds_up = True
+    affine: ClassVar[bool] = False
+    """The sum is an affine function of its operands, jointly; others are for one at a time."""
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.affine and set(read) <= set(self.passes or ())
 
     @abstractmethod
     def contributions(
@@ -169,6 +174,7 @@ class Elementwise(WeightedSum):
 class Sum(Elementwise):
     """Addition and subtraction of tensors; all operands are normalised jointly."""
 
+    affine = True
     passes = ("self", "other")
 
     def __init__(self, kind: str, signs: Callable[[Call], tuple[float, float]]) -> None:
@@ -230,6 +236,7 @@ def _itself(factor: Tensor) -> Tensor:
 class BatchNorm(Elementwise):
     """Batch norm that no layer before it could take in (see `nrm.capture.rewrite`)."""
 
+    affine = True
     passes = ("input",)
     applies_weights = True
 

@@ -24,7 +24,15 @@ from nrm.operators.norms import (
     single_channels,
 )
 from nrm.operators.products import MatrixProduct, Product, Quotient
-from nrm.operators.routing import Copy, Filling, Identity, Overwriting, Routing, ScatterMaximum
+from nrm.operators.routing import (
+    Concatenation,
+    Copy,
+    Filling,
+    Identity,
+    Overwriting,
+    Routing,
+    ScatterMaximum,
+)
 from nrm.operators.row import Call, Operator, Propagation, Setting
 from nrm.operators.sums import BatchNorm, ScatterSum, Sum
 
@@ -95,6 +103,19 @@ def lookup(target: OpOverload) -> Operator | None:
     """The row of an operator, `None` where it has none."""
     name = str(target)
     return _TABLE.get(name) or _TABLE.get(name.rpartition(".")[0])
+
+
+def standard(call: Call) -> Operator | None:
+    """The row that this library gives a call's operator, whatever row has been registered since.
+
+    `None` for operators of a user's own: what a row says of relevance says nothing of values.
+    """
+    name = str(call.target)
+    row = _STANDARD.get(name) or _STANDARD.get(name.rpartition(".")[0])
+    try:
+        return None if row is None else row.specialize(call)
+    except UnsupportedOperatorError:
+        return None
 
 
 def carries_none(target: OpOverload) -> bool:
@@ -202,7 +223,7 @@ register(
         "channel_shuffle pixel_shuffle pixel_unshuffle index index_select gather take_along_dim"
     ),
 )
-register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat concatenate"))
+register(Concatenation("view"), *_names("cat concat concatenate"))
 register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
 register(
     Routing("view", ("self", "src"), keeps_channels=True),
@@ -344,6 +365,8 @@ register(MatrixProduct("product", ("self", "tensor")), *_names("dot"))
 register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("addmm"))
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
+
+_STANDARD = dict(_TABLE)
 
 
 # -- Functions and modules of a user's own as operators with a row in the table.
