@@ -8,12 +8,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.capture import nodes as addresses
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor, is_mask, is_symbolic, reads_no_values, unfollowed
+from nrm.capture.nodes import (
+    Captured,
+    is_float_tensor,
+    is_mask,
+    is_symbolic,
+    reads_no_values,
+    unfollowed,
+)
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
-from nrm.operators import Call, Identity, Operator, ToFirstOrder, carries_none, lookup, picks
+from nrm.operators import Call, Operator, ToFirstOrder, carries_none, lookup, picks
 from nrm.rules import Identity as IdentityRule
 from nrm.rules import PathIntegrated, Rule
 from nrm.structure import Structure, gate_ranks
@@ -393,9 +399,7 @@ def _choose_rules(graph: Graph, rules: dict[Operation, Rule]) -> None:
     """Choose the rule of every operation that has none yet."""
     for operation in graph.operations:
         rule = rules.get(operation) or graph.specification.rule(operation, graph)
-        if isinstance(rule, IdentityRule) and not (
-            operation.operator.accepts_identity or isinstance(operation.operator, Identity)
-        ):
+        if isinstance(rule, IdentityRule) and not operation.operator.accepts_identity:
             raise QueryError(
                 f"the composite gives {operation.address!r} the Identity rule, but "
                 f"{operation.kind} neurons have many parents. Choose a contribution rule."

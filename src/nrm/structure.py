@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor, is_mask, is_symbolic, reads_no_values
+from nrm.capture.nodes import Captured, is_float_tensor, is_mask, is_symbolic, reads_no_values
 from nrm.operators import (
     Call,
     Identity,

@@ -13,9 +13,12 @@ from nrm.operators.table import (
     functional,
     has_row,
     in_place,
+    keeps_values,
     lookup,
     operation,
+    reads_layout,
     register,
+    standard,
 )
 
 __all__ = [
@@ -42,8 +45,11 @@ __all__ = [
     "functional",
     "has_row",
     "in_place",
+    "keeps_values",
     "lookup",
     "operation",
     "picks",
+    "reads_layout",
     "register",
+    "standard",
 ]

@@ -166,6 +166,7 @@ class Normalization(Centring):
     """
 
     passes = ("input",)
+    applies_weights = True
 
     def __init__(
         self, kind: str, groups: Callable[[Call, Tensor], Tensor], by_channel: bool

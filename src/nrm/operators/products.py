@@ -26,6 +26,10 @@ class Product(Operator):
     """Elementwise products: `y_j = a_j b_j` gives each factor its alpha."""
 
     passes = ("self", "other")
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
+
     is_product: ClassVar[bool] = True
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
@@ -79,6 +83,9 @@ class Quotient(Product):
 
     is_product: ClassVar[bool] = False
 
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return list(read) == ["self"] and call.get("rounding_mode") is None
+
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return call.get("rounding_mode") is None
 
@@ -111,6 +118,9 @@ class MatrixProduct(WeightedSum):
     """
 
     is_product: ClassVar[bool] = True
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
 
     def __init__(
         self,

@@ -85,6 +85,22 @@ class Call:
                 if isinstance(leaf, Node):
                     yield name, place, leaf
 
+    def with_values(self, places: Sequence[tuple[str, int]], value: Callable[[Node], Any]) -> Call:
+        """A call on graph nodes with slots at some places, and values for all other nodes.
+
+        Arguments:
+            places: argument and place in it, of the slots in order.
+        """
+        slots = {place: Slot(index) for index, place in enumerate(places)}
+
+        def substitute(name: str, place: int, leaf: Any) -> Any:
+            if not isinstance(leaf, Node):
+                return leaf
+            slot = slots.get((name, place))
+            return value(leaf) if slot is None else slot
+
+        return self.map_places(substitute)
+
     def map_places(self, substitute: Callable[[str, int, Any], Any]) -> Call:
         """The same call with every leaf replaced, by argument and place in it."""
         mapped = {}
@@ -359,12 +375,26 @@ class Operator(ABC):
     """With `one_parent`: it is a function of that parent alone, as an activation is."""
     moves: bool = False
     """Neurons are moved about: a neuron's one parent may stand anywhere."""
+    adds_up: bool = False
+    """A weighted sum, linear in its operands, shared out by a contribution rule."""
+    by_derivatives: bool = False
+    """Relevance passes by the function's own derivatives."""
     is_layer: bool = False
     """Its call has a `weight`, output channels first, and a `bias`, of one entry for each."""
+    applies_weights: bool = False
+    """It applies weights of the model, or statistics kept in it."""
     scatters: bool = False
     """It brings together at a neuron what is sent there by indices, as messages on a graph."""
     gathers: bool = False
     """It picks rows by a tensor of indices, as a message reads the node that sends it."""
+    overwritable: bool = False
+    """Its in-place variant may run where nobody else reads the operand: nothing is read again
+    after. A class with a `prepare` of its own has to say it anew."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "prepare" in vars(cls) and "overwritable" not in vars(cls):
+            cls.overwritable = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -373,6 +403,45 @@ class Operator(ABC):
         """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
 
         Along all others a neuron and its parents have the same place. `call` is on graph nodes.
+        """
+        return None
+
+    # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        """Whether the result is an affine function of some arguments, jointly.
+
+        Arguments:
+            call: on graph nodes.
+            read: their names, one of those that relevance passes; twice where two are nodes.
+        """
+        return False
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        """Whether every channel of the result is the same function of that channel alone.
+
+        Arguments:
+            call: on graph nodes, of which one changes.
+            dim: of the operand, whose channels are its second axis.
+        """
+        return False
+
+    def joined_axis(self, call: Call, dim: int) -> int | None:
+        """The axis of results of `dim` along which operands follow each other, if they do."""
+        return None
+
+    def keeps_order(self, call: Call) -> bool:
+        """Whether the neurons stay in their order, and only the shape is another."""
+        return False
+
+    def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
+        """What some channels of the operand add to a weighted sum; `None` where it has groups.
+
+        Arguments:
+            call: with tensors for nodes.
+
+        Returns:
+            the call for an operand with these channels alone.
         """
         return None
 
@@ -409,6 +478,10 @@ class Operator(ABC):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
         return False
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        """The constant that is added, with `dim` axes as the output has, or `None`."""
+        return None
 
     def adds(self, call: Call, name: str) -> bool:
         """Whether what `has_bias` says is added is this argument of a call (on graph nodes)."""

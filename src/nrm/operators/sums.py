@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,15 +28,18 @@ class WeightedSum(Operator):
     A row says its `contributions` and its `bias`; propagation by any rule follows.
     """
 
+    adds_up = True
+    affine: ClassVar[bool] = False
+    """The sum is an affine function of its operands, jointly; others are for one at a time."""
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.affine and set(read) <= set(self.passes or ())
+
     @abstractmethod
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
         """What each operand contributes."""
-
-    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
-        """The constant that is added, with `dim` axes as the output has, or `None`."""
-        return None
 
     def real_bias(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
         """Where that constant is a parent: 0 where explicit zeros are added, else 1, as the
@@ -171,6 +174,7 @@ class Elementwise(WeightedSum):
 class Sum(Elementwise):
     """Addition and subtraction of tensors; all operands are normalised jointly."""
 
+    affine = True
     passes = ("self", "other")
 
     def __init__(self, kind: str, signs: Callable[[Call], tuple[float, float]]) -> None:
@@ -232,7 +236,9 @@ def _itself(factor: Tensor) -> Tensor:
 class BatchNorm(Elementwise):
     """Batch norm that no layer before it could take in (see `nrm.capture.rewrite`)."""
 
+    affine = True
     passes = ("input",)
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return True

@@ -24,7 +24,15 @@ from nrm.operators.norms import (
     single_channels,
 )
 from nrm.operators.products import MatrixProduct, Product, Quotient
-from nrm.operators.routing import Copy, Filling, Identity, Overwriting, Routing, ScatterMaximum
+from nrm.operators.routing import (
+    Concatenation,
+    Copy,
+    Filling,
+    Identity,
+    Overwriting,
+    Routing,
+    ScatterMaximum,
+)
 from nrm.operators.row import Call, Operator, Propagation, Setting
 from nrm.operators.sums import BatchNorm, ScatterSum, Sum
 
@@ -97,9 +105,32 @@ def lookup(target: OpOverload) -> Operator | None:
     return _TABLE.get(name) or _TABLE.get(name.rpartition(".")[0])
 
 
+def standard(call: Call) -> Operator | None:
+    """The row that this library gives a call's operator, whatever row has been registered since.
+
+    `None` for operators of a user's own: what a row says of relevance says nothing of values.
+    """
+    name = str(call.target)
+    row = _STANDARD.get(name) or _STANDARD.get(name.rpartition(".")[0])
+    try:
+        return None if row is None else row.specialize(call)
+    except UnsupportedOperatorError:
+        return None
+
+
 def carries_none(target: OpOverload) -> bool:
     """Whether an operator's result says nothing of its operand's values (`zeros_like`)."""
     return str(target).rpartition(".")[0] in _CARRIES_NONE
+
+
+def reads_layout(target: Any) -> bool:
+    """Whether an operator's result depends on how its operand lies in memory (`as_strided`)."""
+    return str(target).rpartition(".")[0] in _READS_LAYOUT
+
+
+def keeps_values(target: Any) -> bool:
+    """Whether an operator's result is its operand under another name."""
+    return target is torch.ops.aten.alias.default
 
 
 def functional(target: OpOverload) -> OpOverload:
@@ -145,6 +176,8 @@ _CARRIES_NONE = frozenset(
         "new_full new_empty fill zero"
     )
 )
+
+_READS_LAYOUT = frozenset(_names("as_strided as_strided_copy as_strided_scatter"))
 
 # One parent for each neuron.
 register(Identity("activation", at_zero="ramp"), *_names("relu leaky_relu abs"))
@@ -194,7 +227,7 @@ register(
     Routing("view", ("self",), keeps_channels=True, gathers=True),
     *_names("index index_select gather"),
 )
-register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat concatenate"))
+register(Concatenation("view"), *_names("cat concat concatenate"))
 register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
 register(
     Routing("view", ("self", "src"), keeps_channels=True),
@@ -336,6 +369,8 @@ register(MatrixProduct("product", ("self", "tensor")), *_names("dot"))
 register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("addmm"))
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
+
+_STANDARD = dict(_TABLE)
 
 
 # -- Functions and modules of a user's own as operators with a row in the table.
