@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor
+from nrm.capture.nodes import Captured, is_float_tensor
 from nrm.errors import NeuronSetError, QueryError, UnknownLayerError
 from nrm.heads import Head
 from nrm.operators import Call, Operator, lookup
