@@ -20,6 +20,7 @@ from nrm.operators.table import (
     register,
     registered,
     row_of,
+    unregister,
 )
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "register",
     "registered",
     "row_of",
+    "unregister",
 ]

@@ -38,8 +38,8 @@ class Function:
         hides_sign: as a model's last function, it has another sign than its argument, the logit.
         positive: its results are positive numbers, probabilities and the like.
         keeps_positive: of positive numbers it makes positive ones.
-        order: 1: the larger what it is given, the larger its result, -1: the smaller; 0: neither,
-            or it is not known.
+        order: 1: of numbers of one sign, the larger what it is given, the larger its result; -1:
+            the smaller; 0: neither, or it is not known.
         among_positive: `order` holds for positive arguments alone.
         same: its result is what it is given.
         chooses: it returns what it chose along an axis, and beside it where that was.
