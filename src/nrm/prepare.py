@@ -321,7 +321,8 @@ def _setting(operation: Operation, strict: bool, shared: Shared) -> Setting:
 
 def _reads(graph: Graph, node: Node) -> Sequence[Node]:
     """The values that a node is computed from: an operation that picks runs its producer again."""
-    if node not in graph.by_node:
+    variable = graph.by_node.get(node)
+    if variable is None or variable.producer is None:
         return node.all_input_nodes
     while picks(node) and isinstance(node.args[0], Node):
         node = node.args[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ class Routing(Operator):
 
 _ATEN = torch.ops.aten
 _IN_ORDER = frozenset([_ATEN.flatten, _ATEN.reshape, _ATEN.view, _ATEN.unflatten])
-_POOLED = {_ATEN.max_pool1d: 1, _ATEN.max_pool2d: 2, _ATEN.max_pool3d: 3}
+_POOLED: dict[Any, int] = {_ATEN.max_pool1d: 1, _ATEN.max_pool2d: 2, _ATEN.max_pool3d: 3}
 """How many of an operand's last axes the windows of a maximum span."""
 
 
