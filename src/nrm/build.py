@@ -22,7 +22,7 @@ from nrm.heads import Head, Heads, look_through
 from nrm.operators import Call, Operator, ToFirstOrder, carries_none, lookup, picks
 from nrm.rules import Identity as IdentityRule
 from nrm.rules import PathIntegrated, Rule
-from nrm.structure import Structure, gate_ranks
+from nrm.structure import Structure, gate_ranks, is_embedding
 
 
 class Draft:
@@ -96,7 +96,7 @@ class Draft:
         begun = next((self.steps[parent] for parent in parents if parent in self.steps), None)
         if begun is None:
             return
-        if _is_embedding(node):
+        if is_embedding(node):
             names = self._name_of[node]
             embedding = self._variable(names[0], "embedding", node, names[1:])
             embedding.channel_axis = -1
@@ -266,10 +266,6 @@ def _parents(node: Node) -> Sequence[Node]:
     if picks(node) and isinstance(node.args[0], Node):
         return _parents(node.args[0])
     return node.all_input_nodes
-
-
-def _is_embedding(node: Node) -> bool:
-    return str(node.target) == "aten.embedding.default" and is_float_tensor(node)
 
 
 def _ancestors(output: Node) -> set[Node]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nrm.operators.contribution import Contribution
+from nrm.operators.functions import UNKNOWN, Function
 from nrm.operators.row import Call, Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation
@@ -31,9 +32,12 @@ class Averaging(WeightedSum):
 
     affine = True
 
-    def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
+    def __init__(
+        self, kind: str, argument: str, keeps_channels: bool, function: Function = UNKNOWN
+    ) -> None:
         super().__init__(kind)
         self.argument, self.keeps_channels = argument, keeps_channels
+        self.function = function
         self.passes = (argument,)
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:

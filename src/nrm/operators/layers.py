@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,6 +165,9 @@ class Layer(WeightedSum):
 
     def acts_on_last_axis(self, call: Call) -> bool:
         return bool(call["weight"].meta["val"].dim() == 2)
+
+    def factors(self, call: Call) -> Sequence[Any]:
+        return [call["input"], call["weight"]] if self.acts_on_last_axis(call) else ()
 
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "padding" if _sees_only_padding(call) else None

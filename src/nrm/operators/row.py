@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import PositiveSumError, QueryError, UnsupportedOperatorError
+from nrm.operators.functions import UNKNOWN, Function, Order
 from nrm.rules import Rule, Weight
 from nrm.tensors import dense
 
@@ -389,6 +391,11 @@ class Operator(ABC):
     """Its in-place variant may run where nobody else reads the operand: nothing is read again
     after. A class with a `prepare` of its own has to say it anew."""
 
+    function: Function = UNKNOWN
+    """What it computes, to those who read a captured graph."""
+    in_place: OpOverload | None = None
+    """Its in-place variant, where that is safe (see `overwritable`)."""
+
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if "prepare" in vars(cls) and "overwritable" not in vars(cls):
@@ -396,6 +403,49 @@ class Operator(ABC):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def function_of(self, call: Call) -> Function:
+        """What this very call computes."""
+        return self.function
+
+    def order(self, call: Call, name: str) -> Order | None:
+        """How results go with the argument `name` of a call on graph nodes; `None` if unknown."""
+        function = self.function_of(call)
+        if function.order == 0:
+            return None
+        return Order(function.order < 0, among_positive=function.among_positive)
+
+    def factors(self, call: Call) -> Sequence[Any]:
+        """The factors that a call multiplies and adds up, as linear layers do; else none."""
+        return ()
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        """The operand that a result shows, but for a factor, a summand or its places.
+
+        What is done to a gate in that way leaves it a gate. `call` is on graph nodes.
+
+        Arguments:
+            carries: whether a node depends on an input that takes relevance.
+        """
+        return None
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        """Whether the result may have explicit zeros (see `nrm.zeros`).
+
+        Arguments:
+            call: on graph nodes.
+            reads: the arguments that may have some.
+        """
+        return False
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        """`[*result]`: 0 at its explicit zeros, 1 elsewhere; where `may_hold_zeros`.
+
+        Arguments:
+            call: on graph nodes.
+            told: the values, and which of them are explicit zeros.
+        """
+        return torch.ones_like(told.value)
 
     def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
         """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
@@ -544,6 +594,45 @@ class Operator(ABC):
         """
 
 
+class ReadsZeros(Protocol):
+    """What of a captured graph decides where explicit zeros may be (`nrm.zeros.ExplicitZeros`)."""
+
+    def depends(self, node: Any) -> bool:
+        """Whether something depends on an input."""
+
+    def trained(self, factor: Any) -> bool:
+        """Whether something is a parameter, or computed from one."""
+
+    def may_be_zero(self, constant: Any) -> bool:
+        """Whether a constant may hold a zero that is none of a parameter's."""
+
+    def placed(self, call: Call, row: Operator) -> bool:
+        """Whether no neuron's value decides where an operator gets values from."""
+
+
+class TellsZeros(Protocol):
+    """The values that a call reads, and which of them are explicit zeros (`nrm.zeros`)."""
+
+    value: Tensor
+    """The call's result."""
+
+    @property
+    def graph(self) -> ReadsZeros:
+        """What decides where explicit zeros may be."""
+
+    def real(self, argument: Any) -> Tensor:
+        """0 at the explicit zeros of an argument, 1 elsewhere; of the result's type."""
+
+    def some(self, argument: Any) -> bool:
+        """Whether an argument has explicit zeros."""
+
+    def plain(self, argument: Any) -> Any:
+        """An argument's value."""
+
+    def run(self, /, **changed: Any) -> Tensor:
+        """The call on values, with some arguments replaced."""
+
+
 _SHAPE_ONLY = {
     torch.ops.aten.expand_as.default: "other",
     torch.ops.aten.view_as.default: "other",
@@ -605,6 +694,12 @@ def refuse_failing(message: Tensor, failing: Tensor, address: str, cause: str, h
             f"{int((met > 0).sum())} neurons whose contributions {cause} sum to zero or less "
             f"(eq. 15). {hint}"
         )
+
+
+def only_operand(call: Call, carries: Callable[[Node], bool]) -> Node | None:
+    """The one node among a call's arguments that carries relevance; `None` if there are more."""
+    carried = dict.fromkeys(node for _, node in call.nodes() if carries(node))
+    return next(iter(carried)) if len(carried) == 1 else None
 
 
 def _has_neurons(node: Node) -> bool:
