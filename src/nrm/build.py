@@ -8,8 +8,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.capture import nodes as addresses
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor, is_mask, is_symbolic, reads_no_values, unfollowed
+from nrm.capture.nodes import (
+    Captured,
+    is_float_tensor,
+    is_mask,
+    is_symbolic,
+    reads_no_values,
+    unfollowed,
+)
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through

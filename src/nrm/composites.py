@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from nrm.capture.export import Captured
+from nrm.capture.nodes import Captured
 from nrm.errors import QueryError
 from nrm.graph import Graph, Operation
 from nrm.rules import (

@@ -9,8 +9,7 @@ from typing import Literal, Protocol
 
 from torch.fx import Node
 
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor
+from nrm.capture.nodes import Captured, is_float_tensor
 from nrm.errors import QueryError, UnknownLayerError
 from nrm.heads import Head
 from nrm.operators import Call, Operator, lookup

@@ -12,8 +12,7 @@ from collections.abc import Callable, Container, Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor, is_mask, is_symbolic, reads_no_values
+from nrm.capture.nodes import Captured, is_float_tensor, is_mask, is_symbolic, reads_no_values
 from nrm.operators import carries_none, function_of, picks, row_of
 from nrm.rules.alphas import STRUCTURE
 

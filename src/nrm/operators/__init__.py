@@ -17,9 +17,11 @@ from nrm.operators.table import (
     has_row,
     in_place,
     lookup,
+    reads_layout,
     register,
     registered,
     row_of,
+    standard,
     unregister,
 )
 
@@ -56,8 +58,10 @@ __all__ = [
     "lookup",
     "operation",
     "picks",
+    "reads_layout",
     "register",
     "registered",
     "row_of",
+    "standard",
     "unregister",
 ]

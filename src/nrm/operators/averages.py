@@ -30,6 +30,8 @@ _ATEN = torch.ops.aten
 class Averaging(WeightedSum):
     """`y_j = v_j sum_i x_i` over the neurons i that an operator adds up for j, with fixed `v_j`."""
 
+    affine = True
+
     def __init__(
         self, kind: str, argument: str, keeps_channels: bool, function: Function = UNKNOWN
     ) -> None:
@@ -51,6 +53,10 @@ class Averaging(WeightedSum):
             return sorted(axis % dim for axis in axes) or list(range(dim))
         positions = _POSITIONS.get(target)
         return None if positions is None else list(range(dim - positions, dim))
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        positions = _POSITIONS.get(getattr(call.target, "overloadpacket", None))
+        return positions is not None and dim == 2 + positions
 
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -86,6 +86,7 @@ class Order:
 
 # -- Operators for those who write into a captured graph.
 
+ALIAS = torch.ops.aten.alias.default
 NEGATIVE = torch.ops.aten.neg.default
 SIGN = torch.ops.aten.sign.default
 TIMES = torch.ops.aten.mul.Tensor

@@ -155,6 +155,7 @@ def _each(setting: Sequence[int], axes: int) -> list[int]:
 class Layer(WeightedSum):
     """Convolutions and linear layers: an input, a weight with output channels first, a bias."""
 
+    affine = True
     passes = ("input",)
     is_layer = True
     applies_weights = True
@@ -242,6 +243,13 @@ class Layer(WeightedSum):
         after = self._channel_from_end(call["weight"]) - 1
         return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
 
+    def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
+        if call.get("groups", 1) != 1:
+            return None
+        weight: Tensor = call["weight"]
+        changed = {"weight": weight[:, begin:end], "bias": None}
+        return Call(call.target, call.arguments | changed, call.item)
+
     def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
         """The axes of an operand of `dim` along which alone neurons are added up: those of the
         positions, where every channel has a kernel of its own; else `None`."""
@@ -282,6 +290,7 @@ def _sees_only_padding(call: Call) -> bool:
 class TransposedConvolution(WeightedSum):
     """`conv_transpose1d` to `3d`. Where strides leave gaps, neurons have no parent but the bias."""
 
+    affine = True
     passes = ("input",)
     applies_weights = True
 

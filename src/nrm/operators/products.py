@@ -67,6 +67,9 @@ class Product(Operator):
         found = [name for name in self.passes if graph.depends(call[name])]
         return found[0] if len(found) == 1 else None
 
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
+
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "scaling"
 
@@ -134,6 +137,9 @@ class Quotient(Product):
     def real(self, call: Call, told: TellsZeros) -> Tensor:
         return where_zero_stays(call, told)
 
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return list(read) == ["self"] and call.get("rounding_mode") is None
+
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return call.get("rounding_mode") is None
 
@@ -178,6 +184,9 @@ class MatrixProduct(WeightedSum):
             listed: Sequence[Any] = call[self.given]
             return listed
         return [call[name] for name in self.given]
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(self.factors(call)) != 2:

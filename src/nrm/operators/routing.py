@@ -86,6 +86,13 @@ class Identity(Operator):
     def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
         return []
 
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.at_zero == "linear"
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        random = call.get("train") is True or call.get("training") is True
+        return self.elementwise and not random
+
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:
             raise UnsupportedOperatorError(
@@ -273,6 +280,18 @@ class Routing(Operator):
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
 
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.kind in ("view", "where", "pad", "interpolation") and set(read) <= set(
+            self.passes or ()
+        )
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        positions = _POOLED.get(getattr(call.target, "overloadpacket", None))
+        return positions is not None and dim == 2 + positions
+
+    def keeps_order(self, call: Call) -> bool:
+        return getattr(call.target, "overloadpacket", None) in _IN_ORDER
+
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return along_path and self.kind == "maxpool"  # the winner changes on the way
 
@@ -289,6 +308,22 @@ class Routing(Operator):
         # A function of a user's own may have derivatives that share memory with anything.
         routed.exclusive = getattr(call.target, "namespace", None) == "aten"
         return output.detach(), routed
+
+
+_ATEN = torch.ops.aten
+_IN_ORDER = frozenset([_ATEN.flatten, _ATEN.reshape, _ATEN.view, _ATEN.unflatten])
+_POOLED: dict[Any, int] = {_ATEN.max_pool1d: 1, _ATEN.max_pool2d: 2, _ATEN.max_pool3d: 3}
+"""How many of an operand's last axes the windows of a maximum span."""
+
+
+class Concatenation(Routing):
+    """Operands that follow each other along an axis."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind, ("tensors",), keeps_channels=True)
+
+    def joined_axis(self, call: Call, dim: int) -> int | None:
+        return int(call["dim"]) % dim
 
 
 class Routed(Propagation):

@@ -87,6 +87,22 @@ class Call:
                 if isinstance(leaf, Node):
                     yield name, place, leaf
 
+    def with_values(self, places: Sequence[tuple[str, int]], value: Callable[[Node], Any]) -> Call:
+        """A call on graph nodes with slots at some places, and values for all other nodes.
+
+        Arguments:
+            places: argument and place in it, of the slots in order.
+        """
+        slots = {place: Slot(index) for index, place in enumerate(places)}
+
+        def substitute(name: str, place: int, leaf: Any) -> Any:
+            if not isinstance(leaf, Node):
+                return leaf
+            slot = slots.get((name, place))
+            return value(leaf) if slot is None else slot
+
+        return self.map_places(substitute)
+
     def map_places(self, substitute: Callable[[str, int, Any], Any]) -> Call:
         """The same call with every leaf replaced, by argument and place in it."""
         mapped = {}
@@ -435,6 +451,45 @@ class Operator(ABC):
         """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
 
         Along all others a neuron and its parents have the same place. `call` is on graph nodes.
+        """
+        return None
+
+    # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        """Whether the result is an affine function of some arguments, jointly.
+
+        Arguments:
+            call: on graph nodes.
+            read: their names, one of those that relevance passes; twice where two are nodes.
+        """
+        return False
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        """Whether every channel of the result is the same function of that channel alone.
+
+        Arguments:
+            call: on graph nodes, of which one changes.
+            dim: of the operand, whose channels are its second axis.
+        """
+        return False
+
+    def joined_axis(self, call: Call, dim: int) -> int | None:
+        """The axis of results of `dim` along which operands follow each other, if they do."""
+        return None
+
+    def keeps_order(self, call: Call) -> bool:
+        """Whether the neurons stay in their order, and only the shape is another."""
+        return False
+
+    def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
+        """What some channels of the operand add to a weighted sum; `None` where it has groups.
+
+        Arguments:
+            call: with tensors for nodes.
+
+        Returns:
+            the call for an operand with these channels alone.
         """
         return None
 

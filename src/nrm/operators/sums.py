@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class WeightedSum(Operator):
     """
 
     adds_up = True
+    affine: ClassVar[bool] = False
+    """The sum is an affine function of its operands, jointly; others are for one at a time."""
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.affine and set(read) <= set(self.passes or ())
 
     @abstractmethod
     def contributions(
@@ -184,6 +189,7 @@ class Sum(Elementwise):
         signs: of a call, the signs of `self` and `other`, or what they are multiplied by.
     """
 
+    affine = True
     passes: tuple[str, ...] = ("self", "other")
 
     def __init__(
@@ -266,6 +272,7 @@ def _itself(factor: Tensor) -> Tensor:
 class BatchNorm(Elementwise):
     """Batch norm that no layer before it could take in (see `nrm.capture.rewrite`)."""
 
+    affine = True
     passes = ("input",)
     applies_weights = True
 

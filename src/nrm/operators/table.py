@@ -42,6 +42,7 @@ from nrm.operators.norms import (
 )
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.routing import (
+    Concatenation,
     Copy,
     Filling,
     Identity,
@@ -113,6 +114,19 @@ def lookup(target: OpOverload) -> Operator | None:
     return _TABLE.get(name) or _TABLE.get(name.rpartition(".")[0])
 
 
+def standard(call: Call) -> Operator | None:
+    """The row that this library gives a call's operator, whatever row has been registered since.
+
+    `None` for operators of a user's own: what a row says of relevance says nothing of values.
+    """
+    name = str(call.target)
+    row = _STANDARD.get(name) or _STANDARD.get(name.rpartition(".")[0])
+    try:
+        return None if row is None else row.specialize(call)
+    except UnsupportedOperatorError:
+        return None
+
+
 def row_of(node: Node) -> tuple[Call, Operator] | None:
     """A node's call with the row that covers it; `None` where there is none.
 
@@ -144,6 +158,11 @@ def function_of(node: Node) -> Function:
 def carries_none(target: OpOverload) -> bool:
     """Whether an operator's result says nothing of its operand's values (`zeros_like`)."""
     return _FUNCTIONS.get(str(target).rpartition(".")[0], UNKNOWN).carries_none
+
+
+def reads_layout(target: object) -> bool:
+    """Whether an operator's result depends on how its operand lies in memory (`as_strided`)."""
+    return str(target).rpartition(".")[0] in _READS_LAYOUT
 
 
 def functional(target: OpOverload) -> OpOverload:
@@ -206,6 +225,8 @@ class OneOf(Operator):
 def _names(text: str) -> list[str]:
     return ["aten." + name for name in text.split()]
 
+
+_READS_LAYOUT = frozenset(_names("as_strided as_strided_copy as_strided_scatter"))
 
 # -- The rows. One parent for each neuron:
 
@@ -326,7 +347,7 @@ register(
         "channel_shuffle pixel_shuffle pixel_unshuffle index index_select gather take_along_dim"
     ),
 )
-register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat concatenate"))
+register(Concatenation("view"), *_names("cat concat concatenate"))
 register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
 register(
     Routing("view", ("self", "src"), keeps_channels=True),
@@ -491,6 +512,8 @@ register(MatrixProduct("product", ("self", "tensor")), *_names("dot"))
 register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("addmm"))
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
+
+_STANDARD = dict(_TABLE)
 
 # -- Operators without a row, of which something is known all the same.
 
