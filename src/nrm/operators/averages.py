@@ -2,7 +2,7 @@
 
 Each says which parents a neuron has, by adding them up with weight one, and what the weight is. So
 rules act on the weights of single connections: the flat rule puts one in their place, w2 squares
-them. Interpolation, whose weights differ from parent to parent, is in `interpolation`.
+them. Interpolation, whose weights differ from parent to parent, reads them off the operator.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
 from nrm.operators.functions import UNKNOWN, Function
-from nrm.operators.row import Call, Setting
+from nrm.operators.propagation import Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation
 from nrm.tensors import like
@@ -171,8 +172,7 @@ _POSITIONS = {
 
 # -- Interpolation: a fixed map of positions whose weights differ from parent to parent.
 # The weights are read off the operator itself, axis by axis, and kept one by one, so that a rule
-# may
-# put anything in their place.
+# may put anything in their place.
 
 _NOTHING = 1e-9
 """Weights of no more than this, in double precision, are zero but for rounding."""

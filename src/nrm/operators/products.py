@@ -14,23 +14,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
+from nrm.operators.call import Call, Slot, fill, only_operand
+from nrm.operators.connections import Connections, Dense
+from nrm.operators.contribution import Contribution, through_matrix
 from nrm.operators.functions import Function, Order
+from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged, where_zero_stays
-from nrm.operators.row import (
-    Call,
-    Operator,
-    Propagation,
-    ReadsZeros,
-    Setting,
-    Slot,
-    TellsZeros,
-    fill,
-    only_operand,
-)
+from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule, Weight
-from nrm.tensors import gradient_share, with_slope
+from nrm.tensors import aligned, gradient_share, with_slope
 
 
 class Product(Operator):
@@ -303,7 +296,7 @@ class MatrixProduct(WeightedSum):
         if self.addend is None or call["beta"] == 0:  # which hides even NaN
             return None
         constant: Tensor = call[self.addend] * float(call["beta"])
-        return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
+        return aligned(constant, dim)
 
 
 def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tensor]:

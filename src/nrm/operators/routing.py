@@ -1,4 +1,9 @@
-"""Operators with one parent per neuron: the message passes unchanged, at no cost."""
+"""Operators with one parent per neuron: functions of one neuron each, and what moves neurons about.
+
+The message passes unchanged where neurons stay at their places (`Identity`), and follows the
+indices where they do not (`Routing`): with constants in the place of some neurons (`Filling`), with
+some written over others (`Overwriting`), with the largest taking all.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +17,10 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
+from nrm.operators.call import Call, Slot, fill, only_operand
 from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order
-from nrm.operators.row import (
-    Call,
-    Operator,
-    Propagation,
-    ReadsZeros,
-    Setting,
-    Slot,
-    TellsZeros,
-    fill,
-    only_operand,
-    pull_back,
-)
+from nrm.operators.propagation import Propagation, Setting, pull_back
+from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.rules import Rule
 from nrm.tensors import with_slope
 

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.averages import Averaging, Interpolation
+from nrm.operators.call import Call, picks
 from nrm.operators.derivatives import LocalLinear
 from nrm.operators.functions import (
     GATE,
@@ -41,6 +42,7 @@ from nrm.operators.norms import (
     single_channels,
 )
 from nrm.operators.products import MatrixProduct, Product, Quotient
+from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import (
     Concatenation,
     Copy,
@@ -51,7 +53,7 @@ from nrm.operators.routing import (
     Routing,
     ScatterMaximum,
 )
-from nrm.operators.row import Call, Operator, Propagation, Setting, picks
+from nrm.operators.row import Operator
 from nrm.operators.sums import BatchNorm, ScatterSum, Sum
 from nrm.rules.alphas import SCALE
 
