@@ -7,7 +7,7 @@ product passes the message unchanged, a matrix product is a weighted sum like a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
-from nrm.operators.functions import Function, Order
+from nrm.operators.functions import Function, Order, Rescaling
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import (
     Call,
@@ -66,6 +66,9 @@ class Product(Operator):
         """The one variable of a product with a constant."""
         found = [name for name in self.passes if graph.depends(call[name])]
         return found[0] if len(found) == 1 else None
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        return _by_factor("times", call[self._other(name)])
 
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return len(read) == 1
@@ -137,6 +140,11 @@ class Quotient(Product):
     def real(self, call: Call, told: TellsZeros) -> Tensor:
         return where_zero_stays(call, told)
 
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if name != "self" or call.get("rounding_mode") is not None:
+            return None
+        return _by_factor("over", call["other"])
+
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return list(read) == ["self"] and call.get("rounding_mode") is None
 
@@ -155,6 +163,15 @@ class Quotient(Product):
         self, call: Call, carries: Callable[[Node], bool], address: str
     ) -> list[tuple[str, Node]]:
         return super().operands(call, carries, address)[:1]
+
+
+def _by_factor(kind: Literal["times", "over"], factor: Any) -> Rescaling | None:
+    """What multiplies with a factor, or divides by it, that is not zero."""
+    if isinstance(factor, Node):
+        return Rescaling(kind, (factor,), matters=True, shifts=False)
+    if not isinstance(factor, int | float) or factor == 0:
+        return None
+    return Rescaling(kind, (factor,), matters=factor < 0, shifts=False)
 
 
 class MatrixProduct(WeightedSum):

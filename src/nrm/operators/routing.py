@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order
+from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order, Rescaling
 from nrm.operators.row import (
     Call,
     Operator,
@@ -88,6 +88,11 @@ class Identity(Operator):
 
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return self.at_zero == "linear"
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if self.function.role != "negative":
+            return None
+        return Rescaling("times", (-1.0,), matters=True, shifts=False)
 
     def acts_by_channel(self, call: Call, dim: int) -> bool:
         random = call.get("train") is True or call.get("training") is True

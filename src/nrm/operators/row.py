@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import PositiveSumError, QueryError, UnsupportedOperatorError
-from nrm.operators.functions import UNKNOWN, Function, Order
+from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
 from nrm.rules import Rule, Weight
 from nrm.tensors import dense
 
@@ -473,6 +473,15 @@ class Operator(ABC):
             dim: of the operand, whose channels are its second axis.
         """
         return False
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        """How an argument is scaled and shifted by others, if that is all that is done to it.
+
+        Arguments:
+            call: on graph nodes.
+            name: of the argument.
+        """
+        return None
 
     def joined_axis(self, call: Call, dim: int) -> int | None:
         """The axis of results of `dim` along which operands follow each other, if they do."""
