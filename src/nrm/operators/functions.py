@@ -9,7 +9,7 @@ no row covers, in the table of `nrm.operators.table`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -82,6 +82,30 @@ class Order:
     falls: bool = False
     by: Any = 1.0
     among_positive: bool = False
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """`scale * x + shift`, by constants: numbers, or nodes of a captured graph.
+
+    Attributes:
+        kind: `"times"` or `"over"` the first of what is given; `"plus"`: of `(other, scale,
+            factor)`, `scale * x + factor * other`; `"norm"`: what `scale_and_shift` takes.
+        given: the constants.
+        matters: it may change shares. A positive number that scales all alike does not, nor does a
+            number that is added, which stays a bias of its own.
+        shifts: it adds something.
+    """
+
+    kind: Literal["times", "over", "plus", "norm"]
+    given: tuple[Any, ...]
+    matters: bool
+    shifts: bool
+
+    @property
+    def step(self) -> tuple[Any, ...]:
+        """Kind and constants, as an argument of a node."""
+        return (self.kind, *self.given)
 
 
 # -- Operators for those who write into a captured graph.

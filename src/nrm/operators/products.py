@@ -7,7 +7,7 @@ product passes the message unchanged, a matrix product is a weighted sum like a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, Slot, fill, only_operand
 from nrm.operators.connections import Connections, Dense
 from nrm.operators.contribution import Contribution, through_matrix
-from nrm.operators.functions import Function, Order
+from nrm.operators.functions import Function, Order, Rescaling
 from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
@@ -59,6 +59,9 @@ class Product(Operator):
         """The one variable of a product with a constant."""
         found = [name for name in self.passes if graph.depends(call[name])]
         return found[0] if len(found) == 1 else None
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        return _by_factor("times", call[self._other(name)])
 
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return len(read) == 1
@@ -130,6 +133,11 @@ class Quotient(Product):
     def real(self, call: Call, told: TellsZeros) -> Tensor:
         return where_zero_stays(call, told)
 
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if name != "self" or call.get("rounding_mode") is not None:
+            return None
+        return _by_factor("over", call["other"])
+
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return list(read) == ["self"] and call.get("rounding_mode") is None
 
@@ -148,6 +156,15 @@ class Quotient(Product):
         self, call: Call, carries: Callable[[Node], bool], address: str
     ) -> list[tuple[str, Node]]:
         return super().operands(call, carries, address)[:1]
+
+
+def _by_factor(kind: Literal["times", "over"], factor: Any) -> Rescaling | None:
+    """What multiplies with a factor, or divides by it, that is not zero."""
+    if isinstance(factor, Node):
+        return Rescaling(kind, (factor,), matters=True, shifts=False)
+    if not isinstance(factor, int | float) or factor == 0:
+        return None
+    return Rescaling(kind, (factor,), matters=factor < 0, shifts=False)
 
 
 class MatrixProduct(WeightedSum):

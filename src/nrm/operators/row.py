@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, fill
-from nrm.operators.functions import UNKNOWN, Function, Order
+from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
 from nrm.operators.propagation import Propagation, Setting
 from nrm.rules import Rule
 
@@ -29,6 +29,8 @@ class Operator(ABC):
 
     passes: tuple[str, ...] | None = None
     """The arguments that relevance may pass to; `None`: every tensor argument."""
+    looks_like: str | None = None
+    """The argument of which nothing is read but its shape and type."""
     adopts_constants: ClassVar[bool] = False
     """A constant among `passes` is a leaf: it is the only parent of some neurons."""
     is_product: ClassVar[bool] = False
@@ -140,6 +142,15 @@ class Operator(ABC):
         """
         return False
 
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        """How an argument is scaled and shifted by others, if that is all that is done to it.
+
+        Arguments:
+            call: on graph nodes.
+            name: of the argument.
+        """
+        return None
+
     def joined_axis(self, call: Call, dim: int) -> int | None:
         """The axis of results of `dim` along which operands follow each other, if they do."""
         return None
@@ -173,7 +184,7 @@ class Operator(ABC):
         """The arguments (of a call on graph nodes) that carry relevance, or an error by name."""
         found = []
         for name, node in call.nodes():
-            if _SHAPE_ONLY.get(call.target) == name:
+            if name == self.looks_like:
                 continue
             passes = self.passes is None or name in self.passes
             if carries(node) and not passes:
@@ -297,16 +308,6 @@ class TellsZeros(Protocol):
 
     def run(self, /, **changed: Any) -> Tensor:
         """The call on values, with some arguments replaced."""
-
-
-_SHAPE_ONLY = {
-    torch.ops.aten.expand_as.default: "other",
-    torch.ops.aten.view_as.default: "other",
-    torch.ops.aten.reshape_as.default: "other",
-    torch.ops.aten.type_as.default: "other",
-    torch.ops.aten.copy.default: "self",
-}
-"""Arguments of which an operator reads nothing but how they look."""
 
 
 def _has_neurons(node: Node) -> bool:

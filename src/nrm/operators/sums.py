@@ -21,7 +21,7 @@ from nrm.operators.call import Call, Slot, fill, only_operand
 from nrm.operators.columns import SharedOut
 from nrm.operators.connections import OneParent
 from nrm.operators.contribution import Contribution
-from nrm.operators.functions import UNKNOWN, Function, Order
+from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
 from nrm.operators.occlusion import Occluded
 from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged
@@ -205,6 +205,16 @@ class Sum(Elementwise):
     def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
         return only_operand(call, carries)
 
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        place = self.passes.index(name)
+        other = call[self.passes[1 - place]]
+        if not isinstance(other, Node | int | float) or not isinstance(call["alpha"], int | float):
+            return None
+        signs = self.signs(call)
+        scale, factor = signs[place], signs[1 - place]
+        matters = isinstance(other, Node) or scale < 0
+        return Rescaling("plus", (other, scale, factor), matters, shifts=True)
+
     def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
         return bool(reads)
 
@@ -265,6 +275,11 @@ class BatchNorm(Elementwise):
     affine = True
     passes = ("input",)
     applies_weights = True
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if name != "input" or call.get("training") or call["running_mean"] is None:
+            return None  # refused by name when the graph is built
+        return Rescaling("norm", tuple(statistics(call).values()), matters=True, shifts=True)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return True

@@ -314,7 +314,7 @@ register(
     *_names("dropout feature_dropout alpha_dropout feature_alpha_dropout"),
 )
 register(
-    Identity("scaling", at_zero="linear", function=SAME),
+    Identity("scaling", at_zero="linear", function=SAME, looks_like="other"),
     *_names("clone alias contiguous to _to_copy type_as lift_fresh_copy positive"),
 )
 register(
@@ -330,11 +330,13 @@ register(
 
 # The message follows the indices.
 register(
-    Routing("view", ("self",), function=Function("expand", keeps_positive=True)),
+    Routing(
+        "view", ("self",), function=Function("expand", keeps_positive=True), looks_like="other"
+    ),
     *_names("expand expand_as"),
 )
 register(
-    Routing("view", ("self",), function=VIEW),
+    Routing("view", ("self",), function=VIEW, looks_like="other"),
     *_names(
         "view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T swapaxes "
         "swapdims movedim moveaxis view_as reshape_as select unbind broadcast_to "
@@ -431,37 +433,34 @@ register(
     TransposedConvolution("conv"), *_names("conv_transpose1d conv_transpose2d conv_transpose3d")
 )
 register(Layer("linear"), *_names("linear"))
+for _axes in (1, 2, 3):
+    register(
+        Averaging("avgpool", "self", positions=_axes),
+        *_names(f"avg_pool{_axes}d adaptive_avg_pool{_axes}d"),
+    )
 register(
-    Averaging("avgpool", "self", keeps_channels=True),
-    *_names(
-        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d"
-    ),
-)
-register(
-    Averaging("avgpool", "self", keeps_channels=False, function=Function("mean")),
+    Averaging("avgpool", "self", along=True, function=Function("mean")),
     *_names("mean.default mean.dim"),
 )
 register(
-    Averaging("avgpool", "self", keeps_channels=False, function=Function("sum")),
+    Averaging("avgpool", "self", along=True, function=Function("sum")),
     *_names("sum.default sum.dim_IntList"),
 )
-register(Averaging("sum", "self", keeps_channels=True), *_names("cumsum col2im"))
+register(Averaging("sum", "self", along=True, keeps_channels=True), *_names("cumsum"))
+register(Averaging("sum", "self", keeps_channels=True), *_names("col2im"))
 for _overload, _argument in (("vec", "input"), ("default", "self")):
-    register(
-        Interpolation("interpolation", _argument, keeps_channels=True),
-        *(
-            f"aten.{name}.{_overload}"
-            for name in (
-                "upsample_linear1d",
-                "upsample_bilinear2d",
-                "upsample_trilinear3d",
-                "_upsample_bilinear2d_aa",
-                "upsample_bicubic2d",
-                "_upsample_bicubic2d_aa",
-            )
+    for _axes, _kinds in enumerate(
+        (
+            "upsample_linear1d",
+            "upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa",
+            "upsample_trilinear3d",
         ),
-    )
+        start=1,
+    ):
+        register(
+            Interpolation("interpolation", _argument, positions=_axes),
+            *(f"aten.{name}.{_overload}" for name in _kinds.split()),
+        )
 register(BatchNorm("batchnorm"), *_names("batch_norm _native_batch_norm_legit_no_training"))
 register(Normalization("layernorm", last_axes, by_channel=False), *_names("layer_norm"))
 register(Normalization("groupnorm", channel_groups, by_channel=True), *_names("group_norm"))
