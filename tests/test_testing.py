@@ -77,7 +77,9 @@ def test_every_row_has_an_example() -> None:
 
 
 def check(row: operators.Operator, example: Example) -> None:
-    check_operator(row, example.target, *example.args, carries=example.carries, **example.options)
+    check_operator(
+        example.target, *example.args, row=row, carries=example.carries, **example.options
+    )
 
 
 # -- Rules that break a law.
@@ -227,9 +229,9 @@ class Broken(Identity):
     ],
 )
 def test_a_broken_propagation(propagation: type[Passing], law: str) -> None:
-    check_operator(Broken(Passing), aten.relu.default, x(2, 3))
+    check_operator(aten.relu, x(2, 3), row=Broken(Passing))
     with pytest.raises(AssertionError, match=f"breaks the law '{law}'"):
-        check_operator(Broken(propagation), aten.relu.default, x(2, 3))
+        check_operator(aten.relu, x(2, 3), row=Broken(propagation))
 
 
 class StaysZero(Identity):
@@ -312,12 +314,12 @@ class Squaring(WeightedSum):
 )
 def test_a_broken_row(row, function, args, law: str) -> None:
     with pytest.raises(AssertionError, match=f"breaks the law '{law}'"):
-        check_operator(row, function, *args)
+        check_operator(function, *args, row=row)
 
 
 def test_the_message_says_where_and_by_how_much() -> None:
     with pytest.raises(AssertionError, match=r"self\[0, 0\] and the output's \[0, 0\].*off by 1"):
-        check_operator(Broken(Elsewhere), aten.relu.default, x(2, 3))
+        check_operator(aten.relu, x(2, 3), row=Broken(Elsewhere))
 
 
 def test_a_module_and_a_function_of_ones_own() -> None:
@@ -329,11 +331,12 @@ def test_a_module_and_a_function_of_ones_own() -> None:
         def forward(self, given: Tensor) -> Tensor:
             return given + torch.sin(self.alpha * given) ** 2 / self.alpha
 
-    row = Identity("activation", at_zero="zero")
-    row.passes = ("input",)
-    check_operator(row, Snake(), x(2, 3))
-    cubed = operators.operation(Identity("activation", at_zero="zero"))(cube)
-    check_operator(Identity("activation", at_zero="zero"), cubed, x(2, 3))
+    row, model = Identity("activation", at_zero="zero"), Snake()
+    with pytest.raises(nrm.NrmError, match="has no row"):
+        check_operator(model, x(2, 3))
+    check_operator(model, x(2, 3), row=row)
+    assert model.alpha.dtype is torch.float32  # the module is as it was
+    check_operator(operators.operation(row)(cube), x(2, 3))
 
 
 def cube(given: Tensor) -> Tensor:
@@ -379,7 +382,7 @@ class Gated(nn.Module):
 
 
 def test_a_new_activation_keeps_its_row_s_laws(asinh) -> None:
-    check_operator(operators.lookup(aten.asinh.default), aten.asinh.default, x(2, 3))
+    check_operator(aten.asinh, x(2, 3))
 
 
 def test_a_new_activation_keeps_explicit_zeros(asinh) -> None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Call, Operator, Slot, lookup
 from nrm.rules import Flat, Gamma, Identity, LocalLinear, Rule, WSquare, Zero
 from nrm.testing.dense import check_values
@@ -98,41 +99,49 @@ def check_rule(rule: Rule, low: float = -1.0, high: float = 1.0) -> None:
 
 
 def check_operator(
-    row: Operator,
     function: OpOverload | OpOverloadPacket | Callable[..., Any] | nn.Module,
     *inputs: Any,
+    row: Operator | None = None,
     carries: Sequence[str] | None = None,
     rules: Sequence[Rule] = (Zero(), Flat(), WSquare(), Gamma(0.25), LocalLinear()),
     alphas: tuple[float, float] = (0.7, 0.3),
     **options: Any,
 ) -> None:
-    """Check a row of the operator table on one call.
+    """Check the row of an operator on one call.
 
     Arguments:
-        row: the row.
-        function: what it covers: an operator (`torch.ops.aten.relu`, or what
-            `nrm.operators.operation` returned), or a module whose class has the row.
+        function: an operator (`torch.ops.aten.relu`, or what `nrm.operators.operation` returned),
+            or a module whose class has a row.
         inputs: the call's arguments, small: every neuron is looked at alone. Tensors without ties
             and zeros say the most; real ones are taken in double precision.
+        row: its row; by default the one it is registered with.
         carries: the names of the arguments that depend on the model's input; by default all that
-            the row lets relevance pass to.
+            the row lets relevance pass to, of a module its inputs.
         rules: the contribution rules to try, where the row takes one.
         alphas: what the factors of a product take.
         options: further arguments of the call, by name.
 
     Raises:
         AssertionError: which law fails, where, and by how much.
-        UnsupportedOperatorError: the row refuses the call.
+        UnsupportedOperatorError: there is no row, or it refuses the call.
 
     Example:
-        >>> check_operator(Identity("activation", at_zero="zero"), torch.ops.aten.silu, x)
-        >>> check_operator(MyRow("linear"), MyLayer(3, 2), torch.randn(2, 3))
+        >>> check_operator(MyLayer(3, 2), torch.randn(2, 3))
+        >>> silu = Identity("activation", at_zero="zero")
+        >>> check_operator(torch.ops.aten.silu, torch.randn(2, 3), row=silu)
     """
-    target, args = runnable(function, [double(value) for value in inputs])
+    target, args, names = runnable(function, [double(value) for value in inputs])
+    row = row or lookup(target)
+    if row is None:
+        raise UnsupportedOperatorError(
+            f"{target} has no row; register one with nrm.operators.register, or give it as row=."
+        )
     options = {name: double(value) for name, value in options.items()}
-    tried = list(rules) if _takes_rules(row, target, args, options) else [*rules[:1]]
-    if any(rule.first_order for rule in rules):
-        tried.append(next(rule for rule in rules if rule.first_order))
+    row = row.specialize(bound(target, args, options)[0])
+    if carries is None and names:
+        carries = [name for name in names if row.passes is None or name in row.passes]
+    tried = list(rules) if row.adds_up else [*rules[:1]]
+    tried += [rule for rule in rules if rule.first_order]
     if row.accepts_identity:
         tried.append(Identity())
     for rule in dict.fromkeys(tried):
@@ -145,10 +154,6 @@ def check_operator(
             _check(case)
             if rule == rules[0]:
                 check_traits(case)
-
-
-def _takes_rules(row: Operator, target: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
-    return row.specialize(bound(target, args, options)[0]).adds_up
 
 
 def _check(case: Case) -> None:

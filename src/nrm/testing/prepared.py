@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -190,14 +191,14 @@ def bound(
     return Call.of(node), given
 
 
-def runnable(function: Any, inputs: list[Any]) -> tuple[Any, list[Any]]:
-    """An operator that a graph can hold, and all its arguments."""
+def runnable(function: Any, inputs: list[Any]) -> tuple[Any, list[Any], list[str]]:
+    """An operator that a graph can hold, all its arguments, and of a module the inputs' names."""
     if isinstance(function, OpOverloadPacket):
         (first, *_) = function.overloads()  # type: ignore[no-untyped-call]
-        return getattr(function, first), inputs
+        return getattr(function, first), inputs, []
     if not isinstance(function, nn.Module):
-        return function, inputs
-    module = function.double()
+        return function, inputs, []
+    module = deepcopy(function).double()
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     names = ["input" + (f"_{index}" if index else "") for index in range(len(inputs))]
 
@@ -207,7 +208,7 @@ def runnable(function: Any, inputs: list[Any]) -> tuple[Any, list[Any]]:
 
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     block = Block.of(kind, body, [*names, *state])
-    return block, [*inputs, *(value.detach() for value in state.values())]
+    return block, [*inputs, *(value.detach() for value in state.values())], names
 
 
 def double(value: Any) -> Any:
