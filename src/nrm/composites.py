@@ -1,15 +1,23 @@
-"""Which rule applies where (the walk specification of a whole network)."""
+"""Which rule applies where: the walk specification of a whole network (section 3.3, appendix E).
+
+A composite is a list of selectors with rules and alphas, and a default. Those of the literature are
+functions at the end of this file, each under a name (`by_name`). What one chooses for a model is
+shown layer by layer by `Composite.applied`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal
+from html import escape
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from nrm.capture.nodes import Captured
+from nrm.errors import QueryError
 from nrm.graph import Graph, Operation
 from nrm.rules import (
     Alpha,
@@ -37,53 +45,43 @@ _WEIGHTED = ("conv", "linear")
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Named:
+    """Operations that some of their properties tell by name.
+
+    Attributes:
+        by: how the selector was made: `kind`, `path` or `module`.
+        names: kinds, patterns of addresses, or names of module types.
+    """
+
+    by: Literal["kind", "path", "module"]
     names: tuple[str, ...]
 
     def __call__(self, operation: Operation, graph: Graph) -> bool:
-        return operation.kind in self.names
-
-    def __repr__(self) -> str:
-        return f"kind({', '.join(map(repr, self.names))})"
-
-
-@dataclass(frozen=True)
-class _Path:
-    patterns: tuple[str, ...]
-
-    def __call__(self, operation: Operation, graph: Graph) -> bool:
-        return any(fnmatchcase(operation.address, pattern) for pattern in self.patterns)
-
-    def __repr__(self) -> str:
-        return f"path({', '.join(map(repr, self.patterns))})"
-
-
-@dataclass(frozen=True)
-class _Module:
-    names: tuple[str, ...]
-
-    def __call__(self, operation: Operation, graph: Graph) -> bool:
+        if self.by == "kind":
+            return operation.kind in self.names
+        if self.by == "path":
+            return any(fnmatchcase(operation.address, pattern) for pattern in self.names)
         name = operation.module_type
         return name in self.names or name.rpartition(".")[2] in self.names
 
     def __repr__(self) -> str:
-        return f"module({', '.join(map(repr, self.names))})"
+        return f"{self.by}({', '.join(map(repr, self.names))})"
 
 
 def kind(*names: str) -> Selector:
     """Operations of these kinds: conv, linear, sum, product, layernorm, softmax, ..."""
-    return _Kind(names)
+    return Named("kind", names)
 
 
 def path(*patterns: str) -> Selector:
     """Operations whose address matches one of these patterns, e.g. `features.1?`, `layer4.*`."""
-    return _Path(patterns)
+    return Named("path", patterns)
 
 
 def module(*types: type[nn.Module] | str) -> Selector:
     """Operations computed directly in modules of these types (or type names, `"Conv2d"`)."""
     names = (t if isinstance(t, str) else f"{t.__module__}.{t.__qualname__}" for t in types)
-    return _Module(tuple(names))
+    return Named("module", tuple(names))
 
 
 def first(operation: Operation, graph: Graph) -> bool:
@@ -158,22 +156,144 @@ class Composite:
 
     def rule(self, operation: Operation, graph: Graph) -> Rule:
         """The rule of one operation."""
+        return self._rule(operation, graph)[0]
+
+    def _rule(self, operation: Operation, graph: Graph) -> tuple[Rule, str]:
+        """The rule of one operation, and what chose it."""
         for selector, rule in self.choices:
             if isinstance(rule, Rule) and selector(operation, graph):
-                return rule
-        if self.default.first_order:
-            return self.default
-        return operation.operator.default_rule or self.default
+                return rule, _shown(selector)
+        own = operation.operator.default_rule
+        if own is None or self.default.first_order:
+            return self.default, "default"
+        return own, f"default of {operation.kind}"
 
     def alpha(self, operation: Operation, graph: Graph) -> Alpha:
         """How the factors of one product share."""
+        return self._alpha(operation, graph)[0]
+
+    def _alpha(self, operation: Operation, graph: Graph) -> tuple[Alpha, str]:
+        """How the factors of one product share, and what chose it."""
         for selector, alpha in self.choices:
             if isinstance(alpha, Alpha) and selector(operation, graph):
-                return alpha
-        return self.alpha_default
+                return alpha, _shown(selector)
+        return self.alpha_default, "default"
+
+    def applied(self, graph: Graph) -> Applied:
+        """What the composite chooses for every operation of a model.
+
+        Arguments:
+            graph: of the model: `Explainer(model, composite).graph(x)`, or `R.graph`.
+
+        Example:
+            >>> print(GammaFlat().applied(nrm.Explainer(model).graph(x)))
+        """
+        lines = []
+        for operation in reversed(graph.operations):
+            row = operation.operator
+            found: list[tuple[str, str]] = []
+            if row.is_product and len(operation.gates) > 1:
+                alpha, by = self._alpha(operation, graph)
+                taken = zip(operation.slots, operation.alphas, strict=True)
+                shares = ", ".join(f"{graph.by_node[slot].name} {share:g}" for slot, share in taken)
+                found.append((f"{alpha}: {shares}", by))
+            if row.adds_up or row.by_derivatives or (row.accepts_identity and not row.one_parent):
+                rule, by = self._rule(operation, graph)
+                found.append((str(rule), by))
+            if not found:
+                passes = "follows its neurons" if row.moves else "passes unchanged"
+                found.append((passes, ""))
+            lines += [(operation.address, operation.kind, what, by) for what, by in found]
+        return Applied(self, tuple(lines))
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _shown(selector: Selector) -> str:
+    return getattr(selector, "__name__", None) or repr(selector)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A composite applied to a model: its choices, from the output down.
+
+    Attributes:
+        lines: of each operation the address, the kind, the rule (or what the factors of a product
+            take), and the selector that chose it; a matrix product has a line for each of both.
+    """
+
+    composite: Composite
+    lines: tuple[tuple[str, str, str, str], ...]
+
+    def __str__(self) -> str:
+        rows = [("operation", "kind", "rule", "chosen by"), *self.lines]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        bias = "inputs" if self.composite.bias == "input" else "dropped"
+        return "\n".join([f"{self.composite} (biases: {bias})", *lines])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+        head = row(("operation", "kind", "rule", "chosen by"), "th")
+        body = "".join(row(line, "td") for line in self.lines)
+        return f"<table><caption>{escape(str(self.composite))}</caption>{head}{body}</table>"
+
+
+# -- Composites by name.
+
+Maker = TypeVar("Maker", bound=Callable[..., Composite])
+
+_BY_NAME: dict[str, Callable[..., Composite]] = {}
+
+
+def composite(name: str) -> Callable[[Maker], Maker]:
+    """Give a function that makes a composite a name, by which `by_name` finds it.
+
+    Example:
+        >>> @composite("Mine")
+        ... def mine(gamma: float = 0.1) -> Composite:
+        ...     return Composite([(first, Flat())], Gamma(gamma), name=f"Mine({gamma})")
+    """
+
+    def decorate(make: Maker) -> Maker:
+        _BY_NAME[name] = make
+        return make
+
+    return decorate
+
+
+def names() -> tuple[str, ...]:
+    """The names of all composites, in the order in which they were given."""
+    return tuple(_BY_NAME)
+
+
+def by_name(name: str, *arguments: Any, **options: Any) -> Composite:
+    """A composite by its name.
+
+    Arguments:
+        name: in whatever case.
+        arguments, options: its parameters; most need none, `EpsilonGammaBox` the bounds of the
+            inputs.
+
+    Raises:
+        QueryError: there is none; the error says which there are.
+    """
+    known = {one.casefold(): one for one in _BY_NAME}
+    found = known.get(name.casefold())
+    if found is None:
+        near = get_close_matches(name.casefold(), known, n=1)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        raise QueryError(f"no composite is called {name!r}; {hint}there are {', '.join(_BY_NAME)}")
+    return _BY_NAME[found](*arguments, **options)
 
 
 def Everywhere(rule: Rule) -> Composite:
@@ -181,6 +301,7 @@ def Everywhere(rule: Rule) -> Composite:
     return Composite([], rule, name=f"Everywhere({rule})")
 
 
+@composite("GammaFlat")
 def GammaFlat(gamma: float = 0.25) -> Composite:
     """The paper's composite, nrm's default: flat first layer, gamma in between, LRP-0 at the head.
 
@@ -197,11 +318,13 @@ def GammaFlat(gamma: float = 0.25) -> Composite:
     )
 
 
+@composite("EpsilonPlus")
 def EpsilonPlus(epsilon: float = 1e-6) -> Composite:
     """z+ for convolutions, epsilon for the rest."""
     return Composite([(kind("conv"), ZPlus())], Epsilon(epsilon), name=f"EpsilonPlus({epsilon})")
 
 
+@composite("EpsilonPlusFlat")
 def EpsilonPlusFlat(epsilon: float = 1e-6) -> Composite:
     """Flat first layer, z+ for convolutions, epsilon for the rest."""
     return Composite(
@@ -211,6 +334,7 @@ def EpsilonPlusFlat(epsilon: float = 1e-6) -> Composite:
     )
 
 
+@composite("EpsilonGammaFlat")
 def EpsilonGammaFlat(epsilon: float = 1e-6, gamma: float = 0.25) -> Composite:
     """Flat first layer, gamma for convolutions, epsilon for the rest."""
     return Composite(
@@ -220,6 +344,7 @@ def EpsilonGammaFlat(epsilon: float = 1e-6, gamma: float = 0.25) -> Composite:
     )
 
 
+@composite("EpsilonGammaBox")
 def EpsilonGammaBox(
     low: Tensor | float, high: Tensor | float, epsilon: float = 1e-6, gamma: float = 0.25
 ) -> Composite:
@@ -235,6 +360,7 @@ def EpsilonGammaBox(
     )
 
 
+@composite("EpsilonAlpha2Beta1Flat")
 def EpsilonAlpha2Beta1Flat(epsilon: float = 1e-6) -> Composite:
     """Flat first layer, alpha2-beta1 for convolutions, epsilon for the rest."""
     return Composite(
@@ -244,11 +370,13 @@ def EpsilonAlpha2Beta1Flat(epsilon: float = 1e-6) -> Composite:
     )
 
 
+@composite("LRPZero")
 def LRPZero() -> Composite:
     """LRP-0 everywhere."""
     return Composite([], Zero(), name="LRPZero()")
 
 
+@composite("CPLRP")
 def CPLRP(epsilon: float = 0.0) -> Composite:
     """The default for transformers: LRP-0 that counts biases, with attention and scales frozen.
 
@@ -260,6 +388,7 @@ def CPLRP(epsilon: float = 0.0) -> Composite:
     return Composite([], _zero(epsilon), name=f"CPLRP({epsilon or ''})", bias="input")
 
 
+@composite("AttnLRP")
 def AttnLRP(epsilon: float = 0.0) -> Composite:
     """AttnLRP (Achtibat et al. 2024): products share evenly, softmax by its Taylor expansion.
 
@@ -278,6 +407,7 @@ def AttnLRP(epsilon: float = 0.0) -> Composite:
     )
 
 
+@composite("LRPAll")
 def LRPAll(rule: Rule | None = None) -> Composite:
     """LRP for recurrent networks (Arras et al. 2017): the value takes all, the gate none.
 
@@ -290,6 +420,7 @@ def LRPAll(rule: Rule | None = None) -> Composite:
     return Composite([], chosen, name=f"LRPAll({'' if rule is None else rule})", bias="input")
 
 
+@composite("Occlusion")
 def Occlusion(rest_to_bias: bool = True) -> Composite:
     """Occlusion walks (section 3.5.3): each parent contributes what is lost without it.
 
@@ -307,6 +438,7 @@ def Occlusion(rest_to_bias: bool = True) -> Composite:
     return Composite([], OcclusionRule(rest_to_bias), name=name, bias="input")
 
 
+@composite("LocalLinear")
 def LocalLinear() -> Composite:
     """Every operation to first order at the input: `x_i dy_j/dx_i`, gates and scales included.
 
@@ -319,6 +451,7 @@ def LocalLinear() -> Composite:
     return Composite([], LocalLinearRule(), name="LocalLinear()", bias="input")
 
 
+@composite("IntegratedGradients")
 def IntegratedGradients(
     baseline: Baseline | Mapping[str, Baseline] = 0.0, steps: int = 16
 ) -> Composite:

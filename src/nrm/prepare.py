@@ -18,7 +18,8 @@ from nrm.capture.run import Folding, Interpreter, Plan, Values
 from nrm.capture.store import Shared
 from nrm.errors import Cautions, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
-from nrm.operators import Call, Propagation, Setting, in_place, keeps_values, picks, reads_layout
+from nrm.operators import Call, Propagation, Setting, in_place, picks, reads_layout
+from nrm.operators.functions import ALIAS
 from nrm.telescope import (
     Differentiating,
     Fusion,
@@ -220,7 +221,7 @@ class Program:
                     f"{operation.address!r} as a function, and its parameters are computed from "
                     "the input. Choose another rule for the operation before it."
                 )
-            if not keeps_values(reader.call.target):  # a folded batch norm
+            if reader.call.target is not ALIAS:  # a folded batch norm
                 found.append(reader.call.with_values(reader.arguments, self._constants.__getitem__))
         return tuple(found)
 
@@ -321,7 +322,8 @@ def _setting(operation: Operation, strict: bool, shared: Shared) -> Setting:
 
 def _reads(graph: Graph, node: Node) -> Sequence[Node]:
     """The values that a node is computed from: an operation that picks runs its producer again."""
-    if node not in graph.by_node:
+    variable = graph.by_node.get(node)
+    if variable is None or variable.producer is None:
         return node.all_input_nodes
     while picks(node) and isinstance(node.args[0], Node):
         node = node.args[0]

@@ -1,7 +1,9 @@
-"""Inputs that say how other inputs are connected: float adjacency matrices, weights of edges.
+"""What a captured graph says of a network: its structure inputs, its kind, and its gates.
 
-They steer which features are added up, as attention weights do, and take no relevance where the
-value takes all (`nrm.structure`).
+- Inputs that say how other inputs are connected (adjacency matrices, weights of edges) steer which
+  features are added up, as attention weights do, and take no relevance where the value takes all.
+- Networks whose activations are signed and smooth get another composite by default.
+- A factor of a product is a gate, more or less, as told by what computed it.
 """
 
 from __future__ import annotations
@@ -106,8 +108,7 @@ def _is_weighted(node: Node, reached: set[Node]) -> bool:
 
 # -- What kind of network a graph computes, read from what happens to its inputs.
 # Only nodes that depend on a real-valued input count: what is done to constants decides nothing,
-# and
-# neither does how often a constant was recorded by the way of capture.
+# and neither does how often a constant was recorded by the way of capture.
 
 RECURRENT = 3
 """How often one linear layer is applied in what counts as a recurrent network."""

@@ -1,7 +1,7 @@
-"""Numbers and tensors as another tensor has them.
+"""What the library needs of tensors beyond torch: types and axes, memory, derivatives, threads.
 
 `torch.as_tensor(0.7)` is of single precision whatever it meets later, so that a double model loses
-half its digits. Whatever a user gives, and whatever constant a graph holds, comes through here.
+half its digits. Whatever a user gives, and whatever constant a graph holds, comes through `like`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ def like(value: Any, reference: Tensor) -> Tensor:
     Python numbers, lists and arrays go there at once, without a detour over single precision.
     """
     return torch.as_tensor(value, dtype=reference.dtype, device=reference.device)
+
+
+def per_channel(value: Tensor, dim: int, axis: int = 1) -> Tensor:
+    """`[channels]` with `dim` axes, broadcastable to a tensor with its channels along `axis`."""
+    axis %= dim
+    return value.view((1,) * axis + (-1,) + (1,) * (dim - 1 - axis))
+
+
+def aligned(value: Tensor, dim: int) -> Tensor:
+    """A tensor with `dim` axes, its own at the end, as it broadcasts."""
+    return value.view((1,) * (dim - value.dim()) + tuple(value.shape))
 
 
 def check_dense(x: Tensor, what: str, error: type[NrmError] = InputError) -> None:

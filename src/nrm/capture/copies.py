@@ -148,9 +148,10 @@ def find_layouts(
         for scale, shift in ((0.75, -0.1), (1.5, 0.1)):
             others = [_another(x, scale, shift) for x in inputs]
             for last in (False, True):
-                pairs = ((y, x) if last else (x, y) for x, y in zip(inputs, others, strict=True))
-                joined = given(captured, [torch.cat(pair, axis) for pair in pairs])
-                Interpreter(plan, joined, partial(different, last=last)).compute()
+                ordered = (others, inputs) if last else (inputs, others)
+                joined = [torch.cat(pair, axis) for pair in zip(*ordered, strict=True)]
+                start = given(captured, joined)
+                Interpreter(plan, start, partial(different, last=last)).compute()
     except _SamplesMixError:
         return {}
     return layouts

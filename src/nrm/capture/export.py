@@ -22,15 +22,9 @@ from torch.fx import Node
 
 from nrm.capture.call import ModelCall, as_rounded, wide, widen
 from nrm.capture.expand import StepsAlongBatchError, expand
+from nrm.capture.fold import fold_constants
 from nrm.capture.nodes import Captured, is_symbolic
-from nrm.capture.rewrite import (
-    ResultsApart,
-    collapse,
-    collapse_complex,
-    fold_constants,
-    inline,
-    tell_apart,
-)
+from nrm.capture.rewrite import ResultsApart, collapse, collapse_complex, inline, tell_apart
 from nrm.capture.run import evaluate
 from nrm.capture.tracing import capturing, holds_numbers_of, restored, shadow, trace
 from nrm.errors import CaptureError, InputError, NrmError

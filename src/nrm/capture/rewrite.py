@@ -1,15 +1,16 @@
-"""Parts of a model under `torch.autocast`, or with gradients switched on or off, as operators.
+"""Rewrites of a captured graph, never of the model: operators that relevance passes.
 
-`torch.export` keeps each as one operator with a graph of its own; an eager trace marks where it
-begins and ends. Gradients change no value, and which precision is computed in is decided in
-`nrm.capture.call`.
+Graphs within the graph take their operators' places (`inline`); a module that a user gave a row of
+its own becomes one operation (`collapse`), as does a linear map that goes through complex numbers
+(`collapse_complex`); and what dropouts return is told from what they are given (`tell_apart`). What
+scales a layer's channels is folded in `nrm.capture.fold`, what hides a network is written out in
+`nrm.capture.expand`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +21,17 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 from nrm.capture import nodes as addresses
-from nrm.capture.nodes import is_float_tensor, reads_no_values
+from nrm.capture.nodes import dependents, is_float_tensor
 from nrm.errors import CaptureError
-from nrm.operators import COMPLEX_LINEAR, Block, Call, Routing, has_row, lookup, picks
-from nrm.operators.layers import Layer
-from nrm.operators.sums import BatchNorm, scale_and_shift, statistics
+from nrm.operators import COMPLEX_LINEAR, Block, Call, has_row, picks, standard
+from nrm.operators.complex_linear import is_linear
+from nrm.operators.functions import ALIAS
+
+# -- regions: parts of a model under `torch.autocast`, or with gradients switched on or off --------
+#
+# `torch.export` keeps each as one operator with a graph of its own; an eager trace marks where it
+# begins and ends. Gradients change no value, and which precision is computed in is decided in
+# `nrm.capture.call`.
 
 _BODY = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
 """The place of the graph among an operator's arguments; what the graph reads follows."""
@@ -85,8 +92,7 @@ def _graph_of(node: Node) -> FxGraph | None:
     return found.graph if isinstance(found, GraphModule) else None
 
 
-# -- Modules that a user gave a rule of their own: each call becomes one operation of the graph.
-# A rewrite of the captured graph only; the user's modules are never touched.
+# -- modules that a user gave a row of their own -------------------------------------------------
 
 
 def collapse(graph: FxGraph) -> None:
@@ -146,16 +152,12 @@ def _names(given: list[Node], address: str) -> dict[Node, str]:
     return names
 
 
-# -- Dropout in evaluation returns what it is given: who reads its result, and who its operand.
-# A capture knows a tensor by what it is. From then on it may take the result and the operand for
-# one
-# (an export with torch 2.14 does): what reads the operand afterwards seems to read the result, and
-# the relevance of the dropout would be that of all that flows beside it. So while a model is
-# captured
-# the result is a view of its own, and after that the views tell who reads which.
-
-_VIEW = torch.ops.aten.alias.default
-_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+# -- dropout in evaluation: who reads its result, and who its operand, which are one tensor --------
+#
+# A capture may take the two for one (an export with torch 2.14 does): what reads the operand
+# afterwards seems to read the result, and the relevance of the dropout would be that of all that
+# flows beside it. So while a model is captured the result is a view of its own, and after that the
+# views tell who reads which.
 
 
 class ResultsApart(TorchFunctionMode):
@@ -169,14 +171,14 @@ class ResultsApart(TorchFunctionMode):
         if "dropout" in name and not name.endswith("_"):
             given = args[0] if args else (kwargs or {}).get("input")
             if isinstance(result, Tensor) and result is given:
-                return _VIEW(result)
+                return ALIAS(result)
         return result
 
 
 def tell_apart(graph: FxGraph) -> None:
     """Give what reads an operand its operand back, and take the views away."""
     for view in list(graph.nodes):
-        if view.target is not _VIEW:
+        if view.target is not ALIAS:
             continue
         dropout, others = view.args[0], set(graph.nodes) - {view}
         if not isinstance(dropout, Node) or not _is_dropout(dropout):
@@ -188,229 +190,17 @@ def tell_apart(graph: FxGraph) -> None:
 
 
 def _is_dropout(node: Node) -> bool:
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in {getattr(torch.ops.aten, name) for name in _DROPOUTS}
-
-
-# -- What scales and shifts the channels of a layer by constants, taken into the layer's weights.
-# Batch norm in evaluation mode, and the same written out: a rewrite of the captured graph, never of
-# the model. The layer then computes what the last of them gave, and they become identities, so that
-# rules act on the weights that all have together, however they are spelled.
-
-Step = tuple[Any, ...]
-"""A scale and shift: its name, and what `_affine` takes beside it: nodes, numbers and tensors."""
-
-
-@dataclass(frozen=True)
-class _Link:
-    """One operator after a layer.
-
-    Attributes:
-        matters: it may change shares. A positive number that scales all alike does not, nor does a
-            number that is added, which stays a bias of its own.
-        shifts: it adds something.
-    """
-
-    node: Node
-    step: Step
-    matters: bool
-    shifts: bool
-
-
-def fold_constants(graph: FxGraph, inputs: Sequence[Node]) -> None:
-    """Fold what scales or shifts the channels of a layer that nothing else reads.
-
-    Arguments:
-        inputs: the placeholders of the model's inputs.
-    """
-    depending = set(inputs)  # also on their sizes
-    for node in graph.nodes:
-        if not depending.isdisjoint(node.all_input_nodes):
-            depending.add(node)
-    for layer in list(graph.nodes):
-        if not _has_row(layer, Layer):
-            continue
-        call = Call.of(layer)
-        if call["weight"] in depending or call["bias"] in depending:
-            continue
-        chain = _chain(layer, call, depending)
-        while chain and not chain[-1].matters:
-            del chain[-1]
-        if chain:
-            _fold(graph, layer, call, chain)
-    graph.lint()
-
-
-def folded_weight(weight: Tensor, bias: Tensor | None, steps: Sequence[Step]) -> Tensor:
-    """The layer's weight with the scales of all steps."""
-    for step in steps:
-        scale, _ = _affine(*step)
-        weight = weight * scale.view((-1,) + (1,) * (weight.dim() - 1))
-    return weight
-
-
-def folded_bias(weight: Tensor, bias: Tensor | None, steps: Sequence[Step]) -> Tensor:
-    """The layer's bias after all steps."""
-    for step in steps:
-        scale, shift = _affine(*step)
-        bias = shift if bias is None else bias * scale + shift
-    assert bias is not None
-    # One number for all channels is a bias of each.
-    return bias.expand(weight.shape[0]) if bias.numel() == 1 else bias
-
-
-def _affine(name: str, *given: Any) -> tuple[Tensor, Tensor]:
-    """`[channels]` or `[1]` each: what is multiplied by, and what is added then."""
-    if name == "batch_norm":
-        return scale_and_shift(*given)
-    constant, sign = given
-    value = torch.as_tensor(constant).reshape(-1)
-    nothing, one = torch.zeros_like(value), torch.ones_like(value)
-    if name == "mul":
-        return value, nothing
-    if name == "div":
-        return 1 / value, nothing
-    scale, factor = sign
-    return scale * one, factor * value
-
-
-def _chain(layer: Node, call: Call, depending: set[Node]) -> list[_Link]:
-    """The operators after a layer, each the only reader of the one before, that can be folded."""
-    found: list[_Link] = []
-    source = layer
-    while len(source.users) == 1:
-        (node,) = source.users
-        link = _batch_norm(node, source, call) or _arithmetic(node, source, call)
-        if link is None or any(parent in depending for parent in _nodes(link.step)):
-            break
-        found.append(link)
-        source = node
-    return found
-
-
-def _batch_norm(node: Node, source: Node, layer: Call) -> _Link | None:
-    if not _has_row(node, BatchNorm) or node.args[0] is not source:
-        return None
-    norm = Call.of(node)
-    if norm.get("training") or norm["running_mean"] is None:
-        return None  # refused by name when the graph is built
-    if source.meta["val"].dim() - _channels_from_end(layer) != 1:
-        return None  # the norm's channels are another axis than the layer's
-    return _Link(node, ("batch_norm", *statistics(norm).values()), matters=True, shifts=True)
-
-
-def _arithmetic(node: Node, source: Node, layer: Call) -> _Link | None:
-    """A product or sum with a number, or with one for each channel."""
-    name = _NAMES.get(str(node.target).partition(".")[2].partition(".")[0])
-    if name == "neg":
-        return _Link(node, ("mul", -1.0, None), matters=True, shifts=False)
-    if name is None or len(node.args) != 2 or set(node.kwargs) - {"alpha"}:
-        return None
-    place = 0 if node.args[0] is source else 1
-    other = node.args[1 - place]
-    alpha = node.kwargs.get("alpha", 1)
-    if name == "div" and place == 1:
-        return None
-    if isinstance(other, Node):
-        fits = other is not source and _by_channel(other, node, source, layer)
-    else:
-        fits = isinstance(other, int | float) and (name not in ("mul", "div") or other != 0)
-    if not fits or not isinstance(alpha, int | float):
-        return None
-    if name in ("mul", "div"):
-        matters = isinstance(other, Node) or bool(other < 0)  # type: ignore[operator]
-        return _Link(node, (name, other, None), matters, shifts=False)
-    # Of `self` and `alpha * other`, one is the layer.
-    signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[name]
-    scale, factor = signs[place], signs[1 - place]
-    matters = isinstance(other, Node) or scale < 0
-    return _Link(node, ("add", other, (scale, factor)), matters, shifts=True)
-
-
-_NAMES = {
-    **{name: name for name in ("neg", "mul", "div", "add", "sub", "rsub")},
-    "multiply": "mul",
-    **dict.fromkeys(["divide", "true_divide"], "div"),
-}
-
-
-def _by_channel(constant: Node, node: Node, source: Node, layer: Call) -> bool:
-    """Whether a tensor has one entry, or one for each of the layer's channels."""
-    value, weight = constant.meta.get("val"), layer["weight"].meta["val"]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if value.dim() > source.meta["val"].dim() or node.meta["val"].dtype != weight.dtype:
-        return False
-    axis = _channels_from_end(layer)
-    return all(
-        isinstance(size, int) and (size == 1 or (place == axis and size == weight.shape[0]))
-        for place, size in enumerate(reversed(value.shape), start=1)
-    )
+    row = standard(Call.of(node))
+    return row is not None and row.function.role == "dropout"
 
 
-def _fold(graph: FxGraph, layer: Node, call: Call, chain: Sequence[_Link]) -> None:
-    steps = tuple(link.step for link in chain)
-    _bring_forward(graph, layer, _nodes(steps))
-    has_bias = call["bias"] is not None or any(link.shifts for link in chain)
-    given = (call["weight"], call["bias"], steps)
-    with graph.inserting_before(layer):
-        weight = graph.call_function(folded_weight, given)
-        bias = graph.call_function(folded_bias, given) if has_bias else None
-    weight.meta["val"] = call["weight"].meta["val"]
-    if bias is not None:
-        bias.meta["val"] = weight.meta["val"].new_empty(weight.meta["val"].shape[0])
-    arguments = call.arguments | {"weight": weight, "bias": bias}
-    layer.args, layer.kwargs = tuple(arguments.values()), {}
-    source = layer
-    for link in chain:
-        link.node.meta.setdefault("spelled", link.node.target)  # its name stays
-        link.node.target = torch.ops.aten.alias.default
-        link.node.args, link.node.kwargs = (source,), {}
-        source = link.node
-
-
-def _bring_forward(graph: FxGraph, layer: Node, constants: Iterable[Node]) -> None:
-    """Compute constants before a layer, where the model does after it."""
-    place = {node: number for number, node in enumerate(graph.nodes)}
-    late: set[Node] = set()
-    waiting = list(constants)
-    while waiting:
-        node = waiting.pop()
-        if place[node] > place[layer] and node not in late:
-            late.add(node)
-            waiting.extend(node.all_input_nodes)
-    for node in sorted(late, key=place.__getitem__):
-        layer.prepend(node)
-
-
-def _nodes(step: Sequence[Any]) -> list[Node]:
-    found: list[Node] = []
-    torch.fx.node.map_arg(step, found.append)
-    return found
-
-
-def _channels_from_end(layer: Call) -> int:
-    return max(int(layer["weight"].meta["val"].dim()) - 1, 1)
-
-
-def _has_row(node: Node, kind: type) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and isinstance(lookup(node.target), kind)
-
-
-# -- Linear maps by way of complex numbers (Fourier transforms, rotations) as one operation each.
+# -- linear maps by way of complex numbers (Fourier transforms, rotations) -------------------------
+#
 # Relevance is not followed through complex numbers. Where all that happens to them is linear, what
-# comes out is a linear map of what went in, whose derivatives say everything. A rewrite of the
-# captured graph only; what is not linear stays, and is refused by name if a walk gets there.
-
-_ALONE = (
-    "real", "imag", "view_as_real", "view_as_complex", "complex", "conj", "conj_physical", "_conj",
-    "_conj_physical", "resolve_conj", "resolve_neg", "neg", "to", "_to_copy", "clone",
-    "contiguous", "alias", "detach", "lift_fresh_copy", "sum", "mean", "cumsum", "stft", "istft",
-)  # fmt: skip
-"""Linear in all that they read."""
-
-_SUMS = ("add", "sub", "rsub")
-_PRODUCTS = ("mul", "multiply", "matmul", "mm", "bmm", "einsum")
+# comes out is a linear map of what went in, whose derivatives say everything. What is not linear
+# stays, and is refused by name if a walk gets there.
 
 
 def collapse_complex(graph: FxGraph, inputs: Sequence[Node]) -> None:
@@ -419,17 +209,14 @@ def collapse_complex(graph: FxGraph, inputs: Sequence[Node]) -> None:
     Arguments:
         inputs: the placeholders of the model's inputs.
     """
-    varying = set(inputs)
-    for node in graph.nodes:
-        if not reads_no_values(node) and not varying.isdisjoint(node.all_input_nodes):
-            varying.add(node)
+    varying = dependents(graph.nodes, inputs, sizes=False)
     hidden = {node for node in varying if node.op == "call_function" and _is_complex(node)}
     for node in list(graph.nodes):
         comes_back = node in varying and is_float_tensor(node)
         if comes_back and not hidden.isdisjoint(node.all_input_nodes):
             part = _part(node, hidden)
             if all(_is_linear(inner, varying) for inner in part):
-                _replace(graph, node, part)
+                _replace_part(graph, node, part)
     graph.lint()
 
 
@@ -455,38 +242,15 @@ def _is_linear(node: Node, varying: set[Node]) -> bool:
     """Whether a node is linear in what depends on the input, of which all is real or complex."""
     if picks(node):
         return True
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    name = str(node.target).split(".")[1]
     moving = [parent for parent in node.all_input_nodes if parent in varying]
     if not all(is_float_tensor(parent) or _is_complex(parent) for parent in moving):
         return False  # an index or a number that depends on the input
     if any(parent.op == "placeholder" and _is_complex(parent) for parent in moving):
         return False  # a complex input
-    if name in _SUMS:  # a constant would be a bias
-        return moving == [leaf for leaf in node.args if isinstance(leaf, Node)] and all(
-            isinstance(leaf, Node) for leaf in node.args
-        )
-    if name in _PRODUCTS:
-        return len(moving) == 1 and sum(_read(node, moving[0])) == 1
-    if name in ("div", "divide", "true_divide"):
-        return moving == [node.args[0]] and not node.kwargs
-    if name in ("constant_pad_nd", "pad"):
-        return not any(node.args[3:] if name == "pad" else node.args[2:])
-    row = lookup(node.target)
-    if isinstance(row, Routing) and row.kind == "view":
-        return len(moving) == len(node.all_input_nodes)
-    return name in _ALONE or name.startswith("fft_")
+    return is_linear(node, moving)
 
 
-def _read(node: Node, parent: Node) -> list[bool]:
-    """For every place of a node's arguments that holds a node, whether it is this one."""
-    places: list[bool] = []
-    torch.fx.node.map_arg((node.args, node.kwargs), lambda leaf: places.append(leaf is parent))
-    return places
-
-
-def _replace(graph: FxGraph, result: Node, part: Sequence[Node]) -> None:
+def _replace_part(graph: FxGraph, result: Node, part: Sequence[Node]) -> None:
     inside = set(part)
     given = list(dict.fromkeys(p for n in part for p in n.all_input_nodes if p not in inside))
     body = FxGraph()

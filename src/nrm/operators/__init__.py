@@ -1,12 +1,14 @@
 """How relevance passes each kind of operator, and the table that says which kind each one is."""
 
+from nrm.operators.call import Call, Slot, fill, picks
 from nrm.operators.contribution import Contribution
 from nrm.operators.custom import Block, operation
 from nrm.operators.derivatives import LocalLinear, ToFirstOrder
 from nrm.operators.functions import GATE, SQUASHED, WEIGHTS, Function
 from nrm.operators.products import MatrixProduct, Product, Quotient
+from nrm.operators.propagation import Columns, Propagation, Setting
 from nrm.operators.routing import Identity, Routing
-from nrm.operators.row import Call, Columns, Operator, Propagation, Setting, Slot, fill, picks
+from nrm.operators.row import Operator
 from nrm.operators.sums import Sum, WeightedSum
 from nrm.operators.table import (
     COMPLEX_LINEAR,
@@ -16,13 +18,13 @@ from nrm.operators.table import (
     functional,
     has_row,
     in_place,
-    keeps_values,
     lookup,
     reads_layout,
     register,
     registered,
     row_of,
     standard,
+    unregister,
 )
 
 __all__ = [
@@ -55,7 +57,6 @@ __all__ = [
     "functional",
     "has_row",
     "in_place",
-    "keeps_values",
     "lookup",
     "operation",
     "picks",
@@ -64,4 +65,5 @@ __all__ = [
     "registered",
     "row_of",
     "standard",
+    "unregister",
 ]

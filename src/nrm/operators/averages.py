@@ -2,7 +2,7 @@
 
 Each says which parents a neuron has, by adding them up with weight one, and what the weight is. So
 rules act on the weights of single connections: the flat rule puts one in their place, w2 squares
-them. Interpolation, whose weights differ from parent to parent, is in `interpolation`.
+them. Interpolation, whose weights differ from parent to parent, reads them off the operator.
 """
 
 from __future__ import annotations
@@ -17,26 +17,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nrm.operators.call import Call
 from nrm.operators.contribution import Contribution
 from nrm.operators.functions import UNKNOWN, Function
-from nrm.operators.row import Call, Setting
+from nrm.operators.propagation import Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation
 from nrm.tensors import like
 
-_ATEN = torch.ops.aten
+_Sum = Callable[[Tensor], Tensor]
 
 
 class Averaging(WeightedSum):
-    """`y_j = v_j sum_i x_i` over the neurons i that an operator adds up for j, with fixed `v_j`."""
+    """`y_j = v_j sum_i x_i` over the neurons i that an operator adds up for j, with fixed `v_j`.
+
+    Arguments:
+        argument: the name of the operand.
+        along: it adds up along the axes in `dim`, or along all.
+        positions: it adds up positions, which lie along so many of the last axes.
+        keeps_channels: whether the channel axis stays where it is; so it does with `positions`.
+        function: what else is known of it.
+    """
 
     affine = True
 
     def __init__(
-        self, kind: str, argument: str, keeps_channels: bool, function: Function = UNKNOWN
+        self,
+        kind: str,
+        argument: str,
+        *,
+        along: bool = False,
+        positions: int | None = None,
+        keeps_channels: bool = False,
+        function: Function = UNKNOWN,
     ) -> None:
         super().__init__(kind)
-        self.argument, self.keeps_channels = argument, keeps_channels
+        self.argument, self.along, self.positions = argument, along, positions
+        self.keeps_channels = keeps_channels or positions is not None
         self.function = function
         self.passes = (argument,)
 
@@ -44,25 +61,22 @@ class Averaging(WeightedSum):
         return inherited if self.keeps_channels else None
 
     def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
-        """The axes of an operand of `dim` along which neurons are added up, which the output has
-        no more or has in other sizes; `None` where no axes are known."""
-        target = getattr(call.target, "overloadpacket", None)
-        if target in _ALONG:
-            along = call.get("dim")
-            axes = range(dim) if along is None else [along] if isinstance(along, int) else along
+        """Those along which neurons are added up, which the output has no more or has in other
+        sizes."""
+        if self.along:
+            told = call.get("dim")
+            axes = range(dim) if told is None else [told] if isinstance(told, int) else told
             return sorted(axis % dim for axis in axes) or list(range(dim))
-        positions = _POSITIONS.get(target)
-        return None if positions is None else list(range(dim - positions, dim))
+        return None if self.positions is None else list(range(dim - self.positions, dim))
 
     def acts_by_channel(self, call: Call, dim: int) -> bool:
-        positions = _POSITIONS.get(getattr(call.target, "overloadpacket", None))
-        return positions is not None and dim == 2 + positions
+        return self.positions is not None and dim == 2 + self.positions
 
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
         x = values[0]
-        add_up, weight = _fixed(call, self.argument, x)
+        add_up, weight = self._fixed(call, x)
         return [
             Contribution(
                 Activation(x),
@@ -73,47 +87,41 @@ class Averaging(WeightedSum):
             )
         ]
 
+    def _fixed(self, call: Call, x: Tensor) -> tuple[_Sum, Callable[[], Tensor]]:
+        """How a call adds its operand up with weight one, and what makes `v_j`, broadcastable."""
 
-_Sum = Callable[[Tensor], Tensor]
+        def run(factor: Tensor) -> Tensor:
+            output: Tensor = call(**{self.argument: factor})
+            return output
 
+        if self.function.role == "mean":
+            along: dict[str, Any] = {"dtype": call["dtype"]}
+            if call.get("dim") is not None:
+                along |= {"dim": call["dim"], "keepdim": call["keepdim"]}
 
-def _fixed(call: Call, argument: str, x: Tensor) -> tuple[_Sum, Callable[[], Tensor]]:
-    """How a call adds its operand up with weight one, and what makes `v_j`, broadcastable."""
-    target = getattr(call.target, "overloadpacket", None)
-    pooled = _POSITIONS.get(target)
+            def add_up(factor: Tensor) -> Tensor:
+                return torch.sum(factor, **along)
 
-    def run(factor: Tensor) -> Tensor:
-        output: Tensor = call(**{argument: factor})
-        return output
+            def share() -> Tensor:
+                sums = add_up(x.new_empty((), device="meta").expand(x.shape))
+                return like(sums.numel() / x.numel(), x)
 
-    if target is _ATEN.mean:
-        along: dict[str, Any] = {"dtype": call["dtype"]}
-        if call.get("dim") is not None:
-            along |= {"dim": call["dim"], "keepdim": call["keepdim"]}
+            return add_up, share
+        if self.positions is None:
+            return run, lambda: x.new_ones(())
+        if "output_size" in call.arguments:  # adaptive
+            sizes = _adaptive_sizes(x.shape[-self.positions :], call["output_size"], x)
+            return lambda factor: run(factor) * sizes, sizes.reciprocal
+        windows = _windows(call, self.positions)
+        shape = (*(1,) * (x.dim() - self.positions), *x.shape[-self.positions :])
 
-        def add_up(factor: Tensor) -> Tensor:
-            return torch.sum(factor, **along)
+        def divided() -> Tensor:
+            # Padding may count, windows may reach beyond: the operator itself says by how much it
+            # divides what there is in each.
+            ones = x.new_ones(shape)
+            return run(ones) / windows(ones)
 
-        def share() -> Tensor:
-            sums = add_up(x.new_empty((), device="meta").expand(x.shape))
-            return like(sums.numel() / x.numel(), x)
-
-        return add_up, share
-    if pooled is None:
-        return run, lambda: x.new_ones(())
-    lead = (1,) * (x.dim() - pooled)
-    if "adaptive" in str(target):
-        sizes = _adaptive_sizes(x.shape[-pooled:], call["output_size"], x)
-        return lambda factor: run(factor) * sizes, sizes.reciprocal
-    windows = _windows(call, pooled)
-
-    def divided() -> Tensor:
-        # Padding may count, windows may reach beyond: the operator itself says by how much it
-        # divides what there is in each.
-        ones = x.new_ones((*lead, *x.shape[-pooled:]))
-        return run(ones) / windows(ones)
-
-    return windows, divided
+        return windows, divided
 
 
 def _windows(call: Call, axes: int) -> _Sum:
@@ -150,29 +158,9 @@ def _adaptive_sizes(given: Sequence[int], wanted: Sequence[int], x: Tensor) -> T
     return sizes
 
 
-_ALONG = frozenset([_ATEN.mean, _ATEN.sum, _ATEN.cumsum])
-"""What adds up along the axes it is told, or along all."""
-
-_POSITIONS = {
-    getattr(_ATEN, name): axes
-    for axes, names in enumerate(
-        (
-            "avg_pool1d adaptive_avg_pool1d upsample_linear1d",
-            "avg_pool2d adaptive_avg_pool2d upsample_bilinear2d _upsample_bilinear2d_aa "
-            "upsample_bicubic2d _upsample_bicubic2d_aa",
-            "avg_pool3d adaptive_avg_pool3d upsample_trilinear3d",
-        ),
-        start=1,
-    )
-    for name in names.split()
-}
-"""How many axes, the last, have positions that are averaged."""
-
-
 # -- Interpolation: a fixed map of positions whose weights differ from parent to parent.
 # The weights are read off the operator itself, axis by axis, and kept one by one, so that a rule
-# may
-# put anything in their place.
+# may put anything in their place.
 
 _NOTHING = 1e-9
 """Weights of no more than this, in double precision, are zero but for rounding."""

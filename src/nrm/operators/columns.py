@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from nrm.errors import QueryError
-from nrm.operators.contribution import Contribution, TermSum
-from nrm.operators.contribution import total as add_up
-from nrm.operators.row import Columns, Propagation, Setting, refuse_failing
+from nrm.operators.contribution import Contribution, TermSum, add_up
+from nrm.operators.propagation import Columns, Propagation, Setting, refuse_failing
 from nrm.rules import Gate
 from nrm.tensors import (
     Coordinates,

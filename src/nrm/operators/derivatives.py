@@ -14,16 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators.row import (
-    Call,
-    Columns,
-    Operator,
-    Propagation,
-    Setting,
-    fill,
-    pull_back,
-    refuse_failing,
-)
+from nrm.operators.call import Call, fill
+from nrm.operators.propagation import Columns, Propagation, Setting, pull_back, refuse_failing
+from nrm.operators.row import Operator
 from nrm.rules import Rule
 
 

@@ -9,7 +9,7 @@ no row covers, in the table of `nrm.operators.table`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,8 +38,8 @@ class Function:
         hides_sign: as a model's last function, it has another sign than its argument, the logit.
         positive: its results are positive numbers, probabilities and the like.
         keeps_positive: of positive numbers it makes positive ones.
-        order: 1: the larger what it is given, the larger its result, -1: the smaller; 0: neither,
-            or it is not known.
+        order: 1: of numbers of one sign, the larger what it is given, the larger its result; -1:
+            the smaller; 0: neither, or it is not known.
         among_positive: `order` holds for positive arguments alone.
         same: its result is what it is given.
         chooses: it returns what it chose along an axis, and beside it where that was.
@@ -84,8 +84,33 @@ class Order:
     among_positive: bool = False
 
 
+@dataclass(frozen=True)
+class Rescaling:
+    """`scale * x + shift`, by constants: numbers, or nodes of a captured graph.
+
+    Attributes:
+        kind: `"times"` or `"over"` the first of what is given; `"plus"`: of `(other, scale,
+            factor)`, `scale * x + factor * other`; `"norm"`: what `scale_and_shift` takes.
+        given: the constants.
+        matters: it may change shares. A positive number that scales all alike does not, nor does a
+            number that is added, which stays a bias of its own.
+        shifts: it adds something.
+    """
+
+    kind: Literal["times", "over", "plus", "norm"]
+    given: tuple[Any, ...]
+    matters: bool
+    shifts: bool
+
+    @property
+    def step(self) -> tuple[Any, ...]:
+        """Kind and constants, as an argument of a node."""
+        return (self.kind, *self.given)
+
+
 # -- Operators for those who write into a captured graph.
 
+ALIAS = torch.ops.aten.alias.default
 NEGATIVE = torch.ops.aten.neg.default
 SIGN = torch.ops.aten.sign.default
 TIMES = torch.ops.aten.mul.Tensor

@@ -1,4 +1,7 @@
-"""The derivatives of convolutions and transposed convolutions, by their input and their weight."""
+"""The layers of networks: linear layers, convolutions and transposed convolutions.
+
+First what convolutions need of their derivatives, by input and by weight; then their rows.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.contribution import Contribution, Dense, Kernel, through_matrix
-from nrm.operators.row import Call, Setting
+from nrm.operators.call import Call
+from nrm.operators.connections import Dense, Kernel, for_each_axis
+from nrm.operators.contribution import Contribution, through_matrix
+from nrm.operators.propagation import Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule
-from nrm.tensors import plain_strides
+from nrm.tensors import per_channel, plain_strides
 
 _MANY = 64
 """From so many channels on it is worth to look for those that hold nothing."""
@@ -34,8 +39,12 @@ class Convolution:
         self.weight: Tensor = call["weight"]
         self.transposed, self.groups = transposed, int(call["groups"])
         axes = self.weight.dim() - 2
-        self.stride, self.dilation = (_each(call[name], axes) for name in ("stride", "dilation"))
-        self.output_padding = _each(call["output_padding"], axes) if transposed else [0] * axes
+        self.stride, self.dilation = (
+            for_each_axis(call[name], axes) for name in ("stride", "dilation")
+        )
+        self.output_padding = (
+            for_each_axis(call["output_padding"], axes) if transposed else [0] * axes
+        )
         self.padding, self.margins = self._padding(call["padding"])
 
     def by_input(self, message: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ class Convolution:
         """The padding of every axis, and what the input is padded by before, where sides differ."""
         axes = self.weight.dim() - 2
         if not isinstance(padding, str):
-            return _each(padding, axes), []
+            return for_each_axis(padding, axes), []
         if padding == "valid":
             return [0] * axes, []
         reach = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
@@ -142,11 +151,6 @@ def _held(message: Tensor, axis: int) -> Tensor | None:
     others = [other for other in range(message.dim()) if other != axis]
     held = message.abs().amax(others).nonzero()[:, 0]
     return held if 0 < len(held) <= channels // 2 else None
-
-
-def _each(setting: Sequence[int], axes: int) -> list[int]:
-    """One number for each axis."""
-    return list(setting) * (axes if len(setting) == 1 else 1)
 
 
 # -- The weighted sums of convolutional and fully connected networks.
@@ -240,8 +244,7 @@ class Layer(WeightedSum):
         bias: Tensor | None = call["bias"]
         if bias is None:
             return None
-        after = self._channel_from_end(call["weight"]) - 1
-        return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
+        return per_channel(bias, dim, -self._channel_from_end(call["weight"]))
 
     def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
         if call.get("groups", 1) != 1:
@@ -336,5 +339,4 @@ class TransposedConvolution(WeightedSum):
         bias: Tensor | None = call["bias"]
         if bias is None:
             return None
-        after = call["weight"].dim() - 2
-        return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
+        return per_channel(bias, dim, 1 - call["weight"].dim())

@@ -1,5 +1,6 @@
-"""Layer, group and instance norm: a linear map whose scale is held constant.
+"""Norms, softmax and its logarithm: linear maps whose coefficients are held constant.
 
+A layer, group or instance norm
 `y_j = (x_j - mean x) g_j / sigma + b_j` has the contributions of x, of its centring and of the
 bias. Seen so, each operation divides by what it really added up, and slopes telescope along the
 depth; as an identity (`rules.Identity`) the shift breaks that.
@@ -17,13 +18,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.contribution import Contribution, OneParent
+from nrm.operators.call import Call, fill
+from nrm.operators.connections import OneParent
+from nrm.operators.contribution import Contribution
 from nrm.operators.functions import WEIGHTS, Function
+from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged
-from nrm.operators.row import Call, Propagation, Setting, fill
 from nrm.operators.sums import Elementwise, WeightedSum
 from nrm.rules import Activation, Identity, Rule, Weight
-from nrm.tensors import with_transpose
+from nrm.tensors import aligned, per_channel, with_transpose
 
 
 class Centring(WeightedSum):
@@ -68,9 +71,7 @@ class Centring(WeightedSum):
             return self.add_up(call, factor) * weight_of_group
 
         return [
-            Contribution(
-                x, setting.weight("own", own), torch.mul, lambda factor: factor, keeps_sign=True
-            ),
+            Contribution(x, setting.weight("own", own), keeps_sign=True),
             Contribution(
                 x,
                 centring,
@@ -221,9 +222,7 @@ class Normalization(Centring):
         return None if bias is None else self._aligned(bias, dim)
 
     def _aligned(self, value: Tensor, dim: int) -> Tensor:
-        if self.by_channel:
-            return value.view((1, -1) + (1,) * (dim - 2))
-        return value.view((1,) * (dim - value.dim()) + tuple(value.shape))
+        return per_channel(value, dim) if self.by_channel else aligned(value, dim)
 
 
 def last_axes(call: Call, x: Tensor) -> Tensor:
@@ -243,9 +242,8 @@ def single_channels(call: Call, x: Tensor) -> Tensor:
 
 # -- Softmax and its logarithm, where relevance reaches them.
 # A softmax is an identity, or linearised at its input (Taylor); a log-softmax is a logit less one
-# number.
-#
-# Most attention gives it none: against a softmax, the value takes all (`rules.ValueTakesAll`).
+# number. Most attention gives it none: against a softmax, the value takes all
+# (`rules.ValueTakesAll`).
 
 
 class Softmax(Centring):
@@ -310,8 +308,6 @@ class LogSoftmax(Elementwise):
             Contribution(
                 Activation(x),
                 setting.weight("one", one),
-                torch.mul,
-                lambda factor: factor,
                 keeps_sign=True,
                 connections=partial(OneParent, one, x.shape),
             )

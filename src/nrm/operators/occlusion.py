@@ -9,10 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nrm.operators.call import Call, fill
 from nrm.operators.columns import SharedOut
-from nrm.operators.contribution import Connections, Contribution, Piece, TermSum
-from nrm.operators.contribution import total as add_up
-from nrm.operators.row import Call, Propagation, Setting, fill
+from nrm.operators.connections import Connections, Piece
+from nrm.operators.contribution import Contribution, TermSum, add_up
+from nrm.operators.propagation import Propagation, Setting
 from nrm.rules import Occlusion
 
 CHUNK = 2**20

@@ -7,30 +7,23 @@ product passes the message unchanged, a matrix product is a weighted sum like a 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
-from nrm.operators.functions import Function, Order
+from nrm.operators.call import Call, Slot, fill, only_operand
+from nrm.operators.connections import Connections, Dense
+from nrm.operators.contribution import Contribution, through_matrix
+from nrm.operators.functions import Function, Order, Rescaling
+from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged, where_zero_stays
-from nrm.operators.row import (
-    Call,
-    Operator,
-    Propagation,
-    ReadsZeros,
-    Setting,
-    Slot,
-    TellsZeros,
-    fill,
-    only_operand,
-)
+from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule, Weight
-from nrm.tensors import gradient_share, with_slope
+from nrm.tensors import aligned, gradient_share, with_slope
 
 
 class Product(Operator):
@@ -39,9 +32,6 @@ class Product(Operator):
     passes: tuple[str, ...] = ("self", "other")
     is_product: ClassVar[bool] = True
     function = Function("times")
-
-    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
-        return len(read) == 1
 
     def order(self, call: Call, name: str) -> Order | None:
         return Order(by=call[self._other(name)])
@@ -69,6 +59,12 @@ class Product(Operator):
         """The one variable of a product with a constant."""
         found = [name for name in self.passes if graph.depends(call[name])]
         return found[0] if len(found) == 1 else None
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        return _by_factor("times", call[self._other(name)])
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "scaling"
@@ -137,6 +133,11 @@ class Quotient(Product):
     def real(self, call: Call, told: TellsZeros) -> Tensor:
         return where_zero_stays(call, told)
 
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if name != "self" or call.get("rounding_mode") is not None:
+            return None
+        return _by_factor("over", call["other"])
+
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return list(read) == ["self"] and call.get("rounding_mode") is None
 
@@ -160,6 +161,15 @@ class Quotient(Product):
 _MATRIX_ON_THE_RIGHT = ("other", "mat2", "batch2")
 
 
+def _by_factor(kind: Literal["times", "over"], factor: Any) -> Rescaling | None:
+    """What multiplies with a factor, or divides by it, that is not zero."""
+    if isinstance(factor, Node):
+        return Rescaling(kind, (factor,), matters=True, shifts=False)
+    if not isinstance(factor, int | float) or factor == 0:
+        return None
+    return Rescaling(kind, (factor,), matters=factor < 0, shifts=False)
+
+
 class MatrixProduct(WeightedSum):
     """Matrix products and einsum: `y_j = sum_k a_jk b_kj`, perhaps plus a constant.
 
@@ -171,9 +181,6 @@ class MatrixProduct(WeightedSum):
     """
 
     is_product: ClassVar[bool] = True
-
-    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
-        return len(read) == 1
 
     def __init__(
         self,
@@ -190,6 +197,9 @@ class MatrixProduct(WeightedSum):
             listed: Sequence[Any] = call[self.given]
             return listed
         return [call[name] for name in self.given]
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(self.factors(call)) != 2:
@@ -310,7 +320,7 @@ class MatrixProduct(WeightedSum):
         if self.addend is None or call["beta"] == 0:  # which hides even NaN
             return None
         constant: Tensor = call[self.addend] * float(call["beta"])
-        return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
+        return aligned(constant, dim)
 
 
 def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tensor]:

@@ -1,4 +1,9 @@
-"""Operators with one parent per neuron: the message passes unchanged, at no cost."""
+"""Operators with one parent per neuron: functions of one neuron each, and what moves neurons about.
+
+The message passes unchanged where neurons stay at their places (`Identity`), and follows the
+indices where they do not (`Routing`): with constants in the place of some neurons (`Filling`), with
+some written over others (`Overwriting`), with the largest taking all.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +17,10 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order
-from nrm.operators.row import (
-    Call,
-    Operator,
-    Propagation,
-    ReadsZeros,
-    Setting,
-    Slot,
-    TellsZeros,
-    fill,
-    only_operand,
-    pull_back,
-)
+from nrm.operators.call import Call, Slot, fill, only_operand
+from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order, Rescaling
+from nrm.operators.propagation import Propagation, Setting, pull_back
+from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.rules import Rule
 from nrm.tensors import with_slope
 
@@ -45,6 +41,7 @@ class Identity(Operator):
             it runs; by default where it is elementwise, or zero at zero.
         function: what else is known of it.
         in_place: its in-place variant, if that is safe.
+        looks_like: the argument of which nothing is read but its shape and type.
 
     Example:
         >>> register(Identity("activation", at_zero="zero", gate=SQUASHED), "mylib.my_activation")
@@ -64,12 +61,13 @@ class Identity(Operator):
         keeps_zeros: bool | None = None,
         function: Function = UNKNOWN,
         in_place: OpOverload | None = None,
+        looks_like: str | None = None,
     ) -> None:
         super().__init__(kind)
         self.at_zero, self.elementwise = at_zero, elementwise
         self.function = replace(function, gate=gate) if gate else function
         self.keeps_zeros = elementwise or at_zero == "zero" if keeps_zeros is None else keeps_zeros
-        self.in_place = in_place
+        self.in_place, self.looks_like = in_place, looks_like
 
     def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
         return only_operand(call, carries)
@@ -88,6 +86,11 @@ class Identity(Operator):
 
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
         return self.at_zero == "linear"
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if self.function.role != "negative":
+            return None
+        return Rescaling("times", (-1.0,), matters=True, shifts=False)
 
     def acts_by_channel(self, call: Call, dim: int) -> bool:
         random = call.get("train") is True or call.get("training") is True
@@ -154,9 +157,12 @@ class Copy(Identity):
     """`copy(self, src)`: the values of `src`, broadcast and cast to look like `self`."""
 
     passes = ("src",)
+    looks_like = "self"
 
     def __init__(self, kind: str) -> None:
-        super().__init__(kind, at_zero="linear", function=Function("copy"))
+        super().__init__(
+            kind, at_zero="linear", function=Function("copy"), looks_like=self.looks_like
+        )
 
     def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
         return "src" in reads
@@ -225,6 +231,7 @@ class Routing(Operator):
         least: the smallest wins, where several compete.
         by_rank: which neuron comes where depends on the order of them all, as in sorting.
         function: what else is known of it.
+        looks_like: the argument of which nothing is read but its shape.
     """
 
     adopts_constants: ClassVar[bool] = True
@@ -240,11 +247,13 @@ class Routing(Operator):
         by_rank: bool = False,
         gathers: bool = False,
         function: Function = UNKNOWN,
+        looks_like: str | None = None,
     ) -> None:
         super().__init__(kind)
         self.passes = passes
         self.keeps_channels, self.gathers = keeps_channels, gathers
         self.least, self.by_rank, self.function = least, by_rank, function
+        self.looks_like = looks_like
 
     def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
         return only_operand(call, carries)
@@ -313,7 +322,7 @@ class Routing(Operator):
 
 _ATEN = torch.ops.aten
 _IN_ORDER = frozenset([_ATEN.flatten, _ATEN.reshape, _ATEN.view, _ATEN.unflatten])
-_POOLED = {_ATEN.max_pool1d: 1, _ATEN.max_pool2d: 2, _ATEN.max_pool3d: 3}
+_POOLED: dict[Any, int] = {_ATEN.max_pool1d: 1, _ATEN.max_pool2d: 2, _ATEN.max_pool3d: 3}
 """How many of an operand's last axes the windows of a maximum span."""
 
 

@@ -1,4 +1,8 @@
-"""Weighted sums: the operators where a contribution rule decides how a message is shared out."""
+"""Weighted sums: the operators where a contribution rule decides how a message is shared out.
+
+What all have in common (`WeightedSum`), addition and subtraction, batch norm in evaluation mode,
+and sums over indices. Layers, averages, matrix products and norms are in files of their own.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +17,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
+from nrm.operators.call import Call, Slot, fill, only_operand
 from nrm.operators.columns import SharedOut
-from nrm.operators.contribution import Contribution, OneParent
-from nrm.operators.functions import UNKNOWN, Function, Order
+from nrm.operators.connections import OneParent
+from nrm.operators.contribution import Contribution
+from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
 from nrm.operators.occlusion import Occluded
+from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged
-from nrm.operators.row import (
-    Call,
-    Operator,
-    Propagation,
-    ReadsZeros,
-    Setting,
-    Slot,
-    TellsZeros,
-    fill,
-    only_operand,
-)
+from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.rules import Activation, LocalLinear, Rule, Zero
-from nrm.tensors import like
+from nrm.tensors import aligned, like, per_channel
 
 
 class WeightedSum(Operator):
@@ -155,8 +152,6 @@ def _bias_as_input(
     contribution = Contribution(
         Activation(ones, constant=True, real=None if real is None else real.expand(output.shape)),
         weight,
-        apply=torch.mul,
-        uniform=lambda factor: factor,
         transpose=torch.mul,
         transposes_anew=True,
         operand=number,
@@ -210,6 +205,16 @@ class Sum(Elementwise):
     def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
         return only_operand(call, carries)
 
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        place = self.passes.index(name)
+        other = call[self.passes[1 - place]]
+        if not isinstance(other, Node | int | float) or not isinstance(call["alpha"], int | float):
+            return None
+        signs = self.signs(call)
+        scale, factor = signs[place], signs[1 - place]
+        matters = isinstance(other, Node) or scale < 0
+        return Rescaling("plus", (other, scale, factor), matters, shifts=True)
+
     def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
         return bool(reads)
 
@@ -239,9 +244,8 @@ class Sum(Elementwise):
                     Contribution(
                         Activation(x),
                         w,
-                        apply=torch.mul,
                         # A sign of zero, as in `x.add(y, alpha=0)`, connects nothing.
-                        uniform=partial(torch.mul, other=0.0) if sign == 0 else _itself,
+                        uniform=partial(torch.mul, other=0.0) if sign == 0 else None,
                         transpose=torch.mul if alike and len(values) > 1 else None,
                         transposes_anew=True,
                         operand=call[name].index,
@@ -258,12 +262,8 @@ class Sum(Elementwise):
                 # Before it is multiplied: integers and Python numbers have no precision to keep.
                 kind = torch.result_type(x, given) if isinstance(given, Tensor) else x.dtype
                 constant = like(given, x.new_empty((), dtype=kind)) * sign
-                return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
+                return aligned(constant, dim)
         return None
-
-
-def _itself(factor: Tensor) -> Tensor:
-    return factor
 
 
 # -- Batch norm in evaluation mode: a fixed scale and shift per channel.
@@ -275,6 +275,11 @@ class BatchNorm(Elementwise):
     affine = True
     passes = ("input",)
     applies_weights = True
+
+    def rescaling(self, call: Call, name: str) -> Rescaling | None:
+        if name != "input" or call.get("training") or call["running_mean"] is None:
+            return None  # refused by name when the graph is built
+        return Rescaling("norm", tuple(statistics(call).values()), matters=True, shifts=True)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return True
@@ -290,13 +295,11 @@ class BatchNorm(Elementwise):
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
         scale, _ = scale_and_shift(**statistics(call))
-        weight = _per_channel(scale, values[0].dim())
+        weight = per_channel(scale, values[0].dim())
         return [
             Contribution(
                 Activation(values[0]),
                 setting.weight("scale", weight),
-                torch.mul,
-                lambda factor: factor,
                 keeps_sign=True,
                 connections=partial(OneParent, weight, values[0].shape),
             )
@@ -304,7 +307,7 @@ class BatchNorm(Elementwise):
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         _, shift = scale_and_shift(**statistics(call))
-        return _per_channel(shift, dim)
+        return per_channel(shift, dim)
 
 
 def statistics(call: Call) -> dict[str, Any]:
@@ -329,10 +332,6 @@ def scale_and_shift(
     if offset is not None:
         shift = shift + offset
     return scale, shift
-
-
-def _per_channel(value: Tensor, dim: int) -> Tensor:
-    return value.view((1, -1) + (1,) * (dim - 2))
 
 
 # -- Sums over indices: scatter and index add, as message passing on graphs uses them.
@@ -409,8 +408,6 @@ class ScatterSum(WeightedSum):
                 Contribution(
                     Activation(base),
                     setting.weight("self", share),
-                    torch.mul,
-                    lambda factor: factor,
                     operand=call["self"].index,
                     keeps_sign=True,
                 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.averages import Averaging, Interpolation
+from nrm.operators.call import Call, picks
 from nrm.operators.derivatives import LocalLinear
 from nrm.operators.functions import (
     GATE,
@@ -42,6 +42,7 @@ from nrm.operators.norms import (
     single_channels,
 )
 from nrm.operators.products import MatrixProduct, Product, Quotient
+from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import (
     Concatenation,
     Copy,
@@ -52,7 +53,7 @@ from nrm.operators.routing import (
     Routing,
     ScatterMaximum,
 )
-from nrm.operators.row import Call, Operator, Propagation, Setting, picks
+from nrm.operators.row import Operator
 from nrm.operators.sums import BatchNorm, ScatterSum, Sum
 from nrm.rules.alphas import SCALE
 
@@ -85,6 +86,12 @@ def register(operator: Operator, *names: str | OpOverload | OpOverloadPacket | t
                 "your own, decorate it with nrm.operators.operation."
             )
         _TABLE[name.replace("::", ".")] = operator
+
+
+def unregister(*names: str) -> None:
+    """Take rows out of the table again, by the names that they were registered by."""
+    for name in names:
+        del _TABLE[name]
 
 
 def describe(function: Function, *names: str) -> None:
@@ -155,14 +162,9 @@ def carries_none(target: OpOverload) -> bool:
     return _FUNCTIONS.get(str(target).rpartition(".")[0], UNKNOWN).carries_none
 
 
-def reads_layout(target: Any) -> bool:
+def reads_layout(target: object) -> bool:
     """Whether an operator's result depends on how its operand lies in memory (`as_strided`)."""
     return str(target).rpartition(".")[0] in _READS_LAYOUT
-
-
-def keeps_values(target: Any) -> bool:
-    """Whether an operator's result is its operand under another name."""
-    return target is torch.ops.aten.alias.default
 
 
 def functional(target: OpOverload) -> OpOverload:
@@ -226,9 +228,9 @@ def _names(text: str) -> list[str]:
     return ["aten." + name for name in text.split()]
 
 
-# -- The rows. One parent for each neuron:
-
 _READS_LAYOUT = frozenset(_names("as_strided as_strided_copy as_strided_scatter"))
+
+# -- The rows. One parent for each neuron:
 
 register(
     Identity("activation", at_zero="ramp", in_place=torch.ops.aten.relu_.default), *_names("relu")
@@ -236,7 +238,7 @@ register(
 register(Identity("activation", at_zero="ramp"), *_names("leaky_relu abs"))
 register(
     Identity("activation", at_zero="zero"),
-    *_names("relu6 prelu rrelu selu celu hardshrink softshrink tanhshrink erf sin atan"),
+    *_names("relu6 prelu rrelu selu celu hardshrink softshrink erf sin atan"),
 )
 register(
     Identity("activation", at_zero="zero", gate=SQUASHED),
@@ -312,7 +314,7 @@ register(
     *_names("dropout feature_dropout alpha_dropout feature_alpha_dropout"),
 )
 register(
-    Identity("scaling", at_zero="linear", function=SAME),
+    Identity("scaling", at_zero="linear", function=SAME, looks_like="other"),
     *_names("clone alias contiguous to _to_copy type_as lift_fresh_copy positive"),
 )
 register(
@@ -328,15 +330,17 @@ register(
 
 # The message follows the indices.
 register(
-    Routing("view", ("self",), function=Function("expand", keeps_positive=True)),
+    Routing(
+        "view", ("self",), function=Function("expand", keeps_positive=True), looks_like="other"
+    ),
     *_names("expand expand_as"),
 )
 register(
-    Routing("view", ("self",), function=VIEW),
+    Routing("view", ("self",), function=VIEW, looks_like="other"),
     *_names(
         "view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T swapaxes "
         "swapdims movedim moveaxis view_as reshape_as select unbind broadcast_to "
-        "diagonal unfold as_strided _unsafe_view mT mH H adjoint"
+        "diagonal unfold as_strided _unsafe_view mT mH adjoint"
     ),
 )
 register(
@@ -433,37 +437,34 @@ register(
     TransposedConvolution("conv"), *_names("conv_transpose1d conv_transpose2d conv_transpose3d")
 )
 register(Layer("linear"), *_names("linear"))
+for _axes in (1, 2, 3):
+    register(
+        Averaging("avgpool", "self", positions=_axes),
+        *_names(f"avg_pool{_axes}d adaptive_avg_pool{_axes}d"),
+    )
 register(
-    Averaging("avgpool", "self", keeps_channels=True),
-    *_names(
-        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d"
-    ),
-)
-register(
-    Averaging("avgpool", "self", keeps_channels=False, function=Function("mean")),
+    Averaging("avgpool", "self", along=True, function=Function("mean")),
     *_names("mean.default mean.dim"),
 )
 register(
-    Averaging("avgpool", "self", keeps_channels=False, function=Function("sum")),
+    Averaging("avgpool", "self", along=True, function=Function("sum")),
     *_names("sum.default sum.dim_IntList"),
 )
-register(Averaging("sum", "self", keeps_channels=True), *_names("cumsum col2im"))
+register(Averaging("sum", "self", along=True, keeps_channels=True), *_names("cumsum"))
+register(Averaging("sum", "self", keeps_channels=True), *_names("col2im"))
 for _overload, _argument in (("vec", "input"), ("default", "self")):
-    register(
-        Interpolation("interpolation", _argument, keeps_channels=True),
-        *(
-            f"aten.{name}.{_overload}"
-            for name in (
-                "upsample_linear1d",
-                "upsample_bilinear2d",
-                "upsample_trilinear3d",
-                "_upsample_bilinear2d_aa",
-                "upsample_bicubic2d",
-                "_upsample_bicubic2d_aa",
-            )
+    for _axes, _kinds in enumerate(
+        (
+            "upsample_linear1d",
+            "upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa",
+            "upsample_trilinear3d",
         ),
-    )
+        start=1,
+    ):
+        register(
+            Interpolation("interpolation", _argument, positions=_axes),
+            *(f"aten.{name}.{_overload}" for name in _kinds.split()),
+        )
 register(BatchNorm("batchnorm"), *_names("batch_norm _native_batch_norm_legit_no_training"))
 register(Normalization("layernorm", last_axes, by_channel=False), *_names("layer_norm"))
 register(Normalization("groupnorm", channel_groups, by_channel=True), *_names("group_norm"))

@@ -1,7 +1,15 @@
-"""Options of rules and alphas that are numbers: what each may be, said beside its default.
+"""What a propagation rule is: how much each parent contributes to a neuron (section 3.3).
 
-A field `gamma: float = number(0.25, least=0)` is all that a rule says; `check` does the rest when
-one is made, so that no rule can be asked for that means nothing.
+Every rule here is a sum of *groups of terms*. A term is a factor at the parent neurons and a weight
+on the connections; the unnormalised propagation matrix (eq. 14) is
+
+    T~_ij = sum over groups g of  gate_g(j) * sum over terms t in g of  factor_t(i) * weight_t(i, j)
+
+and `R(i|j) = T~_ij / sum_i T~_ij` (eq. 17). Because each term is linear in its factor, one
+vector-Jacobian product of the operator itself propagates a message through it, whatever the
+operator is. A new rule says what its terms are, and nothing else; `nrm.testing.check_rule` checks
+it. Its options are fields that say what they may be, `gamma: float = number(0.25, least=0)`, so
+that no rule can be asked for that means nothing.
 """
 
 from __future__ import annotations
@@ -17,105 +25,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-_KEY = "nrm.option"
-
-
-@dataclass(frozen=True)
-class Number:
-    """What a number may be.
-
-    Attributes:
-        least, most: bounds, themselves included.
-        whole: whether it is an integer.
-    """
-
-    least: float = -math.inf
-    most: float = math.inf
-    whole: bool = False
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        if self.least == -math.inf and self.most == math.inf:
-            return kind
-        if self.most == math.inf:
-            return f"{kind} of {self.least:g} or more"
-        return f"{kind} from {self.least:g} to {self.most:g}"
-
-    def of(self, where: str, value: Any) -> float:
-        """The value as a plain Python number.
-
-        Raises:
-            TypeError: it is no number of that kind.
-            ValueError: it is out of bounds, infinite or NaN.
-        """
-        kind = Integral if self.whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"{where} is {self}, not {value!r}")
-        plain: float = int(value) if self.whole and isinstance(value, Integral) else float(value)
-        if not math.isfinite(plain) or not self.least <= plain <= self.most:
-            raise ValueError(f"{where} is {self}, not {value!r}")
-        return plain
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What is on or off."""
-
-    def of(self, where: str, value: Any) -> bool:
-        """The value itself.
-
-        Raises:
-            TypeError: it is neither.
-        """
-        if not isinstance(value, bool):
-            raise TypeError(f"{where} is True or False, not {value!r}")
-        return value
-
-
-def number(
-    default: Any = dataclasses.MISSING,
-    *,
-    least: float = -math.inf,
-    most: float = math.inf,
-    whole: bool = False,
-) -> Any:
-    """A field of a rule or alpha that is a finite number within bounds (see `Number`)."""
-    return _field(default, Number(least, most, whole))
-
-
-def flag(default: Any = dataclasses.MISSING) -> Any:
-    """A field of a rule or alpha that is `True` or `False`."""
-    return _field(default, Flag())
-
-
-def check(owner: Any) -> None:
-    """Check every option of a dataclass that says what it may be, and keep it as a plain value.
-
-    Raises:
-        TypeError, ValueError: naming the class, the option, and what it may be.
-    """
-    for field in dataclasses.fields(owner):
-        kind = field.metadata.get(_KEY)
-        if kind is not None:
-            where = f"{type(owner).__name__}: {field.name}"
-            object.__setattr__(owner, field.name, kind.of(where, getattr(owner, field.name)))
-
-
-def _field(default: Any, kind: Number | Flag) -> Any:
-    return dataclasses.field(default=default, metadata={_KEY: kind})
-
-
-# -- What a propagation rule is: how much each parent contributes to a neuron (section 3.3).
-# Every rule here is a sum of *groups of terms*. A term is a factor at the parent neurons and a
-# weight on the connections; the unnormalised propagation matrix (eq. 14) is
-#
-#     T~_ij = sum over groups g of  gate_g(j) * sum over terms t in g of  factor_t(i) *
-# weight_t(i, j)
-#
-# and `R(i|j) = T~_ij / sum_i T~_ij` (eq. 17). Because each term is linear in its factor, one
-# vector-Jacobian product of the operator itself propagates a message through it, whatever the
-# operator is. A new rule says what its terms are, and nothing else.
 
 Term = tuple[Tensor, Tensor | None]
 """Factor at the parents (shape of the operand) and weight (shape of the operator's weight);
@@ -235,3 +144,93 @@ class Rule(ABC):
     def opposed_sum(self, first: Tensor, own_sum: Tensor) -> Tensor | None:
         """Group 1's sum `by_sign`, where it follows from that of group 0 and the own sum."""
         return None
+
+
+# -- Options of rules and alphas that are numbers: what each may be, said beside its default.
+
+_KEY = "nrm.option"
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a number may be.
+
+    Attributes:
+        least, most: bounds, themselves included.
+        whole: whether it is an integer.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.least == -math.inf and self.most == math.inf:
+            return kind
+        if self.most == math.inf:
+            return f"{kind} of {self.least:g} or more"
+        return f"{kind} from {self.least:g} to {self.most:g}"
+
+    def of(self, where: str, value: Any) -> float:
+        """The value as a plain Python number.
+
+        Raises:
+            TypeError: it is no number of that kind.
+            ValueError: it is out of bounds, infinite or NaN.
+        """
+        kind = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{where} is {self}, not {value!r}")
+        plain: float = int(value) if self.whole and isinstance(value, Integral) else float(value)
+        if not math.isfinite(plain) or not self.least <= plain <= self.most:
+            raise ValueError(f"{where} is {self}, not {value!r}")
+        return plain
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What is on or off."""
+
+    def of(self, where: str, value: Any) -> bool:
+        """The value itself.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if not isinstance(value, bool):
+            raise TypeError(f"{where} is True or False, not {value!r}")
+        return value
+
+
+def number(
+    default: Any = dataclasses.MISSING,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    whole: bool = False,
+) -> Any:
+    """A field of a rule or alpha that is a finite number within bounds (see `Number`)."""
+    return _field(default, Number(least, most, whole))
+
+
+def flag(default: Any = dataclasses.MISSING) -> Any:
+    """A field of a rule or alpha that is `True` or `False`."""
+    return _field(default, Flag())
+
+
+def check(owner: Any) -> None:
+    """Check every option of a dataclass that says what it may be, and keep it as a plain value.
+
+    Raises:
+        TypeError, ValueError: naming the class, the option, and what it may be.
+    """
+    for field in dataclasses.fields(owner):
+        kind = field.metadata.get(_KEY)
+        if kind is not None:
+            where = f"{type(owner).__name__}: {field.name}"
+            object.__setattr__(owner, field.name, kind.of(where, getattr(owner, field.name)))
+
+
+def _field(default: Any, kind: Number | Flag) -> Any:
+    return dataclasses.field(default=default, metadata={_KEY: kind})

@@ -1,0 +1,146 @@
+"""One operator call with its arguments bound to their names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator and its arguments by schema name.
+
+    The arguments are graph nodes while the graph is built and tensors while it runs; a row of the
+    operator table reads the same names in both.
+    """
+
+    target: Any
+    arguments: dict[str, Any]
+    item: int | None = None
+    """Which of several results is meant, for operators that return a tuple."""
+
+    @classmethod
+    def of(cls, node: Node) -> Call:
+        """Bind the arguments of a graph node, defaults included.
+
+        A `getitem` node is a call of the operator whose results it picks from.
+        """
+        if picks(node):
+            producer, item = node.args
+            assert isinstance(producer, Node)
+            assert isinstance(item, int)
+            return replace(cls.of(producer), item=item)
+        target: Any = node.target
+        assert hasattr(target, "_schema")
+        bound: dict[str, Any] = {}
+        for position, argument in enumerate(target._schema.arguments):
+            if position < len(node.args) and not argument.kwarg_only:
+                bound[argument.name] = node.args[position]
+            elif argument.name in node.kwargs:
+                bound[argument.name] = node.kwargs[argument.name]
+            else:
+                bound[argument.name] = argument.default_value
+        return cls(target, bound)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    def __call__(self, /, **changed: Any) -> Any:
+        """Run the operator, with some arguments replaced."""
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for argument in self.target._schema.arguments:
+            value = changed.get(argument.name, self.arguments[argument.name])
+            if argument.kwarg_only:
+                named[argument.name] = value
+            else:
+                positional.append(value)
+        result = self.target(*positional, **named)
+        return result if self.item is None else result[self.item]
+
+    def nodes(self) -> Iterator[tuple[str, Node]]:
+        """Every graph node among the arguments, lists included, with its argument's name."""
+        for name, _, node in self.places():
+            yield name, node
+
+    def places(self) -> Iterator[tuple[str, int, Node]]:
+        """Every graph node among the arguments, with its argument's name and place in it."""
+        for name, value in self.arguments.items():
+            for place, leaf in enumerate(_leaves(value)):
+                if isinstance(leaf, Node):
+                    yield name, place, leaf
+
+    def with_values(self, places: Sequence[tuple[str, int]], value: Callable[[Node], Any]) -> Call:
+        """A call on graph nodes with slots at some places, and values for all other nodes.
+
+        Arguments:
+            places: argument and place in it, of the slots in order.
+        """
+        slots = {place: Slot(index) for index, place in enumerate(places)}
+
+        def substitute(name: str, place: int, leaf: Any) -> Any:
+            if not isinstance(leaf, Node):
+                return leaf
+            slot = slots.get((name, place))
+            return value(leaf) if slot is None else slot
+
+        return self.map_places(substitute)
+
+    def map_places(self, substitute: Callable[[str, int, Any], Any]) -> Call:
+        """The same call with every leaf replaced, by argument and place in it."""
+        mapped = {}
+        for name, value in self.arguments.items():
+            places = count()
+            mapped[name] = _map(lambda leaf, n=name, p=places: substitute(n, next(p), leaf), value)  # type: ignore[misc]
+        return Call(self.target, mapped, self.item)
+
+    def map(self, substitute: Callable[[Any], Any]) -> Call:
+        """The same call with every leaf of its arguments replaced."""
+        mapped = {name: _map(substitute, value) for name, value in self.arguments.items()}
+        return Call(self.target, mapped, self.item)
+
+
+def picks(node: Node) -> bool:
+    """Whether a node picks one of several results of another."""
+    return node.target is operator.getitem
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _map(substitute: Callable[[Any], Any], value: Any) -> Any:
+    """`pytree.tree_map`, quick for the lists that operators take."""
+    if isinstance(value, list | tuple):
+        return [_map(substitute, item) for item in value]
+    return substitute(value)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands in a call's arguments for the k-th operand, which carries relevance."""
+
+    index: int
+
+
+def fill(call: Call, values: Sequence[Any]) -> Call:
+    """The call with its slots replaced by values."""
+    return call.map(lambda leaf: values[leaf.index] if isinstance(leaf, Slot) else leaf)
+
+
+def only_operand(call: Call, carries: Callable[[Node], bool]) -> Node | None:
+    """The one node among a call's arguments that carries relevance; `None` if there are more."""
+    carried = dict.fromkeys(node for _, node in call.nodes() if carries(node))
+    return next(iter(carried)) if len(carried) == 1 else None
