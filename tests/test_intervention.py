@@ -13,9 +13,9 @@ from torch.fx import Node
 
 import nrm
 from nrm import NeuronSet
+from nrm.capture.run import Interpreter
 from nrm.errors import InputError, NeuronSetError, QueryError, TargetError, UnknownLayerError
 from nrm.evaluation import Families, combinations, intervention
-from nrm.evaluation import rerun as downstream
 from nrm.evaluation.intervention import Interventions, joint_contributions
 
 Removed = dict[str, Tensor]
@@ -295,7 +295,7 @@ def test_a_single_affine_family_is_not_run_at_all(monkeypatch: pytest.MonkeyPatc
     interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
     found = interventions.joint([nrm.channels("value", i) for i in range(4)])
     assert runs[0].affine
-    assert not runs[0].stages
+    assert not runs[0].parts
     families = [[{"value": torch.arange(4) == i} for i in range(4)]]
     torch.testing.assert_close(found, expected_joint(model, inputs, 0, families, {}))
 
@@ -457,15 +457,15 @@ def test_only_what_lies_downstream_is_computed_and_once_for_each_lower_set(
     interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
     interventions._shortcuts = False
     counts: dict[str, int] = {}
-    evaluate = downstream._evaluate
+    evaluate = Interpreter.run_node
 
-    def counting(node: Node, values: dict[Node, Any]) -> Any:
-        found = evaluate(node, values)
+    def counting(run: Interpreter, node: Node) -> Any:
+        found = evaluate(run, node)
         name = str(node.target)
         counts[name] = counts.get(name, 0) + len(found)
         return found
 
-    monkeypatch.setattr(downstream, "_evaluate", counting)
+    monkeypatch.setattr(Interpreter, "run_node", counting)
     first, second = ([nrm.neurons(layer, i) for i in range(4)] for layer in ("1", "3"))
     interventions.joint(first, second)
     # Up to the second layer five times: without each set, and with all of them.

@@ -1,4 +1,9 @@
-"""From a captured model to its variables and operations, before rules are chosen."""
+"""From a captured model and a composite to the graph that relevance passes.
+
+First a `Draft` of all that depends on an input, with every operand that may take relevance. Then
+`build_graph` chooses rules and alphas, which decide what is a parent; what no walk visits is
+forgotten, and leaves that enter late, such as biases, are added.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from torch.fx import Node
 from nrm.capture import nodes as addresses
 from nrm.capture.nodes import (
     Captured,
+    ancestors,
     is_float_tensor,
     is_mask,
     is_symbolic,
@@ -54,7 +60,7 @@ class Draft:
     def _build(self) -> None:
         """All variables that depend on a leaf, with every operand that may take relevance."""
         captured = self.captured
-        needed = _ancestors(self.explained)
+        needed = ancestors([self.explained])
         nodes = [node for node in captured.graph.nodes if node in needed]
         self._name_of = self._names()
         for node, name in zip(captured.inputs, captured.names, strict=True):
@@ -75,7 +81,7 @@ class Draft:
 
     def _names(self) -> dict[Node, list[str]]:
         """All names of every node; what is looked through is called as what stands for it."""
-        returned = _ancestors(self.captured.output)
+        returned = ancestors([self.captured.output])
         names = addresses.assign(n for n in self.captured.graph.nodes if n in returned)
         for node, twin in self.head.twins.items() if self.head else ():
             names.setdefault(twin, []).extend(names[node])
@@ -268,20 +274,7 @@ def _parents(node: Node) -> Sequence[Node]:
     return node.all_input_nodes
 
 
-def _ancestors(output: Node) -> set[Node]:
-    found: set[Node] = set()
-    waiting: list[Node] = [output]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(node.all_input_nodes)
-    return found
-
-
-# -- From a captured model and a composite to the graph that relevance passes.
-# First a draft of all that depends on an input; then rules and alphas are chosen, which decide what
-# is a parent, and what no walk visits is forgotten.
+# -- the graph -----------------------------------------------------------------------------------
 
 
 def build_graph(

@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from nrm.build import build_graph
-from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
+from nrm.capture.call import ModelCall, Output, check_nested
 from nrm.capture.digest import Digest, contents
 from nrm.capture.export import capture, reproduces
+from nrm.capture.precision import is_copy, wide, without_autocast
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
@@ -172,6 +173,25 @@ class Explainer:
     def refresh(self) -> None:
         """Forget the captured model, so that the next call captures it as it is then."""
         self._captures.forget()
+
+    def __repr__(self) -> str:
+        chosen = {
+            "bias": self.bias,
+            "strict": self.strict or None,
+            "output": self.output,
+            "batch_axis": None if self.batch_axis == "auto" else self.batch_axis,
+            "fallback": self.fallback,
+            "head": None if self.head == "logits" else self.head,
+            "check": None if self.check == "model" else self.check,
+        }
+        options = [f"{name}={value!r}" for name, value in chosen.items() if value is not None]
+        if self.batch_axis is None:
+            options.append("batch_axis=None")
+        composite = "suggested composite" if self.composite is None else repr(self.composite)
+        kept = len(self._captures)
+        captures = f"{kept} capture{'' if kept == 1 else 's'}"
+        what = ", ".join([type(self.model).__name__, composite, *options])
+        return f"Explainer({what}; {captures})"
 
     # Pickled and copied without its captures, which are made anew where it is used next. A copy
     # shares the model, a deep copy has its own.

@@ -1,8 +1,13 @@
-"""Attention as the one operator that the model called, where only its derivative is needed.
+"""LRP-0 that counts all it adds up, as one backward pass: gradient x input where it is exact.
 
-The graph has attention written out, so that its weights are variables. By derivatives
-(`nrm.telescope`) the fused operator gives the same in a fraction of the time: its inputs'
-derivatives are multiplied by the alphas on the way.
+If every operation divides by what it really added up, the divisions cancel along the depth: with
+`m_j = y_j g_j`, a weighted sum passes `m_i = x_i sum_j w_ij g_j`, so that `g` travels by plain
+derivatives of the operations, with attention, gates, scales and slopes held constant. One call of
+autograd replaces message passing, wherever neither masks nor leaves on the way need more.
+
+The graph has attention written out, so that its weights are variables. By derivatives the fused
+operator gives the same in a fraction of the time (`Fusion`): its inputs' derivatives are multiplied
+by the alphas on the way.
 """
 
 from __future__ import annotations
@@ -121,11 +126,7 @@ def _nodes(arguments: Any) -> list[Node]:
     return found
 
 
-# -- LRP-0 that counts all it adds up, as one backward pass: gradient x input where it is exact.
-# If every operation divides by what it really added up, the divisions cancel along the depth: with
-# `m_j = y_j g_j`, a weighted sum passes `m_i = x_i sum_j w_ij g_j`, so that `g` travels by plain
-# derivatives of the operations, with attention, gates, scales and slopes held constant. One call of
-# autograd replaces message passing, wherever neither masks nor leaves on the way need more.
+# -- when the divisions cancel, and the backward pass ---------------------------------------------
 
 Messages = dict[Variable, Tensor]
 

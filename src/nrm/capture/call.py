@@ -7,18 +7,13 @@ alone on both sides.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph as FxGraph
-from torch.fx import Node
-from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from nrm.errors import CaptureError, InputError
@@ -48,11 +43,12 @@ class ModelCall(nn.Module):
         self.model = model
         self.output = output
         self.training = False
-        leaves, self._layout = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        found, self._layout = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+        leaves = [leaf for _, leaf in found]
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [leaves[i] for i in self._places]
         self._fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.names = _names(model, args, kwargs)
+        self.names = _names(model, [found[place][0] for place in self._places])
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -146,28 +142,37 @@ def _listed(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
 
 
-def _names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors among the arguments, after the parameters they are given for."""
-    named: list[tuple[str, Any]] = []
+def _names(model: nn.Module, paths: Sequence[pytree.KeyPath]) -> list[str]:
+    """Names of arguments, after the parameters they are given for, and the keys within them.
+
+    Arguments:
+        paths: where each lies in `(args, kwargs)`.
+    """
     try:
-        parameters = iter(inspect.signature(model.forward).parameters.values())
+        parameters = list(inspect.signature(model.forward).parameters.values())
     except ValueError:  # of what is written in another language
-        parameters = iter(())
-    variadic: str | None = None
-    for value in args:
-        if variadic is None:
-            parameter = next(parameters, None)
-            if parameter is None or parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                variadic, count = "input" if parameter is None else parameter.name, 0
-            else:
-                named.append((parameter.name, value))
-        if variadic is not None:
-            named.append((f"{variadic}_{count}", value))
-            count += 1
+        parameters = []
     found = []
-    for name, value in (*named, *kwargs.items()):
-        found += [f"{name}.{inner}" if inner else name for inner in _tensors(value)]
+    for side, place, *inner in paths:
+        named = _key(side) == 1
+        name = str(_key(place)) if named else _parameter(parameters, int(_key(place)))
+        found.append(".".join([name, *(str(_key(key)) for key in inner)]))
     return found
+
+
+def _parameter(parameters: Sequence[inspect.Parameter], place: int) -> str:
+    """The name of a positional argument: its parameter's, or a number of those that take any."""
+    several = (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_POSITIONAL)
+    begin = next(several, len(parameters))
+    if place < begin:
+        return parameters[place].name
+    name = parameters[begin].name if begin < len(parameters) else "input"
+    return f"{name}_{place - begin}"
+
+
+def _key(key: Any) -> Any:
+    """The index, key or attribute that one step of a path takes."""
+    return next(getattr(key, name) for name in ("idx", "key", "name") if hasattr(key, name))
 
 
 def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -190,133 +195,3 @@ def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
                 "arguments of their own (or in tuples and dicts), e.g. "
                 "explainer(data.x, data.edge_index), with a module around the model if need be."
             )
-
-
-# -- Half precision: a captured graph of it runs in single precision.
-# Relevances are quotients of sums that cancel, which float16 and bfloat16 cannot carry. Every value
-# of theirs is a float32 value too, so a graph with all of them widened is the network with the same
-# weights after `model.float()`. A rewrite of the captured graph only, never of the model.
-
-_WIDER = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.complex32: torch.complex64,
-}
-
-_ROUNDED = "rounded_to"
-"""Where a node's `meta` keeps the type that the model computes it in."""
-
-
-def widen(
-    graph: FxGraph,
-    constants: dict[Node, Tensor],
-    copies: MutableMapping[Any, Tensor] | None = None,
-) -> None:
-    """Give what is of half precision in a graph single precision, in place.
-
-    Double precision and integers stay as they are. Constants of half precision are replaced by
-    copies, of twice the memory that the model's own take; one that several nodes share is copied
-    once, and nothing here holds the model's.
-
-    Arguments:
-        copies: those that other captures of the same model made.
-
-    Raises:
-        CaptureError: something reads the bits of such numbers.
-    """
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        narrow = getattr(value, "dtype", None)
-        if narrow in _WIDER:
-            node.meta[_ROUNDED] = narrow
-        _refuse_bits(node)
-        if node.op == "call_function":
-            # Casts, factories, softmax, asserted types: whatever names a type, anywhere.
-            node.args, node.kwargs = pytree.tree_map_only(
-                torch.dtype, lambda kind: _WIDER.get(kind, kind), (node.args, node.kwargs)
-            )
-            if narrow in _WIDER and narrow is torch.get_default_dtype():
-                _widen_default(node, _WIDER[narrow])
-        if isinstance(value, FakeTensor) or (value is not None and node not in constants):
-            node.meta["val"] = _described(value)
-    copies = {} if copies is None else copies
-    for node, tensor in constants.items():
-        if tensor.dtype not in _WIDER:
-            continue
-        strided = tensor.layout is torch.strided
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if strided else id(tensor)
-        copy = copies.get(place)
-        if copy is None:
-            copy = copies[place] = wide(tensor)
-        constants[node] = copy
-        if not isinstance(node.meta.get("val"), FakeTensor):  # an eager trace has the tensor
-            node.meta["val"] = constants[node]
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """A tensor of half precision in single precision; any other as it is."""
-    return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
-
-
-def is_rounded(graph: FxGraph) -> bool:
-    """Whether the model computes anything of a widened graph in half precision."""
-    return any(_ROUNDED in node.meta for node in graph.nodes)
-
-
-def is_copy(node: Node) -> bool:
-    """Whether a constant is a copy that `widen` made: nobody else can write to it."""
-    return _ROUNDED in node.meta
-
-
-def as_rounded(node: Node, value: Any) -> Any:
-    """A value of a widened graph as the model rounds it, to compare the two."""
-    narrow = node.meta.get(_ROUNDED)
-    if narrow is None or node.op != "call_function" or not isinstance(value, Tensor):
-        return value
-    return value.to(narrow).to(value.dtype)
-
-
-@contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """`torch.autocast` off, on the CPU and where the model is: it would round what we compute."""
-    devices = {"cpu", *(parameter.device.type for parameter in model.parameters())}
-    with ExitStack() as stack:
-        for device in devices:
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-def _described(value: Any) -> Any:
-    """What a node's `meta` says of its value, of single precision."""
-    if isinstance(value, Tensor):
-        return wide(value)
-    if isinstance(value, TensorMetadata):
-        return value._replace(dtype=_WIDER.get(value.dtype, value.dtype))
-    if isinstance(value, list | tuple):
-        return type(value)(map(_described, value))
-    return value
-
-
-def _widen_default(node: Node, kind: torch.dtype) -> None:
-    """Cast a value whose type is torch's default, `torch.arange(4) / 4`, after it is computed."""
-    leaves = pytree.tree_leaves((node.args, node.kwargs))
-    of_another = any(_ROUNDED in parent.meta for parent in node.all_input_nodes)
-    if of_another or any(isinstance(leaf, torch.dtype) for leaf in leaves):
-        return
-    with node.graph.inserting_after(node):
-        cast = node.graph.call_function(torch.ops.aten.to.dtype, (node, kind))
-    cast.meta = node.meta | {"val": _described(node.meta["val"])}
-    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
-
-
-def _refuse_bits(node: Node) -> None:
-    if node.target is not torch.ops.aten.view.dtype:
-        return
-    kinds = {n.meta.get(_ROUNDED) for n in (node, *node.all_input_nodes)}
-    if len(kinds) > 1:
-        raise CaptureError(
-            f"the model reads the bits of half-precision numbers as {node.args[1]} "
-            "(Tensor.view(dtype)), and it is explained in float32, where they are others. "
-            "Convert the numbers with Tensor.to(dtype), or explain the model in float32."
-        )

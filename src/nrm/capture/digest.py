@@ -15,7 +15,7 @@ millionth of the row's largest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -33,6 +33,13 @@ _ROWS = 2**5  # that one sum of words is of: in a processor's own cache
 _ROUNDING = 16  # last digits of a piece's largest product, in which a row's may differ
 _PLAIN = (Tensor, torch.nn.Parameter)
 _SHARED = (torch.float32, torch.float64, torch.int64)  # real, strided; NumPy knows them
+
+
+def place_of(tensor: Tensor) -> Hashable:
+    """Where a tensor lies, and how it is read there: of two with one place, both hold the same."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
 def contents(tensors: Sequence[Tensor]) -> list[Digest]:

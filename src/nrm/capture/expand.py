@@ -1,4 +1,8 @@
-"""Recurrent layers and cells written out step by step, with names for their hidden states."""
+"""Operators that hide a network, written out: recurrent layers, attention, gated units.
+
+Each is replaced by the operators it stands for, so that its hidden states, attention weights and
+gates are variables of the graph like any other. A rewrite of the captured graph only.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from nrm.errors import UnsupportedOperatorError
 class StepsAlongBatchError(Exception):
     """What was taken for the batch axis is time: it cannot have any size."""
 
+
+# -- recurrent layers and cells, step by step ----------------------------------------------------
 
 Step = Callable[[Tensor, Any, Tensor, Any], Any]
 """From what the input adds to the gates, the state before, and the recurrent weight and bias, to
@@ -150,9 +156,7 @@ def name_steps(node: Node, new: Sequence[Node]) -> None:
                 cell.meta["label"] = f"c_{of}[{step}]"
 
 
-# -- Operators that hide a network: recurrent layers, attention, gated units, written out in steps.
-# Each is replaced by the operators it stands for, so that its hidden states, attention weights and
-# gates are variables of the graph like any other. A rewrite of the captured graph only.
+# -- the rewrite ---------------------------------------------------------------------------------
 
 aten = torch.ops.aten
 
@@ -216,7 +220,7 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
     graph.erase_node(node)
 
 
-# -- what the operators stand for ----------------------------------------------------------------
+# -- what other operators stand for -------------------------------------------------------------
 
 
 def attention(

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall, is_rounded
-from nrm.operators import carries_none, picks
+from nrm.capture.call import ModelCall
+from nrm.capture.precision import is_rounded
+from nrm.operators import carries_none, picks, reads_sizes
 
 _ROOT = "L__self__"
 
@@ -190,8 +191,7 @@ def is_float_tensor(node: Node) -> bool:
 
 def reads_no_values(node: Node) -> bool:
     """Whether a node reads nothing of a tensor but how it looks: its sizes, or zeros like it."""
-    name = str(node.target)
-    if name.startswith(("aten.sym_", "aten.size")):
+    if reads_sizes(node.target):
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or not carries_none(node.target):
         return False

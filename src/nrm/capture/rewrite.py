@@ -31,7 +31,7 @@ from nrm.operators.functions import ALIAS
 #
 # `torch.export` keeps each as one operator with a graph of its own; an eager trace marks where it
 # begins and ends. Gradients change no value, and which precision is computed in is decided in
-# `nrm.capture.call`.
+# `nrm.capture.precision`.
 
 _BODY = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
 """The place of the graph among an operator's arguments; what the graph reads follows."""

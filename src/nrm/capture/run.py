@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import wide
 from nrm.capture.nodes import Captured, ancestors, read_by
+from nrm.capture.precision import wide
 from nrm.capture.store import Shared
 
 Values = dict[Node, Any]

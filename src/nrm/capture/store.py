@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nrm.capture.digest import Digest, contents
+from nrm.capture.digest import Digest, contents, place_of
 from nrm.capture.witness import Place, State
 from nrm.rules import Rule, Weight
 
@@ -78,6 +78,9 @@ class Captures:
             self.state = state
             self.written |= written
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def find(self, key: Hashable) -> Entry | None:
         with _KEEPING:
             if key in self._entries:
@@ -124,7 +127,7 @@ class Shared:
         """The same memory, as the one tensor that all captures have for it."""
         if tensor.layout is not torch.strided:
             return tensor
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        place = place_of(tensor)
         known = self._tensors.get(place)
         if known is None:
             known = self._tensors[place] = tensor

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_modules
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nrm.capture.digest import Digest, contents
+from nrm.capture.digest import Digest, contents, place_of
 
 Place = tuple[str, str]
 """A module's path (or a class) and the name of an attribute."""
@@ -102,14 +102,14 @@ class State:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the model's."""
-        return _spot(tensor) in self.tensors
+        return place_of(tensor) in self.tensors
 
     def digests(self, tensors: Iterable[Tensor]) -> list[Digest]:
         """The digests of some tensors, of which those of the model are known."""
         tensors = list(tensors)
-        unknown = [t for t in tensors if _spot(t) not in self.tensors]
-        computed = dict(zip(map(_spot, unknown), contents(unknown), strict=True))
-        return [self.tensors.get(_spot(t)) or computed[_spot(t)] for t in tensors]
+        unknown = [t for t in tensors if place_of(t) not in self.tensors]
+        computed = dict(zip(map(place_of, unknown), contents(unknown), strict=True))
+        return [self.tensors.get(place_of(t)) or computed[place_of(t)] for t in tensors]
 
 
 def state_of(model: nn.Module) -> State:
@@ -119,8 +119,8 @@ def state_of(model: nn.Module) -> State:
     digests = contents(walk.tensors)
     for place, digest in zip(walk.owners, digests, strict=True):
         walk.parts[place] = (walk.parts[place], digest)
-    by_spot = dict(zip(map(_spot, walk.tensors), digests, strict=True))
-    return State(walk.parts, by_spot, walk.held)
+    byplace_of = dict(zip(map(place_of, walk.tensors), digests, strict=True))
+    return State(walk.parts, byplace_of, walk.held)
 
 
 def written(states: Sequence[State]) -> set[Place]:
@@ -132,12 +132,6 @@ def written(states: Sequence[State]) -> set[Place]:
     """
     steps = [before.changes(after) for before, after in itertools.pairwise(states)]
     return steps[-1] if all(steps) else set()
-
-
-def _spot(tensor: Tensor) -> Any:
-    if tensor.layout is not torch.strided:
-        return id(tensor)
-    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
 class _Walk:

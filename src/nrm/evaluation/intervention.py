@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nrm.capture.call import ModelCall, without_autocast
+from nrm.capture.call import ModelCall
+from nrm.capture.precision import without_autocast
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations

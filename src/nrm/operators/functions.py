@@ -111,6 +111,8 @@ class Rescaling:
 # -- Operators for those who write into a captured graph.
 
 ALIAS = torch.ops.aten.alias.default
+CAST = torch.ops.aten.to.dtype
+BITS = torch.ops.aten.view.dtype
 NEGATIVE = torch.ops.aten.neg.default
 SIGN = torch.ops.aten.sign.default
 TIMES = torch.ops.aten.mul.Tensor

@@ -162,6 +162,11 @@ def carries_none(target: OpOverload) -> bool:
     return _FUNCTIONS.get(str(target).rpartition(".")[0], UNKNOWN).carries_none
 
 
+def reads_sizes(target: object) -> bool:
+    """Whether an operator reads nothing of a tensor but how large it is."""
+    return str(target).startswith(("aten.sym_", "aten.size"))
+
+
 def reads_layout(target: object) -> bool:
     """Whether an operator's result depends on how its operand lies in memory (`as_strided`)."""
     return str(target).rpartition(".")[0] in _READS_LAYOUT
