@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nrm.automaton import Automaton, State, is_settled
+from nrm.automaton import FAILS, HOLDS, Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
 from nrm.engine import Mask, Messages, finite, in_chunks, message_size, send, travel
 from nrm.errors import QueryError
@@ -365,7 +365,7 @@ class ForwardMessages:
 
     def after(self, variable: Variable, state: State | None) -> Tensor | None:
         """`[1, *shape]`: of walks that have visited a neuron in a state; `None`: zero."""
-        if state is None or state[0] is False:
+        if state is None or state[0] == FAILS:
             return None
         if self._is_one(state):
             return self._ones(variable)
@@ -416,11 +416,11 @@ class ForwardMessages:
         return {state: pushed[k : k + 1] for k, state in enumerate(chosen)}
 
     def _is_known(self, state: State) -> bool:
-        return state[0] is False or self._is_one(state)
+        return state[0] == FAILS or self._is_one(state)
 
     def _is_one(self, state: State) -> bool:
         """All walks on count, and their relevance sums to one."""
-        return is_settled(state) and bool(state[0]) and self.normalized and not self.open_to
+        return state[0] == HOLDS and self.normalized and not self.open_to
 
     def _ones(self, variable: Variable) -> Tensor:
         return self.forward.output.new_ones(()).expand((1, *self.forward.shape(variable)))
