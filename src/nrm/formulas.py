@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import Any, ClassVar, overload
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from nrm.errors import NeuronSetError
 from nrm.graph import Variable
+
+_LONGEST_TEXT, _LONGEST_OF_A_PAGE = 1_000_000, 2_000
+"""Characters of a formula: parts that are shared are written out again and again."""
 
 Selector = Callable[[Variable, torch.Size], Tensor]
 """Gives the mask of a variable's neurons, shaped like the variable without its batch axis (or
@@ -65,6 +69,9 @@ class Formula(ABC):
 
     def __rrshift__(self, other: str) -> Formula:
         return as_formula(other).implies(self)
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self)[:_LONGEST_OF_A_PAGE])}</code>"
 
     def __bool__(self) -> bool:
         raise NeuronSetError(
@@ -253,9 +260,6 @@ class Odd(_Joined):
     """An odd number of parts holds; of two parts, exactly one."""
 
     sign = "^"
-
-
-_LONGEST_TEXT = 1_000_000
 
 
 def parts_first(formula: Formula) -> Iterator[Formula]:
