@@ -146,9 +146,8 @@ def test_every_query_takes_all_of_a_condition(network: str, normalized: bool) ->
     def check(found: Tensor, walks: Callable[[int], Walks], name: str | None = None) -> None:
         """Times what is given, since that may be as small as it likes."""
         size = 0 if name is None else int(np.prod(asked.shape(name)))
-        factor = (
-            torch.tensor([known(s) for s in range(2)]).double().view(-1, *[1] * (found.dim() - 1))
-        )
+        factor = torch.tensor([known(s) for s in range(2)], dtype=torch.float64)
+        factor = factor.view(-1, *[1] * (found.dim() - 1))
         asked.check(
             found * factor,
             lambda s: total(walks(s)) if name is None else at(walks(s), name, size),
