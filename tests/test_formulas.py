@@ -310,7 +310,7 @@ def test_one_message_and_one_for_each_state_say_the_same(chain):
     R = chain
     sets = nrm.channels("3", 1), nrm.channels("1", 2) | nrm.channels("2", 0), nrm.channels("0", 1)
     formula = sets[0] & sets[1] & sets[2]
-    query = Query(R.forward_pass, R._start, [formula])
+    query = Query(R.forward_pass, R._starts[True], [formula])
     quick = query.totals()
     assert query._chain() is not None
     query._chain = lambda: None

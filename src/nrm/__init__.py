@@ -2,6 +2,7 @@
 
 import nrm.cli.starting as _starting  # before torch: Ctrl-C and the import path of the command
 from nrm import composites, methods, rules
+from nrm.condition import Condition
 from nrm.errors import NrmError, RelevanceWarning
 from nrm.evaluation import evaluate
 from nrm.explainer import Explainer
@@ -12,6 +13,7 @@ from nrm.sets import channels, mask, neurons, patch
 
 __all__ = [
     "Clusters",
+    "Condition",
     "Explainer",
     "Formula",
     "Measure",

@@ -14,6 +14,7 @@ from nrm.errors import VARIATION
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Columns, fill
 from nrm.prepare import Pass
+from nrm.tables import Shown, Table, numbers
 from nrm.targets import Explained
 
 
@@ -39,8 +40,8 @@ class Cut:
         return float(((1 - self.total).abs() / self.variation.clamp(min=1)).max())
 
 
-@dataclass(frozen=True)
-class Diagnostics:
+@dataclass(frozen=True, repr=False)
+class Diagnostics(Shown):
     """A measure's health.
 
     Attributes:
@@ -74,6 +75,15 @@ class Diagnostics:
     def nearly_zero(self) -> float:
         """The largest relevance, in absolute size, that met nearly zero columns of one layer."""
         return max((c.nearly_zero for c in self.columns), default=0.0)
+
+    def table(self) -> Table:
+        first, *further = str(self).splitlines()
+        rows = [
+            (cut.name, numbers(cut.total.tolist()), numbers(cut.variation.tolist()))
+            for cut in sorted(self.cuts, key=lambda cut: -cut.deviation)
+        ]
+        notes = [*further, "Totals must be 1; what a variation exceeds 1 by cancels."]
+        return Table(first, ("cut, worst first", "total", "variation"), rows, notes)
 
     def __str__(self) -> str:
         worst = max(self.cuts, key=lambda cut: cut.deviation)

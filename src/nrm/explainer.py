@@ -28,15 +28,16 @@ from nrm.measure import Measure
 from nrm.operators import Operator
 from nrm.prepare import Program
 from nrm.rules import Rule
+from nrm.tables import Shown, Table
 from nrm.targets import Recipe, Target, explain_relevance, explain_target
 from nrm.tensors import check_dense
-from nrm.views import Listing
+from nrm.views import Listing, settings_table
 
 Check = Literal["model", "output", "none"]
 """How it is noticed that a model changed after it was captured."""
 
 
-class Explainer:
+class Explainer(Shown):
     """Explains a PyTorch model by the normalized relevance measure.
 
     The model is captured at the first call and the capture is used again for inputs of the same
@@ -154,6 +155,9 @@ class Explainer:
             inputs, named = call.arguments(*call.tensors)
             recipe = Recipe(self, inputs, named, explained.target, output_relevance)
             return Measure(forward, explained, unchanged, recipe)
+
+    def table(self) -> Table:
+        return settings_table(self.__getstate__())
 
     def layers(self, *inputs: Any, **named: Any) -> Listing:
         """Every addressable variable: its name, operator, shape, channels, and whether a cut."""

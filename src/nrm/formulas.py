@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import Any, ClassVar, overload
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from nrm.errors import NeuronSetError
 from nrm.graph import Variable
+
+_LONGEST_TEXT, _LONGEST_OF_A_PAGE = 1_000_000, 2_000
+"""Characters of a formula: parts that are shared are written out again and again."""
 
 Selector = Callable[[Variable, torch.Size], Tensor]
 """Gives the mask of a variable's neurons, shaped like the variable without its batch axis (or
@@ -34,28 +38,6 @@ class Formula(ABC):
     @abstractmethod
     def events(self) -> tuple[NeuronSet, ...]:
         """The neuron sets that it speaks of, each once."""
-
-    def settled(self, known: Mapping[NeuronSet, bool]) -> Formula | bool:
-        """What is left of it once it is known of some of its events whether the walk visits them.
-
-        Arguments:
-            known: events that have no members in common (`apart`).
-        """
-        events = {member: event for event in known for member in event.members}
-        left: dict[int, Formula | bool] = {}
-        for formula in _parts_first(self):
-            if isinstance(formula, NeuronSet):
-                near = dict.fromkeys(events[m] for m in formula.members if m in events)
-                left[id(formula)] = formula.without({event: known[event] for event in near})
-            elif isinstance(formula, _Compound):
-                parts = [left[id(part)] for part in formula.parts]
-                same = all(now is part for now, part in zip(parts, formula.parts, strict=True))
-                left[id(formula)] = formula if same else formula.joined(parts)
-        return left[id(self)]
-
-    def given(self, event: NeuronSet, visited: bool) -> Formula | bool:
-        """What is left of it once it is known whether the walk visits one of its events."""
-        return self.settled({event: visited})
 
     def __and__(self, other: Formula | str) -> Formula:
         return All((self, as_formula(other)))
@@ -87,6 +69,9 @@ class Formula(ABC):
 
     def __rrshift__(self, other: str) -> Formula:
         return as_formula(other).implies(self)
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self)[:_LONGEST_OF_A_PAGE])}</code>"
 
     def __bool__(self) -> bool:
         raise NeuronSetError(
@@ -129,22 +114,6 @@ class NeuronSet(Formula):
     def events(self) -> tuple[NeuronSet, ...]:
         return (self,)
 
-    def without(self, known: Mapping[NeuronSet, bool]) -> NeuronSet | bool:
-        """The members of which it is still open whether they are visited."""
-        left = self.members
-        for event, visited in known.items():
-            if self.holds_all_of(event):
-                if visited:
-                    return True
-                left = tuple(m for m in left if m not in event.members)
-        if len(left) == len(self.members):
-            return self
-        return NeuronSet(left) if left else False
-
-    def holds_all_of(self, other: NeuronSet) -> bool:
-        """Whether another set is this one, or was united with others into it."""
-        return set(other.members) <= set(self.members)
-
     @overload
     def __or__(self, other: NeuronSet | str) -> NeuronSet: ...
 
@@ -166,7 +135,7 @@ class NeuronSet(Formula):
         return " | ".join(member.text for member in self.members)
 
 
-class _Compound(Formula):
+class Compound(Formula):
     """A formula of formulas."""
 
     parts: tuple[Formula, ...]
@@ -175,10 +144,6 @@ class _Compound(Formula):
         # Worked out while the parts' own are at hand. Never saved: hashes of texts differ between
         # processes.
         object.__setattr__(self, "_hash", hash((type(self).__name__, *map(hash, self.parts))))
-
-    @abstractmethod
-    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
-        """What is left of it where this is left of its parts."""
 
     @abstractmethod
     def pieces(self) -> list[Formula | str]:
@@ -193,7 +158,7 @@ class _Compound(Formula):
             formula = waiting.pop()
             if isinstance(formula, NeuronSet):
                 found[formula] = None
-            elif isinstance(formula, _Compound) and id(formula) not in seen:
+            elif isinstance(formula, Compound) and id(formula) not in seen:
                 seen.add(id(formula))
                 waiting += reversed(formula.parts)
         return tuple(found)
@@ -208,8 +173,8 @@ class _Compound(Formula):
             if one is two or (id(one), id(two)) in seen:
                 continue
             seen.add((id(one), id(two)))
-            if not (isinstance(one, _Compound) and isinstance(two, _Compound)):
-                if isinstance(one, _Compound) or isinstance(two, _Compound) or one != two:
+            if not (isinstance(one, Compound) and isinstance(two, Compound)):
+                if isinstance(one, Compound) or isinstance(two, Compound) or one != two:
                     return False
                 continue
             if type(one) is not type(two) or hash(one) != hash(two):
@@ -229,7 +194,7 @@ class _Compound(Formula):
         waiting: list[Formula | str] = [self]
         while waiting:
             piece = waiting.pop()
-            if isinstance(piece, _Compound):
+            if isinstance(piece, Compound):
                 waiting += reversed(piece.pieces())
                 continue
             text.append(piece if isinstance(piece, str) else repr(piece))
@@ -241,10 +206,10 @@ class _Compound(Formula):
     def __reduce__(self) -> tuple[Any, ...]:
         """Its parts in a row, each after those that it is made of: no depth to save."""
         places: dict[int, int] = {}
-        row: list[Formula | tuple[type[_Compound], tuple[int, ...]]] = []
-        for formula in _parts_first(self):
+        row: list[Formula | tuple[type[Compound], tuple[int, ...]]] = []
+        for formula in parts_first(self):
             places[id(formula)] = len(row)
-            if isinstance(formula, _Compound):
+            if isinstance(formula, Compound):
                 row.append((type(formula), tuple(places[id(part)] for part in formula.parts)))
             else:
                 row.append(formula)
@@ -252,7 +217,7 @@ class _Compound(Formula):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Not(_Compound):
+class Not(Compound):
     """The walk avoids what `part` says."""
 
     part: Formula
@@ -261,18 +226,12 @@ class Not(_Compound):
     def parts(self) -> tuple[Formula, ...]:  # type: ignore[override]
         return (self.part,)
 
-    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
-        (part,) = left
-        if isinstance(part, bool):
-            return not part
-        return part.part if isinstance(part, Not) else Not(part)
-
     def pieces(self) -> list[Formula | str]:
         return ["~", *_enclosed(self.part)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Joined(_Compound):
+class _Joined(Compound):
     parts: tuple[Formula, ...]
 
     sign: ClassVar[str]
@@ -288,22 +247,12 @@ class All(_Joined):
 
     sign = "&"
 
-    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
-        if any(part is False for part in left):
-            return False
-        return _join(All, left, empty=True)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Some(_Joined):
     """At least one part holds."""
 
     sign = "|"
-
-    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
-        if any(part is True for part in left):
-            return True
-        return _join(Some, left, empty=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -312,23 +261,14 @@ class Odd(_Joined):
 
     sign = "^"
 
-    def joined(self, left: Sequence[Formula | bool]) -> Formula | bool:
-        joined = _join(Odd, left, empty=False)
-        if sum(part is True for part in left) % 2 == 0:
-            return joined
-        return not joined if isinstance(joined, bool) else Not(joined)
 
-
-_LONGEST_TEXT = 1_000_000
-
-
-def _parts_first(formula: Formula) -> Iterator[Formula]:
+def parts_first(formula: Formula) -> Iterator[Formula]:
     """It and everything that it is made of, each once and after its own parts."""
     done: set[int] = set()
     waiting: list[Formula] = [formula]
     while waiting:
         one = waiting[-1]
-        before = one.parts if isinstance(one, _Compound) and id(one) not in done else ()
+        before = one.parts if isinstance(one, Compound) and id(one) not in done else ()
         missing = [part for part in before if id(part) not in done]
         if missing:
             waiting += reversed(missing)
@@ -339,8 +279,8 @@ def _parts_first(formula: Formula) -> Iterator[Formula]:
             yield one
 
 
-def _built(row: Sequence[Formula | tuple[type[_Compound], tuple[int, ...]]]) -> Formula:
-    """The formula that `_Compound.__reduce__` took to pieces."""
+def _built(row: Sequence[Formula | tuple[type[Compound], tuple[int, ...]]]) -> Formula:
+    """The formula that `Compound.__reduce__` took to pieces."""
     made: list[Formula] = []
     for entry in row:
         if isinstance(entry, Formula):
@@ -350,14 +290,6 @@ def _built(row: Sequence[Formula | tuple[type[_Compound], tuple[int, ...]]]) -> 
         parts = tuple(made[place] for place in places)
         made.append(Not(*parts) if kind is Not else kind(parts))  # type: ignore[call-arg]
     return made[-1]
-
-
-def _join(kind: type[_Joined], parts: Iterable[Formula | bool], empty: bool) -> Formula | bool:
-    """The parts that are not settled yet."""
-    left = [part for part in parts if not isinstance(part, bool)]
-    if len(left) < 2:
-        return left[0] if left else empty
-    return kind(tuple(left))
 
 
 def _enclosed(part: Formula) -> list[Formula | str]:

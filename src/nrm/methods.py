@@ -15,12 +15,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nrm.condition import Given, Sets, only_formulas
+from nrm.condition import listed as listed  # as interop takes it from here
 from nrm.errors import NeuronSetError, QueryError, TargetError
 from nrm.explainer import Explainer
-from nrm.formulas import Formula, NeuronSet, every_neuron, united
+from nrm.formulas import NeuronSet, every_neuron, united
 from nrm.masks import divide
-from nrm.measure import Given, Measure, Sets
+from nrm.measure import Measure
 from nrm.sets import channels, mask, neurons
+from nrm.tables import Shown, Table, sizes
 from nrm.targets import Target
 
 Scale = Literal["normalized", "logit"]
@@ -141,7 +144,7 @@ def crp(
         given = concepts if conditional else None
         sets = () if conditional else concepts
         return in_units(R, R.heatmap(*sets, given=given, at=at), scale, _input(R, at))
-    together = united(concepts)
+    together = united(only_formulas(concepts))
     joint = R.heatmap(within=together, at=at)
     if conditional:
         variable = R.graph.variable(_input(R, at))
@@ -352,11 +355,6 @@ def in_units(R: Measure, relevance: Tensor, scale: Scale, layer: str | None = No
     return relevance * R.graph.variable(layer).by_sample(R.scale)
 
 
-def listed(sets: Sets | Sequence[Sets]) -> Sequence[Sets]:
-    """One set, formula or layer as a list of one."""
-    return [sets] if isinstance(sets, (str, Formula)) else sets
-
-
 def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """A tensor, or a tuple, list or dict of the model's arguments."""
     if isinstance(inputs, Mapping):
@@ -404,8 +402,8 @@ def _input(R: Measure, at: str | None) -> str:
 # -- Neuron sets found by clustering a layer's activations (section 4.4.2).
 
 
-@dataclass(frozen=True, eq=False)
-class Clusters:
+@dataclass(frozen=True, eq=False, repr=False)
+class Clusters(Shown):
     """Disjoint neuron sets that together are a layer.
 
     Attributes:
@@ -426,6 +424,19 @@ class Clusters:
 
     def __getitem__(self, index: int) -> NeuronSet:
         return self.sets[index]
+
+    def table(self) -> Table:
+        counts = torch.bincount(self.labels.flatten(), minlength=len(self)).tolist()
+        rows = [
+            (str(number), str(count), f"{count / sum(counts):.1%}")
+            for number, count in enumerate(counts)
+        ]
+        samples, *positions = self.labels.shape
+        title = (
+            f"{len(self)} clusters of {self.layer!r}, {sizes(positions)} positions in each of "
+            f"{samples} samples"
+        )
+        return Table(title, ("cluster", "positions", "share"), rows)
 
 
 def clusters(R: Measure, layer: str, k: int, seed: int = 0) -> Clusters:

@@ -1,4 +1,10 @@
-"""From formulas over neuron sets to message passing."""
+"""Formulas over neuron sets as messages: what a condition costs, and how it is answered.
+
+Sets that all have to be visited one after the other need one message, which is masked at each
+(Theorem 1). Any other formula needs a message for each state that it can be in (`nrm.automaton`).
+Backward messages tell how walks came to a neuron, forward messages how they go on from there, and
+their product the relevance of the neuron jointly with the formula, as in hidden Markov models.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +15,31 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nrm.automaton import Automaton, State, is_settled
+from nrm.automaton import FAILS, HOLDS, Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
-from nrm.engine import Messages, finite, in_chunks, message_size, send, travel
+from nrm.engine import Messages, send, travel
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
-from nrm.masks import Mask, Stops, laid_out, resolve, variables_of
+from nrm.masks import Mask, Stops, resolve, variables_of
 from nrm.prepare import Pass
-from nrm.tensors import check_dense
+from nrm.tables import Shown, Table
+
+Starts = Mapping[bool, Messages]
+"""The messages at the output: normalised, by `True`, and unnormalised."""
+
+
+def along(
+    forward: Pass, messages: Messages, stops: Iterable[Stops], normalized: bool = True
+) -> Messages:
+    """Send messages to one set after the other: what arrives there of the walks that visit all.
+
+    Arguments:
+        stops: the sets, in the order in which walks meet them.
+    """
+    for where in stops:
+        messages = send(forward, messages, where, normalized)
+    return messages
 
 
 class Query:
@@ -46,6 +68,7 @@ class Query:
         self.formulas = formulas
         self.normalized, self.open_to = normalized, open_to or {}
         self.events = apart(events_of(formulas))
+        self._automata: dict[bool, Automaton] = {}
         self._lie = {event: variables_of(event, self.graph) for event in self.events}
 
     @cached_property
@@ -59,7 +82,7 @@ class Query:
         """`[formulas, batch]`: the relevance of the walks on which each formula holds."""
         chain = self._chain()
         if chain is not None:
-            return self._sum(self._along(self._stops(chain), self._ends())).unsqueeze(0)
+            return self._sum(self._along(chain, self._ends())).unsqueeze(0)
         total = self.forward.output.new_zeros((len(self.formulas), self.forward.batch))
         for state, relevance in self.outcomes(keeps_failed=False).items():
             for row, holds in zip(total, state, strict=True):
@@ -100,7 +123,7 @@ class Query:
         """
         chain = self.chain_above(*variables) if len(variables) == 1 else None
         if chain is not None:
-            found = self._along(self._stops(chain), dict.fromkeys(variables))
+            found = self._along(chain, dict.fromkeys(variables))
         else:
             automaton = self._automaton()
             recorded: dict[Variable, dict[State, Tensor]] = {v: {} for v in variables}
@@ -225,18 +248,17 @@ class Query:
             return None
         return self.graph.in_order(self._lie)
 
-    def _stops(self, chain: Sequence[NeuronSet]) -> list[Stops]:
-        return [self.masks[event] for event in chain]
-
-    def _along(self, chain: list[Stops], ends: Stops | None) -> Messages:
-        """The messages of walks that visit all sets of a chain: one at a time will do."""
-        messages = self.start
-        for stops in chain:
-            messages = send(self.forward, messages, stops, self.normalized)
-        return messages if ends is None else send(self.forward, messages, ends, self.normalized)
+    def _along(self, chain: Sequence[NeuronSet], ends: Stops | None) -> Messages:
+        """What arrives of the walks that visit all sets of a chain, at its end or at `ends`."""
+        stops = [self.masks[event] for event in chain]
+        stops += [] if ends is None else [ends]
+        return along(self.forward, self.start, stops, self.normalized)
 
     def _automaton(self, keeps_failed: bool = False) -> Automaton:
-        return Automaton(self.graph, self.formulas, self.masks, keeps_failed)
+        if keeps_failed not in self._automata:
+            automaton = Automaton(self.graph, self.formulas, self.masks, keeps_failed)
+            self._automata[keeps_failed] = automaton
+        return self._automata[keeps_failed]
 
     def _run(
         self,
@@ -269,8 +291,8 @@ class Query:
         return total
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """The messages that a query sends.
 
     Attributes:
@@ -288,11 +310,17 @@ class Plan:
         return max(self.messages.values(), default=0)
 
     def __str__(self) -> str:
-        most = 2 ** len(self.events)
         return (
-            f"{len(self.events)} sets in {self.channels} channels (of {most}), "
+            f"{len(self.events)} sets in {self.channels} channels (of {2 ** len(self.events)}), "
             f"{sum(self.messages.values())} messages through {len(self.messages)} operations"
         )
+
+    def __repr__(self) -> str:
+        return f"Plan({self})"
+
+    def table(self) -> Table:
+        rows = [(name, str(count)) for name, count in self.messages.items()]
+        return Table(str(self), ("operation of", "messages"), rows)
 
 
 class _States:
@@ -330,16 +358,15 @@ class _States:
         return self.automaton.arrive(state, variable)
 
 
-# -- Forward messages: what the rest of a walk does, seen from every neuron (the transpose of eq.
-# 24).
-# `F(j) = sum_i R(i|j) F(i)`, started at the neurons of a set, gives `R(set | j)` for every neuron j
-# downstream in one pass. With a formula there is one `F` for each state that it can be in. Times
-# the backward message in the same state it is the relevance of j jointly with the formula, as in
-# hidden Markov models.
+# -- Forward messages ------------------------------------------------------------------------------
 
 
 class ForwardMessages:
     """The relevance with which one formula comes to hold, at every neuron and in every state.
+
+    `F(j) = sum_i R(i|j) F(i)` (the transpose of eq. 24), started at the neurons of a set, gives
+    `R(set | j)` for every neuron j downstream in one pass. With a formula there is one `F` for
+    each state that it can be in.
 
     Arguments:
         wanted: the states in which messages are needed, by variable, once it is visited.
@@ -366,7 +393,7 @@ class ForwardMessages:
 
     def after(self, variable: Variable, state: State | None) -> Tensor | None:
         """`[1, *shape]`: of walks that have visited a neuron in a state; `None`: zero."""
-        if state is None or state[0] is False:
+        if state is None or state[0] == FAILS:
             return None
         if self._is_one(state):
             return self._ones(variable)
@@ -417,142 +444,11 @@ class ForwardMessages:
         return {state: pushed[k : k + 1] for k, state in enumerate(chosen)}
 
     def _is_known(self, state: State) -> bool:
-        return state[0] is False or self._is_one(state)
+        return state[0] == FAILS or self._is_one(state)
 
     def _is_one(self, state: State) -> bool:
         """All walks on count, and their relevance sums to one."""
-        return is_settled(state) and bool(state[0]) and self.normalized and not self.open_to
+        return state[0] == HOLDS and self.normalized and not self.open_to
 
     def _ones(self, variable: Variable) -> Tensor:
         return self.forward.output.new_ones(()).expand((1, *self.forward.shape(variable)))
-
-
-# -- Many conditions at once: one pass for all conditions on the same layers.
-
-Chain = tuple[NeuronSet, ...]
-"""Neuron sets in the order in which walks meet them."""
-
-
-def marginals_of_chains(
-    forward: Pass,
-    start: Messages,
-    chains: Mapping[Chain, Sequence[int]],
-    variable: Variable,
-    found: Tensor,
-    memory: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Every neuron's relevance jointly with each chain of sets above it.
-
-    Chains over the same layers travel together, as many at a time as the memory allows, their
-    masks included; what lies above their first layer is passed once.
-
-    Arguments:
-        chains: with the rows of `found` where the result goes.
-        found: `[rows, *shape]`, zero.
-        memory: bytes that the messages travelling at once may take.
-        advance: called with the number of rows just done.
-    """
-    groups: dict[tuple[frozenset[Variable], ...], list[Chain]] = {}
-    for chain in chains:
-        layers = tuple(frozenset(variables_of(chosen, forward.graph)) for chosen in chain)
-        groups.setdefault(layers, []).append(chain)
-    for layers, group in groups.items():
-        first, begin = start, forward.graph.output
-        if layers and len(layers[0]) == 1:
-            (begin,) = layers[0]
-            first = send(forward, start, {begin: None})
-
-        def travelled(
-            chosen: Sequence[Chain], first: Messages = first, depths: int = len(layers)
-        ) -> None:
-            messages = first
-            for depth in range(depths):
-                stops = _stacked([chain[depth] for chain in chosen], forward)
-                messages = send(forward, messages, stops)
-            arrived = send(forward, messages, {variable: None}).get(variable)
-            if arrived is not None:
-                each = finite(arrived).expand(len(chosen), *arrived.shape[1:])
-                for chain, marginal in zip(chosen, each, strict=True):
-                    found[chains[chain]] = marginal
-            advance(sum(len(chains[chain]) for chain in chosen))
-
-        size = message_size(forward, begin, variable) + _mask_size(layers, forward)
-        in_chunks(group, memory, size, travelled)
-
-
-def _mask_size(layers: Sequence[frozenset[Variable]], forward: Pass) -> int:
-    """The most bytes that the masks of one set of a chain take."""
-    sizes = (sum(forward.shape(variable).numel() for variable in lies) for lies in layers)
-    return max(sizes, default=0) * forward.output.element_size()
-
-
-def _stacked(sets: Sequence[NeuronSet], forward: Pass) -> Stops:
-    """The masks of sets over the same variables, one for each message; one if all are the same."""
-    rows: dict[NeuronSet, list[int]] = {}
-    for row, chosen in enumerate(sets):
-        rows.setdefault(chosen, []).append(row)
-    if len(rows) == 1:
-        return resolve(sets[0], forward)
-    stacked: Stops = {}
-    for chosen, places in rows.items():
-        for variable, mask in resolve(chosen, forward).items():
-            known = stacked.setdefault(variable, None)
-            if mask is None:  # the whole variable: ones
-                continue
-            if known is None:
-                known = mask.new_ones((len(sets), *mask.shape[1:]))
-            elif mask.shape[1:] != known.shape[1:]:  # one of them differs by sample
-                shape = map(max, mask.shape[1:], known.shape[1:])
-                known = known.expand(len(sets), *shape).clone()
-            known[places] = mask
-            stacked[variable] = known
-    return stacked
-
-
-# -- Weighted relevance (eq. 33): walks that count more or less, by the neurons that they visit.
-
-Weights = Mapping[str, Tensor]
-"""For some layers, a weight of each of their neurons, shaped like the layer without its batch
-axis, or with it."""
-
-
-def weights_of(weights: Weights, forward: Pass) -> Stops:
-    """The weights, so that they broadcast to messages.
-
-    Raises:
-        QueryError, NeuronSetError: there are none, or they do not fit their layers.
-    """
-    found: Stops = {}
-    if not weights:
-        raise QueryError("there are no weights: name at least one layer.")
-    for layer, values in weights.items():
-        variable = forward.graph.variable(layer)
-        if variable in found:
-            raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
-        if isinstance(values, Tensor):
-            check_dense(values, f"the tensor of weights of {layer!r}", QueryError)
-        if (
-            not isinstance(values, Tensor)
-            or values.is_complex()
-            or not bool(torch.isfinite(values).all())
-        ):
-            raise QueryError(
-                f"the weights of {layer!r} are to be a tensor of real, finite numbers."
-            )
-        there = laid_out(values.detach().to(forward.output), variable, forward)
-        found[variable] = there
-    return found
-
-
-def expected(weights: Stops, query: Query) -> Tensor:
-    """`[batch]`: the sum of the weights on a walk, over all walks of a query.
-
-    Sums and walks change places: each neuron's weight times the relevance of the neuron.
-    """
-    found = query.marginals(weights)
-    total = query.forward.output.new_zeros(query.forward.batch)
-    for variable, weight in weights.items():
-        inside = found[variable] if weight is None else found[variable] * weight
-        total = total + variable.per_sample(inside, query.forward.batch)[0]
-    return total

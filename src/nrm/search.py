@@ -33,6 +33,7 @@ from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
 from nrm.joint import ByNeuron, Partition, contraction_between
 from nrm.prepare import Pass
+from nrm.tables import Shown, Table
 
 Order = Literal["largest", "smallest", "absolute"]
 """Which flows are wanted: those with the largest, smallest or absolutely largest relevance."""
@@ -65,8 +66,8 @@ class Flow:
     share: float
 
 
-@dataclass(frozen=True)
-class Flows:
+@dataclass(frozen=True, repr=False)
+class Flows(Shown):
     """The flows found, in order.
 
     Attributes:
@@ -96,6 +97,25 @@ class Flows:
 
     def __getitem__(self, index: int) -> Flow:
         return self.flows[index]
+
+    def table(self) -> Table:
+        layers = tuple(self.flows[0].parts) if self.flows else ()
+        rows = [
+            (
+                str(place),
+                *map(str, flow.parts.values()),
+                f"{flow.relevance:+.4g}",
+                f"{flow.share:+.2%}",
+            )
+            for place, flow in enumerate(self.flows, 1)
+        ]
+        found = "nothing beyond them" if self.exact else f"others may be {self.gap:.2g} beyond them"
+        notes = [
+            f"{found}; {self.visited:.3g} of all combinations looked at, {self.expanded} "
+            "beginnings followed.",
+            "Relevance: of all walks, which have 1; share: of what passes the layers.",
+        ]
+        return Table(f"{len(self)} flows", ("", *layers, "relevance", "share"), rows, notes)
 
 
 # -- The exact search.

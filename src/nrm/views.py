@@ -1,17 +1,27 @@
-"""The listing of a graph for people: what can be addressed, and under which name."""
+"""A graph to look at: its layers by name, and the network in proper form (appendix A).
+
+In the proper form layers lie one after the other, with virtual copies. A variable stands one layer
+above the highest of its operands. What is needed further up than in the next layer is copied
+through identities until it is: a skip connection, or a late input (a bias seen as an input, an
+input that enters in the middle). All walks cross every layer exactly once, so that the relevance of
+each layer, copies included, sums to one. The copies exist here only: message passing needs none.
+The explained output is the one variable of the last layer. Early outputs do not occur, because one
+tensor is explained; several outputs that a function joins are copied up to it like skips.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nrm.engine import Messages, send
 from nrm.errors import UnknownLayerError
 from nrm.graph import Graph, Variable
 from nrm.prepare import Pass
+from nrm.tables import Shown, Table, sizes
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Layer:
     cut: bool
 
 
-class Listing:
+class Listing(Shown):
     """All addressable variables, inputs first. Prints as a table."""
 
     def __init__(self, graph: Graph) -> None:
@@ -62,20 +72,34 @@ class Listing:
                 layer.name,
                 layer.kind,
                 layer.module,
-                " x ".join(map(str, layer.shape)),
+                sizes([None if size < 0 else size for size in layer.shape]),
                 "cut" if layer.cut else "",
                 ", ".join(layer.aliases),
             )
             for layer in self.layers
         ]
 
-    def __str__(self) -> str:
-        rows = [("layer", "kind", "module", "shape", "cut", "also called"), *self.rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+    def table(self) -> Table:
+        cuts = sum(layer.cut for layer in self.layers)
+        note = f"{len(self)} layers, {cuts} of them cuts, which every walk crosses."
+        heads = ("layer", "kind", "module", "shape", "cut", "also called")
+        return Table("", heads, self.rows(), [note])
+
+
+_UNSET = {"composite": "what suits the model", "bias": "what the composite assumes"}
+
+
+def settings_table(settings: Mapping[str, object]) -> Table:
+    """What an explainer explains, and how."""
+    model = settings["model"]
+    rows = [("model", type(model).__name__)]
+    if isinstance(model, nn.Module):
+        rows.append(("parameters", f"{sum(p.numel() for p in model.parameters()):,}"))
+    for name, value in settings.items():
+        if name == "model" or (value is None and name not in (*_UNSET, "batch_axis")):
+            continue
+        rows.append((name, _UNSET[name] if value is None and name in _UNSET else str(value)))
+    return Table("Explainer", (), rows)
 
 
 def _layer(variable: Variable, cut: bool) -> Layer:
@@ -92,19 +116,11 @@ def _layer(variable: Variable, cut: bool) -> Layer:
     )
 
 
-# -- The network in proper form (appendix A): layers one after the other, with virtual copies.
-# A variable stands one layer above the highest of its operands. What is needed further up than in
-# the next layer is copied through identities until it is: a skip connection, or a late input (a
-# bias seen as an input, an input that enters in the middle). All walks cross every layer exactly
-# once, so that the relevance of each layer, copies included, sums to one. The copies exist here
-# only: message passing needs none.
-#
-# The explained output is the one variable of the last layer. Early outputs do not occur, because
-# one tensor is explained; several outputs that a function joins are copied up to it like skips.
+# -- The proper form -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Neurons:
+class LayerPart:
     """One variable in one layer.
 
     Attributes:
@@ -131,7 +147,7 @@ class ProperLayer:
     """
 
     index: int
-    neurons: list[Neurons]
+    neurons: list[LayerPart]
 
     @property
     def total(self) -> Tensor:
@@ -139,8 +155,8 @@ class ProperLayer:
         return torch.stack([part.relevance for part in self.neurons]).sum(0)
 
 
-@dataclass(frozen=True)
-class ProperForm:
+@dataclass(frozen=True, repr=False)
+class ProperForm(Shown):
     """The layers, inputs first. Prints as a table."""
 
     layers: list[ProperLayer]
@@ -154,16 +170,19 @@ class ProperForm:
     def __getitem__(self, index: int) -> ProperLayer:
         return self.layers[index]
 
-    def __str__(self) -> str:
-        lines = []
-        for layer in reversed(self.layers):
-            total = float(layer.total.mean())
-            lines.append(f"layer {layer.index}: total {total:.6f}")
-            for part in layer.neurons:
-                what = f"  (copy: {part.copy})" if part.copy else ""
-                share = float(part.relevance.mean())
-                lines.append(f"  {share:+10.4f}  {part.name} [{part.neurons}]{what}")
-        return "\n".join(lines)
+    def table(self) -> Table:
+        rows = [
+            (
+                f"layer {layer.index}: total {layer.total.mean():.6f}" if place == 0 else "",
+                f"{part.relevance.mean():+.4f}",
+                f"{part.name} [{part.neurons}]",
+                f"(copy: {part.copy})" if part.copy else "",
+            )
+            for layer in reversed(self.layers)
+            for place, part in enumerate(layer.neurons)
+        ]
+        note = "Relevances are means over the samples; in brackets, how many neurons each has."
+        return Table("", (), rows, [note])
 
 
 def proper_form(forward: Pass, start: Messages) -> ProperForm:
@@ -190,7 +209,7 @@ def proper_form(forward: Pass, start: Messages) -> ProperForm:
             ProperLayer(
                 index,
                 [
-                    Neurons(
+                    LayerPart(
                         variable.name,
                         None if levels[variable] == index else _copy_of(variable),
                         _count(forward, variable),

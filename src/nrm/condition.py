@@ -1,0 +1,263 @@
+"""What is asked of the walks, written once: a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nrm.errors import NrmError, QueryError
+from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction
+from nrm.tables import Shown, Table, sizes
+from nrm.tensors import check_dense
+
+Weights = Mapping[str, Tensor]
+"""For some layers, a weight of each of their neurons, shaped like the layer without its batch
+axis, or with it."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Condition(Shown):
+    """Which walks are asked for, and what their relevance is divided by.
+
+    Every query of a measure takes these arguments, or a condition in place of its sets: what is
+    written once may be asked of many measures and in many ways. A measure keeps what it has worked
+    out about a condition (where its sets lie, the masks of their neurons, the relevance of what is
+    given) as long as the condition itself is kept.
+
+    A walk visits a set if it visits any of its neurons; what flows past the set over a skip
+    connection does not count. To keep what bypasses it, say `within` instead.
+
+    Arguments:
+        sets: neuron sets, or formulas over such (`~a & b`, eqs. 53-55), which hold together; the
+            name of a layer stands for all of its neurons. A condition among them adds what it
+            says itself.
+        given: a set or formula, or several that hold jointly: results are divided by their
+            relevance (eq. 11), and 0 where that is 0.
+        within: count only walks that visit no other neurons of the variables of this set: they
+            pass the set, or bypass these variables altogether. The relevance of `given`, by which
+            results are divided, counts all walks.
+        normalized: `False`: the original walk relevance, a product of unnormalised contributions
+            (eq. 26), summed over the same walks.
+        weights: of neurons, by layer: a walk counts with the product of the weights of the neurons
+            that it visits (eq. 33), those of other layers with 1. What is given has none.
+
+    Raises:
+        NeuronSetError, QueryError: something is none of that.
+
+    Example:
+        >>> wheel = nrm.Condition(nrm.channels("features.28", 12), given="features.26")
+        >>> R(wheel), R.heatmap(wheel), R.marginal("features.24", wheel)
+    """
+
+    sets: tuple[Formula, ...]
+    given: tuple[Formula, ...]
+    within: NeuronSet | None
+    normalized: bool
+    _weights: tuple[_Weight, ...]
+
+    def __init__(
+        self,
+        *sets: Sets,
+        given: Given = None,
+        within: NeuronSet | str | None = None,
+        normalized: bool = True,
+        weights: Weights | None = None,
+    ) -> None:
+        with naming(lambda: _text(sets, given, within, normalized)):
+            held: list[Formula] = []
+            known = only_formulas(given)
+            laid = _checked(weights)
+            inside = None if within is None else as_set(within)
+            for one in sets:
+                if not isinstance(one, Condition):
+                    held.append(as_formula(one))
+                    continue
+                if one.within is not None:
+                    if inside is not None and inside != one.within:
+                        raise QueryError(
+                            f"walks stay within {inside!r} or within {one.within!r}: say it once."
+                        )
+                    inside = one.within
+                held += one.sets
+                known += one.given
+                laid += one._weights
+                normalized = normalized and one.normalized
+            if len({weight.layer for weight in laid}) < len(laid):
+                raise QueryError("a layer is weighed by two conditions: weigh it once.")
+        for name, value in (
+            ("sets", tuple(held)),
+            ("given", tuple(known)),
+            ("within", inside),
+            ("normalized", bool(normalized)),
+            ("_weights", tuple(laid)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By layer; none by default."""
+        return {weight.layer: weight.values for weight in self._weights}
+
+    @cached_property
+    def formula(self) -> Formula | bool:
+        """What holds of the walks that count: all sets and all that is given."""
+        return _all_of((*self.sets, *self.given))
+
+    @cached_property
+    def known(self) -> Formula | bool:
+        """What is given; `True` if nothing is."""
+        return _all_of(self.given)
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether walks count with their normalised relevance, wherever they go."""
+        return self.normalized and self.within is None and not self._weights
+
+    def __repr__(self) -> str:
+        return f"Condition({self.said()})"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def table(self) -> Table:
+        rows = [("passes", _short(one)) for one in self.sets]
+        rows += [("given", _short(one)) for one in self.given]
+        if self.within is not None:
+            rows.append(("within", _short(self.within)))
+        if not self.normalized:
+            rows.append(("normalized", "no: products of unnormalised contributions"))
+        for weight in self._weights:
+            rows.append(("weighed", f"{weight.layer}: {sizes(weight.values.shape)} weights"))
+        return Table("Condition", (), rows, [] if rows else ["All walks."])
+
+    def said(self) -> str:
+        """The arguments as text."""
+        layers = [weight.layer for weight in self._weights]
+        return _text(self.sets, self.given, self.within, self.normalized, layers)
+
+
+Sets = Formula | str | Condition
+"""A neuron set, a formula over such, the name of a layer for all of its neurons; or a condition."""
+
+Given = Sets | Sequence[Sets] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """The weights of a layer's neurons. Equal to nothing but itself, and so are conditions."""
+
+    layer: str
+    values: Tensor
+
+
+def as_condition(
+    sets: Sequence[Sets],
+    given: Given = None,
+    within: NeuronSet | str | None = None,
+    normalized: bool = True,
+) -> Condition:
+    """What a query was asked: the very condition, where it was given one and nothing else."""
+    if len(sets) == 1 and given is None and within is None and normalized:
+        (only,) = sets
+        if isinstance(only, Condition):
+            return only
+    return Condition(*sets, given=given, within=within, normalized=normalized)
+
+
+def listed(sets: Sets | Sequence[Sets]) -> Sequence[Sets]:
+    """One set, formula, layer or condition as a list of one."""
+    return [sets] if isinstance(sets, (str, Formula, Condition)) else sets
+
+
+@contextmanager
+def naming(asked: Callable[[], str]) -> Iterator[None]:
+    """Add what was asked to errors that this raises: their types and messages stay as they are."""
+    try:
+        yield
+    except NrmError as error:
+        text = asked()
+        if text and not getattr(error, "__notes__", None):
+            error.add_note(f"in R({text})")
+        raise
+
+
+_LONGEST_PART = 200
+
+
+def _text(
+    sets: Sequence[object],
+    given: object,
+    within: object,
+    normalized: bool = True,
+    layers: Sequence[str] = (),
+) -> str:
+    """The arguments as they were given, long ones cut short."""
+    parts = [_short(one) for one in sets]
+    if isinstance(given, tuple) and len(given) == 1:
+        (given,) = given
+    if isinstance(given, (list, tuple)):
+        parts += [f"given=[{', '.join(map(_short, given))}]"] if given else []
+    elif given is not None:
+        parts.append(f"given={_short(given)}")
+    if within is not None:
+        parts.append(f"within={_short(within)}")
+    if not normalized:
+        parts.append("normalized=False")
+    if layers:
+        parts.append(f"weights of {', '.join(map(repr, layers))}")
+    return ", ".join(parts)
+
+
+def _short(one: object) -> str:
+    text = repr(one)
+    return text if len(text) <= _LONGEST_PART else text[: _LONGEST_PART - 1] + "…"
+
+
+def only_formulas(given: Given) -> list[Formula]:
+    """What is given, one by one."""
+    if given is None:
+        return []
+    found: list[Formula] = []
+    for one in given if isinstance(given, (list, tuple)) else (given,):
+        if not isinstance(one, Condition):
+            found.append(as_formula(one))  # type: ignore[arg-type] # refuses others by name
+        elif one.given or not one.counts_all:
+            raise QueryError(f"only sets and formulas can be taken here, not {one!r}.")
+        else:
+            found += one.sets
+    return found
+
+
+def alone(one: Sets) -> Formula | bool:
+    """A formula, or what a condition says that says nothing but which sets hold."""
+    return _all_of(only_formulas([one]))
+
+
+def _all_of(formulas: Sequence[Formula]) -> Formula | bool:
+    parts = conjunction(formulas)
+    return All(parts) if parts else True
+
+
+def _checked(weights: Weights | None) -> list[_Weight]:
+    """Copies of weights, so that their owner may go on to change them."""
+    found = []
+    if weights is not None and not weights:
+        raise QueryError("there are no weights: name at least one layer.")
+    for layer, values in (weights or {}).items():
+        if isinstance(values, Tensor):
+            check_dense(values, f"the tensor of weights of {layer!r}", QueryError)
+        if (
+            not isinstance(values, Tensor)
+            or values.is_complex()
+            or not bool(torch.isfinite(values).all())
+        ):
+            raise QueryError(
+                f"the weights of {layer!r} are to be a tensor of real, finite numbers."
+            )
+        found.append(_Weight(layer, values.detach().clone()))
+    return found
