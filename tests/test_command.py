@@ -378,7 +378,7 @@ def test_interrupted_while_the_commands_are_imported(here: Path) -> None:
 def test_interrupts_of_a_program_that_imports_nrm_are_its_own(here: Path) -> None:
     Path("first").mkdir()
     Path("first/torch.py").write_text(INTERRUPTED)
-    code = "try:\n import nrm\nexcept KeyboardInterrupt:\n print('mine')\n"
+    code = "try:\n import nrm; nrm.Explainer\nexcept KeyboardInterrupt:\n print('mine')\n"
     done = process("-c", code, path=here / "first")
     assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
     assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
