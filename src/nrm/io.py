@@ -258,9 +258,7 @@ def read_image(path: Path, say: Say = lambda text: None) -> Image.Image:
         raise InputError(f"picture {path}: cannot be read: {one_line(error)}") from error
 
 
-def _in_rgb(
-    image: Image.Image, sixteen: bool, path: Path, say: Say
-) -> Image.Image:
+def _in_rgb(image: Image.Image, sixteen: bool, path: Path, say: Say) -> Image.Image:
     """In RGB of 8 bits, as it is meant."""
     from PIL import Image
 

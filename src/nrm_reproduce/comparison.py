@@ -486,8 +486,16 @@ def draw_curves(curves: Mapping[str, Sequence[Curve]], colour: Mapping[str, str]
 
 
 @matplotlib.rc_context(STYLE)
-def draw_scatter(clouds: Mapping[str, Sequence[Cloud]], colour: Mapping[str, str]) -> Figure:
-    """Relevance against joint contribution, a row for each choice of layers."""
+def draw_scatter(
+    clouds: Mapping[str, Sequence[Cloud]],
+    colour: Mapping[str, str],
+    what: str = "joint contribution, logits",
+) -> Figure:
+    """Relevance against contribution, a row for each choice of layers.
+
+    Arguments:
+        what: the contribution is.
+    """
     columns = max(len(row) for row in clouds.values())
     size = (2.55 * columns, 2.75 * len(clouds) + 0.3)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
@@ -497,7 +505,7 @@ def draw_scatter(clouds: Mapping[str, Sequence[Cloud]], colour: Mapping[str, str
             _scatter(ax, cloud, colour[cloud.method])
         for ax in axes[len(row) :]:
             ax.set_axis_off()
-        axes[0].set_ylabel(f"{layers}\njoint contribution, logits", fontsize=8)
+        axes[0].set_ylabel(f"{layers}\n{what}", fontsize=8)
     return figure
 
 
@@ -505,7 +513,7 @@ def _scatter(ax: Axes, cloud: Cloud, shade: str) -> None:
     ax.scatter(
         cloud.score,
         cloud.contribution,
-        s=3,
+        s=3 if len(cloud.score) > 1000 else 9,
         color=shade,
         alpha=0.35,
         linewidths=0,
@@ -514,7 +522,8 @@ def _scatter(ax: Axes, cloud: Cloud, shade: str) -> None:
     ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.4, zorder=0)
     known = "undefined" if cloud.pearson is None else f"{cloud.pearson:.2f}"
-    ax.set_title(f"{cloud.method}\nPearson {known}", fontsize=8)
+    title = cloud.method.replace(", ", ",\n")
+    ax.set_title(f"{title}\nPearson {known}", fontsize=8)
     ax.set_xlabel("score", fontsize=8)
     ax.locator_params(axis="x", nbins=5)
     ax.ticklabel_format(scilimits=(-2, 2))
