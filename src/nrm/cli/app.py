@@ -1,9 +1,9 @@
-"""The commands: explain, layers, demo."""
+"""The commands: explain, layers, demo, and those of other packages (`nrm.cli.commands`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,29 +17,28 @@ from torch import Tensor, nn
 
 import nrm
 from nrm.cli import composite_names, demo
+from nrm.cli.commands import Command, Commands, arguments, refuse_unread
 from nrm.cli.composite_names import find_composite
-from nrm.cli.errors import CommandError, as_text, one_line, one_line_errors, out_of_memory
-from nrm.cli.folder import check_folder
+from nrm.cli.errors import CommandError, as_text, one_line_errors, out_of_memory
 from nrm.cli.labels import TOP, find_labels, find_target
 from nrm.cli.models import find_attribute, find_device, load_model
-from nrm.cli.options import Command, arguments, refuse_unread
-from nrm.cli.pictures import Picture, imagenet, read_image, transformed
 from nrm.cli.provenance import file_digest, versions, weights_used
-from nrm.cli.report import RESULT, Say, Subject, amounts, report, to_json
-from nrm.cli.reproduce import reproduce
-from nrm.experiments import digit_net
+from nrm.cli.report import RESULT, Subject, amounts, report, to_json
 from nrm.explainer import Explainer
+from nrm.io import Picture, Say, check_folder, imagenet, one_line, read_image, transformed
 
 app = typer.Typer(
+    cls=Commands,
     help="Relevance of any set of neurons of a PyTorch model, handled like a probability.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(cls=Command)(reproduce)
 
 IMAGENET = "imagenet"
 SIZE = 224
+LARGEST = 4096
+"""The longest side of a model's input."""
 TOP_FLOWS = 5
 SECONDS = 60.0
 MOST_NUMBERS = 2**27
@@ -151,7 +150,9 @@ def explain(
             raise CommandError("--search-seconds: give a number of seconds, not nan")
         if transform != IMAGENET:
             refuse_unread({"--size": size}, f"beside --transform {transform}, which decides it")
-        check_folder(out)
+        check_folder(out, "--out")
+        if size is not None and size > LARGEST:
+            raise CommandError(f"--size {size}: the largest is {LARGEST}")
         where = find_device(device)
         opened = read_image(image, say)
         if transform == IMAGENET:
@@ -227,21 +228,21 @@ def list_layers(
             typer.echo(to_json(rows), nl=False)
             return
         heads = ("layer", "kind", "module", "shape", "cut", "also called")
-        _print(_table(heads, listing.rows()))
+        print_table(heads, listing.rows())
 
 
 @app.command("demo", cls=Command)
 def run_demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = digit_net.EPOCHS,
+    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = demo.EPOCHS,
     debug: Debug = False,
 ) -> None:
     """Train a small network on handwritten digits and explain what it makes of some."""
     with one_line_errors(debug):
-        check_folder(out)
+        check_folder(out, "--out")
         say = _say(quiet=False)
         say("training a small network on scikit-learn's digits")
-        trained = digit_net.train(epochs)
+        trained = demo.trained(epochs)
         typer.echo(
             f"Trained on {trained.seen} digits in {trained.seconds:.1f} s; of {len(trained.y)} "
             f"others it recognises {trained.accuracy:.1%}."
@@ -321,22 +322,18 @@ def _summarise(result: dict[str, Any], out: Path) -> None:
             for k, flow in enumerate(result["flows"], start=1)
         ]
         heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
-        _print(_table(heads, rows))
+        print_table(heads, rows)
     typer.echo(f"Worst cut deviation {result['worst_cut_deviation']:.1e}.")
     typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / 'overview.png'}.")
 
 
-def _table(heads: tuple[str, ...], rows: list[Any]) -> Table:
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """On a terminal as wide as that is, elsewhere as wide as the table, so that nothing breaks."""
     table = Table(box=None, pad_edge=False)
     for head in heads:
         table.add_column(Text(head), overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # text as it is: names may hold brackets
-    return table
-
-
-def _print(table: Table) -> None:
-    """On a terminal as wide as that is, elsewhere as wide as the table, so that nothing breaks."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000

@@ -13,6 +13,7 @@ import typer
 
 from nrm.cli.starting import INTERRUPTED, interrupts_raise
 from nrm.errors import NrmError
+from nrm.io import one_line, printable
 
 REFUSED = 2
 _WANTED = re.compile(r"[\d.]+ ?([kKMGT]i?B|bytes)\b")  # the first figure of a message
@@ -70,24 +71,6 @@ def out_of_memory(error: BaseException) -> str | None:
     return None
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks; its type where it says nothing."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def as_text(path: object) -> str:
     """A path as text that can be written down; what is no text in it is replaced."""
     return printable(os.fsencode(str(path)).decode("utf-8", errors="replace"))
-
-
-def printable(text: str) -> str:
-    """A text without what a terminal would obey instead of showing it."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def some(names: list[str], most: int = 5) -> str:
-    """The first few names, and how many there are besides."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

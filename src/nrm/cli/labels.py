@@ -9,25 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nrm.cli.errors import CommandError, printable, some
+from nrm.cli.errors import CommandError
 from nrm.cli.torchvision_mismatch import import_torchvision
+from nrm.io import read_labels, some
 
 TOP = "top1"
 _IMAGENET_CLASSES = 1000
-_WORDNET_ID = re.compile(r"^n\d{8}\s+")
-
-
-def read_labels(path: Path) -> list[str]:
-    """Names of classes from a file: line k (from 0) names class k. WordNet ids are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except FileNotFoundError as error:
-        raise CommandError(f"labels {path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"labels {path}: not a text file that can be read") from error
-    if not lines:
-        raise CommandError(f"labels {path}: the file is empty")
-    return [_WORDNET_ID.sub("", printable(line.strip())) for line in lines]
 
 
 def find_labels(path: Path | None, classes: int) -> list[str] | None:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import pickle
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from nrm.cli.errors import CommandError, one_line, some
+from nrm.cli.errors import CommandError
 from nrm.cli.torchvision_mismatch import import_torchvision, is_mismatch
+from nrm.io import first_line, load_weights, one_line, some
 
 
 def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Module:
@@ -53,7 +50,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         back = torch.ones(1).to(device).add(1).cpu()
     except Exception as error:  # each backend fails in its own way
-        raise CommandError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+        raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
     if back.tolist() != [2.0]:
         raise CommandError(f"device {name!r} cannot be used: it computes 1 + 1 = {back.tolist()}")
     return device
@@ -70,7 +67,7 @@ def build(spec: str) -> nn.Module:
         model = found()
     except Exception as error:  # any code may stand behind a name
         raise CommandError(
-            f"{spec} called without arguments fails: {type(error).__name__}: {_first_line(error)}"
+            f"{spec} called without arguments fails: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"{spec} made a {type(model).__name__}, not a torch.nn.Module")
@@ -92,58 +89,6 @@ def find_attribute(spec: str) -> Any:
             raise CommandError(f"{module_name} has no {attribute!r}{hint}")
         found = getattr(found, part)
     return found
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict that fits the model key by key."""
-    state = _read_weights(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and not is_lazy(value) and state[key].shape != value.shape
-    ]
-    wrong = [
-        f"{what}: {some(keys, 3)}"
-        for what, keys in (
-            ("missing keys", missing),
-            ("unknown keys", unexpected),
-            ("other shapes", shapes),
-        )
-        if keys
-    ]
-    if wrong:
-        raise CommandError(f"{path} does not fit the model. {'; '.join(wrong)}.")
-    model.load_state_dict(state)
-
-
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    if path.is_dir():
-        raise CommandError(f"weights {path}: it is a folder, not a file")
-    if not path.is_file():
-        raise CommandError(f"weights {path}: no such file")
-    kind = path.suffix.lower()
-    if kind not in (".safetensors", ".pt", ".pth"):
-        raise CommandError(f"weights {path}: expected a .safetensors, .pt or .pth file")
-    try:
-        if kind == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CommandError(
-            f"weights {path}: not a state dict that can be read safely (weights only): "
-            f"{_first_line(error)}"
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CommandError(f"weights {path}: cannot be read: {_first_line(error)}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]  # as training scripts save it
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CommandError(f"weights {path}: not a state dict (names and their tensors)")
-    return state
 
 
 def _import(name: str) -> ModuleType:
@@ -175,8 +120,3 @@ def _import(name: str) -> ModuleType:
         raise CommandError(
             f"{name} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,14 @@ from torch import Tensor
 import nrm
 from nrm import plot
 from nrm.cli.errors import CommandError
-from nrm.cli.folder import check_folder, filled_at_once
-from nrm.cli.pictures import Picture
 from nrm.explainer import Explainer
+from nrm.io import Picture, Say, check_folder, filled_at_once
 from nrm.measure import Measure
 from nrm.search import Flow, Flows
 
 RESULT = "result.json"
 MOST_COLUMNS = 8
 """How many flows the overview shows; every flow has a picture of its own."""
-
-Say = Callable[[str], None]
-"""Tells the user what is being done."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def report(
     Returns:
         what `result.json` holds.
     """
-    check_folder(out)
+    check_folder(out, "--out")
     say("capturing the model and passing the picture through it")
     R = explainer(picture.x, target=subject.target)
     for layer in layers:
@@ -81,7 +77,7 @@ def report(
     result = _result(explainer, R, subject, layers, flows)
     result["worst_cut_deviation"] = checks.worst_cut_deviation
     result["total_variation"] = float(checks.total_variation[0])
-    with filled_at_once(out, last=RESULT) as folder:
+    with filled_at_once(out, RESULT, "--out") as folder:
         say("drawing")
         _draw(R, picture, everything, flows, subject, result, folder)
         result["pictures"] = sorted(file.name for file in folder.iterdir())

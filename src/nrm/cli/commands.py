@@ -1,16 +1,28 @@
-"""Commands whose options mean what they say: none that is given is passed over."""
+"""How commands are found and read: none is imported before it is asked for, and no option that is
+given is passed over.
+
+Other packages add commands by the entry-point group `nrm.commands`:
+
+    [project.entry-points."nrm.commands"]
+    mine = "my_package.module:function"
+
+makes `nrm mine` of a function with typer's annotations. Its module is imported when the command is
+asked for, or listed by `nrm --help`: it is to import little, and the rest when it is called.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from nrm.cli.errors import REFUSED, CommandError
 
+GROUP = "nrm.commands"
 _ARGUMENTS = "nrm.arguments"
 
 
@@ -30,6 +42,32 @@ class Command(TyperCommand):
                     raise typer.Exit(REFUSED)
         found: list[str] = super().parse_args(ctx, args)
         return found
+
+
+class Commands(TyperGroup):
+    """The commands of nrm, and those of other packages, which cannot take the place of these."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all, nrm's own first."""
+        own: list[str] = super().list_commands(ctx)
+        return [*own, *sorted(entry.name for entry in _entries() if entry.name not in own)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name, imported if it is another package's; `None` if there is none."""
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            found = next((_loaded(e) for e in _entries() if e.name == cmd_name), None)
+        return found
+
+
+def _entries() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=GROUP))
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(entry.name, cls=Command)(entry.load())
+    return typer.main.get_command(app)
 
 
 def arguments(ctx: typer.Context) -> list[str]:
