@@ -122,7 +122,7 @@ def _searched(name: str, described: str, R: nrm.Measure, k: int, rounds: int) ->
 
 
 def _models(data: Path | None) -> Iterator[tuple[str, Any, Tensor, int]]:
-    from nrm.cli.torchvision_mismatch import import_torchvision
+    from nrm.torchvision_mismatch import import_torchvision
 
     import_torchvision()
     from torchvision.models import squeezenet1_0, vgg16

@@ -15,8 +15,8 @@ pytest.importorskip("typer", reason="the command line's packages are not install
 
 from PIL import Image
 
-from nrm.cli import pictures
-from nrm.cli.errors import CommandError
+from nrm import io as files
+from nrm.errors import InputError
 
 RAMP = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(4, 256)
 EIGHT = np.rint(RAMP / 65535 * 255).astype(int)
@@ -24,7 +24,7 @@ EIGHT = np.rint(RAMP / 65535 * 255).astype(int)
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
     told: list[str] = []
-    image = pictures.read_image(path, told.append)
+    image = files.read_image(path, told.append)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int), told
 
@@ -105,7 +105,7 @@ def test_numbers_that_say_not_where_white_is(
     values: np.ndarray, message: str, tmp_path: Path
 ) -> None:
     Image.fromarray(values).save(tmp_path / "odd.tif")
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(InputError, match=message):
         read(tmp_path / "odd.tif")
 
 
@@ -197,14 +197,14 @@ def test_other_modes_mean_what_they_meant(tmp_path: Path) -> None:
 )
 def test_what_is_no_picture(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(CommandError, match="picture"):
+    with pytest.raises(InputError, match="picture"):
         read(tmp_path / "a")
 
 
 def test_places_where_no_picture_is(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for name, message in ((".", "a folder"), ("none", "no such file"), ("loop", "no such file")):
-        with pytest.raises(CommandError, match=message):
+        with pytest.raises(InputError, match=message):
             read(tmp_path / name)
 
 
@@ -213,7 +213,7 @@ def test_places_where_no_picture_is(tmp_path: Path) -> None:
 
 def test_more_pixels_than_can_be_held(tmp_path: Path) -> None:
     write_png(tmp_path / "bomb.png", 60_000, 60_000, 1, 0, b"")
-    with pytest.raises(CommandError, match="exceeds limit"):
+    with pytest.raises(InputError, match="exceeds limit"):
         read(tmp_path / "bomb.png")
 
 
@@ -232,11 +232,11 @@ def test_long_pictures_are_not_resized_as_a_whole(
         return resize(image, size, *others)
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    found = pictures.imagenet(pictures.read_image(path))
+    found = files.imagenet(files.read_image(path))
     assert found.x.shape == (1, 3, 224, 224)
     np.testing.assert_allclose(found.shown, 200 / 255, atol=1e-6)
-    width, height = pictures.resized(*size, 224)
-    assert width * height > pictures.MOST_PIXELS
+    width, height = files.resized(*size, 224)
+    assert width * height > files.MOST_PIXELS
     assert made == [(224, 224)]
 
 
@@ -248,14 +248,9 @@ def test_the_crop_alone_has_the_same_pixels(
     """To the last of 8 bits: the same weights, in another place of the arithmetic."""
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    whole = pictures.imagenet(image, side)
-    monkeypatch.setattr(pictures, "MOST_PIXELS", 0)
+    whole = files.imagenet(image, side)
+    monkeypatch.setattr(files, "MOST_PIXELS", 0)
     torch.testing.assert_close(
-        torch.as_tensor(pictures.imagenet(image, side).shown),
+        torch.as_tensor(files.imagenet(image, side).shown),
         torch.as_tensor(whole.shown), rtol=0, atol=1.01 / 255,
     )  # fmt: skip
-
-
-def test_inputs_have_a_largest_side() -> None:
-    with pytest.raises(CommandError, match="--size 100000: the largest is 4096"):
-        pictures.imagenet(Image.new("RGB", (9, 9)), 100_000)

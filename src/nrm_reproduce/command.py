@@ -15,14 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from nrm.cli.app import print_table
-from nrm.cli.errors import CommandError, one_line_errors
-from nrm.cli.extras import needs
-from nrm.errors import InputError, NrmError
-from nrm.io import check_folder, filled_at_once, one_line, write_text
+from nrm.cli.commands import CommandError, needs, one_line_errors, out_of_memory
+from nrm.errors import InputError, NrmError, one_line
 
 if TYPE_CHECKING:
     from nrm_reproduce.report import Experiment, Report, Request, Table
@@ -47,8 +44,8 @@ INCOMPLETE = 1
 """How the command ends where some of several experiments could not be run."""
 
 _DIGITS, _PAGE, _RESULT = "digits", "report.html", "result.json"  # as data.py and report.py say
-_REASONS = (NrmError, OSError, MemoryError, ImportError, torch.OutOfMemoryError)
-"""For which an experiment may fail without the others failing with it."""
+_REASONS = (NrmError, OSError, MemoryError, ImportError)
+"""For which, and for want of memory, an experiment may fail without the others failing too."""
 
 
 def reproduce(
@@ -76,9 +73,11 @@ def reproduce(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run an experiment of the paper; the same command again goes on after an interruption."""
+    from nrm import io  # with torch, which `nrm --help` does without
+
     with one_line_errors(debug):
         experiment = find(name)
-        check_folder(out, "--out")
+        io.check_folder(out, "--out")
         for option, given in (("layers", layers), ("weights", weights)):
             if given and option not in experiment.options:
                 raise CommandError(f"--{option}: {name} takes none")
@@ -93,10 +92,10 @@ def reproduce(
                 seed,
             )
         )
-        with filled_at_once(out, _RESULT, "--out") as folder:
+        with io.filled_at_once(out, _RESULT, "--out") as folder:
             report.write(folder)
         if json_file is not None:
-            write_text(json_file, report.as_json())
+            io.write_text(json_file, report.as_json())
         _summarise(report)
         typer.echo(f"Pictures and {_RESULT} are in {out}; begin with {out / _PAGE}.")
         for part, reason in report.failures.items():
@@ -136,7 +135,9 @@ def run_all(experiments: Sequence[Experiment], request: Request) -> Report:
         own = _own(request, experiment.name)
         try:
             parts.append(experiment.run(own))
-        except _REASONS as error:
+        except Exception as error:
+            if not (isinstance(error, _REASONS) or out_of_memory(error)):
+                raise
             failures[experiment.name] = one_line(error)
             own.say(f"failed: {failures[experiment.name]}")
     names = [experiment.name for experiment in experiments]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nrm.cli.provenance import versions, weights_used
-from nrm.cli.report import Subject
+from nrm.cli.commands import EPOCHS
+from nrm.cli.report import Subject, versions, weights_used
 from nrm.errors import InputError
 from nrm.io import Picture, shown
 from nrm.tensors import one_thread
@@ -19,7 +19,6 @@ from nrm.tensors import one_thread
 DIGITS = (3, 6)
 """Those that are explained."""
 LAYERS = ["conv2", "conv3"]
-EPOCHS = 20
 _SIDE, _MARGIN = 16, 2
 _TRAINING = 1400
 

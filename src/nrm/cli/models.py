@@ -1,22 +1,35 @@
-"""Models by name: `module:factory` and a file of weights."""
+"""What a command names: a model and its weights, a device, a composite, classes.
+
+Models are `module:factory`, whatever package they are from.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import os
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nrm.cli.errors import CommandError
-from nrm.cli.torchvision_mismatch import import_torchvision, is_mismatch
-from nrm.io import first_line, load_weights, one_line, some
+from nrm import composites
+from nrm.cli.commands import AUTO, COMPOSITES, TOP, CommandError, out_of_memory
+from nrm.composites import Composite
+from nrm.errors import first_line, one_line, some
+from nrm.io import load_weights, read_labels
+from nrm.torchvision_mismatch import import_torchvision, is_mismatch
+
+_IMAGENET_CLASSES = 1000
+
+
+# -- models ----------------------------------------------------------------------------------------
 
 
 def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Module:
@@ -38,22 +51,6 @@ def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Modu
             f"{spec} has parameters with no shape before its first use: {some(lazy)}"
         )
     return model.eval().to(device)
-
-
-def find_device(name: str) -> torch.device:
-    """A device that this torch can put numbers on, and get them back from.
-
-    Raises:
-        CommandError: there is none of that name, or it holds no values (`meta`).
-    """
-    try:
-        device = torch.device(name)
-        back = torch.ones(1).to(device).add(1).cpu()
-    except Exception as error:  # each backend fails in its own way
-        raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
-    if back.tolist() != [2.0]:
-        raise CommandError(f"device {name!r} cannot be used: it computes 1 + 1 = {back.tolist()}")
-    return device
 
 
 def build(spec: str) -> nn.Module:
@@ -120,3 +117,133 @@ def _import(name: str) -> ModuleType:
         raise CommandError(
             f"{name} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """`[classes]`: what the model makes of the picture."""
+    try:
+        with torch.no_grad():
+            output = model(x)
+    except Exception as error:  # any code may stand behind a model
+        if out_of_memory(error):
+            raise
+        raise CommandError(
+            f"the model fails on a picture of shape {tuple(x.shape)}: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != 1:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CommandError(f"the model's output must be [1, classes] for one picture, not {what}")
+    return output[0]
+
+
+# -- devices and composites ------------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """A device that this torch can put numbers on, and get them back from.
+
+    Raises:
+        CommandError: there is none of that name, or it holds no values (`meta`).
+    """
+    try:
+        device = torch.device(name)
+        back = torch.ones(1).to(device).add(1).cpu()
+    except Exception as error:  # each backend fails in its own way
+        raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    if back.tolist() != [2.0]:
+        raise CommandError(f"device {name!r} cannot be used: it computes 1 + 1 = {back.tolist()}")
+    return device
+
+
+def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite | None:
+    """A composite with its default parameters; `None` for the one that suits the model.
+
+    Arguments:
+        name: in whatever case.
+        bounds: smallest and largest input, which the box rule needs.
+    """
+    known = {one.casefold(): one for one in (AUTO, *COMPOSITES)}
+    if name.casefold() not in known:
+        near = difflib.get_close_matches(name.casefold(), known, n=1)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        raise CommandError(
+            f"no composite is called {name!r}; {hint}there are {', '.join(known.values())}"
+        )
+    chosen = known[name.casefold()]
+    if chosen == AUTO:
+        return None
+    make: Callable[..., Composite] = getattr(composites, chosen)
+    if make is not composites.EpsilonGammaBox:
+        return make()
+    if bounds is None:
+        raise CommandError(
+            f"{chosen} needs the bounds of the inputs, which are known without --transform only"
+        )
+    return make(*bounds)
+
+
+# -- classes ---------------------------------------------------------------------------------------
+
+
+def find_labels(path: Path | None, classes: int) -> list[str] | None:
+    """The names in a file, or for 1000 classes those of ImageNet that torchvision knows."""
+    if path is not None:
+        labels = read_labels(path)
+        if len(labels) != classes:
+            raise CommandError(
+                f"labels {path}: {len(labels)} names, but the model has {classes} outputs"
+            )
+        return labels
+    if classes != _IMAGENET_CLASSES:
+        return None
+    try:
+        weights = import_torchvision().models.SqueezeNet1_0_Weights.IMAGENET1K_V1
+    except (ImportError, RuntimeError):
+        return None
+    return list(weights.meta["categories"])
+
+
+def find_target(wanted: str, labels: Sequence[str] | None, logits: Tensor) -> int:
+    """The class that is meant: `top1`, an index, or a name in whatever case.
+
+    Arguments:
+        logits: `[classes]`, the model's output.
+    """
+    if wanted.casefold() == TOP:
+        return int(logits.argmax())
+    classes = len(logits)
+    if re.fullmatch(r"[+-]?\d+", wanted.strip()):
+        index = int(wanted)
+        if not 0 <= index < classes:
+            raise CommandError(
+                f"target {index} is out of range: the model has {classes} outputs "
+                f"(0 to {classes - 1})"
+            )
+        return index
+    if labels is None:
+        raise CommandError(
+            f"target {wanted!r}: the model's classes have no names; give an index, {TOP}, or "
+            "names with --labels"
+        )
+    return _by_name(wanted, labels)
+
+
+def _by_name(wanted: str, labels: Sequence[str]) -> int:
+    name = wanted.strip().casefold()
+    folded = [label.casefold() for label in labels]
+    found = [k for k, label in enumerate(folded) if label == name]
+    if not found:  # ImageNet's files list synonyms: "tench, Tinca tinca"
+        found = [k for k, label in enumerate(folded) if name in re.split(r"\s*,\s*", label)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CommandError(
+            f"target {wanted!r} is ambiguous: {some([f'{labels[k]} ({k})' for k in found])}; "
+            "give the index"
+        )
+    near = [k for k, label in enumerate(folded) if name and name in label]
+    for match in difflib.get_close_matches(name, folded, n=5):
+        near += [k for k, label in enumerate(folded) if label == match and k not in near]
+    hint = f"; nearest names: {some([f'{labels[k]} ({k})' for k in near])}" if near else ""
+    raise CommandError(f"no class is called {wanted!r}{hint}")
