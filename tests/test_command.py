@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import nrm
+from nrm import io
 from nrm.cli import app as commands
-from nrm.cli import errors, folder, models
+from nrm.cli import errors, models
 from nrm.cli.errors import CommandError
 
 SOURCES = str(Path(nrm.__file__).parents[1])
@@ -121,8 +122,9 @@ def refused(result: Any, *parts: str) -> None:
 def single_options() -> list[tuple[str, str]]:
     """Every option of every command that has one value."""
     found = []
-    for name, command in typer.main.get_command(commands.app).commands.items():  # type: ignore[attr-defined]
-        for parameter in command.params:
+    group: Any = typer.main.get_command(commands.app)
+    for name in group.list_commands(None):
+        for parameter in group.get_command(None, name).params:
             several = parameter.multiple or getattr(parameter, "is_flag", False)
             if parameter.param_type_name == "option" and not several:
                 found.append((name, max(parameter.opts, key=len)))
@@ -387,10 +389,10 @@ def test_interrupts_of_a_program_that_imports_nrm_are_its_own(here: Path) -> Non
 ENDED = """
 import os, signal, sys
 from pathlib import Path
-from nrm.cli import folder
+from nrm import io
 from nrm.cli.starting import clean_up_when_ended
 clean_up_when_ended()
-with folder.filled_at_once(Path("out"), last="z") as staging:
+with io.filled_at_once(Path("out"), last="z") as staging:
     (staging / "half").write_text("x")
     print(sorted(os.listdir()))
     sys.stdout.flush()
@@ -422,10 +424,10 @@ def test_what_an_ended_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in keep[:4]:
         Path(name, "in-use").write_text("")
     Path(keep[0], "mine").write_text("")
-    with folder.filled_at_once(Path("out"), last="z") as staging:
+    with io.filled_at_once(Path("out"), last="z") as staging:
         assert not Path(left).exists()
         (staging / "z").write_text("whole")
-        with folder.filled_at_once(Path("out"), last="z"):  # two runs at once
+        with io.filled_at_once(Path("out"), last="z"):  # two runs at once
             assert staging.exists()
     assert Path("out/z").read_text() == "whole"
     assert sorted(os.listdir()) == sorted([*keep, "out"])
@@ -438,6 +440,6 @@ def test_litter_is_found_where_the_folders_above_are_new(
     monkeypatch.chdir(tmp_path)
     Path(".c-nrm-abcdefgh/files").mkdir(parents=True)
     Path(".c-nrm-abcdefgh/in-use").write_text("")
-    with folder.filled_at_once(Path("a/b/c"), last="z") as staging:
+    with io.filled_at_once(Path("a/b/c"), last="z") as staging:
         (staging / "z").write_text("")
     assert os.listdir() == ["a"]

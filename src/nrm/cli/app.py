@@ -25,7 +25,16 @@ from nrm.cli.models import find_attribute, find_device, load_model
 from nrm.cli.provenance import file_digest, versions, weights_used
 from nrm.cli.report import RESULT, Subject, amounts, report, to_json
 from nrm.explainer import Explainer
-from nrm.io import Picture, Say, check_folder, imagenet, one_line, read_image, transformed
+from nrm.io import (
+    LARGEST,
+    Picture,
+    Say,
+    check_folder,
+    imagenet,
+    one_line,
+    read_image,
+    transformed,
+)
 
 app = typer.Typer(
     cls=Commands,
@@ -37,8 +46,6 @@ app = typer.Typer(
 
 IMAGENET = "imagenet"
 SIZE = 224
-LARGEST = 4096
-"""The longest side of a model's input."""
 TOP_FLOWS = 5
 SECONDS = 60.0
 MOST_NUMBERS = 2**27

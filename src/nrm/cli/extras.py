@@ -20,5 +20,6 @@ def needs(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("nrm"):
             raise
-        sys.stderr.write(f"error: {error.name} is not installed: pip install 'nrm[{extra}]'\n")
+        package = error.name.partition(".")[0]
+        sys.stderr.write(f"error: {package} is not installed: pip install 'nrm[{extra}]'\n")
         raise SystemExit(2) from None
