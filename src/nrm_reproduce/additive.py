@@ -28,6 +28,9 @@ from nrm.evaluation import (
     Evaluation,
     Families,
     Interventions,
+    Mean,
+    bootstrap,
+    bootstrap_difference,
     joint_contributions,
     pearson,
 )
@@ -36,7 +39,6 @@ from nrm.evaluation.faithfulness import Row as Correlation
 from nrm.evaluation.fingerprint import digest
 from nrm.evaluation.store import Store
 from nrm.progress import counted
-from nrm_reproduce import comparison
 from nrm_reproduce.cnn import Pair, count_pairs, layer_pairs
 from nrm_reproduce.comparison import Array, Cloud, draw_correlations, draw_scatter, some
 from nrm_reproduce.data import Photo
@@ -62,6 +64,8 @@ LAYERS: Mapping[Kind, Pair] = {
     "DigitNet": ("relu2", "relu3"),
 }
 """After their activation functions, where nothing is what removal leaves."""
+RESAMPLES = 10_000
+"""Of the bootstrap."""
 MOST_NUMBERS = 8
 """Matrices of more clusters have no numbers in them, which would not be legible."""
 
@@ -243,6 +247,15 @@ class Found:
         ]
         return cls(layers, each, Evaluation(layers, tuple(rows), seed))
 
+    def mean(self, name: str) -> Mean:
+        """Of a correlation over all pictures, with its bootstrap interval."""
+        return bootstrap(self.evaluation.values(name), self.evaluation.seed, RESAMPLES)
+
+    def difference(self, a: str, b: str) -> Mean:
+        """By how much one correlation is above another, picture by picture."""
+        values = self.evaluation.values
+        return bootstrap_difference(values(a), values(b), self.evaluation.seed, RESAMPLES)
+
     @property
     def typical(self) -> int:
         """The picture on which joint relevance and contribution correlate as in the median."""
@@ -282,8 +295,12 @@ def _found(network: Pictured, explainer: Explainer, layers: Pair, request: Reque
 
 def report(network: Pictured, found: Sequence[Found], request: Request) -> Report:
     """Tables and figures of every pair of layers, each on all pictures."""
-    methods = {method(score, effect): method(score, effect) for effect in Effect for score in Score}
-    rows = [row for one in found for row in comparison.rows(NAME, one.evaluation, methods, {})]
+    rows = [
+        Row(NAME, one.layers, name, mean.mean, mean.low, mean.high, None, mean.samples)
+        for one in found
+        for name in (method(score, effect) for effect in Effect for score in Score)
+        for mean in [one.mean(name)]
+    ]
     return Report(
         NAME,
         f"Additive and joint relevance in {network.kind}, beside interventions",
@@ -332,11 +349,10 @@ def _limits(found: Sequence[Found]) -> Table:
             joint, additive, either = (
                 method(score, effect) for score in (Score.JOINT, Score.ADDITIVE, Score.EITHER)
             )
-            of = one.evaluation
             for what, mean in {
-                "any score that adds up over the layers, at most": of.mean(ceiling(effect)),
-                "joint relevance minus additive relevance": of.difference(joint, additive),
-                "either minus additive relevance": of.difference(either, additive),
+                "any score that adds up over the layers, at most": one.mean(ceiling(effect)),
+                "joint relevance minus additive relevance": one.difference(joint, additive),
+                "either minus additive relevance": one.difference(either, additive),
             }.items():
                 lines.append((", ".join(one.layers), EFFECTS[effect], what, *astuple(mean)))
     return Table(
