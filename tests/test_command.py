@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import nrm
-from nrm import io as files
+from nrm import io
 from nrm.cli import app as commands
 from nrm.cli import models
 from nrm.cli.commands import CommandError, one_line_errors
@@ -389,10 +389,10 @@ def test_interrupts_of_a_program_that_imports_nrm_are_its_own(here: Path) -> Non
 ENDED = """
 import os, signal, sys
 from pathlib import Path
-from nrm import io as files
+from nrm import io
 from nrm.cli.starting import clean_up_when_ended
 clean_up_when_ended()
-with files.filled_at_once(Path("out"), last="z") as staging:
+with io.filled_at_once(Path("out"), last="z") as staging:
     (staging / "half").write_text("x")
     print(sorted(os.listdir()))
     sys.stdout.flush()
@@ -424,10 +424,10 @@ def test_what_an_ended_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in keep[:4]:
         Path(name, "in-use").write_text("")
     Path(keep[0], "mine").write_text("")
-    with files.filled_at_once(Path("out"), last="z") as staging:
+    with io.filled_at_once(Path("out"), last="z") as staging:
         assert not Path(left).exists()
         (staging / "z").write_text("whole")
-        with files.filled_at_once(Path("out"), last="z"):  # two runs at once
+        with io.filled_at_once(Path("out"), last="z"):  # two runs at once
             assert staging.exists()
     assert Path("out/z").read_text() == "whole"
     assert sorted(os.listdir()) == sorted([*keep, "out"])
@@ -440,6 +440,6 @@ def test_litter_is_found_where_the_folders_above_are_new(
     monkeypatch.chdir(tmp_path)
     Path(".c-nrm-abcdefgh/files").mkdir(parents=True)
     Path(".c-nrm-abcdefgh/in-use").write_text("")
-    with files.filled_at_once(Path("a/b/c"), last="z") as staging:
+    with io.filled_at_once(Path("a/b/c"), last="z") as staging:
         (staging / "z").write_text("")
     assert os.listdir() == ["a"]

@@ -50,6 +50,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_PIXELS = 2**25
 """Of a resized picture, of which the centre is cropped."""
+LARGEST = 4096
+"""The longest side of a model's input."""
 
 _LOCK = "in-use"
 _FILES = "files"
@@ -310,7 +312,12 @@ def imagenet(image: Image.Image, size: int = 224) -> Picture:
     Written out with Pillow, which torchvision resizes with too, so that models from elsewhere
     need no torchvision; a test holds the two equal. Where the resized picture would have more
     than `MOST_PIXELS`, only what is cropped is resized: the same pixels.
+
+    Raises:
+        InputError: the input would be larger than `LARGEST`.
     """
+    if size > LARGEST:
+        raise InputError(f"size {size}: the largest is {LARGEST}")
     cropped = _cropped(image, size)
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float().div(255)
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)

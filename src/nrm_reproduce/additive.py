@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from enum import StrEnum
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,10 +21,21 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from nrm import Clusters, Explainer, Measure, clusters
+from nrm import Explainer, clusters
 from nrm.composites import GammaFlat
 from nrm.errors import QueryError
-from nrm.evaluation import Interventions, Mean, bootstrap, pearson
+from nrm.evaluation import (
+    Evaluation,
+    Families,
+    Interventions,
+    Mean,
+    bootstrap,
+    bootstrap_difference,
+    joint_contributions,
+    pearson,
+)
+from nrm.evaluation.faithfulness import SCORES as SINGLE
+from nrm.evaluation.faithfulness import Row as Correlation
 from nrm.evaluation.fingerprint import digest
 from nrm.evaluation.store import Store
 from nrm.progress import counted
@@ -106,85 +116,67 @@ DRAWN = (
 """Which are drawn against each other."""
 
 
-@dataclass(frozen=True, eq=False)
-class Compared:
-    """One picture and one pair of layers.
+def method(score: Score, effect: Effect) -> str:
+    """What tables call the correlation of the two."""
+    return f"{SCORES[score]}, with {EFFECTS[effect]}"
 
-    Attributes:
-        kept: all that was found, as JSON takes it and a report holds it: `target`, `logit`;
-            `labels`, for each layer `[height, width]`, the cluster at every position; `scores`
-            and `contributions` `[k, k]` by name, clusters of the first layer by those of the
-            second, contributions in units of the logit.
+
+def ceiling(effect: Effect) -> str:
+    """What tables call the largest correlation of any additive score with an effect."""
+    return f"any score that adds up over the layers, with {EFFECTS[effect]}"
+
+
+def compare(explainer: Explainer, photo: Photo, layers: Pair, k: int, seed: int) -> dict[str, Any]:
+    """All pairs of clusters of two layers of one picture, for the largest logit.
+
+    Returns:
+        as JSON takes it: `picture`, `target`, `logit`; `labels`, for each layer
+        `[height, width]`, the cluster at every position; and by name `scores` and
+        `contributions` `[k, k]`, clusters of the first layer by those of the second,
+        contributions in units of the logit.
     """
-
-    photo: Photo
-    layers: Pair
-    kept: Mapping[str, Any]
-
-    @property
-    def labels(self) -> list[Array]:
-        """The cluster at every position, for each layer."""
-        return [np.array(labels) for labels in self.kept["labels"]]
-
-    def score(self, score: Score) -> Tensor:
-        """`[k, k]`: what is said of every pair of clusters."""
-        return torch.tensor(self.kept["scores"][score], dtype=torch.float64)
-
-    def effect(self, effect: Effect) -> Tensor:
-        """`[k, k]`: what an intervention says of it, in units of the logit."""
-        return torch.tensor(self.kept["contributions"][effect], dtype=torch.float64)
-
-    def share(self, effect: Effect) -> Array:
-        """The same, divided by the logit."""
-        return self.effect(effect).numpy() / (self.kept["logit"] or 1.0)
-
-    def correlation(self, score: Score, effect: Effect) -> float | None:
-        """Over all pairs of clusters."""
-        return pearson(self.score(score), self.effect(effect))
-
-
-def compare(R: Measure, interventions: Interventions, a: Clusters, b: Clusters) -> dict[str, Any]:
-    """All pairs of clusters of two layers, for the measure of one picture, and without them."""
-    for family in (a, b):
-        if family.labels.dim() != 3:
-            raise QueryError(f"{family.layer!r} has no height and width, as a picture has.")
+    R = explainer(photo.x)
     assert R.target is not None
+    parts = {layer: clusters(R, layer, k, seed) for layer in layers}
+    for layer, part in parts.items():
+        if part.labels.dim() != 3:
+            raise QueryError(f"{layer!r} has no height and width, as a picture has.")
+    families = Families(R, layers, lambda R, layer: parts[layer])
+    interventions = Interventions(explainer, photo.x, target=R.target)
+    first, second = (parts[layer].labels[0] for layer in layers)
+    every = scores(families) | {Score.OVERLAP: overlap(first, second, k, k)}
+    lost = effects(families, interventions)
     return {
+        "picture": photo.name,
         "target": int(R.target[0]),
         "logit": float(interventions.output),
-        "labels": [family.labels[0].tolist() for family in (a, b)],
-        "scores": {score: v.double().tolist() for score, v in scores(R, a, b).items()},
-        "contributions": {
-            effect: v.double().tolist() for effect, v in effects(interventions, a, b).items()
-        },
+        "labels": [first.tolist(), second.tolist()],
+        "scores": {score: values.double().tolist() for score, values in every.items()},
+        "contributions": {effect: values.double().tolist() for effect, values in lost.items()},
     }
 
 
-def effects(interventions: Interventions, a: Clusters, b: Clusters) -> dict[Effect, Tensor]:
-    """`[clusters of a, clusters of b]`: what the output loses without two of them.
-
-    `joint` is `f(x) - f(x \\ S_a) - f(x \\ S_b) + f(x \\ (S_a | S_b))` (eq. 57), `total` is
-    `f(x) - f(x \\ (S_a | S_b))`.
-    """
-    joint = interventions.joint(a.sets, b.sets)
-    first, second = (
-        interventions.output - interventions.without([[one] for one in family.sets])
-        for family in (a, b)
-    )
-    return {Effect.JOINT: joint, Effect.TOTAL: first[:, None] + second - joint}
-
-
-def scores(R: Measure, a: Clusters, b: Clusters) -> dict[Score, Tensor]:
-    """`[clusters of a, clusters of b]`, for a measure of one sample."""
-    joint = torch.stack([torch.stack([R(s, t)[0] for t in b]) for s in a])
-    first, second = (torch.stack([R(s)[0] for s in family]) for family in (a, b))
+def scores(families: Families) -> dict[Score, Tensor]:
+    """`[sets of the first layer, of the second]`, of one sample; all but the overlap."""
+    joint = families.joint()
+    first, second = families.marginals()
     return {
         Score.JOINT: joint,
         Score.ADDITIVE: (first[:, None] + second) / 2,  # Theorem 3: `R.additive` of two layers
         Score.EITHER: first[:, None] + second - joint,  # the addition law
         Score.PRODUCT: first[:, None] * second,
-        Score.OVERLAP: overlap(a.labels[0], b.labels[0], len(a), len(b)),
     }
+
+
+def effects(families: Families, interventions: Interventions) -> dict[Effect, Tensor]:
+    """`[sets of the first layer, of the second]`: what the output loses without two of them.
+
+    `joint` is `f(x) - f(x \\ S_a) - f(x \\ S_b) + f(x \\ (S_a | S_b))` (eq. 57), `total` is
+    `f(x) - f(x \\ (S_a | S_b))`.
+    """
+    joint = joint_contributions(interventions, *families.sets)
+    alone = SINGLE["occlusion"](families, interventions)  # of both, added up
+    return {Effect.JOINT: joint, Effect.TOTAL: alone - joint}
 
 
 def overlap(a: Tensor, b: Tensor, first: int, second: int) -> Tensor:
@@ -204,90 +196,6 @@ def _resized(labels: Tensor, size: tuple[int, ...]) -> Tensor:
     return wide[0, 0].long()
 
 
-# -- all pictures and pairs of layers -------------------------------------------------------------
-
-
-class Study:
-    """Some pairs of layers of one network.
-
-    Arguments:
-        k: clusters in each layer.
-        kept: a folder for what an interrupted run leaves.
-
-    Raises:
-        UnknownLayerError, QueryError: layers that cannot be compared.
-    """
-
-    def __init__(
-        self, network: Pictured, pairs: Sequence[Pair], k: int, kept: Path, seed: int
-    ) -> None:
-        self.explainer = Explainer(network.model, COMPOSITE)
-        self.pairs, self.k, self.seed = tuple(pairs), k, seed
-        self.weights = digest(network.model)[:12]
-        graph = self.explainer.graph(network.photos[0].x)
-        for pair in pairs:
-            count_pairs(graph, pair, k)  # refuses before anything takes long
-        # By the weights: what was found with others is of no use.
-        place = kept / f"{NAME}-{self.weights}-{k}-{seed}"
-        settings = {"clusters": k, "composite": repr(COMPOSITE), "weights": self.weights}
-        self._stores = {
-            pair: Store(place / digest(pair)[:12], {"layers": pair, "seed": seed, **settings})
-            for pair in pairs
-        }
-
-    def compared(self, photo: Photo) -> list[Compared]:
-        """Every pair of layers on one picture, as it was kept or found; for the largest logit."""
-
-        @cache
-        def asked() -> tuple[Measure, Interventions]:
-            R = self.explainer(photo.x)
-            return R, Interventions(self.explainer, photo.x, target=R.target)
-
-        @cache
-        def parts(layer: str) -> Clusters:
-            return clusters(asked()[0], layer, self.k, self.seed)
-
-        def found(pair: Pair) -> dict[str, Any]:
-            return {"picture": photo.name, **compare(*asked(), *map(parts, pair))}
-
-        keys = {pair: digest([photo.name, photo.x, pair]) for pair in self.pairs}
-        return [
-            Compared(photo, pair, self._stores[pair].once(key, partial(found, pair)))
-            for pair, key in keys.items()
-        ]
-
-
-Means = dict[Effect, dict[Score, Mean]]
-
-
-def means(compared: Sequence[Compared], seed: int) -> Means:
-    """The mean correlation of every score with every effect, over all pictures."""
-    return {
-        effect: {
-            score: _mean([one.correlation(score, effect) for one in compared], seed)
-            for score in Score
-        }
-        for effect in Effect
-    }
-
-
-def limits(compared: Sequence[Compared], seed: int) -> dict[Effect, dict[str, Mean]]:
-    """How large a correlation of additive scores can be, and what they lack, over all pictures."""
-    found: dict[Effect, dict[str, Mean]] = {}
-    for effect in Effect:
-        joint, additive, either = (
-            [one.correlation(score, effect) for one in compared]
-            for score in (Score.JOINT, Score.ADDITIVE, Score.EITHER)
-        )
-        ceilings = [additive_ceiling(one.effect(effect)) for one in compared]
-        found[effect] = {
-            "additive_ceiling": _mean(ceilings, seed),
-            "joint_minus_additive": _mean(_differences(joint, additive), seed),
-            "either_minus_additive": _mean(_differences(either, additive), seed),
-        }
-    return found
-
-
 def additive_ceiling(values: Tensor) -> float | None:
     """The largest correlation that any sum of a number for each row and one for each column has.
 
@@ -297,55 +205,121 @@ def additive_ceiling(values: Tensor) -> float | None:
     return pearson(values.mean(1, keepdim=True) + values.mean(0), values)
 
 
-def _mean(values: Sequence[float | None], seed: int) -> Mean:
-    return bootstrap(values, seed, RESAMPLES)
+def correlations(found: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of every score with every effect over all pairs of clusters of a picture, and the ceilings.
 
-
-def _differences(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:
-    return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
+    Arguments:
+        found: what `compare` gave.
+    """
+    by_method: dict[str, float | None] = {}
+    for effect in Effect:
+        lost = torch.tensor(found["contributions"][effect], dtype=torch.float64)
+        for score in Score:
+            said = torch.tensor(found["scores"][score], dtype=torch.float64)
+            by_method[method(score, effect)] = pearson(said, lost)
+        by_method[ceiling(effect)] = additive_ceiling(lost)
+    return by_method
 
 
 # -- the experiment -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """One pair of layers on all pictures.
+
+    Attributes:
+        each: what `compare` gave of every picture.
+        evaluation: the correlations, picture by picture.
+    """
+
+    layers: Pair
+    each: Sequence[Mapping[str, Any]]
+    evaluation: Evaluation
+
+    @classmethod
+    def of(cls, layers: Pair, each: Sequence[Mapping[str, Any]], seed: int) -> Self:
+        """With the correlations of all pictures."""
+        rows = [
+            Correlation(one["picture"], name, one["target"], one["logit"], {"pearson": value})
+            for one in each
+            for name, value in correlations(one).items()
+        ]
+        return cls(layers, each, Evaluation(layers, tuple(rows), seed))
+
+    def mean(self, name: str) -> Mean:
+        """Of a correlation over all pictures, with its bootstrap interval."""
+        return bootstrap(self.evaluation.values(name), self.evaluation.seed, RESAMPLES)
+
+    def difference(self, a: str, b: str) -> Mean:
+        """By how much one correlation is above another, picture by picture."""
+        values = self.evaluation.values
+        return bootstrap_difference(values(a), values(b), self.evaluation.seed, RESAMPLES)
+
+    @property
+    def typical(self) -> int:
+        """The picture on which joint relevance and contribution correlate as in the median."""
+        known = self.evaluation.values(method(Score.JOINT, Effect.JOINT))
+        ordered = sorted((value, n) for n, value in enumerate(known) if value is not None)
+        return ordered[len(ordered) // 2][1] if ordered else 0
 
 
 def run(request: Request) -> Report:
     """Choose pictures, compare pairs of clusters of two layers, and draw."""
     named = layer_pairs(request.layers)
     network = pictured(request, request.samples or SAMPLES)
+    explainer = Explainer(network.model, COMPOSITE)
+    graph = explainer.graph(network.photos[0].x)
     layers = named or [LAYERS[network.kind]]
-    study = Study(network, layers, CLUSTERS, request.kept, request.seed)
-    photos = network.photos
-    request.say(f"{len(photos)} pictures …")
-    each: list[list[Compared]] = []
-    with torch.no_grad(), counted(request.progress, "pictures", len(photos)) as advance:
+    for pair in layers:
+        count_pairs(graph, pair, CLUSTERS)  # refuses before anything takes long
+    with torch.no_grad():
+        return report(network, [_found(network, explainer, p, request) for p in layers], request)
+
+
+def _found(network: Pictured, explainer: Explainer, layers: Pair, request: Request) -> Found:
+    """Every picture as it was kept, or compared now."""
+    seed, photos = request.seed, network.photos
+    weights = digest(network.model)[:12]  # what was found with others is of no use
+    place = request.kept / f"{NAME}-{weights}-{CLUSTERS}-{seed}" / digest(layers)[:12]
+    store = Store(place, {"layers": layers, "composite": repr(COMPOSITE)})
+    request.say(f"{' x '.join(layers)}: {len(photos)} pictures …")
+    each = []
+    with counted(request.progress, "pictures", len(photos)) as advance:
         for photo in photos:
-            each.append(study.compared(photo))
+            find = partial(compare, explainer, photo, layers, CLUSTERS, seed)
+            each.append(store.once(digest([photo.name, photo.x]), find))
             advance(1)
-    return report(study, network, list(zip(*each, strict=True)))
+    return Found.of(layers, each, seed)
 
 
-def report(study: Study, network: Pictured, found: Sequence[Sequence[Compared]]) -> Report:
+def report(network: Pictured, found: Sequence[Found], request: Request) -> Report:
     """Tables and figures of every pair of layers, each on all pictures."""
-    rows = [row for compared in found for row in _rows(compared, study.seed)]
+    rows = [
+        Row(NAME, one.layers, name, mean.mean, mean.low, mean.high, None, mean.samples)
+        for one in found
+        for name in (method(score, effect) for effect in Effect for score in Score)
+        for mean in [one.mean(name)]
+    ]
     return Report(
         NAME,
         f"Additive and joint relevance in {network.kind}, beside interventions",
         rows,
-        _pictures(found, rows, network.classes, study.seed),
+        draw_pictures(network, found, rows, request.seed),
         {
             "network": network.said,
-            "weights": study.weights,
+            "weights": digest(network.model)[:12],
             "rules": repr(COMPOSITE),
             "pictures": len(network.photos),
             "explained": "the predicted class",
-            "clusters of each layer": study.k,
-            "seed": study.seed,
+            "clusters of each layer": CLUSTERS,
+            "seed": request.seed,
             "versions": versions(),
         },
         _READING,
-        {"pairs": [_details(compared) for compared in found]},
+        {"pairs": [_details(one) for one in found]},
         heading="Correlation with what removing two clusters does",
-        tables=[_limits(found, study.seed)],
+        tables=[_limits(found)],
     )
 
 
@@ -362,50 +336,25 @@ _READING = (
 )
 
 
-def _rows(compared: Sequence[Compared], seed: int) -> list[Row]:
-    found = []
-    for effect, by_score in means(compared, seed).items():
-        for score, mean in by_score.items():
-            ends = mean.mean, mean.low, mean.high, None, mean.samples
-            found.append(Row(NAME, compared[0].layers, _method(score, effect), *ends))
-    return found
+def _details(found: Found) -> dict[str, Any]:
+    """All that was found on every picture."""
+    pictures = [{**one, "correlations": correlations(one)} for one in found.each]
+    return {"layers": found.layers, "pictures": pictures}
 
 
-def _method(score: Score, effect: Effect) -> str:
-    return f"{SCORES[score]}, with {EFFECTS[effect]}"
-
-
-def _details(compared: Sequence[Compared]) -> dict[str, Any]:
-    """One pair of layers: all that was found on every picture."""
-    return {
-        "layers": list(compared[0].layers),
-        "pictures": [
-            {
-                **one.kept,
-                "correlations": {
-                    effect: {score: one.correlation(score, effect) for score in Score}
-                    for effect in Effect
-                },
-            }
-            for one in compared
-        ],
-    }
-
-
-_LIMITS = {
-    "additive_ceiling": "any score that adds up over the layers, at most",
-    "joint_minus_additive": "joint relevance minus additive relevance",
-    "either_minus_additive": "either minus additive relevance",
-}
-
-
-def _limits(found: Sequence[Sequence[Compared]], seed: int) -> Table:
-    lines = [
-        (", ".join(compared[0].layers), EFFECTS[effect], _LIMITS[name], *astuple(mean))
-        for compared in found
-        for effect, by_name in limits(compared, seed).items()
-        for name, mean in by_name.items()
-    ]
+def _limits(found: Sequence[Found]) -> Table:
+    lines = []
+    for one in found:
+        for effect in Effect:
+            joint, additive, either = (
+                method(score, effect) for score in (Score.JOINT, Score.ADDITIVE, Score.EITHER)
+            )
+            for what, mean in {
+                "any score that adds up over the layers, at most": one.mean(ceiling(effect)),
+                "joint relevance minus additive relevance": one.difference(joint, additive),
+                "either minus additive relevance": one.difference(either, additive),
+            }.items():
+                lines.append((", ".join(one.layers), EFFECTS[effect], what, *astuple(mean)))
     return Table(
         "What additive relevance lacks",
         ("layers", "with", "correlation of", "mean", "from", "to", "pictures"),
@@ -416,26 +365,30 @@ def _limits(found: Sequence[Sequence[Compared]], seed: int) -> Table:
     )
 
 
-def _pictures(
-    found: Sequence[Sequence[Compared]], rows: Sequence[Row], names: Sequence[str] | None, seed: int
+# -- the figures ----------------------------------------------------------------------------------
+
+
+def draw_pictures(
+    network: Pictured, found: Sequence[Found], rows: Sequence[Row], seed: int
 ) -> list[Picture]:
+    """One picture of every pair of layers; correlations and dots of all."""
     colour = {
-        _method(score, effect): shade
+        method(score, effect): shade
         for effect, shade in ((Effect.JOINT, "#b2182b"), (Effect.TOTAL, "#4d4d4d"))
         for score in Score
     }
-    clouds = {"\n".join(compared[0].layers): _clouds(compared, seed) for compared in found}
+    clouds = {"\n".join(one.layers): _clouds(one, seed) for one in found}
     return [
         *(
             Picture(
                 "additive.png" if number == 1 else f"additive-{number}.png",
-                f"Pairs of clusters of {' and '.join(compared[0].layers)}",
+                f"Pairs of clusters of {' and '.join(one.layers)}",
                 "The picture on which the correlation of joint relevance with joint contribution "
                 "is the median. Below: all its pairs of clusters, for relevance the shares of the "
                 "whole, for contributions those of the logit; every matrix has a scale of its own.",
-                draw(typical(compared), names),
+                draw(network.photos[one.typical], one, network.classes),
             )
-            for number, compared in enumerate(found, 1)
+            for number, one in enumerate(found, 1)
         ),
         Picture(
             "correlations.png",
@@ -452,70 +405,65 @@ def _pictures(
     ]
 
 
-def _clouds(compared: Sequence[Compared], seed: int) -> list[Cloud]:
-    found = []
+def _clouds(found: Found, seed: int) -> list[Cloud]:
+    clouds = []
     for score, effect in DRAWN:
-        x = np.concatenate([one.score(score).flatten().numpy() for one in compared])
-        y = np.concatenate([one.share(effect).flatten() for one in compared])
+        x = np.concatenate([np.ravel(one["scores"][score]) for one in found.each])
+        y = np.concatenate([np.ravel(_share(one, effect)) for one in found.each])
         over_all = pearson(torch.from_numpy(x), torch.from_numpy(y))
-        found.append(Cloud(_method(score, effect), over_all, *some(x, y, seed)))
-    return found
+        clouds.append(Cloud(method(score, effect), over_all, *some(x, y, seed)))
+    return clouds
 
 
-# -- the figure -----------------------------------------------------------------------------------
+def _share(found: Mapping[str, Any], effect: Effect) -> Array:
+    """`[k, k]`: contributions, divided by the logit."""
+    return np.array(found["contributions"][effect]) / (found["logit"] or 1.0)
 
 
-def typical(compared: Sequence[Compared]) -> Compared:
-    """The picture whose correlation of joint relevance and contribution is the median."""
-    known = [(one.correlation(Score.JOINT, Effect.JOINT), one) for one in compared]
-    ordered = sorted((c, i) for i, (c, _) in enumerate(known) if c is not None)
-    return compared[ordered[len(ordered) // 2][1]] if ordered else compared[0]
-
-
-def draw(shown: Compared, names: Sequence[str] | None) -> Figure:
+def draw(photo: Photo, found: Found, names: Sequence[str] | None) -> Figure:
     """One picture with its clusters; below, all pairs of them.
 
     Arguments:
         names: of the classes.
     """
+    one, layers = found.each[found.typical], found.layers
     layout = ConstrainedLayoutEngine(wspace=0.08)
     figure = Figure(figsize=(13.6, 7.2), dpi=110, layout=layout)
     rows: Any = figure.subfigures(2, 1, height_ratios=(1, 1.06), hspace=0.03)
-    _clusters(rows[0], shown, names)
-    _matrices(rows[1], shown)
-    return figure
-
-
-def _clusters(figure: Any, shown: Compared, names: Sequence[str] | None) -> None:
-    panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 0.9))
-    panels[0].imshow(np.clip(shown.photo.shown, 0, 1), cmap="gray", vmin=0, vmax=1)
+    panels = rows[0].subplots(1, 4, width_ratios=(1, 1, 1, 0.9))
+    panels[0].imshow(np.clip(photo.shown, 0, 1), cmap="gray", vmin=0, vmax=1)
     panels[0].set_title("the picture")
-    for ax, layer, labels in zip(panels[1:3], shown.layers, shown.labels, strict=True):
-        _overlay(ax, shown.photo.shown, labels)
+    for ax, layer, labels in zip(panels[1:3], layers, one["labels"], strict=True):
+        _overlay(ax, photo.shown, np.array(labels))
         ax.set_title(f"clusters of {layer}")
     for ax in panels[:3]:
         ax.set_xticks([])
         ax.set_yticks([])
-    target = shown.kept["target"]
-    what = str(target) if names is None else names[target]
-    what = f"class {what}" if what.isdecimal() else what
-    panels[3].set_axis_off()
-    panels[3].text(0, 0.97, what, fontsize=14, weight="bold", va="top")
-    panels[3].text(
-        0,
-        0.82,
-        f"explained: its logit, {shown.kept['logit']:.1f}\n"
-        f"rows of a matrix: clusters of {shown.layers[0]}\n"
-        f"columns: clusters of {shown.layers[1]}",
-        fontsize=9,
-        va="top",
-        linespacing=1.6,
+    what = str(one["target"]) if names is None else names[one["target"]]
+    _said(
+        panels[3],
+        f"class {what}" if what.isdecimal() else what,
+        f"explained: its logit, {one['logit']:.1f}\n"
+        f"rows of a matrix: clusters of {layers[0]}\ncolumns: clusters of {layers[1]}",
     )
-    count = len(shown.score(Score.JOINT))
-    panels[3].legend(
-        handles=[
-            Patch(color=_colour(number), label=f"cluster {number + 1}") for number in range(count)
-        ],
+    matrices = rows[1].subplots(1, 4)
+    for place, score, effect in (
+        (0, Score.JOINT, Effect.JOINT),
+        (2, Score.ADDITIVE, Effect.TOTAL),
+    ):
+        _matrix(matrices[place], np.array(one["scores"][score]), layers, SCORES[score])
+        share = f"{EFFECTS[effect]} / logit"
+        _matrix(matrices[place + 1], _share(one, effect), layers, share)
+    return figure
+
+
+def _said(ax: Axes, title: str, text: str) -> None:
+    """What is explained, and which colour is which cluster."""
+    ax.set_axis_off()
+    ax.text(0, 0.97, title, fontsize=14, weight="bold", va="top")
+    ax.text(0, 0.82, text, fontsize=9, va="top", linespacing=1.6)
+    ax.legend(
+        handles=[Patch(color=_colour(n), label=f"cluster {n + 1}") for n in range(CLUSTERS)],
         loc="lower left",
         bbox_to_anchor=(-0.04, 0.0),
         ncols=2,
@@ -543,17 +491,7 @@ def _overlay(ax: Axes, picture: Array, labels: Array) -> None:
             ax.contour(inside, levels=[0.5], colors="white", linewidths=0.9)
 
 
-def _matrices(figure: Any, shown: Compared) -> None:
-    panels = figure.subplots(1, 4)
-    for place, score, effect in (
-        (0, Score.JOINT, Effect.JOINT),
-        (2, Score.ADDITIVE, Effect.TOTAL),
-    ):
-        _matrix(panels[place], shown.score(score).numpy(), shown, SCORES[score])
-        _matrix(panels[place + 1], shown.share(effect), shown, f"{EFFECTS[effect]} / logit")
-
-
-def _matrix(ax: Axes, values: Array, shown: Compared, title: str) -> None:
+def _matrix(ax: Axes, values: Array, layers: Pair, title: str) -> None:
     limit = float(np.abs(values).max()) or 1.0
     image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
     if len(values) <= MOST_NUMBERS:
@@ -569,7 +507,7 @@ def _matrix(ax: Axes, values: Array, shown: Compared, title: str) -> None:
                 color="white" if dark else "0.15",
             )
     ticks = range(len(values))
-    for axis, layer in ((ax.yaxis, shown.layers[0]), (ax.xaxis, shown.layers[1])):
+    for axis, layer in ((ax.yaxis, layers[0]), (ax.xaxis, layers[1])):
         axis.set_ticks(ticks, [str(number + 1) for number in ticks])
         axis.set_label_text(f"cluster of {layer}")
         for number, label in enumerate(axis.get_ticklabels()):

@@ -43,8 +43,6 @@ app = typer.Typer(
 )
 
 SIZE = 224
-LARGEST = 4096
-"""The longest side of a model's input."""
 TOP_FLOWS = 5
 SECONDS = 60.0
 MOST_NUMBERS = 2**27
@@ -158,8 +156,8 @@ def explain(
         if transform != IMAGENET:
             refuse_unread({"--size": size}, f"beside --transform {transform}, which decides it")
         io.check_folder(out, "--out")
-        if size is not None and size > LARGEST:
-            raise CommandError(f"--size {size}: the largest is {LARGEST}")
+        if size is not None and size > io.LARGEST:
+            raise CommandError(f"--size {size}: the largest is {io.LARGEST}")
         where = models.find_device(device)
         opened = io.read_image(image, say)
         if transform == IMAGENET:

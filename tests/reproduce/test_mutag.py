@@ -1,61 +1,43 @@
-"""MUTAG and the pretrained network: GNN-LRP's relevances, and the experiment's command."""
+"""`mutag`: GNN-LRP's relevances of the pretrained network, and the experiment."""
 
 from __future__ import annotations
 
 import csv
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from gnn_lrp import of_model
 
+pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+
 from nrm import graph_networks as gn
-from nrm.errors import InputError
-from nrm.experiments.mutag.enumeration import enumerated_subgraph
-from nrm.experiments.mutag.gin import gammas, load_gin
-from nrm.experiments.mutag.molecules import load_molecules
-from nrm.experiments.mutag.relevance import explain, make_explainer, parts
-
-DATA = Path(__file__).parents[2] / "shared" / "data" / "graphs"
-needs_data = pytest.mark.skipif(
-    not DATA.exists(), reason="needs MUTAG and the pretrained network in ../shared/data"
-)
+from nrm_reproduce import mutag
+from nrm_reproduce.data import load_molecules
+from nrm_reproduce.mutag import TABLE, enumerated_subgraph, gammas, make_explainer, parts
+from nrm_reproduce.networks import load_gin
+from nrm_reproduce.report import PAGE, RESULT
 
 
 @pytest.fixture(scope="module")
-def network():
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    return load_gin(DATA)
+def network(shared):
+    return load_gin(shared / "graphs")[0]
 
 
 @pytest.fixture(scope="module")
-def molecules():
-    return load_molecules(DATA)
+def molecules(shared):
+    return load_molecules(shared / "graphs")
 
 
-@needs_data
-def test_the_logits_are_those_stored(network, molecules):
-    model, stored = network
-    logits = torch.stack([model(m.adjacency, m.features) for m in molecules])
-    assert logits.shape == stored.shape == (188, 2)
-    assert torch.allclose(logits, stored.double(), atol=1e-6 * float(stored.abs().max()))
-    right = logits.argmax(1) == torch.tensor([m.label for m in molecules])
-    assert int(right.sum()) == 170
-
-
-@needs_data
 def test_gammas_fall_from_three_to_zero(network):
-    assert gammas(len(network[0].blocks)) == [3, 1.5, 0]
+    assert gammas(len(network.blocks)) == [3, 1.5, 0]
 
 
-@needs_data
 @pytest.mark.parametrize("number", [0, 137])
 def test_the_best_walks_of_neurons_are_those_of_a_plain_recursion(network, molecules, number):
     """Viterbi's, written out: the ten best and worst continuations of every neuron, layer by
     layer, over a matrix of all connections."""
-    model, molecule = network[0], molecules[number]
-    R = explain(make_explainer(model), molecule)
+    model, molecule = network, molecules[number]
+    R = make_explainer(model)(molecule.adjacency, molecule.features)
     theirs = of_model(model, gammas(3), molecule.adjacency, molecule.features)
     ways = torch.ones(molecule.features.numel(), 1).double()
     for depth in range(3):
@@ -94,11 +76,10 @@ def _ends(products):
     return torch.cat([products.topk(10).values, -(-products).topk(10).values], 1)
 
 
-@needs_data
 @pytest.mark.parametrize("number", [31, 67, 109, 142, 157])
 def test_walks_and_subgraphs_are_those_of_gnn_lrp(network, molecules, number):
-    model, molecule = network[0], molecules[number]
-    R = explain(make_explainer(model), molecule)
+    model, molecule = network, molecules[number]
+    R = make_explainer(model)(molecule.adjacency, molecule.features)
     target, layers, walks = int(R.target), gn.node_layers(R), gn.node_walks(R)
     theirs = of_model(model, gammas(3), molecule.adjacency, molecule.features)
     size = max(1.0, float(walks.relevance.abs().sum()))
@@ -113,10 +94,9 @@ def test_walks_and_subgraphs_are_those_of_gnn_lrp(network, molecules, number):
         assert parts(R, layers, chosen).total == pytest.approx(1, abs=1e-10 * size)
 
 
-@needs_data
 def test_a_ring_walk_by_walk(network, molecules):
-    model, molecule = network[0], molecules[142]
-    R = explain(make_explainer(model), molecule)
+    model, molecule = network, molecules[142]
+    R = make_explainer(model)(molecule.adjacency, molecule.features)
     ring = molecule.rings[0]
     found = R(*gn.subgraph(gn.node_layers(R), ring)) * R.scale
     expected = enumerated_subgraph(
@@ -125,50 +105,54 @@ def test_a_ring_walk_by_walk(network, molecules):
     assert float(found) == pytest.approx(float(expected), abs=1e-10)
 
 
-@needs_data
-def test_rings(molecules):
-    first = molecules[0]
-    assert len(first.rings) == 5
-    for molecule in molecules:
-        # As many rings as bonds beyond those of a tree; every atom of a ring has two bonds in it.
-        assert len(molecule.rings) == len(molecule.bonds) - molecule.size + 1
-        for ring in molecule.rings:
-            inside = molecule.adjacency[list(ring)][:, list(ring)].sum(1) - 1
-            assert (inside == 2).all()
+def test_the_experiment_from_end_to_end(command, result, shared, tmp_path, monkeypatch):
+    """Interrupted once; then it goes on with the molecule at which it stopped."""
+    real, asked = mutag.explained, []
 
+    def interrupted(explainer, molecule, number):
+        asked.append(number)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(explainer, molecule, number)
 
-@needs_data
-def test_the_command_writes_its_results(tmp_path):
-    pytest.importorskip("typer", reason="the command line's packages are not installed")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from nrm.experiments.mutag.__main__ import PICTURE, RESULT, TABLE, main
-
+    monkeypatch.setattr(mutag, "explained", interrupted)
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
-        main(["--data", str(DATA), "--out", str(out), "--graphs", "2"])
-    assert ended.value.code == 0
-    assert sorted(path.name for path in out.iterdir()) == sorted([PICTURE, RESULT, TABLE])
-    assert (out / PICTURE).read_bytes().startswith(b"\x89PNG")
-    result = json.loads((out / RESULT).read_text())
-    assert max(result["checks"].values()) < 1e-10
-    assert result["logits"]["accuracy"] == pytest.approx(170 / 188)
+    given = ("mutag", "--data", shared / "graphs", "--out", out, "--samples", 2)
+    assert command(*given).exit_code == 130
+    found = command(*given)
+    assert found.exit_code == 0, found.output
+    assert asked == [0, 1, 1]
+    assert sorted(path.name for path in out.iterdir()) == ["kept", PAGE, RESULT, TABLE, "walks.png"]
+    details = result(out)["details"]
+    assert max(details["checks"].values()) < 1e-10
+    assert details["logits"]["accuracy"] == pytest.approx(170 / 188)
     with (out / TABLE).open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["graph"] for row in rows].count("0") == 23 + 5
-    assert float(rows[-1]["relevance"]) == result["subgraphs"][-1]["relevance"]
-    assert [drawn["graph"] for drawn in result["walks"]] == [0, 1]
+    assert float(rows[-1]["relevance"]) == details["subgraphs"][-1]["relevance"]
+    assert [drawn["graph"] for drawn in details["walks"]] == [0, 1]
+    relevances, laws = result(out)["tables"]
+    rings = [row["relevance"] for row in details["subgraphs"] if row["kind"] == "ring"]
+    assert relevances["lines"][1][:3] == ["rings", len(rings), min(rings)]
+    assert max(line[1] for line in laws["lines"]) < 1e-10
 
 
-def test_the_command_refuses_a_folder_without_data(tmp_path, capsys):
-    pytest.importorskip("typer", reason="the command line's packages are not installed")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    from nrm.experiments.mutag.__main__ import main
-
-    with pytest.raises(InputError, match=r"holds no mutag\.json"):
-        load_molecules(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["--data", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert ended.value.code == 2
-    assert "holds no mutag_gin3.safetensors" in capsys.readouterr().err
+def test_a_folder_without_data_is_refused(command, tmp_path):
+    found = command("mutag", "--data", tmp_path, "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert "holds no mutag_gin3.safetensors" in found.output
     assert not (tmp_path / "out").exists()
+
+
+def test_places_of_atoms_are_a_bond_apart(molecules):
+    for number in mutag.DRAWN[:2]:
+        molecule = molecules[number]
+        places = mutag.layout(molecule)
+        lengths = [float(((places[a] - places[b]) ** 2).sum() ** 0.5) for a, b in molecule.bonds]
+        assert sorted(lengths)[len(lengths) // 2] == pytest.approx(1, abs=0.05)
+        apart = [
+            float(((places[a] - places[b]) ** 2).sum() ** 0.5)
+            for a in range(molecule.size)
+            for b in range(a)
+        ]
+        assert min(apart) > 0.6  # no atom hides another

@@ -1,41 +1,35 @@
-"""Additive and joint relevance of clusters beside interventions: the experiment of Fig. A.3."""
+"""`additive`: additive and joint relevance of clusters beside interventions (Fig. A.3)."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+
 import nrm
 from nrm import composites
 from nrm.errors import NrmError
-from nrm.evaluation import Interventions, pearson
-from nrm.experiments import digit_net
-from nrm.experiments.additive import experiment as experiments
-from nrm.experiments.additive.comparison import Effect, Score, overlap, scores
-from nrm.experiments.additive.contribution import contributions
-from nrm.experiments.additive.correlation import Mean, additive_ceiling, mean_with_interval
-from nrm.experiments.additive.drawing import EFFECTS, SCORES, typical
-from nrm.experiments.additive.experiment import Additive
-from nrm.experiments.additive.study import Study, means
-from nrm.experiments.cnn.data import Photo, read
-from nrm.experiments.cnn.subject import Subject, load
-from nrm.experiments.report import PAGE, RESULT
-from nrm.experiments.request import Request
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _packages():
-    for package in ("sklearn", "typer", "matplotlib", "PIL", "safetensors", "rich"):
-        pytest.importorskip(package, reason=f"{package}, which the command needs, is missing")
+from nrm.evaluation import Families, Interventions, pearson
+from nrm_reproduce import additive
+from nrm_reproduce.additive import (
+    EFFECTS,
+    SCORES,
+    Effect,
+    Score,
+    additive_ceiling,
+    effects,
+    overlap,
+    scores,
+)
+from nrm_reproduce.data import Photo, read_photo
+from nrm_reproduce.networks import Pictured, squeezenet
+from nrm_reproduce.report import PAGE, RESULT, Request
 
 
 class Branching(nn.Module):
@@ -93,35 +87,37 @@ def _hooked(model, x, zeroed):
             handle.remove()
 
 
+def families_of(R, *parts):
+    """The clusters of two layers, as scores take them."""
+    given = {part.layer: part for part in parts}
+    return Families(R, list(given), lambda R, layer: given[layer])
+
+
 @pytest.mark.parametrize("upper", ["branch", "last"])
 def test_contributions_are_those_of_forward_hooks(upper):
     model = tiny()
     x, R = _explained(model)
     target = int(R.target)
     a, b = nrm.clusters(R, "stem", 3), nrm.clusters(R, upper, 4)
-    found = contributions(Interventions(nrm.Explainer(model), x, target=target), a.sets, b.sets)
+    interventions = Interventions(nrm.Explainer(model), x, target=target)
+    found = effects(families_of(R, a, b), interventions)
     whole = _hooked(model, x, {})[target]
-    torch.testing.assert_close(found.output, whole)
     first = [a.labels == i for i in range(3)]
     second = [b.labels == j for j in range(4)]
     for i, gone in enumerate(first):
-        torch.testing.assert_close(
-            found.first[i], whole - _hooked(model, x, {"stem": gone})[target]
-        )
         for j, also in enumerate(second):
             alone = _hooked(model, x, {upper: also})[target]
             both = _hooked(model, x, {"stem": gone, upper: also})[target]
-            torch.testing.assert_close(found.second[j], whole - alone)
-            torch.testing.assert_close(found.total[i, j], whole - both)
+            torch.testing.assert_close(found[Effect.TOTAL][i, j], whole - both)
             joint = whole - _hooked(model, x, {"stem": gone})[target] - alone + both
-            torch.testing.assert_close(found.joint[i, j], joint)
-    assert found.joint.abs().max() > 1e-3
+            torch.testing.assert_close(found[Effect.JOINT][i, j], joint)
+    assert found[Effect.JOINT].abs().max() > 1e-3
 
 
 def test_scores_are_queries_of_the_measure():
     _, R = _explained(tiny())
     a, b = nrm.clusters(R, "stem", 3), nrm.clusters(R, "last", 4)
-    found = scores(R, a, b)
+    found = scores(families_of(R, a, b))
     for i, s in enumerate(a):
         for j, t in enumerate(b):
             expected = {
@@ -147,10 +143,10 @@ def test_relevance_is_contribution_where_the_network_is_linear():
     for layer in ("branch", "last"):
         a, b = nrm.clusters(R, "stem", 3), nrm.clusters(R, layer, 3)
         interventions = Interventions(nrm.Explainer(linear().double().eval()), x, target=R.target)
-        found = contributions(interventions, a.sets, b.sets)
-        by_score = scores(R, a, b)
-        torch.testing.assert_close(by_score[Score.JOINT] * R.scale, found.joint)
-        torch.testing.assert_close(by_score[Score.EITHER] * R.scale, found.total)
+        families = families_of(R, a, b)
+        found, by_score = effects(families, interventions), scores(families)
+        torch.testing.assert_close(by_score[Score.JOINT] * R.scale, found[Effect.JOINT])
+        torch.testing.assert_close(by_score[Score.EITHER] * R.scale, found[Effect.TOTAL])
 
 
 def test_overlap_is_the_share_of_the_picture_in_both():
@@ -175,124 +171,118 @@ def test_no_sum_over_rows_and_columns_correlates_better_than_the_ceiling():
     assert additive_ceiling(values[:, :1] + values[:1]) == pytest.approx(1)
 
 
-def test_intervals():
-    values = [0.1, 0.5, None, 0.9, 0.7]
-    found = mean_with_interval(values, seed=0)
-    assert found == mean_with_interval(values, seed=0)
-    assert found.pictures == 4
-    assert found.mean == pytest.approx(0.55)
-    assert 0.1 < found.low < found.mean < found.high < 0.9
-    assert mean_with_interval([0.5], 0) == Mean(0.5, 0.5, 0.5, 1)
-    assert mean_with_interval([None], 0) is None
-
-
-# -- the experiment -------------------------------------------------------------------------------
-
-LAYERS = [("stem", "last"), ("branch", "last")]
-
-
 @pytest.fixture
-def subject(monkeypatch):
+def network(monkeypatch):
     """The tiny model in place of the experiment's network."""
     photos = [
         Photo(f"picture {seed}", _picture(seed), _picture(seed)[0].permute(1, 2, 0).numpy())
         for seed in range(4)
     ]
     model = tiny().double().eval().requires_grad_(False)
-    found = Subject("SqueezeNet", "tiny", "noise", model, photos, None)
+    found = Pictured("SqueezeNet", "tiny", "noise", model, photos, None)
     monkeypatch.setattr(
-        experiments, "load", lambda request, count: replace(found, photos=photos[:count])
+        additive, "pictured", lambda request, count: replace(found, photos=photos[:count])
     )
     return found
+
+
+LAYERS = [("stem", "last"), ("branch", "last")]
 
 
 def _request(folder, **more):
     return Request("anywhere", folder / "kept", **{"samples": 3, "layers": tuple(LAYERS), **more})
 
 
-def test_the_experiment_from_end_to_end(subject, tmp_path):
-    Additive().run(_request(tmp_path)).write(tmp_path)
+def test_the_experiment_from_end_to_end(network, tmp_path):
+    additive.run(_request(tmp_path)).write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "additive-2.png",
         "additive.png",
+        "correlations.png",
         "kept",
         PAGE,
         RESULT,
+        "scatter.png",
     ]
     result = json.loads((tmp_path / RESULT).read_text(encoding="utf-8"))
     pairs = result["details"]["pairs"]
     assert [tuple(pair["layers"]) for pair in pairs] == LAYERS
-    rows = iter(result["rows"])
+    rows = {(tuple(row["layers"]), row["method"]): row for row in result["rows"]}
+    assert len(rows) == len(LAYERS) * len(Effect) * len(Score)
+    (table,) = result["tables"]
+    limits = {(line[0], line[1], line[2][:5]): line[3:] for line in table["lines"]}
+    assert len(limits) == 12
     for pair in pairs:
+        each = {score: {effect: [] for effect in Effect} for score in Score}
         assert len(pair["pictures"]) == 3
+        for one in pair["pictures"]:
+            for score, by_effect in each.items():
+                for effect, values in by_effect.items():
+                    said, lost = one["scores"][score], one["contributions"][effect]
+                    values.append(pearson(torch.tensor(said), torch.tensor(lost)))
+                    method = f"{SCORES[score]}, with {EFFECTS[effect]}"
+                    assert one["correlations"][method] == pytest.approx(values[-1], abs=1e-6)
+        layers = tuple(pair["layers"])
         for effect in Effect:
             for score in Score:
-                each = [one["correlations"][effect][score] for one in pair["pictures"]]
-                for one, value in zip(pair["pictures"], each, strict=True):
-                    scores, effects = (
-                        torch.tensor(one[kind][name])
-                        for kind, name in (("scores", score), ("contributions", effect))
-                    )
-                    assert value == pytest.approx(pearson(scores, effects), abs=1e-6)
-                row = next(rows)
-                assert row["layers"] == pair["layers"]
-                assert row["method"] == f"{SCORES[score]}, with {EFFECTS[effect]}"
-                assert row["pearson"] == pytest.approx(np.mean(each))
+                row = rows[layers, f"{SCORES[score]}, with {EFFECTS[effect]}"]
+                assert row["pearson"] == pytest.approx(np.mean(each[score][effect]), abs=1e-6)
                 assert row["ci_low"] <= row["pearson"] <= row["ci_high"]
                 assert (row["paper"], row["samples"]) == (None, 3)
-            for limit in pair["limits"][effect].values():
-                assert limit["low"] <= limit["mean"] <= limit["high"]
-    assert next(rows, None) is None
-    (table,) = result["tables"]
-    assert len(table["lines"]) == 12
+            mean, low, high, count = limits[", ".join(layers), EFFECTS[effect], "joint"]
+            lacks = np.subtract(each[Score.JOINT][effect], each[Score.ADDITIVE][effect])
+            assert mean == pytest.approx(lacks.mean(), abs=1e-6)
+            assert low <= mean <= high
+            assert count == 3
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 4
     assert "Correlation with what removing two clusters does" in page
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take longer than all else."""
-    monkeypatch.setattr(experiments, "draw", lambda *_: None)
+    monkeypatch.setattr(additive, "draw_pictures", lambda *_: ())
 
 
-def test_it_goes_on_after_an_interruption(subject, undrawn, tmp_path, monkeypatch):
-    whole = Additive().run(_request(tmp_path / "whole")).as_json()
-    real, calls = Study._compare, []
+def test_it_goes_on_after_an_interruption(network, undrawn, tmp_path, monkeypatch):
+    whole = additive.run(_request(tmp_path / "whole")).as_json()
+    real, calls = additive.compare, []
 
-    def interrupted(self, photo, pairs):
-        calls.append((photo.name, pairs))
+    def interrupted(explainer, photo, layers, *more):
+        calls.append((photo.name, layers))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, photo, pairs)
+        return real(explainer, photo, layers, *more)
 
-    monkeypatch.setattr(Study, "_compare", interrupted)
+    monkeypatch.setattr(additive, "compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Additive().run(_request(tmp_path))
-    assert Additive().run(_request(tmp_path)).as_json() == whole
-    assert calls[3:] == [("picture 2", LAYERS)]  # those before were not compared again
-    assert Additive().run(_request(tmp_path)).as_json() == whole
-    assert len(calls) == 4
+        additive.run(_request(tmp_path))
+    assert additive.run(_request(tmp_path)).as_json() == whole
+    rest = [("picture 2", LAYERS[0]), *((f"picture {n}", LAYERS[1]) for n in range(3))]
+    assert calls[3:] == rest  # those before were not compared again
+    assert additive.run(_request(tmp_path)).as_json() == whole
+    assert len(calls) == 7
 
     for damage in ("{", "{}", '{"labels": [1]}'):  # as a full disk may leave it
         file = next(f for f in (tmp_path / "kept").rglob("*.json") if f.stem != "settings")
         file.write_text(damage)
-        assert Additive().run(_request(tmp_path)).as_json() == whole
-    assert len(calls) == 7
+        assert additive.run(_request(tmp_path)).as_json() == whole
+    assert len(calls) == 10
 
 
-def test_more_pictures_and_layers_keep_those_before(subject, undrawn, tmp_path):
-    few = Additive().run(_request(tmp_path, samples=2, layers=(LAYERS[0],)))
-    more = Additive().run(_request(tmp_path, samples=4))
+def test_more_pictures_and_layers_keep_those_before(network, undrawn, tmp_path):
+    few = additive.run(_request(tmp_path, samples=2, layers=(LAYERS[0],)))
+    more = additive.run(_request(tmp_path, samples=4))
     (before,), (after, _) = (run.details["pairs"] for run in (few, more))
     assert after["pictures"][:2] == before["pictures"]
 
 
-def test_other_weights_are_not_taken_for_the_same(subject, undrawn, tmp_path):
-    before = Additive().run(_request(tmp_path))
+def test_other_weights_are_not_taken_for_the_same(network, undrawn, tmp_path):
+    before = additive.run(_request(tmp_path))
     with torch.no_grad():
-        subject.model.head.weight += 1
-    after = Additive().run(_request(tmp_path))
+        network.model.head.weight += 1
+    after = additive.run(_request(tmp_path))
     assert before.facts["weights"] != after.facts["weights"]
     assert before.rows != after.rows
 
@@ -308,31 +298,24 @@ def test_other_weights_are_not_taken_for_the_same(subject, undrawn, tmp_path):
         (("stem", "head"), "no channels"),
     ],
 )
-def test_layers_that_cannot_be_compared(subject, tmp_path, layers, message):
+def test_layers_that_cannot_be_compared(network, tmp_path, layers, message):
     with pytest.raises(NrmError, match=message):
-        Additive().run(_request(tmp_path, layers=(layers,)))
+        additive.run(_request(tmp_path, layers=(layers,)))
     assert not list(tmp_path.iterdir())
 
 
-def test_digits_are_explained_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(digit_net, "train", partial(digit_net.train, epochs=1))
-    report = Additive().run(Request("digits", tmp_path / "kept", samples=2))
-    assert {row.layers for row in report.rows} == {("relu2", "relu3")}
-    assert {row.samples for row in report.rows} == {2}
-    assert report.title.endswith("in DigitNet, beside interventions")
-
-
-@pytest.mark.skipif(
-    not (DATA / "squeezenet").exists(), reason="needs the pretrained SqueezeNet in ../shared/data"
-)
-def test_joint_relevance_predicts_what_is_lost_only_jointly(torchvision_models, tmp_path):
-    request = Request(str(DATA), tmp_path, samples=1)
-    subject = load(request, 1)
-    study = Study(subject, [("features.10", "features.12")], 4, tmp_path, 0)
-    compared = study.compared(read(DATA / "imagenet" / "n01833805_hummingbird.JPEG"))
-    assert typical(compared) is compared[0]
-    found = means(compared, 0)
-    assert found["joint"]["joint"].mean > 0.85
-    assert found["joint"]["joint"].mean > found["joint"]["additive"].mean + 0.1
-    assert found["total"]["additive"].mean > 0.8
-    assert found["total"]["either"].mean > found["total"]["additive"].mean
+def test_joint_relevance_predicts_what_is_lost_only_jointly(torchvision_models, shared):
+    layers = ("features.10", "features.12")
+    photo = read_photo(shared / "imagenet" / "n01833805_hummingbird.JPEG")
+    with torch.no_grad():
+        explainer = nrm.Explainer(squeezenet(shared), additive.COMPOSITE)
+        found = additive.correlations(additive.compare(explainer, photo, layers, 4, 0))
+    means = {
+        (score, effect): found[additive.method(score, effect)]
+        for score in Score
+        for effect in Effect
+    }
+    assert means[Score.JOINT, Effect.JOINT] > 0.85
+    assert means[Score.JOINT, Effect.JOINT] > means[Score.ADDITIVE, Effect.JOINT] + 0.1
+    assert means[Score.ADDITIVE, Effect.TOTAL] > 0.8
+    assert means[Score.EITHER, Effect.TOTAL] > means[Score.ADDITIVE, Effect.TOTAL]

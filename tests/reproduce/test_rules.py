@@ -7,37 +7,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+
+pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
 
 from nrm.errors import InputError
-from nrm.evaluation.faithfulness import Families
-from nrm.evaluation.intervention import Interventions, joint_contributions
-from nrm.experiments.cnn.data import Photo
-from nrm.experiments.cnn.one_class import of_class
-from nrm.experiments.cnn.plan import CHANNELS
-from nrm.experiments.cnn.subject import Subject as Pictures
-from nrm.experiments.mlp.network import LAYERS, MLP
-from nrm.experiments.report import PAGE, RESULT
-from nrm.experiments.request import Request
-from nrm.experiments.rules import experiment as experiments
-from nrm.experiments.rules.ceiling import Ceiling, HalfGiven, nearest_product, with_lower
-from nrm.experiments.rules.experiment import Rules
-from nrm.experiments.rules.grid import FEW, REST, RULES, gamma, outputs, zero
-from nrm.experiments.rules.networks import _convolutional
-from nrm.experiments.rules.trial import OneClass, Trial, Whole
-from nrm.experiments.walks import JointRelevance
+from nrm.evaluation import joint_contributions
+from nrm_reproduce import rules
+from nrm_reproduce.cnn import CHANNELS
+from nrm_reproduce.comparison import Comparison, JointRelevance
+from nrm_reproduce.data import Photo
+from nrm_reproduce.networks import LAYERS, Pictured
+from nrm_reproduce.report import PAGE, RESULT, Request
+from nrm_reproduce.rules import (
+    FEW,
+    REST,
+    RULES,
+    Ceiling,
+    HalfGiven,
+    Trial,
+    gamma,
+    nearest_product,
+    outputs,
+    with_lower,
+    zero,
+)
+
+from .test_comparison import asked, network
 
 TRIPLE = ("x", *LAYERS)
-
-
-def network(widths=(7, 5), seed=1):
-    """One whose neurons fall silent without others."""
-    torch.manual_seed(seed)
-    model = MLP(6, widths, 3).eval().requires_grad_(False)
-    for layer in (model.fc1, model.fc2):
-        layer.weight.mul_(4)
-        layer.bias.add_(0.3)
-    return model
 
 
 @pytest.fixture
@@ -45,19 +42,8 @@ def model():
     return network().double()
 
 
-def asked(model, layers, seed=0):
-    """What a score is given."""
-    x = torch.rand(1, 6, generator=torch.Generator().manual_seed(seed)).double()
-    explainer = zero("input").explainer(model)
-    R = explainer(x)
-    return Families(R, layers, "neuron"), Interventions(explainer, x, target=int(R.target[0]))
-
-
 def cosine(a, b):
     return float((a * b).sum() / (a.norm() * b.norm()))
-
-
-# -- ceilings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3), (3, 4, 6), (5, 1, 5)])
@@ -116,67 +102,31 @@ def test_occlusion_walks_reach_the_ceiling_of_the_last_hidden_layers(model):
     torch.testing.assert_close(found, Ceiling(active=True)(*given))
 
 
-# -- walks ----------------------------------------------------------------------------------------
-
-
-def test_walks_from_other_outputs(model):
-    families, interventions = asked(model, LAYERS)
-    x = families.R.activations("x")
-    logits = model(x)
-    for walks, relevance in zip(
-        outputs(gamma(0.1, "drop")), (logits, logits.softmax(-1)), strict=True
-    ):
-        R = walks.explainer(model)(x, output_relevance=relevance)
-        expected = R.joint(*LAYERS, by="neuron")[0] * relevance.sum()
-        found = JointRelevance(walks, model, LAYERS, "neuron")(families, interventions)
-        torch.testing.assert_close(found, expected)
-
-
 def test_every_walk_has_a_name_of_its_own():
     for several in (RULES, FEW, (*RULES, *outputs(zero("input")), *outputs(gamma(0.1, "drop")))):
         assert len({walks.key for walks in several}) == len(several)
     assert {walks.key for walks in FEW} <= {walks.key for walks in RULES}
 
 
-def test_groups_of_samples(model):
-    x = torch.rand(3, 6).double()
-    samples = [(str(n), x[n : n + 1]) for n in range(3)]
-    ((whole, chosen, group),) = Whole(model).groups(samples)
-    assert (whole, chosen, group) == (model, "predicted", samples)
-    for (narrow, target, group), sample in zip(
-        OneClass(model).groups(samples), samples, strict=True
-    ):
-        assert (target, group) == (0, [sample])
-        torch.testing.assert_close(narrow(sample[1])[0, 0], model(sample[1]).max())
-    assert isinstance(of_class(model, 1).head, nn.Linear)
-
-
-# -- the experiment -------------------------------------------------------------------------------
-
-
-def small(request):
+def trials(request):
     """Two networks, with a few walks each."""
     for name, widths in (("one", (7, 5)), ("two", (6, 4))):
         model = network(widths)
         x = torch.rand(5, 6, generator=torch.Generator().manual_seed(2))
         samples = [(str(n), x[n : n + 1]) for n in range(5)]
         walks = (zero("input"), gamma(0.1, "drop"), REST)
+        ceilings = {"ceiling": Ceiling(active=True)}
         yield Trial(
-            name,
             f"the {name}: {', '.join(LAYERS)}",
-            Whole(model),
-            LAYERS,
-            "neuron",
-            walks,
+            Comparison(name, model, LAYERS, walks, others=ceilings),
             samples[:2],
             samples[2:],
-            {"ceiling": Ceiling(active=True)},
         )
 
 
 def test_the_best_walks_are_chosen_on_some_samples_and_reported_on_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "trials", small)
-    report = Rules().run(Request("digits", tmp_path / "kept"))
+    monkeypatch.setattr(rules, "trials", trials)
+    report = rules.run(Request("digits", tmp_path / "kept"))
     out = tmp_path / "out"
     out.mkdir()
     report.write(out)
@@ -196,8 +146,8 @@ def test_the_best_walks_are_chosen_on_some_samples_and_reported_on_others(tmp_pa
 
 
 def test_an_interrupted_study_goes_on_and_gives_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "trials", small)
-    whole = Rules().run(Request("digits", tmp_path / "whole")).as_json()
+    monkeypatch.setattr(rules, "trials", trials)
+    whole = rules.run(Request("digits", tmp_path / "whole")).as_json()
 
     class StoppedError(Exception):
         pass
@@ -213,26 +163,26 @@ def test_an_interrupted_study_goes_on_and_gives_the_same(tmp_path, monkeypatch):
 
         return score
 
-    for after in (0, 4, 7, 11):
+    for after in (0, 3, 5):
         with monkeypatch.context() as patched:
             patched.setattr(JointRelevance, "__call__", stops(after))
             with pytest.raises(StoppedError):
-                Rules().run(Request("digits", tmp_path / "kept"))
+                rules.run(Request("digits", tmp_path / "kept"))
     request = Request("digits", tmp_path / "kept")
-    assert Rules().run(request).as_json() == whole
-    assert Rules().run(replace(request, seed=1)).as_json() != whole
+    assert rules.run(request).as_json() == whole
+    assert rules.run(replace(request, seed=1)).as_json() != whole
 
 
 def test_data_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        Rules().run(Request(str(tmp_path / "nowhere"), tmp_path / "kept"))
+        rules.run(Request(str(tmp_path / "nowhere"), tmp_path / "kept"))
 
 
 def test_one_picture_is_not_enough(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    one = Pictures(
+    one = Pictured(
         "DigitNet", "a network", "digits", network(), [Photo("1", torch.rand(1, 6), None)], None
     )
-    monkeypatch.setattr("nrm.experiments.rules.networks.load_pictures", lambda *given: one)
+    monkeypatch.setattr(rules, "pictured", lambda *given: one)
     with pytest.raises(InputError, match="one picture is not enough"):
-        list(_convolutional(Request("digits", tmp_path), CHANNELS, 3))
+        rules.convolutional(Request("digits", tmp_path), CHANNELS, 3)

@@ -1,4 +1,4 @@
-"""Pictures are read as they are meant, and within bounds."""
+"""Files: whole or not at all; pictures are read as they are meant, and within bounds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ pytest.importorskip("typer", reason="the command line's packages are not install
 
 from PIL import Image
 
-from nrm import io as files
+from nrm import io
 from nrm.errors import InputError
+from nrm.evaluation.store import Store
 
 RAMP = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(4, 256)
 EIGHT = np.rint(RAMP / 65535 * 255).astype(int)
@@ -24,7 +25,7 @@ EIGHT = np.rint(RAMP / 65535 * 255).astype(int)
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
     told: list[str] = []
-    image = files.read_image(path, told.append)
+    image = io.read_image(path, told.append)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int), told
 
@@ -232,11 +233,11 @@ def test_long_pictures_are_not_resized_as_a_whole(
         return resize(image, size, *others)
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    found = files.imagenet(files.read_image(path))
+    found = io.imagenet(io.read_image(path))
     assert found.x.shape == (1, 3, 224, 224)
     np.testing.assert_allclose(found.shown, 200 / 255, atol=1e-6)
-    width, height = files.resized(*size, 224)
-    assert width * height > files.MOST_PIXELS
+    width, height = io.resized(*size, 224)
+    assert width * height > io.MOST_PIXELS
     assert made == [(224, 224)]
 
 
@@ -248,9 +249,105 @@ def test_the_crop_alone_has_the_same_pixels(
     """To the last of 8 bits: the same weights, in another place of the arithmetic."""
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    whole = files.imagenet(image, side)
-    monkeypatch.setattr(files, "MOST_PIXELS", 0)
+    whole = io.imagenet(image, side)
+    monkeypatch.setattr(io, "MOST_PIXELS", 0)
     torch.testing.assert_close(
-        torch.as_tensor(files.imagenet(image, side).shown),
+        torch.as_tensor(io.imagenet(image, side).shown),
         torch.as_tensor(whole.shown), rtol=0, atol=1.01 / 255,
     )  # fmt: skip
+
+
+def test_inputs_have_a_largest_side() -> None:
+    with pytest.raises(InputError, match="size 100000: the largest is 4096"):
+        io.imagenet(Image.new("RGB", (9, 9)), 100_000)
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "a.txt"
+    io.write_text(file, "é")
+    assert file.read_text(encoding="utf-8") == "é"
+
+    def stopped() -> None:
+        with io.written_at_once(file) as beside:
+            beside.write_text("half")
+            assert beside.parent == file.parent
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert file.read_text(encoding="utf-8") == "é"
+    assert [path.name for path in file.parent.iterdir()] == ["a.txt"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert file.stat().st_mode == plain.stat().st_mode  # others may read it as any file
+
+
+def test_a_file_written_twice_at_once(tmp_path: Path) -> None:
+    file = tmp_path / ("n" * 255)
+    with io.written_at_once(file) as one, io.written_at_once(file) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert file.read_text() == "one"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_in_folders_move_at_once(tmp_path: Path) -> None:
+    def fill() -> None:
+        with io.filled_at_once(tmp_path / "out", last="z") as folder:
+            (folder / "part").mkdir()
+            for name in ("z", "part/z", "part/a"):
+                (folder / name).write_text("new")
+
+    fill()
+    old = tmp_path / "out" / "part" / "old"
+    old.write_text("old")
+    fill()
+    assert old.read_text() == "old"
+    assert sorted(f.name for f in (tmp_path / "out").rglob("*")) == ["a", "old", "part", "z", "z"]
+
+    (tmp_path / "out" / "z").write_text("old")
+    for file in (tmp_path / "out" / "part").iterdir():
+        file.unlink()
+    (tmp_path / "out" / "part").rmdir()
+    (tmp_path / "out" / "part").write_text("a file")
+    with pytest.raises(InputError, match="part is a file, not a folder"):
+        fill()
+    assert (tmp_path / "out" / "z").read_text() == "old"
+    assert sorted(f.name for f in tmp_path.rglob("*")) == ["out", "part", "z"]
+
+
+# -- what is kept --------------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_found_once_and_comes_back_alike(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def find() -> dict[str, Any]:
+        asked.append(1)
+        return {"a": (1 / 3, None), "b": [1e-300, "é"]}
+
+    store = Store(tmp_path, {"k": (1,)})
+    first = store.once("key", find)
+    assert first == {"a": [1 / 3, None], "b": [1e-300, "é"]}
+    assert Store(tmp_path, {"k": (1,)}).once("key", find) == first
+    assert len(asked) == 1
+    with pytest.raises(InputError, match=r"other settings: k \[1\] instead of \[2\]"):
+        Store(tmp_path, {"k": (2,)})
+
+
+def test_what_was_changed_is_found_again(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    file = tmp_path / "key.json"
+    for damage in ("", "{", "{}", "[1]", '{"digest": "0", "value": 3}'):
+        assert store.once("key", lambda: {"x": 0.5}) == {"x": 0.5}
+        file.write_text(damage)
+        assert store.read("key") is None
+    store.write("key", {"x": 0.5})
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    assert store.once("key", lambda: {"x": 0.5}) == {"x": 0.5}
+    with pytest.raises(ValueError, match="JSON"):
+        store.write("key", float("nan"))
+    assert store.read("key") == {"x": 0.5}
