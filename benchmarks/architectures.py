@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import nrm
 from nrm.capture.call import ModelCall
-from nrm.cli.torchvision_mismatch import import_torchvision
 from nrm.graph import first_tokens
+from nrm.torchvision_mismatch import import_torchvision
 
 
 @dataclass(frozen=True)

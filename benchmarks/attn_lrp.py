@@ -34,7 +34,7 @@ TOKEN = 5
 
 def build(config: dict[str, int]) -> Any:
     """A Llama with random weights, the same in every process."""
-    from nrm.cli.torchvision_mismatch import import_torchvision
+    from nrm.torchvision_mismatch import import_torchvision
 
     import_torchvision()
     transformers: Any = importlib.import_module("transformers")  # untyped

@@ -67,7 +67,7 @@ class Ways:
     """
 
     def __init__(self, channels: Sequence[int], timed: int) -> None:
-        from nrm.cli.torchvision_mismatch import import_torchvision
+        from nrm.torchvision_mismatch import import_torchvision
 
         import_torchvision()
         from torchvision.models import vgg16

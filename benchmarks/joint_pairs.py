@@ -57,7 +57,7 @@ class Ways:
     """
 
     def __init__(self, lower: str, upper: str, chosen: list[int]) -> None:
-        from nrm.cli.torchvision_mismatch import import_torchvision
+        from nrm.torchvision_mismatch import import_torchvision
 
         import_torchvision()
         from torchvision.models import vgg16

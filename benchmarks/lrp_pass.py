@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import nrm
 from nrm import composites, rules
-from nrm.cli.torchvision_mismatch import import_torchvision
+from nrm.torchvision_mismatch import import_torchvision
 
 Pass = Callable[[Tensor], Tensor]
 Row = dict[str, Any]

@@ -122,7 +122,7 @@ def _searched(name: str, described: str, R: nrm.Measure, k: int, rounds: int) ->
 
 
 def _models(data: Path | None) -> Iterator[tuple[str, Any, Tensor, int]]:
-    from nrm.cli.torchvision_mismatch import import_torchvision
+    from nrm.torchvision_mismatch import import_torchvision
 
     import_torchvision()
     from torchvision.models import squeezenet1_0, vgg16
@@ -132,12 +132,12 @@ def _models(data: Path | None) -> Iterator[tuple[str, Any, Tensor, int]]:
     if data is not None:
         from safetensors.torch import load_file
 
-        from nrm.cli import pictures
+        from nrm import io
 
         model = squeezenet1_0()
         model.load_state_dict(load_file(data / "squeezenet" / "squeezenet1_0.safetensors"))
         image = sorted((data / "imagenet").glob("*.JPEG"))[0]
-        picture = pictures.imagenet(pictures.read_image(image), 224)
+        picture = io.imagenet(io.read_image(image), 224)
         target = int(model.eval()(picture.x).argmax())
         yield "squeezenet1_0", model, picture.x, target
 

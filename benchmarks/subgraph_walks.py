@@ -27,12 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from nrm import plot
-from nrm.experiments.mutag.enumeration import walk_relevance, walks_inside
-from nrm.experiments.mutag.gin import GIN, load_gin
-from nrm.experiments.mutag.molecules import load_molecules
-from nrm.experiments.mutag.relevance import make_explainer
 from nrm.graph_networks import node_layers, node_walks, subgraph
 from nrm.measure import Measure
+from nrm_reproduce.data import load_molecules
+from nrm_reproduce.mutag import make_explainer, walk_relevance, walks_inside
+from nrm_reproduce.networks import GIN, load_gin
 
 Row = dict[str, Any]
 

@@ -119,7 +119,7 @@ def load() -> tuple[Similarity, Any]:
     with contextlib.suppress(ImportError), warnings.catch_warnings():
         # transformers imports torchvision where it is; one that does not fit torch would fail.
         warnings.simplefilter("ignore")
-        from nrm.cli.torchvision_mismatch import import_torchvision
+        from nrm.torchvision_mismatch import import_torchvision
 
         import_torchvision()
     from transformers import AutoModel, AutoTokenizer

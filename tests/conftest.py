@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # networks are small; two threads that wait for each o
 def torchvision_models() -> ModuleType:
     """torchvision's models, also where its compiled operators do not fit the installed torch."""
     pytest.importorskip("typer", reason="the command line's packages are not installed")
-    from nrm.cli.torchvision_mismatch import import_torchvision
+    from nrm.torchvision_mismatch import import_torchvision
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torchvision's compiled operators", RuntimeWarning)

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import nrm
+from nrm import io
 from nrm.cli import app as commands
-from nrm.cli import errors, folder, models
-from nrm.cli.errors import CommandError
+from nrm.cli import models
+from nrm.cli.commands import CommandError, one_line_errors
 
 SOURCES = str(Path(nrm.__file__).parents[1])
 MODEL = f"{__name__}:tiny"
@@ -121,8 +122,9 @@ def refused(result: Any, *parts: str) -> None:
 def single_options() -> list[tuple[str, str]]:
     """Every option of every command that has one value."""
     found = []
-    for name, command in typer.main.get_command(commands.app).commands.items():  # type: ignore[attr-defined]
-        for parameter in command.params:
+    group: Any = typer.main.get_command(commands.app)
+    for name in group.list_commands(None):
+        for parameter in group.get_command(None, name).params:
             several = parameter.multiple or getattr(parameter, "is_flag", False)
             if parameter.param_type_name == "option" and not several:
                 found.append((name, max(parameter.opts, key=len)))
@@ -290,14 +292,14 @@ def test_a_factory_that_runs_out_of_memory(here: Path) -> None:
 
 def test_a_reader_that_goes_away() -> None:
     """`nrm layers | head`: typer ends the command without a word."""
-    with pytest.raises(BrokenPipeError), errors.one_line_errors(debug=False):
+    with pytest.raises(BrokenPipeError), one_line_errors(debug=False):
         raise BrokenPipeError
 
 
 def test_a_warning_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        with errors.one_line_errors(debug=False):
+        with one_line_errors(debug=False):
             for text in ("one\nline", "one  line", "another"):
                 warnings.warn(text, UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: one line\nwarning: another\n"
@@ -378,7 +380,7 @@ def test_interrupted_while_the_commands_are_imported(here: Path) -> None:
 def test_interrupts_of_a_program_that_imports_nrm_are_its_own(here: Path) -> None:
     Path("first").mkdir()
     Path("first/torch.py").write_text(INTERRUPTED)
-    code = "try:\n import nrm\nexcept KeyboardInterrupt:\n print('mine')\n"
+    code = "try:\n import nrm; nrm.Explainer\nexcept KeyboardInterrupt:\n print('mine')\n"
     done = process("-c", code, path=here / "first")
     assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
     assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
@@ -387,10 +389,10 @@ def test_interrupts_of_a_program_that_imports_nrm_are_its_own(here: Path) -> Non
 ENDED = """
 import os, signal, sys
 from pathlib import Path
-from nrm.cli import folder
+from nrm import io
 from nrm.cli.starting import clean_up_when_ended
 clean_up_when_ended()
-with folder.filled_at_once(Path("out"), last="z") as staging:
+with io.filled_at_once(Path("out"), last="z") as staging:
     (staging / "half").write_text("x")
     print(sorted(os.listdir()))
     sys.stdout.flush()
@@ -422,10 +424,10 @@ def test_what_an_ended_run_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in keep[:4]:
         Path(name, "in-use").write_text("")
     Path(keep[0], "mine").write_text("")
-    with folder.filled_at_once(Path("out"), last="z") as staging:
+    with io.filled_at_once(Path("out"), last="z") as staging:
         assert not Path(left).exists()
         (staging / "z").write_text("whole")
-        with folder.filled_at_once(Path("out"), last="z"):  # two runs at once
+        with io.filled_at_once(Path("out"), last="z"):  # two runs at once
             assert staging.exists()
     assert Path("out/z").read_text() == "whole"
     assert sorted(os.listdir()) == sorted([*keep, "out"])
@@ -438,6 +440,6 @@ def test_litter_is_found_where_the_folders_above_are_new(
     monkeypatch.chdir(tmp_path)
     Path(".c-nrm-abcdefgh/files").mkdir(parents=True)
     Path(".c-nrm-abcdefgh/in-use").write_text("")
-    with folder.filled_at_once(Path("a/b/c"), last="z") as staging:
+    with io.filled_at_once(Path("a/b/c"), last="z") as staging:
         (staging / "z").write_text("")
     assert os.listdir() == ["a"]

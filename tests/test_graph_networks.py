@@ -13,9 +13,15 @@ import nrm
 from nrm import graph_networks as gn
 from nrm import rules
 from nrm.errors import NeuronSetError, QueryError
-from nrm.experiments.mutag.enumeration import enumerated_subgraph, walk_relevance, walks_inside
-from nrm.experiments.mutag.gin import GIN, composite, gammas
-from nrm.experiments.mutag.relevance import parts
+from nrm_reproduce.mutag import (
+    composite,
+    enumerated_subgraph,
+    gammas,
+    parts,
+    walk_relevance,
+    walks_inside,
+)
+from nrm_reproduce.networks import GIN
 
 NODES = 5
 BONDS = [(0, 1), (1, 2), (2, 3), (3, 0), (3, 4)]

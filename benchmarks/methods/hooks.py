@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nrm.cli.torchvision_mismatch import import_torchvision
+from nrm.torchvision_mismatch import import_torchvision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

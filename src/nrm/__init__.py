@@ -1,35 +1,104 @@
-"""Normalized relevance measure: relevance of any set of neurons, handled like a probability."""
+"""Normalized relevance measure: relevance of any set of neurons, handled like a probability.
 
-import nrm.cli.starting as _starting  # before torch: Ctrl-C and the import path of the command
-from nrm import composites, methods, rules
-from nrm.condition import Condition
-from nrm.errors import NrmError, RelevanceWarning
-from nrm.evaluation import evaluate
-from nrm.explainer import Explainer
-from nrm.formulas import Formula, NeuronSet
-from nrm.measure import Measure
-from nrm.methods import Clusters, clusters
-from nrm.sets import channels, mask, neurons, patch
+Names are imported when they are first used (PEP 562). `import nrm` alone takes milliseconds, and
+whoever wants one thing waits for what that needs. Type checkers see ordinary imports.
+"""
 
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nrm import (
+        composites,
+        errors,
+        evaluation,
+        graph_networks,
+        methods,
+        operators,
+        rules,
+        testing,
+    )
+    from nrm.condition import Condition
+    from nrm.diagnostics import Diagnostics
+    from nrm.errors import NrmError, RelevanceWarning
+    from nrm.evaluation import Evaluation, Interventions, evaluate
+    from nrm.explainer import Explainer
+    from nrm.formulas import Formula, NeuronSet
+    from nrm.measure import Measure
+    from nrm.methods import Clusters, clusters
+    from nrm.query import Plan
+    from nrm.search import Flow, Flows
+    from nrm.sets import channels, mask, neurons, patch
+    from nrm.views import Listing, ProperForm
+
+__version__ = "0.1.0"
 __all__ = [
     "Clusters",
     "Condition",
+    "Diagnostics",
+    "Evaluation",
     "Explainer",
+    "Flow",
+    "Flows",
     "Formula",
+    "Interventions",
+    "Listing",
     "Measure",
     "NeuronSet",
     "NrmError",
+    "Plan",
+    "ProperForm",
     "RelevanceWarning",
     "channels",
     "clusters",
     "composites",
+    "errors",
     "evaluate",
+    "evaluation",
+    "graph_networks",
     "mask",
     "methods",
     "neurons",
+    "operators",
     "patch",
     "rules",
+    "testing",
 ]
-__version__ = "0.1.0"
+_HOMES = {
+    "condition": ("Condition",),
+    "diagnostics": ("Diagnostics",),
+    "errors": ("NrmError", "RelevanceWarning"),
+    "evaluation": ("Evaluation", "Interventions", "evaluate"),
+    "explainer": ("Explainer",),
+    "formulas": ("Formula", "NeuronSet"),
+    "measure": ("Measure",),
+    "methods": ("Clusters", "clusters"),
+    "query": ("Plan",),
+    "search": ("Flow", "Flows"),
+    "sets": ("channels", "mask", "neurons", "patch"),
+    "views": ("Listing", "ProperForm"),
+}
+"""The modules of all public names that are no modules themselves."""
 
-_starting.library_is_imported()
+if not TYPE_CHECKING:  # else every name would be known to type checkers, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        """A public name or a module of the library, when it is first used."""
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        if home is not None:
+            found = getattr(importlib.import_module(f"nrm.{home}"), name)
+        elif not name.startswith("_") and importlib.util.find_spec(f"nrm.{name}") is not None:
+            found = importlib.import_module(f"nrm.{name}")
+        else:
+            here = sys.modules[__name__]
+            raise AttributeError(f"module 'nrm' has no attribute {name!r}", name=name, obj=here)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""A progress bar for long queries, where one is wanted."""
+"""A progress bar of rich for long queries, where one is wanted."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def narrowed(
         with bars:
             task = bars.add_task(what, total=None)
 
-            def told(gap: float) -> None:
+            def advance(gap: float) -> None:
                 left = "" if math.isinf(gap) else f", gap {gap:.2g}"
                 bars.update(task, advance=1, description=what + left)
 
-            yield told
+            yield advance
 
 
 def _bars() -> Any:
-    """Rich's, if it is there."""
+    """On stderr, gone when it is full."""
     try:
         from rich.console import Console
         from rich.progress import Progress

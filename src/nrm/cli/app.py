@@ -1,44 +1,47 @@
-"""The commands: explain, layers, demo."""
+"""The commands explain, layers and demo, and those of other packages (`nrm.cli.commands`).
+
+Torch and matplotlib are imported when a command runs, not before: `nrm --help` needs neither. They
+are imported outside of `one_line_errors`, where Ctrl-C ends the process at once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
 
 import nrm
-from nrm.cli import composite_names, demo
-from nrm.cli.composite_names import find_composite
-from nrm.cli.errors import CommandError, as_text, one_line, one_line_errors, out_of_memory
-from nrm.cli.folder import check_folder
-from nrm.cli.labels import TOP, find_labels, find_target
-from nrm.cli.models import find_attribute, find_device, load_model
-from nrm.cli.options import Command, arguments, refuse_unread
-from nrm.cli.pictures import Picture, imagenet, read_image, transformed
-from nrm.cli.provenance import file_digest, versions, weights_used
-from nrm.cli.report import RESULT, Say, Subject, amounts, report, to_json
-from nrm.cli.reproduce import reproduce
-from nrm.experiments import digit_net
-from nrm.explainer import Explainer
+from nrm.cli.commands import (
+    AUTO,
+    COMPOSITES,
+    EPOCHS,
+    IMAGENET,
+    RESULT,
+    TOP,
+    Command,
+    CommandError,
+    Commands,
+    arguments,
+    as_text,
+    one_line_errors,
+    refuse_unread,
+)
 
 app = typer.Typer(
+    cls=Commands,
     help="Relevance of any set of neurons of a PyTorch model, handled like a probability.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(cls=Command)(reproduce)
 
-IMAGENET = "imagenet"
 SIZE = 224
 TOP_FLOWS = 5
 SECONDS = 60.0
@@ -110,13 +113,11 @@ def explain(
             f"[default: {SECONDS:g}]",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and result.json.")] = Path(
-        "out"
-    ),
+    out: Annotated[Path, typer.Option(help=f"Folder for the pictures and {RESULT}.")] = Path("out"),
     as_json: AsJson = False,
     composite: Annotated[
-        str, typer.Option(help=f"Which rules apply: {', '.join(composite_names.NAMES)}.")
-    ] = composite_names.DEFAULT,
+        str, typer.Option(help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}.")
+    ] = AUTO,
     bias: Annotated[
         Bias | None,
         typer.Option(
@@ -141,6 +142,9 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Explain a model's output for a picture: heatmaps, and which channels work together."""
+    from nrm import io
+    from nrm.cli import models, report
+
     with one_line_errors(debug):
         say = _say(quiet=as_json)
         named = _layers(layers)
@@ -151,35 +155,37 @@ def explain(
             raise CommandError("--search-seconds: give a number of seconds, not nan")
         if transform != IMAGENET:
             refuse_unread({"--size": size}, f"beside --transform {transform}, which decides it")
-        check_folder(out)
-        where = find_device(device)
-        opened = read_image(image, say)
+        io.check_folder(out, "--out")
+        if size is not None and size > io.LARGEST:
+            raise CommandError(f"--size {size}: the largest is {io.LARGEST}")
+        where = models.find_device(device)
+        opened = io.read_image(image, say)
         if transform == IMAGENET:
-            picture = imagenet(opened, SIZE if size is None else size)
+            picture = io.imagenet(opened, SIZE if size is None else size)
         else:
-            picture = transformed(opened, find_attribute(transform), transform)
+            picture = io.transformed(opened, models.find_attribute(transform), transform)
         bounds = picture.bounds and (picture.bounds[0].to(where), picture.bounds[1].to(where))
-        rules = find_composite(composite, bounds)
+        rules = models.find_composite(composite, bounds)
         say(f"loading {model}")
-        network = load_model(model, weights, where)
+        network = models.load_model(model, weights, where)
         if weights is None:
             say("no --weights: the model is used with the weights that its factory gives it")
-        picture = Picture(picture.x.to(where), picture.shown, picture.bounds)
-        logits = _logits(network, picture.x)
-        names = find_labels(labels, len(logits))
-        index = find_target(target, names, logits)
+        picture = io.Picture(picture.x.to(where), picture.shown, picture.bounds)
+        logits = models.logits_of(network, picture.x)
+        names = models.find_labels(labels, len(logits))
+        index = models.find_target(target, names, logits)
         made_from = {
-            "image_sha256": file_digest(image),
-            "weights": weights_used(network, weights),
+            "image_sha256": report.file_digest(image),
+            "weights": report.weights_used(network, weights),
             "transform": {"name": transform, "input": list(picture.x.shape)},
             "device": str(where),
-            "versions": versions(model),
+            "versions": report.versions(model),
             "command": ["nrm", "explain", *map(as_text, arguments(ctx))],
         }
         label = names[index] if names else None
-        subject = Subject(as_text(image), model, index, label, made_from)
-        explainer = Explainer(network, rules, bias=bias.value if bias else None)
-        result = report(
+        subject = report.Subject(as_text(image), model, index, label, made_from)
+        explainer = nrm.Explainer(network, rules, bias=bias.value if bias else None)
+        result = report.report(
             explainer,
             picture,
             subject,
@@ -190,9 +196,9 @@ def explain(
             say=say,
         )
         if as_json:
-            typer.echo(to_json(result), nl=False)
+            typer.echo(report.to_json(result), nl=False)
         else:
-            _summarise(result, out)
+            _summarise(result, report.amounts(result), out)
 
 
 @app.command("layers", cls=Command)
@@ -207,10 +213,14 @@ def list_layers(
     debug: Debug = False,
 ) -> None:
     """List every layer that can be named, with its shape, and whether all relevance crosses it."""
+    import torch
+
+    from nrm.cli import models, report
+
     with one_line_errors(debug):
-        where = find_device(device)
+        where = models.find_device(device)
         x = torch.rand(_shape(input_shape), generator=torch.Generator().manual_seed(0))
-        listing = Explainer(load_model(model, weights, where)).layers(x.to(where))
+        listing = nrm.Explainer(models.load_model(model, weights, where)).layers(x.to(where))
         if as_json:
             rows = [
                 {
@@ -224,57 +234,42 @@ def list_layers(
                 }
                 for layer in listing
             ]
-            typer.echo(to_json(rows), nl=False)
+            typer.echo(report.to_json(rows), nl=False)
             return
         heads = ("layer", "kind", "module", "shape", "cut", "also called")
-        _print(_table(heads, listing.rows()))
+        print_table(heads, listing.rows())
 
 
 @app.command("demo", cls=Command)
 def run_demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
-    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = digit_net.EPOCHS,
+    epochs: Annotated[int, typer.Option(min=1, help="How long to train.")] = EPOCHS,
     debug: Debug = False,
 ) -> None:
     """Train a small network on handwritten digits and explain what it makes of some."""
+    from nrm import io
+    from nrm.cli import demo, report
+
     with one_line_errors(debug):
-        check_folder(out)
+        io.check_folder(out, "--out")
         say = _say(quiet=False)
         say("training a small network on scikit-learn's digits")
-        trained = digit_net.train(epochs)
+        trained = demo.trained(epochs)
         typer.echo(
             f"Trained on {trained.seen} digits in {trained.seconds:.1f} s; of {len(trained.y)} "
             f"others it recognises {trained.accuracy:.1%}."
         )
-        explainer = Explainer(trained.model)
+        explainer = nrm.Explainer(trained.model)
         for digit in demo.DIGITS:
             picture, subject = demo.example(trained, digit)
             folder = out / f"digit_{digit}"
-            result = report(explainer, picture, subject, demo.LAYERS, folder, top=4, say=say)
-            _summarise(result, folder)
+            result = report.report(explainer, picture, subject, demo.LAYERS, folder, top=4, say=say)
+            _summarise(result, report.amounts(result), folder)
 
 
-def _say(quiet: bool) -> Say:
+def _say(quiet: bool) -> Callable[[str], None]:
     """Progress, on stderr."""
     return lambda text: None if quiet else typer.echo(f"{text} …", err=True)
-
-
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    """`[classes]`: what the model makes of the picture."""
-    try:
-        with torch.no_grad():
-            output = model(x)
-    except Exception as error:  # any code may stand behind a model
-        if out_of_memory(error):
-            raise
-        raise CommandError(
-            f"the model fails on a picture of shape {tuple(x.shape)}: {type(error).__name__}: "
-            f"{one_line(error)}"
-        ) from error
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != 1:
-        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise CommandError(f"the model's output must be [1, classes] for one picture, not {what}")
-    return output[0]
 
 
 def _layers(given: Sequence[str] | None) -> list[str]:
@@ -302,12 +297,12 @@ def _shape(text: str) -> list[int]:
     return shape
 
 
-def _summarise(result: dict[str, Any], out: Path) -> None:
+def _summarise(result: dict[str, Any], amounts: str, out: Path) -> None:
     """The short result for people."""
     what = f"class {result['target']}"
     if result["label"] is not None:
         what = f"{result['label']} ({what})"
-    typer.echo(f"{result['image']}: {what}, {amounts(result)}")
+    typer.echo(f"{result['image']}: {what}, {amounts}")
     if result["flows"]:
         layers = result["layers"]
         rows = [
@@ -321,22 +316,18 @@ def _summarise(result: dict[str, Any], out: Path) -> None:
             for k, flow in enumerate(result["flows"], start=1)
         ]
         heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
-        _print(_table(heads, rows))
+        print_table(heads, rows)
     typer.echo(f"Worst cut deviation {result['worst_cut_deviation']:.1e}.")
     typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / 'overview.png'}.")
 
 
-def _table(heads: tuple[str, ...], rows: list[Any]) -> Table:
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """On a terminal as wide as that is, elsewhere as wide as the table, so that nothing breaks."""
     table = Table(box=None, pad_edge=False)
     for head in heads:
         table.add_column(Text(head), overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # text as it is: names may hold brackets
-    return table
-
-
-def _print(table: Table) -> None:
-    """On a terminal as wide as that is, elsewhere as wide as the table, so that nothing breaks."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000

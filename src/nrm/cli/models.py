@@ -1,25 +1,35 @@
-"""Models by name: `module:factory` and a file of weights."""
+"""What a command names: a model and its weights, a device, a composite, classes.
+
+Models are `module:factory`, whatever package they are from.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import os
-import pickle
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nrm.cli.errors import CommandError, one_line, some
-from nrm.cli.torchvision_mismatch import import_torchvision, is_mismatch
+from nrm import composites
+from nrm.cli.commands import AUTO, COMPOSITES, TOP, CommandError, out_of_memory
+from nrm.composites import Composite
+from nrm.errors import first_line, one_line, some
+from nrm.io import load_weights, read_labels
+from nrm.torchvision_mismatch import import_torchvision, is_mismatch
+
+_IMAGENET_CLASSES = 1000
+
+
+# -- models ----------------------------------------------------------------------------------------
 
 
 def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Module:
@@ -43,22 +53,6 @@ def load_model(spec: str, weights: Path | None, device: torch.device) -> nn.Modu
     return model.eval().to(device)
 
 
-def find_device(name: str) -> torch.device:
-    """A device that this torch can put numbers on, and get them back from.
-
-    Raises:
-        CommandError: there is none of that name, or it holds no values (`meta`).
-    """
-    try:
-        device = torch.device(name)
-        back = torch.ones(1).to(device).add(1).cpu()
-    except Exception as error:  # each backend fails in its own way
-        raise CommandError(f"device {name!r} cannot be used: {_first_line(error)}") from error
-    if back.tolist() != [2.0]:
-        raise CommandError(f"device {name!r} cannot be used: it computes 1 + 1 = {back.tolist()}")
-    return device
-
-
 def build(spec: str) -> nn.Module:
     """What `module:factory` makes."""
     found = find_attribute(spec)
@@ -70,7 +64,7 @@ def build(spec: str) -> nn.Module:
         model = found()
     except Exception as error:  # any code may stand behind a name
         raise CommandError(
-            f"{spec} called without arguments fails: {type(error).__name__}: {_first_line(error)}"
+            f"{spec} called without arguments fails: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"{spec} made a {type(model).__name__}, not a torch.nn.Module")
@@ -92,58 +86,6 @@ def find_attribute(spec: str) -> Any:
             raise CommandError(f"{module_name} has no {attribute!r}{hint}")
         found = getattr(found, part)
     return found
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict that fits the model key by key."""
-    state = _read_weights(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and not is_lazy(value) and state[key].shape != value.shape
-    ]
-    wrong = [
-        f"{what}: {some(keys, 3)}"
-        for what, keys in (
-            ("missing keys", missing),
-            ("unknown keys", unexpected),
-            ("other shapes", shapes),
-        )
-        if keys
-    ]
-    if wrong:
-        raise CommandError(f"{path} does not fit the model. {'; '.join(wrong)}.")
-    model.load_state_dict(state)
-
-
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    if path.is_dir():
-        raise CommandError(f"weights {path}: it is a folder, not a file")
-    if not path.is_file():
-        raise CommandError(f"weights {path}: no such file")
-    kind = path.suffix.lower()
-    if kind not in (".safetensors", ".pt", ".pth"):
-        raise CommandError(f"weights {path}: expected a .safetensors, .pt or .pth file")
-    try:
-        if kind == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CommandError(
-            f"weights {path}: not a state dict that can be read safely (weights only): "
-            f"{_first_line(error)}"
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CommandError(f"weights {path}: cannot be read: {_first_line(error)}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]  # as training scripts save it
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CommandError(f"weights {path}: not a state dict (names and their tensors)")
-    return state
 
 
 def _import(name: str) -> ModuleType:
@@ -177,6 +119,131 @@ def _import(name: str) -> ModuleType:
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """`[classes]`: what the model makes of the picture."""
+    try:
+        with torch.no_grad():
+            output = model(x)
+    except Exception as error:  # any code may stand behind a model
+        if out_of_memory(error):
+            raise
+        raise CommandError(
+            f"the model fails on a picture of shape {tuple(x.shape)}: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != 1:
+        what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CommandError(f"the model's output must be [1, classes] for one picture, not {what}")
+    return output[0]
+
+
+# -- devices and composites ------------------------------------------------------------------------
+
+
+def find_device(name: str) -> torch.device:
+    """A device that this torch can put numbers on, and get them back from.
+
+    Raises:
+        CommandError: there is none of that name, or it holds no values (`meta`).
+    """
+    try:
+        device = torch.device(name)
+        back = torch.ones(1).to(device).add(1).cpu()
+    except Exception as error:  # each backend fails in its own way
+        raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    if back.tolist() != [2.0]:
+        raise CommandError(f"device {name!r} cannot be used: it computes 1 + 1 = {back.tolist()}")
+    return device
+
+
+def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite | None:
+    """A composite with its default parameters; `None` for the one that suits the model.
+
+    Arguments:
+        name: in whatever case.
+        bounds: smallest and largest input, which the box rule needs.
+    """
+    known = {one.casefold(): one for one in (AUTO, *COMPOSITES)}
+    if name.casefold() not in known:
+        near = difflib.get_close_matches(name.casefold(), known, n=1)
+        hint = f"did you mean {known[near[0]]}? " if near else ""
+        raise CommandError(
+            f"no composite is called {name!r}; {hint}there are {', '.join(known.values())}"
+        )
+    chosen = known[name.casefold()]
+    if chosen == AUTO:
+        return None
+    make: Callable[..., Composite] = getattr(composites, chosen)
+    if make is not composites.EpsilonGammaBox:
+        return make()
+    if bounds is None:
+        raise CommandError(
+            f"{chosen} needs the bounds of the inputs, which are known without --transform only"
+        )
+    return make(*bounds)
+
+
+# -- classes ---------------------------------------------------------------------------------------
+
+
+def find_labels(path: Path | None, classes: int) -> list[str] | None:
+    """The names in a file, or for 1000 classes those of ImageNet that torchvision knows."""
+    if path is not None:
+        labels = read_labels(path)
+        if len(labels) != classes:
+            raise CommandError(
+                f"labels {path}: {len(labels)} names, but the model has {classes} outputs"
+            )
+        return labels
+    if classes != _IMAGENET_CLASSES:
+        return None
+    try:
+        weights = import_torchvision().models.SqueezeNet1_0_Weights.IMAGENET1K_V1
+    except (ImportError, RuntimeError):
+        return None
+    return list(weights.meta["categories"])
+
+
+def find_target(wanted: str, labels: Sequence[str] | None, logits: Tensor) -> int:
+    """The class that is meant: `top1`, an index, or a name in whatever case.
+
+    Arguments:
+        logits: `[classes]`, the model's output.
+    """
+    if wanted.casefold() == TOP:
+        return int(logits.argmax())
+    classes = len(logits)
+    if re.fullmatch(r"[+-]?\d+", wanted.strip()):
+        index = int(wanted)
+        if not 0 <= index < classes:
+            raise CommandError(
+                f"target {index} is out of range: the model has {classes} outputs "
+                f"(0 to {classes - 1})"
+            )
+        return index
+    if labels is None:
+        raise CommandError(
+            f"target {wanted!r}: the model's classes have no names; give an index, {TOP}, or "
+            "names with --labels"
+        )
+    return _by_name(wanted, labels)
+
+
+def _by_name(wanted: str, labels: Sequence[str]) -> int:
+    name = wanted.strip().casefold()
+    folded = [label.casefold() for label in labels]
+    found = [k for k, label in enumerate(folded) if label == name]
+    if not found:  # ImageNet's files list synonyms: "tench, Tinca tinca"
+        found = [k for k, label in enumerate(folded) if name in re.split(r"\s*,\s*", label)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CommandError(
+            f"target {wanted!r} is ambiguous: {some([f'{labels[k]} ({k})' for k in found])}; "
+            "give the index"
+        )
+    near = [k for k, label in enumerate(folded) if name and name in label]
+    for match in difflib.get_close_matches(name, folded, n=5):
+        near += [k for k, label in enumerate(folded) if label == match and k not in near]
+    hint = f"; nearest names: {some([f'{labels[k]} ({k})' for k in near])}" if near else ""
+    raise CommandError(f"no class is called {wanted!r}{hint}")

@@ -1,33 +1,35 @@
-"""One explanation as a folder of pictures and a `result.json`."""
+"""One explanation as a folder of pictures and a `result.json`, which says what it was made from."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import math
+import platform
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import nrm
-from nrm import plot
-from nrm.cli.errors import CommandError
-from nrm.cli.folder import check_folder, filled_at_once
-from nrm.cli.pictures import Picture
+from nrm import __version__, plot
+from nrm.capture.digest import lasting
+from nrm.cli.commands import RESULT, CommandError, as_text
 from nrm.explainer import Explainer
+from nrm.io import Picture, Say, check_folder, filled_at_once
 from nrm.measure import Measure
 from nrm.search import Flow, Flows
+from nrm.sets import channels
 
-RESULT = "result.json"
 MOST_COLUMNS = 8
 """How many flows the overview shows; every flow has a picture of its own."""
-
-Say = Callable[[str], None]
-"""Tells the user what is being done."""
+SIGMOID = "sigmoid of the logit"
+_OTHERS = ("torchvision", "numpy", "PIL", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def report(
     Returns:
         what `result.json` holds.
     """
-    check_folder(out)
+    check_folder(out, "--out")
     say("capturing the model and passing the picture through it")
     R = explainer(picture.x, target=subject.target)
     for layer in layers:
@@ -81,7 +83,7 @@ def report(
     result = _result(explainer, R, subject, layers, flows)
     result["worst_cut_deviation"] = checks.worst_cut_deviation
     result["total_variation"] = float(checks.total_variation[0])
-    with filled_at_once(out, last=RESULT) as folder:
+    with filled_at_once(out, RESULT, "--out") as folder:
         say("drawing")
         _draw(R, picture, everything, flows, subject, result, folder)
         result["pictures"] = sorted(file.name for file in folder.iterdir())
@@ -110,9 +112,6 @@ def amounts(result: dict[str, Any]) -> str:
     # One number may be anything; of several, the softmax is what classifiers are trained with.
     named = source if source == SIGMOID else "probability"
     return f"{named} {shown}, {explained}"
-
-
-SIGMOID = "sigmoid of the logit"
 
 
 def probability(R: Measure) -> tuple[float, str] | tuple[None, None]:
@@ -250,7 +249,7 @@ class _Singles:
             relevance = float(self._relevances[layer][channel])
             total = float(self._relevances[layer].sum())
             amount = _amount(relevance, relevance / total if total else 0.0)
-            heatmap = self._R.heatmap(nrm.channels(layer, channel))[0]
+            heatmap = self._R.heatmap(channels(layer, channel))[0]
             self._panels[layer, channel] = plot.Panel(f"channel {channel}\n{amount}", heatmap)
         return self._panels[layer, channel]
 
@@ -286,3 +285,63 @@ def _outdated(out: Path, pictures: Sequence[str]) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError):
         return []  # no earlier result, or none of ours
     return [out / name for name in sorted(names.difference(pictures))]
+
+
+# -- what a result was made from -------------------------------------------------------------------
+
+
+def weights_used(model: nn.Module, file: Path | None) -> dict[str, Any]:
+    """Where a model's weights come from, and which they are.
+
+    Without a file the factory gave them: random ones, or whatever it loaded.
+
+    Returns:
+        the file with its SHA-256, and that of the values that were used.
+    """
+    return {
+        "source": "factory" if file is None else "file",
+        "file": None if file is None else as_text(file),
+        "sha256": None if file is None else file_digest(file),
+        "values_sha256": _values_digest(model),
+    }
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def versions(spec: str = "") -> dict[str, str]:
+    """Of Python, of nrm, and of the packages that had a part in a result.
+
+    Arguments:
+        spec: `module:factory`, whose package is one of them.
+    """
+    found = {
+        "python": platform.python_version(),
+        "nrm": __version__,
+        "torch": str(torch.__version__),
+    }
+    for name in (*_OTHERS, spec.partition(":")[0].partition(".")[0]):
+        module = sys.modules.get(name)
+        version = getattr(module, "__version__", None) or (module and _installed(name))
+        if version and name not in found:
+            found[name] = str(version)
+    return found
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+def _values_digest(model: nn.Module) -> str:
+    """The SHA-256 of all parameters and buffers, with their names."""
+    lines = [
+        f"{name} {value.dtype} {tuple(value.shape)} {lasting(value)}\n"
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

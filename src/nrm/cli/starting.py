@@ -1,8 +1,8 @@
-"""What the command `nrm` does before it imports anything that takes long.
+"""How the command `nrm` starts and ends: the import path, Ctrl-C, requests to end.
 
-`nrm/__init__.py` imports this first, because Python runs that file before any of the command's own:
-torch takes seconds, in which somebody may press Ctrl-C, and is searched along the import path.
-Nothing here does anything where `nrm` is imported as a library.
+Torch takes seconds to import, in which somebody may press Ctrl-C, and is searched along the import
+path. So this comes before anything that takes long, and imports nothing that does. Nothing here
+does anything where nrm is imported as a library.
 """
 
 from __future__ import annotations
@@ -11,23 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def is_command() -> bool:
-    """Whether this process is `nrm` or `python -m nrm`, rather than one that imports nrm."""
-    if not sys.argv:
-        return False
-    if sys.argv[0] != "-m":  # which stands there while Python looks for the module to run
-        return Path(sys.argv[0]).stem == "nrm"
-    module = sys.orig_argv[-len(sys.argv)]
-    return module.removeprefix("-m").partition(".")[0] == "nrm"
 
 
 def working_folder_last() -> None:
@@ -36,30 +24,20 @@ def working_folder_last() -> None:
     What lies beside a picture must not run in the place of an installed package. Models of one's
     own are found all the same: `nrm.cli.models` appends the folder.
     """
-    if sys.argv[:1] == ["-m"] and sys.path and sys.path[0] in ("", os.getcwd()):
+    if sys.path[:1] in ([""], [os.getcwd()]) and not sys.flags.safe_path:
         del sys.path[0]
 
 
-def interrupts_end_at_once() -> Any:
-    """From now on Ctrl-C ends the process with one line; returns what it did before.
+def interrupts_end_at_once() -> None:
+    """From now on Ctrl-C ends the process with one line.
 
     At once, because an exception in the middle of an import is caught, renamed and shown by
     whatever is imported just then. Nothing has been made yet that would need cleaning up.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored, in the background; or a debugger's
-        return None
-    try:
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # ignored, in the background; or a debugger's
+    with suppress(ValueError):  # not the main thread, which alone is interrupted
         signal.signal(signal.SIGINT, _end_at_once)
-    except ValueError:  # not the main thread, which alone is interrupted
-        return None
-    return before
-
-
-def interrupts_as(before: Any) -> None:
-    """Undo `interrupts_end_at_once`."""
-    if before is not None:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -90,14 +68,3 @@ def _end_at_once(*_: object) -> None:
 def _end(number: int, _: object) -> None:
     os.write(2, b"terminated\n")
     raise SystemExit(128 + number)
-
-
-_before = None
-if is_command():
-    working_folder_last()
-    _before = interrupts_end_at_once()
-
-
-def library_is_imported() -> None:
-    """The last line of `nrm/__init__.py`."""
-    interrupts_as(_before)

@@ -1,16 +1,13 @@
 """Evaluation of relevance by intervention (sections 4.1, 4.2; appendix I).
 
-removal        what takes the place of removed activations
-families       neuron sets laid out for many removals at once
-downstream     the captured graph again from some node on, for many copies of a sample
-affine         where an output is affine in a layer, so that effects are sums
+removal        which neurons are removed, and what takes the place of their activations
+rerun          the captured graph again from some node on, for many copies of a sample
 combinations   all combinations of sets of several families, removed in turn
 intervention   outputs without sets, and joint contributions (eqs. 34, 57)
 metrics        correlations, contribution of the k best (eq. 58), bootstrap intervals
-baselines      joint relevance, and the scores it is compared with (section 4.1)
+faithfulness   scores of combinations, and `evaluate`: beside their contributions, over samples
 fingerprint    settings as text, the same in every process
 store          a folder of finished samples, from which an interrupted run goes on
-faithfulness   `evaluate`: all of it over samples
 """
 
 from nrm.evaluation.faithfulness import Evaluation, Families, evaluate

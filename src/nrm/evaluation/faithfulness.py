@@ -1,8 +1,10 @@
-"""Scores for combinations of neuron sets: joint relevance, and what it is compared with (App. I).
+"""Does relevance say what the network loses? Scores beside interventions (sections 4.1, 4.2).
 
-All but the joint relevance are sums over the layers: they say nothing of how sets act together.
-Relevances are in units of the output (times `Measure.scale`), as contributions are: so they have
-their sign also where the explained output is negative.
+The neuron sets of some layers (`Families`) are combined, one of each. A score is a number for every
+combination: the joint relevance, and what it is compared with (appendix I), which are sums over the
+layers and say nothing of how sets act together. `evaluate` compares scores with joint contributions
+(eq. 57) over samples. Relevances are in units of the output (times `Measure.scale`), as
+contributions are: so they have their sign also where the explained output is negative.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import nrm
+from nrm import __version__
 from nrm.engine import checked
 from nrm.errors import InputError, QueryError
 from nrm.evaluation.fingerprint import described, digest
@@ -44,6 +46,19 @@ from nrm.progress import counted
 
 By = Division | Callable[[Measure, str], Iterable[NeuronSet]]
 """What a layer is divided into; or a function that gives neuron sets of it, such as clusters."""
+Inputs = Tensor | Sequence[Tensor]
+"""One sample: the model's input, batch axis included, or its inputs by position."""
+Neuron = int | tuple[int, ...]
+"""An output."""
+Chosen = str | int | tuple[int, ...] | Callable[[str, Inputs], Neuron]
+"""Which output is explained: `"predicted"` for the largest one; one for all samples; or a function
+of a sample's name and inputs."""
+
+RANKED = 2**22
+"""Up to how many combinations ranks are correlated, by default."""
+
+
+# -- scores ---------------------------------------------------------------------------------------
 
 
 class Families:
@@ -147,18 +162,7 @@ def _added_up(part: Partition, values: Tensor) -> Tensor:
     return part.add_up(values.unsqueeze(0))[0, 0]
 
 
-# -- Does relevance say what the network loses? Scores beside interventions (sections 4.1, 4.2).
-
-Inputs = Tensor | Sequence[Tensor]
-"""One sample: the model's input, batch axis included, or its inputs by position."""
-Neuron = int | tuple[int, ...]
-"""An output."""
-Chosen = str | int | tuple[int, ...] | Callable[[str, Inputs], Neuron]
-"""Which output is explained: `"predicted"` for the largest one; one for all samples; or a function
-of a sample's name and inputs."""
-
-RANKED = 2**22
-"""Up to how many combinations ranks are correlated, by default."""
+# -- what is found --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -251,6 +255,9 @@ class Evaluation:
         return line
 
 
+# -- over samples ---------------------------------------------------------------------------------
+
+
 def evaluate(
     explainer: Explainer,
     samples: Iterable[Inputs | tuple[str, Inputs]],
@@ -275,7 +282,7 @@ def evaluate(
         layers: one set of each makes a combination.
         by: what layers are divided into; or a function of the measure of a sample and a layer that
             gives neuron sets, e.g. `lambda R, layer: nrm.clusters(R, layer, 5)`.
-        methods: some of `baselines.SCORES`; or by name, scores of your own.
+        methods: some of `SCORES`; or by name, scores of your own.
         ks: of the `SC_k` (eq. 58); none for none.
         removal: what becomes of removed neurons, as for `Interventions`.
         order: which combinations `SC_k` takes for the most relevant ones.
@@ -359,7 +366,7 @@ class _Task:
             "captured": described([of.output, of.batch_axis, of.head]),
             "model": digest(of.model),
             "seed": seed,
-            "nrm": nrm.__version__,
+            "nrm": __version__,
         }
 
     def rows(self, name: str, inputs: Sequence[Tensor], target: Neuron | None) -> list[Row]:

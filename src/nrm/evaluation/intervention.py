@@ -109,14 +109,14 @@ class Interventions:
             if chosen.members:
                 variables = {self._variable(layer): None for layer in chosen.layers}
                 groups.setdefault(tuple(variables), []).append(number)
-        with counted(progress, "interventions", len(removed)) as told, _plainly(self._model):
+        with counted(progress, "interventions", len(removed)) as advance, _plainly(self._model):
             _ = self._measure.forward_pass  # refused where the model has changed since
             found = self.output.repeat(len(removed))
-            told(sum(not chosen.members for chosen in united))
+            advance(sum(not chosen.members for chosen in united))
             for numbers in groups.values():
                 family = self._family([united[number] for number in numbers])
                 run = self._combinations([family])
-                lost = run.effects(told)
+                lost = run.effects(advance)
                 found[numbers] = self.output - lost if run.affine else lost[1:]
         return _finite(found)
 
@@ -132,8 +132,8 @@ class Interventions:
             compiled = [self._family(family) for family in sets]
             order = sorted(range(len(families)), key=lambda i: self._place(compiled[i]))
             run = self._combinations([compiled[i] for i in order])
-            with counted(progress, "interventions", run.total) as told:
-                found = run.effects(told)
+            with counted(progress, "interventions", run.total) as advance:
+                found = run.effects(advance)
             for axis in range(len(families) - run.affine):
                 # f without less: eq. 57, one layer after the other
                 found = found.narrow(axis, 0, 1) - found.narrow(axis, 1, found.shape[axis] - 1)

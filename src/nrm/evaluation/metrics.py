@@ -1,6 +1,9 @@
 """How well relevance agrees with contribution (section 4.1), and how sure one is of a mean.
 
-Everything is added up in double precision, whatever the tensors are.
+Correlations, contributions of the k most relevant combinations (eq. 58), bootstrap intervals. They
+give scipy's values, which tests compare them with, but chunk by chunk and on the tensors' device:
+the joint relevances of two layers are tens of millions of numbers. All is added up in double
+precision, whatever the tensors are.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ _DRAWN = 2**22
 
 
 def pearson(a: Tensor, b: Tensor) -> float | None:
-    """The correlation of two tensors' elements, in one pass; `None` where one of them is constant.
+    """The correlation of two tensors' elements; `None` where one of them is constant.
+
+    Chunk by chunk: beside the tensors there is never more than a few megabytes of numbers.
 
     Raises:
         QueryError: they have other shapes, no elements, or some that are not finite.
@@ -34,10 +39,14 @@ def pearson(a: Tensor, b: Tensor) -> float | None:
     _require_alike(a, b)
     if _constant(a) or _constant(b):
         return None
-    moments = _Moments()
+    # Centred first: sums of squares would cancel, as most of millions of relevances are near zero.
+    mean_x, mean_y = _mean(a), _mean(b)
+    xx = yy = xy = 0.0
     for x, y in _chunks(a, b):
-        moments.add(x, y)
-    return moments.correlation
+        x, y = x.sub_(mean_x), y.sub_(mean_y)
+        xx, yy, xy = xx + float(x @ x), yy + float(y @ y), xy + float(x @ y)
+    size = math.sqrt(xx) * math.sqrt(yy)  # one by one: their product may overflow
+    return min(1.0, max(-1.0, xy / size)) if size > 0 else None
 
 
 def spearman(a: Tensor, b: Tensor) -> float | None:
@@ -157,42 +166,17 @@ def bootstrap_difference(
     return bootstrap(differences, seed, resamples, level)
 
 
-class _Moments:
-    """Means and centred second moments of two variables, joined chunk by chunk (Chan et al.).
-
-    Sums of squares would cancel: most of millions of relevances lie close to zero.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean_x = self.mean_y = 0.0
-        self.xx = self.yy = self.xy = 0.0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Further elements, which are overwritten."""
-        more, mean_x, mean_y = len(x), float(x.mean()), float(y.mean())
-        x, y = x.sub_(mean_x), y.sub_(mean_y)
-        off_x, off_y = mean_x - self.mean_x, mean_y - self.mean_y
-        total = self.count + more
-        weight = self.count * more / total
-        self.xx += float(x @ x) + off_x * off_x * weight
-        self.yy += float(y @ y) + off_y * off_y * weight
-        self.xy += float(x @ y) + off_x * off_y * weight
-        self.mean_x += off_x * more / total
-        self.mean_y += off_y * more / total
-        self.count = total
-
-    @property
-    def correlation(self) -> float | None:
-        size = float(np.sqrt(self.xx) * np.sqrt(self.yy))
-        return min(1.0, max(-1.0, self.xy / size)) if size > 0 else None
-
-
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The elements of both, some at a time, as copies of double precision."""
     parts = (torch.split(flat.reshape(-1), _CHUNK) for flat in (a, b))
     for x, y in zip(*parts, strict=True):
         yield x.to(torch.float64, copy=True), y.to(x.device, torch.float64, copy=True)
+
+
+def _mean(values: Tensor) -> float:
+    """Of all elements."""
+    parts = torch.split(values.reshape(-1), _CHUNK)
+    return sum(float(part.sum(dtype=torch.float64)) for part in parts) / values.numel()
 
 
 def _by_place(key: Tensor, contribution: Tensor, k: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""What takes the place of removed activations: zero, a mean, or values of one's own."""
+"""Which neurons are removed, and what takes the place of their activations.
+
+A removal is zero, a mean, or values of one's own (`replacement`). What is removed are the sets of a
+family, laid out so that many sets are removed from many copies of a sample at once (`Family`).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ from nrm.graph import Graph, Variable
 from nrm.tensors import check_dense, like
 
 Removal = str | float | Mapping[str, str | float | Tensor]
-"""What takes the place of removed activations."""
+"""`"zero"`, `"mean"`, a number; or by name of layers one of these or a tensor."""
+
+
+# -- values ---------------------------------------------------------------------------------------
 
 
 def by_variable(

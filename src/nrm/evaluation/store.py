@@ -1,23 +1,24 @@
-"""A folder of finished samples, so that an evaluation that was interrupted goes on."""
+"""A folder of finished samples, so that what was interrupted goes on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nrm.errors import InputError
+from nrm.io import write_text
 
 _SETTINGS = "settings"
 
 
 class Store:
-    """One file for each sample, and one that says of what settings they are.
+    """One JSON file for each sample, and one that says of what settings they are.
 
-    A file is written beside its place and then renamed: it is there as a whole or not at all.
-    Several processes may share a folder.
+    A file is there as a whole or not at all, with a digest of what it holds: one that was damaged
+    is as if it were not there. Several processes may share a folder.
 
     Raises:
         InputError: the folder is of other settings.
@@ -42,17 +43,30 @@ class Store:
             )
 
     def read(self, key: str) -> Any | None:
-        """What was written, if anything was."""
+        """What was written, if anything was, and it is whole."""
         try:
-            return json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # cut off where the machine went down
-            return None
+            held = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            return held["value"] if held["digest"] == _digest(held["value"]) else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None  # cut off where the machine went down, or not ours
 
     def write(self, key: str, value: Any) -> None:
-        """Keep what was found."""
-        beside = self.folder / f".{key}.{os.getpid()}.part"
-        beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(self.folder / f"{key}.json")
+        """Keep what was found; what JSON has no word for is a mistake (`ValueError`)."""
+        value = json.loads(json.dumps(value, allow_nan=False))  # as it comes back
+        held = {"digest": _digest(value), "value": value}
+        write_text(self.folder / f"{key}.json", json.dumps(held, indent=1) + "\n")
+
+    def once(self, key: str, find: Callable[[], Any]) -> Any:
+        """What was kept, or found now and kept: as JSON gives it back either way."""
+        known = self.read(key)
+        if known is None:
+            self.write(key, find())
+            known = self.read(key)
+        return known
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

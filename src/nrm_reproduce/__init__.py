@@ -1,0 +1,10 @@
+"""The paper's experiments (section 4), one file each, run by `nrm reproduce NAME`.
+
+command     the command, the experiments by name, and all of them together
+report      what an experiment is asked and answers: a page, its pictures, tables, JSON
+data        digits, photographs, made series, molecules
+networks    the networks, trained or pretrained
+comparison  relevance by several walks and scores beside interventions, for mlp, cnn and rules
+
+Imports run upwards only: report and data; networks; comparison; the experiments; command.
+"""

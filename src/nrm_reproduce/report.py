@@ -1,0 +1,338 @@
+"""What an experiment is asked, and what it answers: a page, its pictures, tables and JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+import nrm
+from nrm import plot
+
+PAGE, RESULT = "report.html", "result.json"
+HEADS = ("layers", "method", "Pearson", "95 % interval", "paper", "samples")
+"""Of a table of correlations."""
+
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
+"""Of the figures, for `matplotlib.rc_context`."""
+GREY = "0.35"
+"""Of lines and texts that stand back."""
+
+Value = str | int | float | None
+
+
+# -- the question ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """How an experiment is to be run.
+
+    Attributes:
+        data: what the command line names: a folder, or a word that the experiment knows.
+        kept: a folder for what an interrupted run leaves and the next goes on from.
+        samples: how many to report on; by default as many as the experiment thinks fit.
+        layers: pairs of layers, for experiments that compare layers; by default their own.
+        weights: a file of weights, for experiments that explain a pretrained network.
+        seed: of all that is drawn at random.
+        progress: whether to show bars.
+        say: told what happens, a line at a time.
+    """
+
+    data: str
+    kept: Path
+    samples: int | None = None
+    layers: tuple[tuple[str, ...], ...] = ()
+    weights: Path | None = None
+    seed: int = 0
+    progress: bool = False
+    say: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One of the paper's experiments.
+
+    Attributes:
+        name: by which it is run.
+        run: runs it, from where an interrupted run stopped.
+        options: which of a request's `layers` and `weights` it heeds.
+    """
+
+    name: str
+    run: Callable[[Request], Report]
+    options: frozenset[str] = frozenset()
+
+
+def versions() -> str:
+    """Of nrm and torch, as a fact of a report."""
+    return f"nrm {nrm.__version__}, torch {torch.__version__}"
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a table: the mean correlation of a method over samples.
+
+    Attributes:
+        pearson: relevance with joint contribution; `None` where it is not defined.
+        ci_low, ci_high: its bootstrap interval over samples.
+        paper: what the paper reports; `None` where it reports nothing.
+        samples: over how many.
+    """
+
+    experiment: str
+    layers: tuple[str, ...]
+    method: str
+    pearson: float | None
+    ci_low: float | None
+    ci_high: float | None
+    paper: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of anything.
+
+    Attributes:
+        heads: of its columns.
+        lines: a value for each column; numbers keep all their digits until they are shown.
+        group: how many columns at the left say what a line belongs to. Where they are those of
+            the line before, they are not said again.
+        note: how it is to be read.
+    """
+
+    title: str
+    heads: Sequence[str]
+    lines: Sequence[Sequence[Value]]
+    group: int = 1
+    note: str = ""
+
+    def texts(self) -> list[tuple[tuple[str, ...], bool]]:
+        """The lines as text, and whether each begins a group."""
+        found: list[tuple[tuple[str, ...], bool]] = []
+        before: tuple[str, ...] | None = None
+        for line in self.lines:
+            texts = tuple(brief(value) for value in line)
+            group = texts[: self.group]
+            begins = not self.group or group != before
+            found.append((texts if begins else ("",) * self.group + texts[self.group :], begins))
+            before = group
+        return found
+
+
+def shown(value: Value) -> str:
+    """A number with three digits after the point; nothing is a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def brief(value: Value) -> str:
+    """A number with three digits, whatever its size; nothing is a dash."""
+    if not isinstance(value, float):
+        return shown(value)
+    if 999.5 <= abs(value) < 99_999.5:
+        return f"{value:.0f}"
+    digits, _, power = f"{value + 0.0:#.3g}".partition("e")  # not -0.00
+    digits = digits.rstrip(".")
+    return f"{digits}e{int(power)}" if power else digits
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text, under `HEADS`."""
+    known = row.ci_low is not None and row.ci_high is not None
+    return (
+        ", ".join(row.layers),
+        row.method,
+        shown(row.pearson),
+        f"[{row.ci_low:.3f}, {row.ci_high:.3f}]" if known else shown(None),
+        shown(row.paper),
+        str(row.samples),
+    )
+
+
+def correlations(title: str, rows: Sequence[Row]) -> Table:
+    """The table of rows; it says of which experiment they are where there are several."""
+    if len({row.experiment for row in rows}) < 2:
+        return Table(title, HEADS, [cells(row) for row in rows])
+    lines = [(row.experiment, *cells(row)) for row in rows]
+    return Table(title, ("experiment", *HEADS), lines, group=2)
+
+
+# -- the answer -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure and what it shows."""
+
+    file: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """All that an experiment found.
+
+    Attributes:
+        rows: correlations, the own beside the paper's.
+        facts: of the run, in a line each: network, accuracy, seed.
+        notes: how the rows are to be read.
+        details: whatever else belongs into the JSON, such as curves and single samples.
+        heading: of the table of rows.
+        tables: what is no correlation.
+        files: texts to write beside the page, by their names.
+        parts: reports that this one is about, each written into a folder of its name.
+        failures: what could not be run, and why.
+    """
+
+    experiment: str
+    title: str
+    rows: Sequence[Row]
+    pictures: Sequence[Picture] = ()
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    heading: str = "Correlation of relevance with joint contribution"
+    tables: Sequence[Table] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    parts: Sequence[Report] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> str:
+        """Facts, rows, tables and details; of parts their rows only, which are among the rows."""
+        found = {
+            "experiment": self.experiment,
+            "facts": dict(self.facts),
+            "rows": [asdict(row) for row in self.rows],
+            "tables": [
+                {"title": table.title, "heads": table.heads, "lines": table.lines}
+                for table in self.tables
+            ],
+            "failures": dict(self.failures),
+            "details": dict(self.details),
+        }
+        return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def all_tables(self) -> list[Table]:
+        """That of the rows, if there are any, and the others."""
+        rows = [correlations(self.heading, self.rows)] if self.rows else []
+        return [*rows, *self.tables]
+
+    def write(self, folder: Path) -> None:
+        """The page, which holds its pictures, the pictures and files beside it, JSON, the parts."""
+        for part in self.parts:
+            own = folder / part.experiment
+            own.mkdir()
+            part.write(own)
+        with matplotlib.rc_context(STYLE):  # ticks come into being when they are drawn
+            for picture in self.pictures:
+                plot.save(picture.figure, folder / picture.file)
+        for name, text in self.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / PAGE).write_text(self._page(folder), encoding="utf-8")
+        (folder / RESULT).write_text(self.as_json(), encoding="utf-8")
+
+    def _page(self, folder: Path) -> str:
+        def inside(picture: Picture) -> str:
+            return base64.b64encode((folder / picture.file).read_bytes()).decode("ascii")
+
+        return _TEMPLATE.render(
+            title=self.title,
+            facts={name: shown(value) for name, value in self.facts.items()},
+            links={quote(f"{part.experiment}/{PAGE}"): part.title for part in self.parts},
+            tables=self.all_tables(),
+            notes=self.notes,
+            pictures=[(picture, inside(picture)) for picture in self.pictures],
+        )
+
+
+_TEMPLATE = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+).from_string("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
+  font-weight: normal; }
+thead th { border-bottom: 1px solid #222; font-weight: 600; }
+tr.begins td { border-top: 1px solid #bbb; }
+.facts th { color: #666; }
+figure { margin: 0; }
+img { max-width: 100%; height: auto; }
+figcaption, p { color: #444; max-width: 48rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<table class="facts">
+{% for name, value in facts.items() %}
+<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+{% if links %}
+<ul>
+{% for place, title in links.items() %}
+<li><a href="{{ place }}">{{ title }}</a></li>
+{% endfor %}
+</ul>
+{% endif %}
+{% for table in tables %}
+<h2>{{ table.title }}</h2>
+<div class="wide"><table>
+<thead><tr>{% for head in table.heads %}<th>{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for texts, begins in table.texts() %}
+<tr{% if begins and table.group %} class="begins"{% endif %}>
+{%- for text in texts %}<td>{{ text }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% if table.note %}
+<p>{{ table.note }}</p>
+{% endif %}
+{% endfor %}
+{% for note in notes %}
+<p>{{ note }}</p>
+{% endfor %}
+{% for picture, data in pictures %}
+<figure><h2>{{ picture.title }}</h2>
+<img alt="{{ picture.title }}" src="data:image/png;base64,{{ data }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>
+{% endfor %}
+</body>
+</html>
+""")

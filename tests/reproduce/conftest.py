@@ -1,0 +1,55 @@
+"""Fixtures that tests of several experiments share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data sets and pretrained networks, which is not everywhere."""
+    if not DATA.is_dir():
+        pytest.skip("needs the data sets and pretrained networks of ../shared/data")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Scikit-learn's digits as flat pictures."""
+    from nrm_reproduce.data import load_flat
+
+    return load_flat("digits")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A perceptron so small that all of its experiments take seconds."""
+    from nrm_reproduce import networks
+
+    recipe = networks.Recipe((12, 8), epochs=15, batch=32, rate=5e-3, accuracy=0.85)
+    monkeypatch.setitem(networks.RECIPES, "digits", recipe)
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`nrm reproduce` alone: a function of its arguments."""
+    import typer
+    from typer.testing import CliRunner
+
+    from nrm.cli.commands import Command
+    from nrm_reproduce.command import reproduce
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=Command)(reproduce)
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="session")
+def result():
+    """What is in the `result.json` of a folder."""
+    return lambda out: json.loads((out / "result.json").read_text(encoding="utf-8"))
