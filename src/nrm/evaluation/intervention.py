@@ -18,7 +18,7 @@ from nrm.capture.call import ModelCall, without_autocast
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
-from nrm.evaluation.removal import Family, Picked, Removal, by_variable, neuron_shape, replacement
+from nrm.evaluation.removal import Family, Picked, Removal, by_variable, replacement
 from nrm.evaluation.rerun import Rerun
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
@@ -82,7 +82,7 @@ class Interventions:
         with torch.inference_mode(False), without_autocast(self._model):
             self.rerun = Rerun(self.graph, [x.detach().clone() for x in call.tensors])
         output = self.rerun.values[self.graph.explained]
-        self._flat_target = _flat(self.target, neuron_shape(self.graph.output, output))
+        self._flat_target = _flat(self.target, self.graph.output.neuron_shape(output.shape))
         self.output: Tensor = output.reshape(-1)[self._flat_target]
         self._removal = by_variable(removal, self.graph)
         self._removed: dict[Variable, Tensor] = {}
@@ -167,7 +167,7 @@ class Interventions:
             for member in chosen.members:
                 variable = self._variable(member.layer)
                 assert variable.node is not None
-                shape = neuron_shape(variable, self.rerun.values[variable.node])
+                shape = variable.neuron_shape(self.rerun.values[variable.node].shape)
                 mask = member.select(variable, shape).cpu()
                 if mask.numel() != shape.numel():
                     raise NeuronSetError(f"{member.text} is a mask for several samples.")

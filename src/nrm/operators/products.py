@@ -6,7 +6,7 @@ product passes the message unchanged, a matrix product is a weighted sum like a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -158,6 +158,9 @@ class Quotient(Product):
         return super().operands(call, carries, address)[:1]
 
 
+_MATRIX_ON_THE_RIGHT = ("other", "mat2", "batch2")
+
+
 def _by_factor(kind: Literal["times", "over"], factor: Any) -> Rescaling | None:
     """What multiplies with a factor, or divides by it, that is not zero."""
     if isinstance(factor, Node):
@@ -207,6 +210,10 @@ class MatrixProduct(WeightedSum):
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "linear"
+
+    def mixes_rows(self, names: Collection[str]) -> bool:
+        # The matrix on the left says how much of each row goes to which: an adjacency, attention.
+        return any(name in _MATRIX_ON_THE_RIGHT for name in names)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return self.addend is not None and call["beta"] != 0

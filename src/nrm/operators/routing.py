@@ -245,12 +245,13 @@ class Routing(Operator):
         *,
         least: bool = False,
         by_rank: bool = False,
+        gathers: bool = False,
         function: Function = UNKNOWN,
         looks_like: str | None = None,
     ) -> None:
         super().__init__(kind)
         self.passes = passes
-        self.keeps_channels = keeps_channels
+        self.keeps_channels, self.gathers = keeps_channels, gathers
         self.least, self.by_rank, self.function = least, by_rank, function
         self.looks_like = looks_like
 

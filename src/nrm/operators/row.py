@@ -9,7 +9,7 @@ one, start from `Identity`, `Routing`, `WeightedSum` or `LocalLinear`, and check
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -55,6 +55,8 @@ class Operator(ABC):
     """It applies weights of the model, or statistics kept in it."""
     scatters: bool = False
     """It brings together at a neuron what is sent there by indices, as messages on a graph."""
+    gathers: bool = False
+    """It picks rows by a tensor of indices, as a message reads the node that sends it."""
     overwritable: bool = False
     """Its in-place variant may run where nobody else reads the operand: nothing is read again
     after. A class with a `prepare` of its own has to say it anew."""
@@ -245,6 +247,14 @@ class Operator(ABC):
     def acts_on_last_axis(self, call: Call) -> bool:
         """Whether the channels of its operand are known to lie in the last axis."""
         return False
+
+    def mixes_rows(self, names: Collection[str]) -> bool:
+        """Whether it passes messages on a graph: a row's neurons have those of others for parents.
+
+        Arguments:
+            names: the arguments that its operands are.
+        """
+        return self.scatters
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         """Whether relevance over value passes by the derivative of `frozen` (`nrm.telescope`)."""

@@ -348,8 +348,12 @@ register(
     *_names(
         "slice narrow split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk flip "
         "roll rot90 repeat tile repeat_interleave.self_int repeat_interleave.self_Tensor "
-        "channel_shuffle pixel_shuffle pixel_unshuffle index index_select gather take_along_dim"
+        "channel_shuffle pixel_shuffle pixel_unshuffle take_along_dim"
     ),
+)
+register(
+    Routing("view", ("self",), keeps_channels=True, gathers=True, function=VIEW),
+    *_names("index index_select gather"),
 )
 register(Concatenation("view"), *_names("cat concat concatenate"))
 register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
