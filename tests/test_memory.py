@@ -57,6 +57,7 @@ FUNCTIONS: dict[str, Function] = {
     "permute": lambda m, x, y: x.permute(0, 2, 1),
     "slice": lambda m, x, y: x[:, 1:, ::2],
     "select": lambda m, x, y: x[:, 1],
+    "power": lambda m, x, y: x.abs() ** 1.5,
     "flip": lambda m, x, y: x.flip(1),
     "log-softmax": lambda m, x, y: torch.log_softmax(x, -1) + y,
     "Fourier transform": lambda m, x, y: torch.fft.fft(x).real + y,
