@@ -7,10 +7,10 @@ import operator
 from collections import Counter
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import NETWORKS, make
+from support import oracle as o
+from support.networks import NETWORKS, make
 from torch import nn
 
 import nrm

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from networks import NETWORKS, make
+from support.networks import NETWORKS, make
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

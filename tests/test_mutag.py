@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gnn_lrp import of_model
+from support.gnn_lrp import of_model
 
 from nrm import graph_networks as gn
 from nrm.errors import InputError

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from networks import NETWORKS, make
+from support.networks import NETWORKS, make
 from torch import nn
 
 import nrm

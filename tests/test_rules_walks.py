@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from architectures import NETWORKS as ARCHITECTURES
-from architectures import built
-from networks import NETWORKS, OCCLUSION, make
+from support import oracle as o
+from support.architectures import NETWORKS as ARCHITECTURES
+from support.architectures import built
+from support.networks import NETWORKS, OCCLUSION, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 

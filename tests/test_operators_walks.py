@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from architectures import Walks, built, make
-from networks import RULES
+from support import oracle as o
+from support.architectures import Walks, built, make
+from support.networks import RULES
 from torch import nn
 
 import nrm

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, make
+from support.networks import NETWORKS, make
 from torch import nn
 
 import nrm

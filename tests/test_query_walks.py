@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import NETWORKS, RULES, make
+from support import oracle as o
+from support.networks import NETWORKS, RULES, make
 
 import nrm
 
