@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairs import in_pairs
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -247,12 +248,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("memory", [1, 3000, 2**28])
-@pytest.mark.parametrize("shortcuts", [True, False])
-@pytest.mark.parametrize(("name", "layers"), CASES, ids=str)
+@in_pairs("case, shortcuts, memory", range(len(CASES)), [True, False], [1, 3000, 2**28])
 def test_joint_contributions_are_those_of_the_model_itself(
-    name: str, layers: list[list[str]], shortcuts: bool, memory: int
+    case: int, shortcuts: bool, memory: int
 ) -> None:
+    name, layers = CASES[case]
     model, inputs = made(name)
     families = [random_sets(model, inputs, each, 3) for each in layers]
     explainer = nrm.Explainer(model, nrm.composites.AttnLRP())

@@ -13,6 +13,7 @@ from support import oracle as o
 from support.architectures import NETWORKS as ARCHITECTURES
 from support.architectures import built
 from support.networks import NETWORKS, OCCLUSION, make
+from support.pairs import in_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,9 +71,7 @@ def check_queries(explainer: nrm.Explainer, inputs, oracles: list[o.Oracle]) -> 
 # -- occlusion -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", OCCLUSION)
-@pytest.mark.parametrize("bias", BIAS)
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs("network, bias, rule", NETWORKS, BIAS, OCCLUSION)
 def test_occlusion_equals_the_sum_over_walks(network, bias, rule):
     case = make(network, rule, bias == "input", seed=1)
     explainer = nrm.Explainer(case.model, case.composite, bias=bias)
@@ -529,9 +528,7 @@ def gradient_case(network: str, bias_is_input: bool, start: float, steps: int):
     return model, inputs, oracles
 
 
-@pytest.mark.parametrize("bias", BIAS)
-@pytest.mark.parametrize("rule", GRADIENTS)
-@pytest.mark.parametrize("network", CURVED)
+@in_pairs("network, rule, bias", CURVED, GRADIENTS, BIAS)
 def test_gradient_walks_equal_the_sum_over_walks(network, rule, bias):
     chosen, start, steps = GRADIENTS[rule]
     model, inputs, oracles = gradient_case(network, bias == "input", start, steps)

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from support.networks import NETWORKS, make
+from support.pairs import in_pairs
 from torch import nn
 
 import nrm
@@ -83,10 +84,13 @@ def check(R, flows, everything, order, k, size):
     assert len({tuple(flow.parts.values()) for flow in flows}) == len(flows)
 
 
-@pytest.mark.parametrize("by", ["neuron", "channel"])
-@pytest.mark.parametrize("bias", ["drop", "input"])
-@pytest.mark.parametrize("rule", ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1", "flat"])
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs(
+    "network, rule, bias, by",
+    NETWORKS,
+    ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1", "flat"],
+    ["drop", "input"],
+    ["neuron", "channel"],
+)
 def test_the_search_finds_what_listing_all_walks_finds(network, rule, bias, by):
     R, walks = explained(network, rule, bias)
     size = max(1.0, sum(abs(relevance) for _, relevance in walks))
