@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 
-from nrm.engine import Mask
 from nrm.formulas import Formula, NeuronSet, events_of
 from nrm.graph import Graph, Variable
+from nrm.masks import Mask
 
 State = tuple[Formula | bool, ...]
 """What is left of each formula."""

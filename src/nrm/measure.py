@@ -23,15 +23,7 @@ from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction, united
 from nrm.graph import Graph, Variable, first_tokens
 from nrm.joint import Division, Method, Partition, all_combinations, best_method, partition
-from nrm.masks import (
-    Stops,
-    by_sample,
-    divide,
-    per_sample,
-    require_samples_apart,
-    resolve,
-    sum_by_channel,
-)
+from nrm.masks import Stops, divide, resolve
 from nrm.prepare import Pass
 from nrm.progress import counted, narrowed
 from nrm.query import Chain, Plan, Query, Weights, expected, marginals_of_chains, weights_of
@@ -74,9 +66,8 @@ class Measure:
         warn_of_output(forward, explained)
         self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
         self._target = explained.target
-        self._scale = per_sample(
-            explained.unnormalized.unsqueeze(0), forward.graph.output, self.batch
-        )[0]
+        unnormalized = explained.unnormalized.unsqueeze(0)
+        self._scale = forward.graph.output.per_sample(unnormalized, self.batch)[0]
 
     # -- queries ---------------------------------------------------------------------------------
 
@@ -185,7 +176,7 @@ class Measure:
         """
         named = self._named(layers)
         if layers is None and given is not None and self.batch > 1:  # conditioned by sample
-            named = {name: v for name, v in named.items() if v.batch_axis is not None}
+            named = {name: v for name, v in named.items() if v.tells_samples(self.batch)}
         found = self._marginals(set(named.values()), sets, given, within, normalized)
         return {name: found[variable] for name, variable in named.items()}
 
@@ -369,10 +360,9 @@ class Measure:
         normalized: bool = True,
     ) -> Tensor:
         """The relevance of every channel of a layer, jointly with sets above it: `[batch, C]`."""
-        variable = self.graph.variable(layer)
-        require_samples_apart(variable, self.batch)
+        parts = partition(layer, "channel", self._forward_pass)
         message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
-        return sum_by_channel(message.unsqueeze(0), variable)[0]
+        return parts.add_up(message.unsqueeze(0))[0]
 
     def joint(
         self,
@@ -641,7 +631,7 @@ class Measure:
             return messages
         known = self._relevance(conditions, None, normalized)
         for variable, message in messages.items():
-            messages[variable] = divide(message, by_sample(known, message, variable))
+            messages[variable] = divide(message, variable.by_sample(known))
         return messages
 
     def _named(self, layers: Collection[str] | None) -> dict[str, Variable]:
