@@ -90,16 +90,19 @@ class Formula:
             return [part]
         if not self.is_affine:
             return None
-        gradients = [
-            g.contiguous()
-            for g in torch.autograd.grad(
+        try:
+            found = torch.autograd.grad(
                 self.output.reshape(-1)[neuron],
                 self.leaves,
                 allow_unused=True,
                 materialize_grads=True,
                 retain_graph=True,
             )
-        ]
+        except RuntimeError as error:  # `aten.copy` has no derivative of its own
+            if "not implemented" not in str(error):
+                raise
+            return None
+        gradients = [gradient.contiguous() for gradient in found]
         connected = [g.flatten().nonzero().flatten() for g in gradients]
         if sum(map(len, connected)) == 1 and not late:
             return [(g != 0).to(g) for g in gradients]
@@ -176,6 +179,17 @@ def _alike(
         _close(part, wanted, 1e-9 * max(1.0, float(wanted.abs().max())), where)
 
 
+def column_sums(R: nrm.Measure, operation: Operation) -> Tensor:
+    """`sum_i T~_ij` of every neuron j of an operation: what ones at all parents push up to it."""
+    forward = R.forward_pass
+    ones = [
+        torch.ones(1, *forward.shape(operand), dtype=R.output.dtype)
+        for operand in operation.operands
+    ]
+    shape = forward.shape(operation.output)
+    return forward.propagations[operation].push(ones, shape, normalized=False)[0]
+
+
 # -- walks ---------------------------------------------------------------------------------------
 
 
@@ -237,7 +251,11 @@ def _carried(R: nrm.Measure, message: Tensor, upper: Variable, lower: Variable) 
 def check_walks(R: nrm.Measure, seed: int = 0, queries: int = 3, tolerance: float = 1e-9) -> None:
     """Compare joint and marginal relevances of random neurons with the sums over all paths."""
     generator = torch.Generator().manual_seed(seed)
-    computed = [v for v in R.graph.variables if v.producer is not None and v.batch_axis == 0]
+    computed = [
+        v
+        for v in R.graph.variables
+        if v.producer is not None and v.batch_axis == 0 and len(v.shape) > 1
+    ]
     for _ in range(queries):
         leaf = _drawn(R.graph.inputs, generator)
         above = [v for v in computed if leaf in R.graph.upstream(v)]
