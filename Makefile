@@ -5,16 +5,25 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test bench versions clean
+.PHONY: demo quick test mutants bench versions clean
 
 demo: .venv/demo
 	$(BIN)/nrm demo --out demo
+
+# The oracle, formulas, the measure, rules on three networks: under a minute.
+quick: .venv/dev
+	$(BIN)/python -m pytest -n auto --dist loadfile -m quick
 
 test: .venv/dev versions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Changes that the tests have to notice, one at a time in a copy of the tree: an hour or more.
+mutants: .venv/dev
+	$(BIN)/python tests/mutation.py
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/lrp_pass.py --json lrp_pass.json

@@ -14,6 +14,20 @@ import nrm.explainer
 torch.set_num_threads(1)  # networks are small; two threads that wait for each other are slower
 
 
+QUICK = ("query_walks", "formulas", "formulas_deep", "measure", "measure_laws", "rules", "methods")
+"""The files of `make quick`, of whose tests it runs those on three networks."""
+QUICK_NETWORKS = ("MLP", "Conv", "Residual")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` runs."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        network = parameters.params.get("network") if parameters is not None else None
+        if item.path.stem.removeprefix("test_") in QUICK and network in (None, *QUICK_NETWORKS):
+            item.add_marker(pytest.mark.quick)
+
+
 @pytest.fixture(scope="session")
 def torchvision_models() -> ModuleType:
     """torchvision's models, also where its compiled operators do not fit the installed torch."""

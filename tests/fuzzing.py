@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from fuzz.cases import Case, alike
+from support.fuzz.cases import Case, alike
 
 import nrm
 

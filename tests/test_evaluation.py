@@ -601,6 +601,7 @@ def other_model():
         ({"explainer": nrm.Explainer(other_model())}, "model"),
         ({"explainer": nrm.Explainer(mlp(), composites.GammaFlat(0.25))}, "composite"),
         ({"explainer": nrm.Explainer(mlp(), bias="input")}, "rules"),
+        ({"explainer": nrm.Explainer(mlp(), strict=True)}, "rules"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, changed, named):

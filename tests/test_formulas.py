@@ -7,10 +7,11 @@ import operator
 from collections import Counter
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import NETWORKS, make
+from support import oracle as o
+from support.networks import NETWORKS, make
+from support.pairs import in_pairs
 from torch import nn
 
 import nrm
@@ -66,9 +67,7 @@ def those(walks, picked, holds):
     return [(v, r) for v, r in walks if holds([bool(v & chosen) for chosen in picked])]
 
 
-@pytest.mark.parametrize("bias", BIAS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs("network, rule, bias", NETWORKS, RULES, BIAS)
 def test_formulas(network, rule, bias):
     """Totals, conditionals, marginals of all layers, outcomes: sets anywhere, in any order."""
     case = make(network, rule, bias == "input", seed=5)
@@ -137,9 +136,7 @@ def test_unnormalized_formulas_and_those_within_sets(network, bias):
                 check(found[sample].flatten(), expected, walks)
 
 
-@pytest.mark.parametrize("bias", BIAS)
-@pytest.mark.parametrize("rule", ["gamma", "alpha2beta1", "flat"])
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs("network, rule, bias", NETWORKS, ["gamma", "alpha2beta1", "flat"], BIAS)
 def test_forward_messages(network, rule, bias):
     """`R(S | j)` for all neurons j, from walks that begin at j."""
     case = make(network, rule, bias == "input", seed=7)

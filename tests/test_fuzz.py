@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import oracle as o
 import pytest
-from fuzz.cases import Case, Explained, compare
-from fuzz.flows import Flows
-from fuzz.networks import BATCH
-from fuzz.queries import Asked
-from networks import NETWORKS, make
+from support import oracle as o
+from support.fuzz.cases import Case, Explained, compare
+from support.fuzz.flows import Flows
+from support.fuzz.networks import BATCH
+from support.fuzz.queries import Asked
+from support.networks import NETWORKS, make
 
 import nrm
 

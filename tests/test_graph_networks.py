@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from gnn_lrp import of_model
+from support.gnn_lrp import of_model
 from torch import nn
 
 import nrm

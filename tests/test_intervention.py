@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairs import in_pairs
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -247,12 +248,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("memory", [1, 3000, 2**28])
-@pytest.mark.parametrize("shortcuts", [True, False])
-@pytest.mark.parametrize(("name", "layers"), CASES, ids=str)
+@in_pairs("case, shortcuts, memory", range(len(CASES)), [True, False], [1, 3000, 2**28])
 def test_joint_contributions_are_those_of_the_model_itself(
-    name: str, layers: list[list[str]], shortcuts: bool, memory: int
+    case: int, shortcuts: bool, memory: int
 ) -> None:
+    name, layers = CASES[case]
     model, inputs = made(name)
     families = [random_sets(model, inputs, each, 3) for each in layers]
     explainer = nrm.Explainer(model, nrm.composites.AttnLRP())
@@ -341,21 +341,11 @@ BY_CHANNEL = [  # the layers, whether channels of the last one lead on by themse
 ]
 
 
-@pytest.mark.parametrize("removal", ["zero", "mean"])
-@pytest.mark.parametrize("memory", [1, 5000, 2**28])
-@pytest.mark.parametrize(
-    ("build", "layers", "leads"),
-    BY_CHANNEL,
-    ids=lambda given: getattr(given, "__name__", str(given)),
-)
+@in_pairs("case, memory, removal", range(len(BY_CHANNEL)), [1, 5000, 2**28], ["zero", "mean"])
 def test_channels_by_what_they_add_to_the_next_weighted_sum(
-    build: Callable[[], nn.Module],
-    layers: list[str],
-    leads: bool,
-    memory: int,
-    removal: str,
-    monkeypatch: pytest.MonkeyPatch,
+    case: int, memory: int, removal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    build, layers, leads = BY_CHANNEL[case]
     torch.manual_seed(4)
     model, x = build().double().eval(), torch.randn(1, 2, 8, 8).double()
     if build is Residual:

@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from networks import NETWORKS, make
+from support.networks import NETWORKS, make
+from support.pairs import in_pairs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,9 +24,7 @@ pytestmark = pytest.mark.usefixtures("captured_once")
 RULES = ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1", "flat", "occlusion"]
 
 
-@pytest.mark.parametrize("bias", ["drop", "input"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs("network, rule, bias", NETWORKS, RULES, ["drop", "input"])
 def test_messages_from_below_find_what_those_from_above_do(network, rule, bias):
     case = make(network, rule, bias == "input", seed=4)
     R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=1)

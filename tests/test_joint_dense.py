@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from dense import Dense
-from networks import NETWORKS, make
+from support.matrices import Dense
+from support.networks import NETWORKS, make
 from torch import nn
 
 import nrm

@@ -6,10 +6,10 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import make
+from support import oracle as o
+from support.networks import make
 from torch import nn
 
 import nrm

@@ -1,4 +1,4 @@
-"""Architectures of `benchmarks.zoo`: every cut adds up to one, whatever the network.
+"""Architectures of `benchmarks.zoo`: columns, walks, and every cut, whatever the network.
 
 A case there is a model with random weights and biases, its inputs, and what is explained of it.
 """
@@ -11,6 +11,7 @@ from operator import or_
 
 import pytest
 import torch
+from support import dense
 
 import nrm
 from benchmarks import architectures, zoo
@@ -74,6 +75,7 @@ def built(name: str, request: pytest.FixtureRequest) -> architectures.Case:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cut_of_an_architecture_adds_up_to_one(built: architectures.Case) -> None:
     double = built.double()
+    check_values(double)
     health, agreement = zoo.examine(double, double.explainer())
     assert agreement <= 1e-10
     check(health, 1e-10)
@@ -87,6 +89,7 @@ def test_every_cut_adds_up_to_one_under_other_composites(
     built: architectures.Case, composite: composites.Composite
 ) -> None:
     double = built.double()
+    check_values(double, composite)
     health, agreement = zoo.examine(double, double.explainer(composite))
     assert agreement <= 1e-10
     check(health, 1e-10)
@@ -106,6 +109,14 @@ def test_what_python_decides_on_values_is_captured_by_an_eager_trace() -> None:
     case = architectures.build("data-dependent control flow")
     graph = case.explainer().graph(*case.args)
     assert graph.captured.method == "eager"
+
+
+def check_values(double: architectures.Case, composite: composites.Composite | None = None) -> None:
+    """Random columns against the rules' formulas, random sets against sums over all paths."""
+    R = double.explain(double.explainer(composite))
+    checked = dense.check_columns(R, operations=24)
+    assert sum(checked.values()) >= 6, checked
+    dense.check_walks(R, queries=1)
 
 
 def check(health: nrm.diagnostics.Diagnostics, aim: float) -> None:

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from gnn_lrp import of_model
+from support.gnn_lrp import of_model
 
 pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
 

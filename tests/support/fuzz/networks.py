@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-import oracle as o
 import torch
 from torch import Tensor, nn
+
+from support import oracle as o
 
 BATCH = 3
 Connection = tuple[int, str, int, float]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS, make
+from support.networks import NETWORKS, make
 from torch import nn
 
 import nrm
@@ -232,7 +232,8 @@ def test_outcomes_add_up(data, R):
 @given(st.data(), measures)
 def test_additive_relevance_is_additive(data, R):
     """Def. 3: over disjoint neurons, of whatever layers."""
-    name, other = data.draw(st.lists(st.sampled_from(sorted(R.graph._names)), min_size=2))[:2]
+    names = sorted({name for v in R.graph.variables for name in (v.name, *v.aliases)})
+    name, other = data.draw(st.lists(st.sampled_from(names), min_size=2))[:2]
     chosen, bits = _set(data.draw, R, name)
     if R.graph.variable(name) is not R.graph.variable(other):
         close(R.additive(chosen, other), R.additive(chosen) + R.additive(other), R)

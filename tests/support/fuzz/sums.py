@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fuzz import describing as d
-from fuzz.builder import Builder, filled_in
+from support.fuzz import describing as d
+from support.fuzz.builder import Builder, filled_in
 
 
 def linear(b: Builder) -> str | None:

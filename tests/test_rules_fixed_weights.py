@@ -7,10 +7,10 @@ each rule makes of a column of the matrix is written out here, sharing nothing w
 from __future__ import annotations
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import RULES
+from support import oracle as o
+from support.networks import RULES
 from torch import Tensor, nn
 from torch.nn import functional as F
 

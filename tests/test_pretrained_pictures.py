@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import dense
 
 import nrm
 from nrm import composites, rules
@@ -63,8 +64,26 @@ def test_every_cut_sums_to_one(squeezenet, pictures, name, bias):
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_every_cut_sums_to_one_in_double_precision(squeezenet, pictures, name):
     explainer = nrm.Explainer(squeezenet.double(), COMPOSITES[name])
-    health = explainer(pictures[2:].double()).diagnostics()
+    R = explainer(pictures[2:].double())
+    health = R.diagnostics()
     assert max(float((1 - cut.total).abs().max()) for cut in health.cuts) < 1e-10
+    if name in ("EpsilonPlus", "Gamma everywhere"):
+        checked = dense.check_columns(R, operations=12)
+        assert {"conv", "activation"} <= checked.keys()
+        dense.check_walks(R, queries=1, tolerance=1e-8)
+
+
+@needs_data
+def test_lrp_0_with_biases_is_gradient_times_input(squeezenet, pictures):
+    model = squeezenet.double()
+    x = pictures[:1].double().requires_grad_()
+    output = model(x)[:, 3]
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    R = nrm.Explainer(model, composites.Everywhere(rules.Epsilon(1e-30)), bias="input")(
+        x.detach(), target=3
+    )
+    found, expected = R.heatmap() * R.scale, (x * gradient).detach()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.abs().sum()))
 
 
 @needs_data

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import oracle as o
 import torch
-from networks import RULES
-from oracle import Neuron
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nrm import rules
 from nrm.composites import Composite, kind
+from support import oracle as o
+from support.networks import RULES
+from support.oracle import Neuron
 
 ALPHAS: dict[str, rules.Alpha] = {
     "value": rules.ValueTakesAll(),

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from networks import OCCLUSION, RULES
+from support.networks import OCCLUSION, RULES
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,8 +1,11 @@
 """Odd but legal things that models do: totals are exact, and derivatives agree with messages."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
+from support import dense
 from torch import nn
 
 import nrm
@@ -69,12 +72,18 @@ ALPHAS = {
 }
 
 
-@pytest.mark.parametrize("composite", ALPHAS.values(), ids=ALPHAS)
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_totals_are_exact_both_ways(function, composite):
+@cache
+def between(function):
+    """The network around a function, captured once for all composites, and an input."""
     torch.manual_seed(0)
-    model = Between(function).double().eval()
-    x = torch.randn(1, 4, dtype=torch.float64)
+    return Between(FUNCTIONS[function]).double().eval(), torch.randn(1, 4, dtype=torch.float64)
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("composite", ALPHAS.values(), ids=ALPHAS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_relevance_is_exact_both_ways(function, composite):
+    model, x = between(function)
     explainer = nrm.Explainer(model, composite)
     fast, slow = explainer(x, target=1), explainer(x, target=1)
     slow.forward_pass.telescope = None
@@ -84,6 +93,9 @@ def test_totals_are_exact_both_ways(function, composite):
     torch.testing.assert_close(total, torch.ones_like(total))
     torch.testing.assert_close(fast.heatmap(), slow.heatmap())
     assert fast.diagnostics().worst_cut_deviation < 1e-9
+    assert dense.check_columns(slow)["linear"] >= 2
+    dense.check_walks(fast)
+    dense.check_walks(slow, seed=1)
 
 
 def test_a_constant_mask_on_attention_takes_nothing():

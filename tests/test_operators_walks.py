@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from architectures import Walks, built, make
-from networks import RULES
+from support import oracle as o
+from support.architectures import Walks, built, make
+from support.networks import RULES
 from torch import nn
 
 import nrm
@@ -52,31 +52,37 @@ SUMS = [
     ),
 ]
 CASES = {
-    "Attention": ATTENTION,
-    "CausalAttention": ATTENTION,
-    "MaskedAttention": ATTENTION,
-    "AddedMaskAttention": ATTENTION,
-    "WrittenAttention": ATTENTION,
-    "GroupedQueryAttention": ATTENTION,
-    "Multihead": ATTENTION,
-    "Gates": PRODUCTS,
-    "LSTMCell": PRODUCTS,
-    "LSTM": PRODUCTS,
-    "GRUCell": PRODUCTS,
-    "GRU": PRODUCTS,
+    **dict.fromkeys(
+        (
+            "Attention",
+            "CausalAttention",
+            "MaskedAttention",
+            "AddedMaskAttention",
+            "WrittenAttention",
+            "GroupedQueryAttention",
+            "Multihead",
+        ),
+        ATTENTION,
+    ),
+    **dict.fromkeys(
+        ("Gates", "LSTMCell", "LSTM", "GRUCell", "GRU", "GraphAttention", "Products"), PRODUCTS
+    ),
     "RNN": FEW_SUMS,
     "Norms": SUMS + [Walks("gamma", bias=bias, norm="identity") for bias in ("drop", "input")],
     "Classifier": [Walks(w.rule, bias=w.bias, softmax="taylor") for w in SUMS] + FEW_SUMS[:2],
-    "Products": PRODUCTS,
     "Linears": SUMS,
     "Scatter": SUMS,
     "ScatterMax": FEW_SUMS,
     "Fills": FEW_SUMS,
     "Upsampling": [*FEW_SUMS, Walks("zplus")],
     "Interpolation": SUMS,
-    "GraphAttention": PRODUCTS,
     "Tokens": FEW_SUMS,
 }
+
+
+def _some(place: int, cases: list[Walks]) -> list[Walks]:
+    """Every other one of many ways to share a product, the others on the next network."""
+    return cases[place % 2 :: 2] if cases in (ATTENTION, PRODUCTS) else cases
 
 
 def _check(found, expected, size=1.0):
@@ -98,7 +104,8 @@ def _random_set(R, rng, net, names):
         chosen = rng.choice(size, rng.integers(1, size + 1), replace=False)
         mask = torch.zeros(size, dtype=torch.bool)
         mask[chosen] = True
-        along, shape = R.graph.variable(name).batch_axis, R.marginal(name).shape
+        variable = R.graph.variable(name)
+        along, shape = variable.batch_axis, R.forward_pass.shape(variable)
         one = nrm.mask(name, mask.view([n for axis, n in enumerate(shape) if axis != along]))
         united = one if united is None else united | one
         picked |= {(name, int(i)) for i in chosen}
@@ -109,8 +116,8 @@ def _random_set(R, rng, net, names):
     ("network", "walks"),
     [
         pytest.param(network, walks, id=f"{network}-{walks}")
-        for network, cases in CASES.items()
-        for walks in cases
+        for place, (network, cases) in enumerate(CASES.items())
+        for walks in _some(place, cases)
     ],
 )
 def test_queries_equal_the_sum_over_walks(network, walks):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import oracle as o
-from networks import RULES
 
-from fuzz.networks import Described, Network
 from nrm import composites, rules
 from nrm.composites import Composite
+from support import oracle as o
+from support.fuzz.networks import Described, Network
+from support.networks import RULES
 
 BOX = 1024.0
 COLUMNS = {name: column for name, (_, column) in RULES.items()} | {"zbox": o.zbox(-BOX, BOX)}

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 import nrm
-from fuzz import drawing, queries, walks
-from fuzz.flows import Flows
-from fuzz.networks import BATCH, Network
-from fuzz.queries import Answer, Asked
-from fuzz.walks import Walks
+from support.fuzz import drawing, queries, walks
+from support.fuzz.flows import Flows
+from support.fuzz.networks import BATCH, Network
+from support.fuzz.queries import Answer, Asked
+from support.fuzz.walks import Walks
 
 
 @dataclass

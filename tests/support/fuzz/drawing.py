@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fuzz import describing as d
-from fuzz import moves, products, sums
-from fuzz.builder import Builder, filled_in
-from fuzz.networks import BATCH, HEADS, Network
+from support.fuzz import describing as d
+from support.fuzz import moves, products, sums
+from support.fuzz.builder import Builder, filled_in
+from support.fuzz.networks import BATCH, HEADS, Network
 
 BLOCKS: dict[Callable[[Builder], str | None], float] = {
     sums.linear: 4,

@@ -7,11 +7,11 @@ vectors, and the rest is written out.
 from __future__ import annotations
 
 import numpy as np
-import oracle as o
 import torch
 from torch import Tensor, nn
 
-from fuzz.networks import Describe, Described, Step
+from support import oracle as o
+from support.fuzz.networks import Describe, Described, Step
 
 
 def routed(net: Described, step: Step, filler: float | None = None) -> None:

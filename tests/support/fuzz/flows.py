@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-import oracle as o
+
+from support import oracle as o
 
 Event = Mapping[str, np.ndarray]
 """A set of neurons: a mask for each of its variables."""

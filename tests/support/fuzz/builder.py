@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fuzz import describing as d
-from fuzz.networks import BATCH, Call, Describe, Step, shape_of
+from support.fuzz import describing as d
+from support.fuzz.networks import BATCH, Call, Describe, Step, shape_of
 
 T = TypeVar("T")
 

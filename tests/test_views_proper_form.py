@@ -1,8 +1,8 @@
 """The network in layers (appendix A), against the cuts and queries of the measure."""
 
-import networks
 import pytest
 import torch
+from support import networks
 
 import nrm
 

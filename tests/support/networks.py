@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import oracle as o
 import torch
 from torch import Tensor, nn
 
 from nrm import rules
 from nrm.composites import Everywhere
+from support import oracle as o
 
 Describe = Callable[[nn.Module, list[np.ndarray], o.Oracle, o.ColumnRule], None]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import NETWORKS, RULES, make
+from support import oracle as o
+from support.networks import NETWORKS, RULES, make
+from support.pairs import in_pairs
 
 import nrm
 
@@ -44,9 +45,7 @@ def _as_set(R, description):
     return united
 
 
-@pytest.mark.parametrize("bias", BIAS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs("network, rule, bias", NETWORKS, RULES, BIAS)
 def test_queries_equal_the_sum_over_walks(network, rule, bias):
     case = make(network, rule, bias == "input", seed=1)
     R = nrm.Explainer(case.model, case.composite, bias=bias)(*case.inputs, target=1)
@@ -93,9 +92,12 @@ def test_queries_equal_the_sum_over_walks(network, rule, bias):
                 )
 
 
-@pytest.mark.parametrize("bias", BIAS)
-@pytest.mark.parametrize("rule", ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1"])
-@pytest.mark.parametrize("network", NETWORKS)
+@in_pairs(
+    "network, rule, bias",
+    NETWORKS,
+    ["zero", "gamma", "plain-gamma", "zplus", "alpha2beta1"],
+    BIAS,
+)
 def test_unnormalized_queries(network, rule, bias):
     """Eq. 26: products of unnormalised contributions and of the output itself."""
     case = make(network, rule, bias == "input", seed=2)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import nrm
-from fuzz.flows import Flows, Holds
-from fuzz.networks import Network
+from support.fuzz.flows import Flows, Holds
+from support.fuzz.networks import Network
 
 
 @dataclass

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fuzz import describing as d
-from fuzz.builder import Builder, filled_in
-from fuzz.networks import Described, Step
+from support.fuzz import describing as d
+from support.fuzz.builder import Builder, filled_in
+from support.fuzz.networks import Described, Step
 
 
 def product(b: Builder) -> str | None:
