@@ -136,9 +136,8 @@ class Program:
 
     def prepare(self, inputs: Sequence[Tensor]) -> Prepared:
         """Every operation ready for messages, keeping only what propagation needs."""
-        given = self._given(inputs)
-        along = {} if self._path is None else self._path.operands(given)
-        return _Preparing(self, given, along).result()
+        along = {} if self._path is None else self._path.operands(self._given(inputs))
+        return _Preparing(self, self._given(inputs), along).result()
 
     def differentiate(self, inputs: Sequence[Tensor]) -> tuple[Telescope, Tensor]:
         """The derivatives by which relevance goes, and the model's output.

@@ -108,6 +108,7 @@ class Interpreter(torch.fx.Interpreter):
         for node in self.plan.nodes:
             value = self.run_node(node)
             self.env[node] = value if self.change is None else self.change(node, value)
+            del value  # the next node may be the last to read it
             for dead in self.plan.release[node]:
                 self.release(dead)
         return {node: self.env[node] for node in self.plan.wanted}
