@@ -42,18 +42,24 @@ def files_entered(call: Callable[[], Any]) -> list[str]:
     return sorted(str(path.relative_to(LIBRARY)) for path in inside)
 
 
-def a_query() -> Callable[[], Any]:
+def model() -> nn.Module:
+    """A small convolutional network; the command makes it by its name."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(20, 3)).eval()
-    R = nrm.Explainer(model, nrm.composites.GammaFlat())(torch.rand(2, 3, 10, 10), target=1)
+    pooled = nn.AdaptiveAvgPool2d(2)
+    return nn.Sequential(*layers, pooled, nn.Flatten(), nn.Linear(20, 3)).eval()
+
+
+def a_query() -> Callable[[], Any]:
+    network = model()
+    R = nrm.Explainer(network, nrm.composites.GammaFlat())(torch.rand(2, 3, 10, 10), target=1)
     a, b = nrm.channels("0", 1), nrm.channels("3", 2)
     R(a, b)  # what is worked out once
     return lambda: R(a, b)
 
 
 def a_command(folder: Path) -> Callable[[], Any] | None:
-    """`nrm explain`, on a picture of noise and a network with random weights."""
+    """`nrm explain`, on a picture of noise."""
     try:
         from PIL import Image
 
@@ -64,7 +70,9 @@ def a_command(folder: Path) -> Callable[[], Any] | None:
     pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
     picture = folder / "picture.png"
     Image.fromarray(pixels).save(picture)
-    arguments = ["explain", str(picture), "squeezenet1_1", "--out", str(folder / "out")]
+    sys.path.insert(0, str(Path(__file__).parent))
+    arguments = ["explain", str(picture), "--model", "files_entered:model"]
+    arguments += ["--out", str(folder / "out")]
     return lambda: app(arguments, standalone_mode=False)
 
 
