@@ -11,7 +11,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, Case, make
+from support.networks import NETWORKS, Case, make
 from torch import Tensor, nn
 
 import nrm

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 
 import numpy as np
-import oracle as o
 import pytest
 import torch
-from networks import NETWORKS, make
+from support import oracle as o
+from support.networks import NETWORKS, make
 from torch import nn
 
 import nrm

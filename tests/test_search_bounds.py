@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from dense import Dense
+from support.matrices import Dense
 from torch import nn
 
 import nrm

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from operator_calls import EXAMPLES, Example, positive, x
+from support.operator_calls import EXAMPLES, Example, positive, x
 from torch import Tensor, nn
 from torch.nn import functional as F
 
