@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import nrm
 from nrm.composites import AttnLRP, Composite, Everywhere, kind, path
 from nrm.rules import Alpha, Gamma, Identity, Shares, ValueTakesAll, Zero
-from nrm.rules.alphas import SCALE
+from nrm.rules.base import SCALE
 
 WORDS = "encoder.embeddings.word_embeddings"  # sentence A's; sentence B's is the second call, @1
 LAYER = "encoder.encoder.layer.{}"

@@ -13,7 +13,7 @@ from nrm.engine import push_between, send_between
 from nrm.errors import NeuronSetError, QueryError
 from nrm.graph import Variable
 from nrm.joint import partition
-from nrm.masks import laid_out, resolve
+from nrm.sets import laid_out, resolve
 
 NEURONS = {"none": (), "one axis": (3,), "channels first": (4, 2, 3), "channels last": (2, 3, 4)}
 CHANNELS = {"none": None, "one axis": -1, "channels first": -3, "channels last": -1}

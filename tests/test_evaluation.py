@@ -15,7 +15,6 @@ import nrm
 from nrm import composites
 from nrm.errors import InputError, QueryError
 from nrm.evaluation.faithfulness import Families, activation, evaluate, joint, lrp, occlusion, sums
-from nrm.evaluation.fingerprint import described, digest
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
     Mean,
@@ -26,6 +25,7 @@ from nrm.evaluation.metrics import (
     ranks,
     spearman,
 )
+from nrm.evaluation.store import described, digest
 
 
 def generator(seed=0):

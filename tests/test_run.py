@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from nrm.capture.call import ModelCall
-from nrm.capture.copies import Copies, find_layouts
 from nrm.capture.export import capture
 from nrm.capture.nodes import Captured, ancestors, dependents
-from nrm.capture.run import Folding, Interpreter, Plan, evaluate, given
+from nrm.capture.run import Copies, Folding, Interpreter, Plan, evaluate, find_layouts, given
 from nrm.capture.store import Shared
 
 

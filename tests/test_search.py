@@ -16,8 +16,8 @@ import nrm
 from nrm import composites, rules
 from nrm.composites import Everywhere
 from nrm.errors import NeuronSetError, QueryError
-from nrm.masks import resolve
 from nrm.operators import LocalLinear
+from nrm.sets import resolve
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 

@@ -17,10 +17,10 @@ from nrm.errors import QueryError
 from nrm.formulas import Formula, NeuronSet, as_set
 from nrm.graph import Variable
 from nrm.joint import Division, Method, Partition, all_combinations, partition
-from nrm.masks import Stops, divide, laid_out, resolve, variables_of
 from nrm.prepare import Pass
 from nrm.query import Plan, Query, Starts, along
 from nrm.search import Budget, Flows, Order, Way, find_flows
+from nrm.sets import Stops, divide, laid_out, resolve, variables_of
 
 Parts = str | Iterable[NeuronSet]
 """A layer by name, or sets of its neurons."""

@@ -22,7 +22,7 @@ from threading import RLock
 from nrm.errors import QueryError
 from nrm.formulas import All, Compound, Formula, NeuronSet, Not, Odd, Some, parts_first
 from nrm.graph import Graph, Variable
-from nrm.masks import Mask
+from nrm.sets import Mask
 
 FAILS, HOLDS = 0, 1
 """The functions of the diagram that depend on no choice."""

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from nrm.errors import QueryError
 from nrm.graph import Operation, Variable
-from nrm.masks import Mask
 from nrm.operators import Propagation
 from nrm.prepare import Pass
+from nrm.sets import Mask
 
 Messages = dict[Variable, Tensor]
 

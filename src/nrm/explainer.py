@@ -13,10 +13,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from nrm.build import build_graph
-from nrm.capture.call import ModelCall, Output, check_nested
+from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
 from nrm.capture.digest import Digest, contents
 from nrm.capture.export import capture, reproduces
-from nrm.capture.precision import is_copy, wide, without_autocast
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written

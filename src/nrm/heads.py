@@ -21,15 +21,7 @@ from torch.fx import Node
 
 from nrm.capture.nodes import is_float_tensor
 from nrm.operators import Call, Function, function_of, picks, row_of
-from nrm.operators.functions import (
-    GATHER,
-    NEGATIVE,
-    SIGN,
-    TIMES,
-    UNKNOWN,
-    WITH_AXIS,
-    WITHOUT_AXIS,
-)
+from nrm.operators.functions import GATHER, NEGATIVE, SIGN, TIMES, UNKNOWN, WITH_AXIS, WITHOUT_AXIS
 
 Heads = Literal["logits", "keep"]
 """Whether the last function is looked through, or explained with all the rest."""

@@ -21,9 +21,8 @@ from nrm.engine import in_chunks, message_size, push_between, send_between
 from nrm.errors import NeuronSetError, QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Variable
-from nrm.masks import resolve, variables_of
 from nrm.prepare import Pass
-from nrm.sets import channels, neurons
+from nrm.sets import channels, neurons, resolve, variables_of
 
 Division = Literal["channel", "neuron"] | int
 """What a layer is divided into; a number is that of an axis, not counting the batch: the nodes of

@@ -18,9 +18,7 @@ from nrm.answers import (
     partitions,
     weights_on,
 )
-from nrm.condition import Condition, Weights, as_condition, listed, naming
-from nrm.condition import Given as Given
-from nrm.condition import Sets as Sets
+from nrm.condition import Condition, Given, Sets, Weights, as_condition, listed, naming
 from nrm.diagnostics import Diagnostics, bias_shares, diagnose
 from nrm.engine import checked, finite
 from nrm.errors import QueryError
@@ -28,11 +26,11 @@ from nrm.explanation import Explanation
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
 from nrm.joint import Division, Method, best_method, partition
-from nrm.masks import resolve
 from nrm.prepare import Pass
 from nrm.progress import counted, narrowed
 from nrm.query import Plan
 from nrm.search import Budget, Flows, Order, Way
+from nrm.sets import resolve
 from nrm.targets import Explained, Recipe
 from nrm.views import ProperForm, depth, proper_form
 

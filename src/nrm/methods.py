@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from nrm.condition import Given, Sets, only_formulas
-from nrm.condition import listed as listed  # as interop takes it from here
 from nrm.errors import NeuronSetError, QueryError, TargetError
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet, every_neuron, united
-from nrm.masks import divide
 from nrm.measure import Measure
-from nrm.sets import channels, mask, neurons
+from nrm.sets import channels, divide, mask, neurons
 from nrm.tables import Shown, Table, sizes
 from nrm.targets import Target
 

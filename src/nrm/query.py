@@ -21,8 +21,8 @@ from nrm.engine import Messages, send, travel
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
-from nrm.masks import Mask, Stops, resolve, variables_of
 from nrm.prepare import Pass
+from nrm.sets import Mask, Stops, resolve, variables_of
 from nrm.tables import Shown, Table
 
 Starts = Mapping[bool, Messages]

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from nrm.capture.nodes import Captured, is_float_tensor, is_mask, is_symbolic, reads_no_values
 from nrm.operators import carries_none, function_of, picks, row_of
-from nrm.rules.alphas import STRUCTURE
+from nrm.rules.base import STRUCTURE
 
 _NAMES = (
     "adj", "adjs", "adj_t", "adj_mat", "adj_matrix", "adjacency", "adjacencies",

@@ -36,22 +36,13 @@ from nrm.evaluation import (
 )
 from nrm.evaluation.faithfulness import SCORES as SINGLE
 from nrm.evaluation.faithfulness import Row as Correlation
-from nrm.evaluation.fingerprint import digest
-from nrm.evaluation.store import Store
+from nrm.evaluation.store import Store, digest
 from nrm.progress import counted
 from nrm_reproduce.cnn import Pair, count_pairs, layer_pairs
 from nrm_reproduce.comparison import Array, Cloud, draw_correlations, draw_scatter, some
 from nrm_reproduce.data import Photo
 from nrm_reproduce.networks import Kind, Pictured, pictured
-from nrm_reproduce.report import (
-    Experiment,
-    Picture,
-    Report,
-    Request,
-    Row,
-    Table,
-    versions,
-)
+from nrm_reproduce.report import Experiment, Picture, Report, Request, Row, Table, versions
 
 NAME = "additive"
 COMPOSITE = GammaFlat(0.25)

@@ -73,7 +73,7 @@ def reproduce(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run an experiment of the paper; the same command again goes on after an interruption."""
-    from nrm import io  # with torch, which `nrm --help` does without
+    from nrm import io
 
     with one_line_errors(debug):
         experiment = find(name)

@@ -29,7 +29,7 @@ from nrm.evaluation import (
 )
 from nrm.evaluation.faithfulness import SCORES, By, Score
 from nrm.evaluation.faithfulness import Row as Found
-from nrm.evaluation.fingerprint import digest
+from nrm.evaluation.store import digest
 from nrm.progress import counted
 from nrm.rules import Occlusion, Rule, Zero
 from nrm_reproduce.networks import of_class

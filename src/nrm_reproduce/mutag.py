@@ -35,23 +35,14 @@ from torch import Tensor
 from nrm import Explainer, Measure
 from nrm.composites import Composite, path
 from nrm.errors import InputError
-from nrm.evaluation.fingerprint import digest
-from nrm.evaluation.store import Store
+from nrm.evaluation.store import Store, digest
 from nrm.graph_networks import node_layers, node_walks, nodes, subgraph
 from nrm.progress import counted
 from nrm.rules import PlainGamma
 from nrm.tensors import one_thread
 from nrm_reproduce.data import ATOMS, Molecule, load_molecules
 from nrm_reproduce.networks import GIN, load_gin
-from nrm_reproduce.report import (
-    STYLE,
-    Experiment,
-    Picture,
-    Report,
-    Request,
-    Table,
-    versions,
-)
+from nrm_reproduce.report import STYLE, Experiment, Picture, Report, Request, Table, versions
 
 Array = npt.NDArray[np.float64]
 Points = dict[int, Array]

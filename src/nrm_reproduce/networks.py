@@ -27,7 +27,7 @@ from nrm import io
 from nrm.cli import demo
 from nrm.cli.models import load_model
 from nrm.errors import InputError, NrmError
-from nrm.evaluation.fingerprint import digest
+from nrm.evaluation.store import digest
 from nrm.tensors import one_thread
 from nrm_reproduce.data import (
     DIGITS,

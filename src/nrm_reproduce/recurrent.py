@@ -28,16 +28,7 @@ from nrm.progress import counted
 from nrm.tensors import one_thread
 from nrm_reproduce.data import Series, Task, middle
 from nrm_reproduce.networks import train_rnn
-from nrm_reproduce.report import (
-    GREY,
-    STYLE,
-    Experiment,
-    Picture,
-    Report,
-    Request,
-    Table,
-    versions,
-)
+from nrm_reproduce.report import GREY, STYLE, Experiment, Picture, Report, Request, Table, versions
 
 NAME = "rnn"
 STEPS = 12

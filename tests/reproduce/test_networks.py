@@ -13,7 +13,7 @@ pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
 from safetensors.torch import save_file
 
 from nrm.errors import InputError
-from nrm.evaluation.fingerprint import digest
+from nrm.evaluation.store import digest
 from nrm_reproduce import networks
 from nrm_reproduce.data import Task, load_flat, load_molecules
 from nrm_reproduce.networks import (

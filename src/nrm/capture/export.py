@@ -1,6 +1,6 @@
 """Capture a model as a flat graph of operators: torch.export first, an eager trace otherwise.
 
-Both work on a shadow of the model (`nrm.capture.shadow`), one at a time in the whole process,
+Both work on a shadow of the model (`nrm.capture.tracing`), one at a time in the whole process,
 because both change what all of torch shares meanwhile. Both give the same thing, a `Captured`.
 Before anyone relies on it, it is proved on the inputs as they are, at their own batch size: the
 output's values are the model's, and every value has the shape that the graph says it has.
@@ -20,15 +20,19 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall
+from nrm.capture.call import ModelCall, as_rounded, wide, widen
 from nrm.capture.expand import StepsAlongBatchError, expand
-from nrm.capture.fold import fold_constants
 from nrm.capture.nodes import Captured, is_symbolic
-from nrm.capture.precision import as_rounded, wide, widen
-from nrm.capture.rewrite import ResultsApart, collapse, collapse_complex, inline, tell_apart
+from nrm.capture.rewrite import (
+    ResultsApart,
+    collapse,
+    collapse_complex,
+    fold_constants,
+    inline,
+    tell_apart,
+)
 from nrm.capture.run import evaluate
-from nrm.capture.shadow import restored, shadow
-from nrm.capture.tracing import capturing, holds_numbers_of, trace
+from nrm.capture.tracing import capturing, holds_numbers_of, restored, shadow, trace
 from nrm.errors import CaptureError, InputError, NrmError
 from nrm.operators import functional
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall
-from nrm.capture.precision import is_rounded
+from nrm.capture.call import ModelCall, is_rounded
 from nrm.operators import carries_none, picks, reads_sizes
 
 _ROOT = "L__self__"

@@ -23,7 +23,6 @@ from torch import Tensor
 from nrm import __version__
 from nrm.engine import checked
 from nrm.errors import InputError, QueryError
-from nrm.evaluation.fingerprint import described, digest
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
     Mean,
@@ -36,8 +35,8 @@ from nrm.evaluation.metrics import (
     require_ranking,
     require_seed,
 )
-from nrm.evaluation.removal import Removal
-from nrm.evaluation.store import Store
+from nrm.evaluation.rerun import Removal
+from nrm.evaluation.store import Store, described, digest
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
 from nrm.joint import Division, Partition, partition

@@ -14,13 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nrm.capture.call import ModelCall
-from nrm.capture.precision import without_autocast
+from nrm.capture.call import ModelCall, without_autocast
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
-from nrm.evaluation.removal import Family, Picked, Removal, by_variable, replacement
-from nrm.evaluation.rerun import Rerun
+from nrm.evaluation.rerun import Family, Picked, Removal, Rerun, by_variable, replacement
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable

@@ -1,15 +1,108 @@
-"""A folder of finished samples, so that what was interrupted goes on."""
+"""A folder of finished samples, so that what was interrupted goes on, for the same settings alone.
+
+Texts tell settings apart, the same in every process: of functions, tensors and models.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AnySet
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor, nn
+
+from nrm.capture.digest import lasting
+from nrm.capture.witness import enclosed
 from nrm.errors import InputError
+from nrm.formulas import Member
 from nrm.io import write_text
+
+
+def digest(value: Any) -> str:
+    """The same for values that are described in the same way."""
+    return _hash(described(value).encode())
+
+
+def described(value: Any, inside: tuple[int, ...] = ()) -> str:
+    """What a setting is: the parts that it is made of.
+
+    Tensors are told apart by their values, models by their modules and weights, functions by their
+    name, their code and what they enclose; not by the globals that they read. Of what is none of
+    these counts what it shows of itself.
+
+    Arguments:
+        inside: what is being described around it, by its `id`.
+    """
+    if id(value) in inside:
+        return "itself"
+    name, parts = _parts(value)
+    within = (*inside, id(value))
+    return f"{name}({', '.join(described(part, within) for part in parts)})" if parts else name
+
+
+def _parts(value: Any) -> tuple[str, Sequence[Any]]:
+    """What something is called, and what it consists of."""
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, Tensor):
+        return _array(value), ()
+    if isinstance(value, np.ndarray):
+        return f"array {value.shape} {value.dtype} {_hash(value.tobytes())}", ()
+    if isinstance(value, nn.Module):
+        return _shown(value), [dict(value.named_parameters()), dict(value.named_buffers())]
+    if isinstance(value, partial):
+        return "partial", [value.func, value.args, value.keywords]
+    if isinstance(value, types.FunctionType):
+        return f"{value.__module__}.{value.__qualname__}", _function(value)
+    if isinstance(value, types.MethodType):
+        return "method", [value.__func__, value.__self__]
+    if isinstance(value, Member):  # what it holds, not how it is shown
+        return "Member", [value.layer, value.select]
+    if is_dataclass(value) and not isinstance(value, type):
+        return kind, [
+            x for field in fields(value) for x in (field.name, getattr(value, field.name))
+        ]
+    if isinstance(value, Mapping):
+        return "map", [x for pair in value.items() for x in pair]
+    if isinstance(value, AnySet):
+        return f"set {sorted(map(described, value))}", ()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return "list", list(value) or [None]
+    return _shown(value), ()
+
+
+def _shown(value: Any) -> str:
+    """Without places in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _function(function: types.FunctionType) -> list[Any]:
+    settings = [function.__defaults__, function.__kwdefaults__, enclosed(function)]
+    return [_code(function.__code__), *settings]
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """What a function does, without where it was written."""
+    constants = [_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return [_hash(code.co_code), code.co_names, constants]
+
+
+def _array(tensor: Tensor) -> str:
+    return f"tensor {tuple(tensor.shape)} {tensor.dtype} {lasting(tensor)[:32]}"
+
+
+def _hash(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:32]
+
+
+# -- the folder ------------------------------------------------------------------------------------
 
 _SETTINGS = "settings"
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from nrm.composites import Composite
+from nrm.condition import Given, Sets, listed
 from nrm.errors import InputError, QueryError, TargetError
 from nrm.explainer import Explainer
 from nrm.graph import Variable
-from nrm.measure import Given, Measure, Sets
-from nrm.methods import Scale, in_units, listed
+from nrm.measure import Measure
+from nrm.methods import Scale, in_units
 from nrm.rules import Rule
 from nrm.targets import Target
 

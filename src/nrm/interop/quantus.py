@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nrm.composites import Composite
+from nrm.condition import Given, Sets, listed
 from nrm.explainer import Explainer
-from nrm.measure import Given, Sets
-from nrm.methods import Scale, in_units, listed
+from nrm.methods import Scale, in_units
 from nrm.rules import Rule
 
 Array = NDArray[Any]

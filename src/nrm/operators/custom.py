@@ -1,4 +1,8 @@
-"""Functions and modules of a user's own as operators with a row in the table."""
+"""What becomes one operation of the graph though it is no operator of torch's.
+
+Functions and modules of a user's own, with a row in the table; and linear maps by way of complex
+numbers (Fourier transforms, rotations), of which it is told here which operators are linear.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from nrm.operators.row import Operator
-from nrm.operators.table import register
+from nrm.operators.table import lookup, register
 
 _LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -73,3 +78,48 @@ def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any
         return operator
 
     return decorate
+
+
+# -- which operators on complex numbers are linear -------------------------------------------------
+
+_ALONE = (
+    "real", "imag", "view_as_real", "view_as_complex", "complex", "conj", "conj_physical", "_conj",
+    "_conj_physical", "resolve_conj", "resolve_neg", "neg", "to", "_to_copy", "clone",
+    "contiguous", "alias", "detach", "lift_fresh_copy", "sum", "mean", "cumsum", "stft", "istft",
+)  # fmt: skip
+"""Linear in all that they read."""
+
+_SUMS = ("add", "sub", "rsub")
+_PRODUCTS = ("mul", "multiply", "matmul", "mm", "bmm", "einsum")
+
+
+def is_linear(node: Node, moving: Sequence[Node]) -> bool:
+    """Whether a node is linear in some of the nodes that it reads, jointly.
+
+    Arguments:
+        moving: of tensors of real or complex numbers; the others that it reads are constant.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = str(node.target).split(".")[1]
+    if name in _SUMS:  # a constant would be a bias
+        return list(moving) == [leaf for leaf in node.args if isinstance(leaf, Node)] and all(
+            isinstance(leaf, Node) for leaf in node.args
+        )
+    if name in _PRODUCTS:
+        return len(moving) == 1 and _times_read(node, moving[0]) == 1
+    if name in ("div", "divide", "true_divide"):
+        return list(moving) == [node.args[0]] and not node.kwargs
+    if name in ("constant_pad_nd", "pad"):
+        return not any(node.args[3:] if name == "pad" else node.args[2:])
+    row = lookup(node.target)
+    if row is not None and row.moves and row.kind == "view":
+        return len(moving) == len(node.all_input_nodes)
+    return name in _ALONE or name.startswith("fft_")
+
+
+def _times_read(node: Node, parent: Node) -> int:
+    """How often a node reads another."""
+    places: list[bool] = []
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda leaf: places.append(leaf is parent))
+    return sum(places)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from nrm.rules.alphas import SCALE
+from nrm.rules.base import SCALE
 
 SQUASHED = 1
 """The rank as a gate of squashing and smooth functions: a gate against a linear value (SwiGLU). A

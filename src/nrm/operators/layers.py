@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call
-from nrm.operators.connections import Dense, Kernel, for_each_axis
-from nrm.operators.contribution import Contribution, through_matrix
+from nrm.operators.contribution import Contribution, Dense, Kernel, for_each_axis, through_matrix
 from nrm.operators.propagation import Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule

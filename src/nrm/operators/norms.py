@@ -19,8 +19,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, fill
-from nrm.operators.connections import OneParent
-from nrm.operators.contribution import Contribution
+from nrm.operators.contribution import Contribution, OneParent
 from nrm.operators.functions import WEIGHTS, Function
 from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nrm.operators.call import Call, fill
 from nrm.operators.columns import SharedOut
-from nrm.operators.connections import Connections, Piece
-from nrm.operators.contribution import Contribution, TermSum, add_up
+from nrm.operators.contribution import Connections, Contribution, Piece, TermSum, add_up
 from nrm.operators.propagation import Propagation, Setting
 from nrm.rules import Occlusion
 

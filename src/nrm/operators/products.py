@@ -15,8 +15,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, Slot, fill, only_operand
-from nrm.operators.connections import Connections, Dense
-from nrm.operators.contribution import Contribution, through_matrix
+from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
 from nrm.operators.functions import Function, Order, Rescaling
 from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import Unchanged, where_zero_stays

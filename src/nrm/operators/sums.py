@@ -19,8 +19,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, Slot, fill, only_operand
 from nrm.operators.columns import SharedOut
-from nrm.operators.connections import OneParent
-from nrm.operators.contribution import Contribution
+from nrm.operators.contribution import Contribution, OneParent
 from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
 from nrm.operators.occlusion import Occluded
 from nrm.operators.propagation import Propagation, Setting

@@ -55,7 +55,7 @@ from nrm.operators.routing import (
 )
 from nrm.operators.row import Operator
 from nrm.operators.sums import BatchNorm, ScatterSum, Sum
-from nrm.rules.alphas import SCALE
+from nrm.rules.base import SCALE
 
 _TABLE: dict[str, Operator] = {}
 

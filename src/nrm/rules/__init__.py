@@ -1,7 +1,17 @@
 """Walk specification (section 3.3): the rules that say how much each parent contributes."""
 
-from nrm.rules.alphas import Alpha, InOrder, Shares, Uniform, ValueTakesAll
-from nrm.rules.base import Activation, Gate, Rule, Term, Weight
+from nrm.rules.base import (
+    Activation,
+    Alpha,
+    Gate,
+    InOrder,
+    Rule,
+    Shares,
+    Term,
+    Uniform,
+    ValueTakesAll,
+    Weight,
+)
 from nrm.rules.contributions import (
     AlphaBeta,
     Epsilon,

@@ -37,9 +37,8 @@ from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Call, Operator, Slot, lookup
 from nrm.rules import Flat, Gamma, Identity, LocalLinear, Rule, WSquare, Zero
 from nrm.testing.dense import check_values
-from nrm.testing.laws import check_laws
+from nrm.testing.laws import check_laws, check_telescoping, check_traits
 from nrm.testing.prepared import Case, bound, double, prepare, runnable
-from nrm.testing.traits import check_telescoping, check_traits
 
 __all__ = ["check_operator", "check_rule"]
 
