@@ -11,7 +11,8 @@ from torch import nn
 
 import nrm
 from nrm.capture.call import ModelCall
-from nrm.capture.export import capture, run
+from nrm.capture.export import capture
+from nrm.capture.run import evaluate
 from nrm.errors import (
     CaptureError,
     InputError,
@@ -101,7 +102,7 @@ def test_outputs_are_reproduced_and_the_model_is_unchanged(net, x, dtype):
     captured = capture(ModelCall(net, [x], {}, None), 0)
     assert captured.method == "export"
     assert captured.batched
-    torch.testing.assert_close(run(captured, [x]), expected)
+    torch.testing.assert_close(evaluate(captured, [x]), expected)
     R = nrm.Explainer(net)(x, target=0)
     torch.testing.assert_close(R.output, expected)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

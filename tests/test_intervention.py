@@ -648,7 +648,7 @@ def test_samples_of_a_batch_axis_that_is_not_the_first() -> None:
         ]
     )
     torch.testing.assert_close(found, wanted.detach())
-    assert Interventions(nrm.Explainer(model, batch_axis=1), x, target=1).replay.spreads
+    assert Interventions(nrm.Explainer(model, batch_axis=1), x, target=1).rerun.copies.possible
 
 
 def test_samples_that_would_mix_are_run_one_at_a_time() -> None:
@@ -665,7 +665,7 @@ def test_samples_that_would_mix_are_run_one_at_a_time() -> None:
     model = Mixing().double().eval()
     x = torch.randn(1, 3).double()
     interventions = Interventions(nrm.Explainer(model, nrm.composites.AttnLRP()), x, target=0)
-    assert not interventions.replay.separates(interventions.graph.captured.output)
+    assert interventions.rerun.copies.axis(interventions.graph.captured.output) is None
     found = interventions.without([(nrm.neurons("input", i),) for i in range(3)])
     wanted = [model(x.masked_fill(torch.arange(3) == i, 0))[0, 0] for i in range(3)]
     torch.testing.assert_close(found, torch.stack(wanted).detach())

@@ -17,7 +17,7 @@ from nrm.errors import QueryError
 from nrm.formulas import Formula, NeuronSet, as_set
 from nrm.graph import Variable
 from nrm.joint import Division, Method, Partition, all_combinations, partition
-from nrm.masks import Stops, by_sample, divide, laid_out, per_sample, resolve, variables_of
+from nrm.masks import Stops, divide, laid_out, resolve, variables_of
 from nrm.prepare import Pass
 from nrm.query import Plan, Query, Starts, along
 from nrm.search import Budget, Flows, Order, Way, find_flows
@@ -59,7 +59,7 @@ class Answers:
         """
         if self.known is None:
             return joint
-        known = self.known if variable is None else by_sample(self.known, joint, variable)
+        known = self.known if variable is None else variable.by_sample(self.known)
         return divide(joint, known)
 
     def total(self) -> Tensor:
@@ -104,7 +104,7 @@ class Answers:
         total = self.query.forward.output.new_zeros(self.query.forward.batch)
         for variable, weight in weights.items():
             inside = found[variable] if weight is None else found[variable] * weight
-            total = total + per_sample(inside, variable, self.query.forward.batch)[0]
+            total = total + variable.per_sample(inside, self.query.forward.batch)[0]
         return self.divided(finite(total))
 
     # -- combinations of parts of layers, jointly with the condition -----------------------------
@@ -186,7 +186,7 @@ def weights_on(condition: Condition, forward: Pass) -> Stops:
         variable = forward.graph.variable(layer)
         if variable in found:
             raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
-        found[variable] = laid_out(values.to(forward.output), variable, forward).unsqueeze(0)
+        found[variable] = laid_out(values.to(forward.output), variable, forward)
     return found
 
 

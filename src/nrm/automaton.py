@@ -19,10 +19,10 @@ from functools import cached_property, reduce
 from itertools import product
 from threading import RLock
 
-from nrm.engine import Mask
 from nrm.errors import QueryError
 from nrm.formulas import All, Compound, Formula, NeuronSet, Not, Odd, Some, parts_first
 from nrm.graph import Graph, Variable
+from nrm.masks import Mask
 
 FAILS, HOLDS = 0, 1
 """The functions of the diagram that depend on no choice."""

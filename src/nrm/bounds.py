@@ -1,9 +1,12 @@
-"""Between which bounds the rest of a flow lies, seen from every neuron of a layer.
+"""Between which bounds the rest of a flow lies, seen from every neuron of a layer (appendix H).
 
 A flow that has come to neuron j goes on through some of the walks from there. If all of them have
 together relevance t, and absolutely v, any part of them lies between (t - v) / 2 and (t + v) / 2.
 Both are forward messages: t of R(i|j), v of |R(i|j)|. Where parts are single neurons, the largest
 and the smallest continuation are known exactly (Viterbi's recursion, with both signs).
+
+From above come the `arrivals` at each layer: what all flows bring there. From below come the
+`intervals`: what a flow still does from there on.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrm.engine import Absolute, bring_up, in_chunks, message_size, send
-from nrm.joint import Neurons, Partition
+from nrm.engine import Absolute, in_chunks, message_size, push_between, send_between
+from nrm.joint import ByNeuron, Partition
 from nrm.prepare import Pass
 
 _MOST_ROWS = 4096
@@ -53,7 +56,7 @@ class Arrivals:
     message: Tensor
     size: Tensor | None
 
-    def reached(self, layer: Neurons) -> list[int]:
+    def reached(self, layer: ByNeuron) -> list[int]:
         """The neurons to which anything may come."""
         if self.size is None:
             return list(range(layer.size))
@@ -67,21 +70,15 @@ def arrivals(
     """One for each layer, from the output down, where `start` comes to the first."""
     found = [Arrivals(start, start.abs())]
     for upper, lower in itertools.pairwise(layers):
-        message = upper.covered(found[-1].message)
-        size = found[-1].size
-        if size is not None and sizes.covers(upper.variable, lower.variable):
-            size = one_step(sizes, upper.covered(size), upper, lower)
+        above, below = upper.variable, lower.variable
+        message, size = found[-1].message, found[-1].size
+        arrived = send_between(forward, upper.covered(message), above, below)
+        if size is None or not sizes.covers(above, below):
+            found.append(Arrivals(arrived, None))
         else:
-            size = None
-        found.append(Arrivals(one_step(forward, message, upper, lower), size))
+            size = send_between(sizes, upper.covered(size), above, below)
+            found.append(Arrivals(arrived, size))
     return found
-
-
-def one_step(forward: Pass, message: Tensor, upper: Partition, lower: Partition) -> Tensor:
-    """`[1, *shape]`: what arrives at a layer of a message at the layer above."""
-    arrived = send(forward, {upper.variable: message}, {lower.variable: None})
-    nothing = message.new_zeros((1, *forward.shape(lower.variable)))
-    return arrived.get(lower.variable, nothing)
 
 
 def intervals(
@@ -105,13 +102,13 @@ def intervals(
             found.append(None)
             continue
         bounds = []
-        if isinstance(upper, Neurons) and isinstance(lower, Neurons):
+        if isinstance(upper, ByNeuron) and isinstance(lower, ByNeuron):
             reached = arriving[depth].reached(upper), arriving[depth + 1].reached(lower)
             if min(map(len, reached)) <= _MOST_ROWS:
                 bounds.append(_best_continuation(forward, upper, lower, reached, below, memory))
         if sizes.covers(upper.variable, lower.variable):
-            total = bring_up(forward, below.sum, lower.variable, upper.variable)
-            size = bring_up(sizes, below.width, lower.variable, upper.variable)
+            total = push_between(forward, below.sum, lower.variable, upper.variable)
+            size = push_between(sizes, below.width, lower.variable, upper.variable)
             bounds.append(((total - size) / 2, (total + size) / 2))
         found.append(_within(bounds, upper))
     return found[::-1]
@@ -131,8 +128,8 @@ def _within(bounds: Sequence[tuple[Tensor, Tensor]], layer: Partition) -> Interv
 
 def _best_continuation(
     forward: Pass,
-    upper: Neurons,
-    lower: Neurons,
+    upper: ByNeuron,
+    lower: ByNeuron,
     reached: tuple[list[int], list[int]],
     below: Interval,
     memory: int,
@@ -142,32 +139,54 @@ def _best_continuation(
     One message for each neuron that is reached, of the layer that has fewer of them. Zero at
     others.
     """
+    ends = [end for end in (below.low, below.high) if bool(end.any())]
+    if len(reached[0]) > len(reached[1]):
+        return _seen_from_below(forward, upper, lower, reached[1], ends, memory)
+    return _seen_from_above(forward, upper, lower, reached[0], ends, memory)
+
+
+def _seen_from_below(
+    forward: Pass,
+    upper: ByNeuron,
+    lower: ByNeuron,
+    reached: Sequence[int],
+    ends: Sequence[Tensor],
+    memory: int,
+) -> tuple[Tensor, Tensor]:
+    """By a forward message from each neuron of the lower layer that is reached."""
     above, under = upper.variable, lower.variable
-    ones = forward.output.new_ones((1, *forward.shape(above)))
-    low, high = torch.zeros_like(ones), torch.zeros_like(ones)
-    each = message_size(forward, above, under)
+    low, high = (forward.output.new_zeros((1, *forward.shape(above))) for _ in range(2))
 
     def pushed(chosen: Sequence[int]) -> None:
-        for bound in (below.low, below.high):
-            if bool(bound.any()):
-                onward = bring_up(forward, lower.split(bound, chosen), under, above)
-                torch.minimum(low, onward.amin(0, keepdim=True), out=low)
-                torch.maximum(high, onward.amax(0, keepdim=True), out=high)
+        for end in ends:
+            onward = push_between(forward, lower.split(end, chosen), under, above)
+            torch.minimum(low, onward.amin(0, keepdim=True), out=low)
+            torch.maximum(high, onward.amax(0, keepdim=True), out=high)
 
-    ends = [lower.add_up(bound)[0] for bound in (below.low, below.high)]
-    flat = [upper.add_up(bound)[0] for bound in (low, high)]
+    in_chunks(reached, memory, message_size(forward, above, under), pushed)
+    return low, high
+
+
+def _seen_from_above(
+    forward: Pass,
+    upper: ByNeuron,
+    lower: ByNeuron,
+    reached: Sequence[int],
+    ends: Sequence[Tensor],
+    memory: int,
+) -> tuple[Tensor, Tensor]:
+    """By a message from each neuron of the upper layer that is reached."""
+    above, under = upper.variable, lower.variable
+    ones = forward.output.new_ones((1, *forward.shape(above)))
+    low, high = (torch.zeros_like(upper.add_up(ones)[0]) for _ in range(2))  # [batch, neurons]
+    flat = [lower.add_up(end)[0] for end in ends]
 
     def pulled(chosen: Sequence[int]) -> None:
-        rows = lower.add_up(one_step(forward, upper.split(ones, chosen), upper, lower))
-        for end in ends:
-            if bool(end.any()):
-                products = rows * end
-                flat[0][:, chosen] = torch.minimum(flat[0][:, chosen], products.amin(-1).T)
-                flat[1][:, chosen] = torch.maximum(flat[1][:, chosen], products.amax(-1).T)
+        rows = lower.add_up(send_between(forward, upper.split(ones, chosen), above, under))
+        for end in flat:
+            products = rows * end
+            low[:, chosen] = torch.minimum(low[:, chosen], products.amin(-1).T)
+            high[:, chosen] = torch.maximum(high[:, chosen], products.amax(-1).T)
 
-    if len(reached[0]) > len(reached[1]):
-        in_chunks(reached[1], memory, each, pushed)
-        return low, high
-    in_chunks(reached[0], memory, each, pulled)
-    low, high = (upper.lay_out(bound.unsqueeze(0)) for bound in flat)
-    return low, high
+    in_chunks(reached, memory, message_size(forward, above, under), pulled)
+    return upper.lay_out(low.unsqueeze(0)), upper.lay_out(high.unsqueeze(0))

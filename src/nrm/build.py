@@ -8,15 +8,21 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.capture import nodes as addresses
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor, is_mask, is_symbolic, reads_no_values, unfollowed
+from nrm.capture.nodes import (
+    Captured,
+    is_float_tensor,
+    is_mask,
+    is_symbolic,
+    reads_no_values,
+    unfollowed,
+)
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
-from nrm.operators import Call, Identity, Operator, ToFirstOrder, carries_none, lookup, picks
+from nrm.operators import Call, Operator, ToFirstOrder, carries_none, lookup, picks
 from nrm.rules import Identity as IdentityRule
 from nrm.rules import PathIntegrated, Rule
-from nrm.structure import Structure, gate_ranks
+from nrm.structure import Structure, gate_ranks, is_embedding
 
 
 class Draft:
@@ -90,7 +96,7 @@ class Draft:
         begun = next((self.steps[parent] for parent in parents if parent in self.steps), None)
         if begun is None:
             return
-        if _is_embedding(node):
+        if is_embedding(node):
             names = self._name_of[node]
             embedding = self._variable(names[0], "embedding", node, names[1:])
             embedding.channel_axis = -1
@@ -262,10 +268,6 @@ def _parents(node: Node) -> Sequence[Node]:
     return node.all_input_nodes
 
 
-def _is_embedding(node: Node) -> bool:
-    return str(node.target) == "aten.embedding.default" and is_float_tensor(node)
-
-
 def _ancestors(output: Node) -> set[Node]:
     found: set[Node] = set()
     waiting: list[Node] = [output]
@@ -393,9 +395,7 @@ def _choose_rules(graph: Graph, rules: dict[Operation, Rule]) -> None:
     """Choose the rule of every operation that has none yet."""
     for operation in graph.operations:
         rule = rules.get(operation) or graph.specification.rule(operation, graph)
-        if isinstance(rule, IdentityRule) and not (
-            operation.operator.accepts_identity or isinstance(operation.operator, Identity)
-        ):
+        if isinstance(rule, IdentityRule) and not operation.operator.accepts_identity:
             raise QueryError(
                 f"the composite gives {operation.address!r} the Identity rule, but "
                 f"{operation.kind} neurons have many parents. Choose a contribution rule."

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from nrm.capture.export import Captured
+from nrm.capture.nodes import Captured
 from nrm.graph import Graph, Operation
 from nrm.rules import (
     Alpha,

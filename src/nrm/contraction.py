@@ -1,25 +1,36 @@
-"""The one way between two layers, and the weighted sum on it by which channels are joined."""
+"""All pairs of channels on the two sides of one weighted sum, in one step.
+
+The relevance that passes over a weight `w[c', c, δ]` of a convolution is the weight times what its
+gradient would be, for the contributing values as the input and the shared message as the output's
+gradient. Added up over the kernel it is the joint relevance of an output and an input channel:
+512 x 512 of them cost one gradient by the weight, not 512 backward passes.
+
+Activations, pooling, concatenation and the like may lie between the weighted sum and the layers, if
+it is known there which channel of a layer each neuron leads to or comes from. Below the weighted
+sum, what part of each neuron's relevance goes on to the lower layer is a factor at the contributing
+values.
+
+So there are three steps: the one way between the layers, and the weighted sum on it (`Bridge`);
+which channels its own channels belong to (`Contraction`); all pairs (`contracted_pairs`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nrm.engine import send
+from nrm.engine import send_between
 from nrm.graph import Graph, Operation, Variable
-from nrm.operators import Identity, Product, Routing
-from nrm.operators.averages import Averaging
-from nrm.operators.layers import Layer
-from nrm.operators.sums import Elementwise
 from nrm.prepare import Pass
-from nrm.sets import channel_axis
+
+# -- The one way between two layers, and the weighted sum on it by which channels are joined.
 
 
 @dataclass(frozen=True)
-class Step:
+class Passage:
     """An operation that all walks between two layers pass.
 
     Attributes:
@@ -42,22 +53,33 @@ class Step:
     @property
     def moves(self) -> bool:
         """Whether every neuron has its parent anywhere."""
-        return isinstance(self.operation.operator, Routing)
+        return self.operation.operator.moves
 
     def mixed_axes(self, dim: int) -> list[int] | None:
-        """The axes of its `dim` along which parents may lie; `None` where it is not known.
-
-        Along all others a neuron and its parents have the same place.
-        """
-        operator = self.operation.operator
-        if isinstance(operator, Averaging | Layer):
-            return operator.mixed_axes(self.operation.call, dim)
-        return [] if isinstance(operator, Identity | Elementwise | Product) else None
+        """The axes of its `dim` along which parents may lie; `None` where it is not known."""
+        return self.operation.operator.mixed_axes(self.operation.call, dim)
 
     @property
-    def passes_all_on(self) -> bool:
-        """Whether the relevance of every neuron goes to its one parent, all of it."""
-        return isinstance(self.operation.operator, Identity)
+    def keeps_channels_apart(self) -> bool:
+        """Whether it may be known which channel each of its neurons belongs to."""
+        return self.moves or self.mixed_axes(len(self.below.shape)) is not None
+
+    def push(self, forward: Pass, mass: Tensor) -> Tensor:
+        """`F(j) = sum_i R(i|j) F(i)` over the parents on the way: `[K, *shape above]`."""
+        masses: list[Tensor | None] = [None] * len(self.operation.operands)
+        masses[self.operand] = mass
+        return forward.propagations[self.operation].send_up(masses, forward.shape(self.above))
+
+    def pull(self, forward: Pass, message: Tensor) -> Tensor:
+        """`m(i) = sum_j R(i|j) m(j)` at the parents on the way: `[K, *shape below]`.
+
+        Arguments:
+            message: it may be overwritten.
+        """
+        wanted = [place == self.operand for place in range(len(self.operation.operands))]
+        pulled = forward.propagations[self.operation].send_on(message, wanted)[self.operand]
+        assert pulled is not None
+        return pulled
 
 
 @dataclass(frozen=True)
@@ -69,9 +91,9 @@ class Bridge:
         above, below: the others on the way, which keep channels apart, the highest first.
     """
 
-    crossing: Step
-    above: tuple[Step, ...]
-    below: tuple[Step, ...]
+    crossing: Passage
+    above: tuple[Passage, ...]
+    below: tuple[Passage, ...]
 
     @property
     def axis(self) -> int | None:
@@ -85,25 +107,19 @@ def find_bridge(graph: Graph, upper: Variable, lower: Variable) -> Bridge | None
 
     A convolution of single channels, if there is nothing else.
     """
-    steps = _steps(graph, upper, lower)
-    crossings = [place for place, step in enumerate(steps) if not _keeps_apart(step)]
+    steps = _way(graph, upper, lower)
+    crossings = [place for place, step in enumerate(steps) if not step.keeps_channels_apart]
     if not crossings:
-        crossings = [
-            p for p, step in enumerate(steps) if isinstance(step.operation.operator, Layer)
-        ]
+        crossings = [p for p, step in enumerate(steps) if step.operation.operator.is_layer]
     if len(crossings) != 1:
         return None
     (place,) = crossings
     return Bridge(steps[place], tuple(steps[:place]), tuple(steps[place + 1 :]))
 
 
-def _keeps_apart(step: Step) -> bool:
-    return step.moves or step.mixed_axes(len(step.below.shape)) is not None
-
-
-def _steps(graph: Graph, upper: Variable, lower: Variable) -> list[Step]:
+def _way(graph: Graph, upper: Variable, lower: Variable) -> list[Passage]:
     """The way from one layer down to another; none, where there are several or there is none."""
-    steps: list[Step] = []
+    steps: list[Passage] = []
     variable = upper
     while variable is not lower:
         operation = variable.producer
@@ -116,7 +132,7 @@ def _steps(graph: Graph, upper: Variable, lower: Variable) -> list[Step]:
         ]
         if len(ways) != 1:
             return []
-        steps.append(Step(operation, ways[0]))
+        steps.append(Passage(operation, ways[0]))
         variable = operation.operands[ways[0]]
     return steps
 
@@ -129,50 +145,34 @@ _NONE = -1
 """The number of no channel."""
 
 
-def numbers_below(
-    forward: Pass, upper: Variable, steps: Iterable[Step], axis: int
+def _numbers(
+    forward: Pass,
+    layer: Variable,
+    steps: Iterable[Passage],
+    follow: Callable[[Pass, Passage, Tensor], Tensor | None],
+    axis: int,
 ) -> Tensor | None:
-    """The channels of a layer that those of another lead to, some steps below.
+    """The channels of a layer that those of another, some steps away, lead to or come from.
 
     Arguments:
-        axis: of the lower layer's channels, counted from the end.
+        steps: from the layer on.
+        follow: `_down` or `_up`, one step.
+        axis: of the other layer's channels, counted from the end.
 
     Returns:
-        for each channel of the lower layer a channel of the upper, or -1 if it leads to none;
-        `None` where one of them leads to several.
+        for each channel of the other layer one of this one, or -1 if it leads to none; `None`
+        where one of them leads to several.
     """
-    numbers: Tensor | None = _own_numbers(forward, upper)
+    numbers: Tensor | None = _own_numbers(forward, layer)
     for step in steps:
-        numbers = None if numbers is None else _down(forward, step, numbers)
+        numbers = None if numbers is None else follow(forward, step, numbers)
     return None if numbers is None else _by_channel(numbers, axis)
 
 
-def numbers_above(
-    forward: Pass, lower: Variable, steps: Iterable[Step], axis: int
-) -> Tensor | None:
-    """The channels of a layer behind those of another, some steps above: as `numbers_below`.
-
-    Arguments:
-        steps: the lowest first.
-    """
-    numbers: Tensor | None = _own_numbers(forward, lower)
-    for step in steps:
-        numbers = None if numbers is None else _up(forward, step, numbers)
-    return None if numbers is None else _by_channel(numbers, axis)
-
-
-def count_channels(forward: Pass, variable: Variable) -> int:
-    return forward.shape(variable)[_axis(forward, variable)]
-
-
-def _down(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
+def _down(forward: Pass, step: Passage, numbers: Tensor) -> Tensor | None:
     """The numbers of a step's parents, given those of what it computes."""
     if step.moves:
-        wanted = [place == step.operand for place in range(len(step.operation.operands))]
-        pulled = forward.propagations[step.operation].send_on(_digits(numbers), wanted)
-        digits = pulled[step.operand]
-        assert digits is not None
-        return _from_digits(digits)
+        return _from_digits(step.pull(forward, _digits(numbers)))
     parents = forward.shape(step.below)
     mixed = step.mixed_axes(len(parents))
     assert mixed is not None
@@ -185,13 +185,11 @@ def _down(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
     return None if common is None else common.reshape(common.shape[added:]).expand(parents)
 
 
-def _up(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
+def _up(forward: Pass, step: Passage, numbers: Tensor) -> Tensor | None:
     """The numbers of what a step computes, given those of its parents on the way."""
     shape = forward.shape(step.above)
     if step.moves:
-        given: list[Tensor | None] = [None] * len(step.operation.operands)
-        given[step.operand] = _digits(numbers)
-        return _from_digits(forward.propagations[step.operation].send_up(given, shape))
+        return _from_digits(step.push(forward, _digits(numbers)))
     mixed = step.mixed_axes(numbers.dim())
     assert mixed is not None
     common = _in_common(numbers, mixed)
@@ -201,6 +199,7 @@ def _up(forward: Pass, step: Step, numbers: Tensor) -> Tensor | None:
 
 
 _BASE = 64
+"""Of the digits in which channels are counted while neurons are moved about."""
 
 
 def _digits(numbers: Tensor) -> Tensor:
@@ -252,31 +251,20 @@ def _by_channel(numbers: Tensor, axis: int) -> Tensor | None:
 def _own_numbers(forward: Pass, variable: Variable) -> Tensor:
     """The channel of every neuron, shaped like the variable."""
     shape = forward.shape(variable)
-    axis = _axis(forward, variable)
-    numbers = torch.arange(shape[axis], device=forward.output.device, dtype=forward.output.dtype)
-    return numbers.view(-1, *[1] * (len(shape) - 1 - axis)).expand(shape)
+    neurons = variable.neuron_shape(shape)
+    along = variable.channel_axis_of(neurons)
+    numbers = forward.output.new_tensor(range(neurons[along]))
+    laid = numbers.view([-1 if axis == along else 1 for axis in range(len(neurons))])
+    return variable.restored(laid[None, None])[0].expand(shape)
 
 
-def _axis(forward: Pass, variable: Variable) -> int:
-    """Where the channels lie in a variable's tensor."""
-    shape = list(forward.shape(variable))
-    batch = variable.batch_axis
-    if batch is not None:
-        del shape[batch]
-    axis = channel_axis(variable, torch.Size(shape))
-    return axis + 1 if batch is not None and axis >= batch else axis
+def count_channels(forward: Pass, variable: Variable) -> int:
+    """How many channels a variable has."""
+    neurons = variable.neuron_shape(forward.shape(variable))
+    return neurons[variable.channel_axis_of(neurons)]
 
 
-# -- All pairs of channels on the two sides of one weighted sum, in one step.
-# The relevance that passes over a weight `w[c', c, δ]` of a convolution is the weight times what
-# its
-# gradient would be, for the contributing values as the input and the shared message as the output's
-# gradient. Added up over the kernel it is the joint relevance of an output and an input channel:
-# 512 x 512 of them cost one gradient by the weight, not 512 backward passes.
-#
-# Activations, pooling, concatenation and the like may lie between the weighted sum and the layers:
-# it is known there which channel each neuron belongs to. Below the weighted sum, what part of each
-# neuron's relevance goes on to the lower layer is a factor at the contributing values.
+# -- All pairs.
 
 
 @dataclass(frozen=True)
@@ -311,8 +299,8 @@ def find_contraction(forward: Pass, upper: Variable, lower: Variable) -> Contrac
         propagation = forward.propagations[crossing.operation]
         if propagation.by_channels(nothing, crossing.operand, 1) is None:
             return None
-        rows = numbers_below(forward, upper, bridge.above, bridge.axis)
-        columns = numbers_above(forward, lower, bridge.below[::-1], bridge.axis)
+        rows = _numbers(forward, upper, bridge.above, _down, bridge.axis)
+        columns = _numbers(forward, lower, bridge.below[::-1], _up, bridge.axis)
     return None if rows is None or columns is None else Contraction(bridge, rows, columns)
 
 
@@ -335,8 +323,7 @@ def contracted_pairs(
     crossing = found.bridge.crossing
     above = crossing.above
     if above is not upper:
-        arrived = send(forward, {upper: message}, {above: None})
-        message = arrived.get(above, message.new_zeros((1, *forward.shape(above))))
+        message = send_between(forward, message, upper, above)
     with torch.inference_mode(False), torch.no_grad():
         reaching = _reaching(forward, found.bridge, onward)
         propagation = forward.propagations[crossing.operation]
@@ -361,13 +348,10 @@ def _reaching(forward: Pass, bridge: Bridge, onward: Tensor | None) -> Tensor | 
     `onward`: `[1, *shape]`; `None`: all of it."""
     for step in bridge.below[::-1]:
         if onward is None:
-            if step.passes_all_on:
+            if step.operation.operator.one_parent:
                 continue
             onward = forward.output.new_ones((1, *forward.shape(step.below)))
-        masses: list[Tensor | None] = [None] * len(step.operation.operands)
-        masses[step.operand] = onward
-        propagation = forward.propagations[step.operation]
-        onward = propagation.send_up(masses, forward.shape(step.above))
+        onward = step.push(forward, onward)
     return onward
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 from nrm.engine import Messages, send
 from nrm.errors import VARIATION
 from nrm.graph import Graph, Operation, Variable
-from nrm.masks import per_sample
-from nrm.operators import Columns, Identity, Routing, fill
+from nrm.operators import Columns, fill
 from nrm.prepare import Pass
 from nrm.tables import Shown, Table, numbers
 from nrm.targets import Explained
@@ -109,25 +108,76 @@ class Diagnostics(Shown):
         return "\n".join(lines)
 
 
+# -- The look at every cut.
+
 Crossing = Sequence[tuple[Variable, Tensor]]
+"""The variables that a cut crosses, with their messages."""
 
 
-def _cut(
-    name: str,
-    alone: bool,
-    crossing: Crossing,
-    sums: Callable[[Variable, Tensor], tuple[Tensor, Tensor]],
-) -> Cut:
-    crossed = [sums(variable, message) for variable, message in crossing]
-    return Cut(
-        name,
-        alone,
-        torch.stack([total for total, _ in crossed]).sum(0),
-        torch.stack([size for _, size in crossed]).sum(0),
-    )
+class _Sums:
+    """What messages add up to over each sample: found once, however many cuts they cross."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        # With the message, so that its id stays its own.
+        self._known: dict[tuple[Variable, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def of(self, variable: Variable, message: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch]`: the sum of the relevances, and that of their absolute values."""
+        key = (variable, id(message))
+        if key not in self._known:
+            total = variable.per_sample(message, self.batch)[0]
+            variation = variable.per_sample(message.abs(), self.batch)[0]
+            self._known[key] = message, total, variation
+        return self._known[key][1:]
+
+    def forget(self, variable: Variable) -> None:
+        """Let the messages at a variable go."""
+        for key in [key for key in self._known if key[0] is variable]:
+            del self._known[key]
+
+    def cut(self, name: str, alone: bool, crossing: Crossing) -> Cut:
+        """What crosses one cut, added up."""
+        crossed = [self.of(variable, message) for variable, message in crossing]
+        total, variation = (torch.stack(parts).sum(0) for parts in zip(*crossed, strict=True))
+        return Cut(name, alone, total, variation)
 
 
-def _by_derivatives(forward: Pass, start: Messages, arrived: Messages) -> Crossing | None:
+def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
+    """Send the output relevance to the leaves and look at every cut on the way."""
+    graph, batch = forward.graph, forward.batch
+    alone = set(graph.cuts)
+    cuts: list[Cut] = []
+    columns: list[Columns] = []
+    mixed: list[str] = []
+    sums = _Sums(batch)
+
+    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
+        crossing = (*travelling.items(), *arrived.items())
+        if all(v.tells_samples(batch) for v, _ in crossing):
+            cuts.append(sums.cut(variable.name, variable in alone, crossing))
+        else:
+            mixed.append(variable.name)
+        if variable.producer is not None:
+            met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
+            if met is not None:
+                columns.append(met)
+            sums.forget(variable)
+
+    arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
+    nothing = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
+    shares = {
+        leaf.name: sums.of(leaf, message)[0] if leaf.tells_samples(batch) else nothing + torch.nan
+        for leaf, message in arrived.items()
+    }
+    crossing = _reached_by_derivatives(forward, start, arrived)
+    if crossing is not None and not any(share.isnan().any() for share in shares.values()):
+        cuts.append(sums.cut("leaves, by derivatives", False, crossing))
+    biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
+    return Diagnostics(cuts, columns, shares, sum(biases, nothing), tolerance, mixed)
+
+
+def _reached_by_derivatives(forward: Pass, start: Messages, arrived: Messages) -> Crossing | None:
     """What arrives at the leaves, with those reached by derivatives as queries see them."""
     if forward.telescope is None:
         return None
@@ -143,60 +193,15 @@ def bias_shares(forward: Pass, start: Messages) -> dict[str, Tensor]:
     shares = {}
     for leaf in constants:
         share = forward.output.new_zeros(forward.batch)
-        if leaf in arrived and forward.batch > 1 and leaf.batch_axis is None:
+        if leaf in arrived and not leaf.tells_samples(forward.batch):
             share += torch.nan
         elif leaf in arrived:
-            share = per_sample(arrived[leaf], leaf, forward.batch)[0]
+            share = leaf.per_sample(arrived[leaf], forward.batch)[0]
         shares[leaf.name] = share
     return shares
 
 
-def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
-    """Send the output relevance to the leaves and look at every cut on the way."""
-    graph, batch = forward.graph, forward.batch
-    alone = set(graph.cuts)
-    cuts: list[Cut] = []
-    columns: list[Columns] = []
-    mixed: list[str] = []
-    known: dict[tuple[Variable, int], tuple[Tensor, Tensor, Tensor]] = {}
-
-    def sums(variable: Variable, message: Tensor) -> tuple[Tensor, Tensor]:
-        key = (variable, id(message))
-        if key not in known:
-            known[key] = (
-                message,  # held, so that its id stays its own
-                per_sample(message, variable, batch)[0],
-                per_sample(message.abs(), variable, batch)[0],
-            )
-        return known[key][1:]
-
-    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
-        crossed = (*travelling.items(), *arrived.items())
-        if batch > 1 and any(v.batch_axis is None for v, _ in crossed):
-            mixed.append(variable.name)
-        else:
-            cuts.append(_cut(variable.name, variable in alone, crossed, sums))
-        if variable.producer is not None:
-            met = forward.propagations[variable.producer].columns(travelling[variable], tolerance)
-            if met is not None:
-                columns.append(met)
-        for key in [key for key in known if key[0] is variable]:
-            if not variable.is_leaf:
-                del known[key]
-
-    arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
-    zero = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
-
-    def share(leaf: Variable, message: Tensor) -> Tensor:
-        untold = batch > 1 and leaf.batch_axis is None  # it mixes the samples
-        return zero + torch.nan if untold else sums(leaf, message)[0]
-
-    shares = {leaf.name: share(leaf, message) for leaf, message in arrived.items()}
-    by_derivatives = _by_derivatives(forward, start, arrived)
-    if by_derivatives is not None and not any(s.isnan().any() for s in shares.values()):
-        cuts.append(_cut("leaves, by derivatives", False, by_derivatives, sums))
-    biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
-    return Diagnostics(cuts, columns, shares, sum(biases, zero), tolerance, mixed)
+# -- What a person is warned of.
 
 
 def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
@@ -211,10 +216,10 @@ def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
         variation = float(torch.linalg.vector_norm(message, 1))  # of all samples together
         if variation <= VARIATION:
             continue
-        if forward.batch > 1 and variable.batch_axis is not None:
-            variation = float(per_sample(message.abs(), variable, forward.batch).max())
-        elif forward.batch > 1:
+        if not variable.tells_samples(forward.batch):
             variation /= forward.batch
+        elif forward.batch > 1:
+            variation = float(variable.per_sample(message.abs(), forward.batch).max())
         warn_of_variation(forward, start, variable.name, variation)
 
 
@@ -259,7 +264,7 @@ _LARGE = 1e2
 def warn_of_output(forward: Pass, explained: Explained) -> None:
     """Warn where an explained output is within rounding of zero."""
     given = explained.unnormalized.unsqueeze(0)
-    values = per_sample(given, forward.graph.output, forward.batch)[0]
+    values = forward.graph.output.per_sample(given, forward.batch)[0]
     rounding = _ROUNDING * torch.finfo(values.dtype).eps
     if bool((values.abs() > rounding * _LARGE * forward.output.abs().amax().clamp(min=1)).all()):
         return
@@ -276,18 +281,18 @@ def _terms_of_output(forward: Pass, explained: Explained) -> Tensor:
     # How what is explained changes with what it is made of.
     part = (explained.relevance != 0).to(explained.relevance.dtype)
     sizes = explained.unnormalized.abs().unsqueeze(0)
-    sizes = per_sample(sizes, forward.graph.output, forward.batch)[0]
+    sizes = forward.graph.output.per_sample(sizes, forward.batch)[0]
     for operation, (call, values) in zip(operations, forward.calls(operations), strict=True):
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad():
             output = fill(call, leaves)()
         operands = operation.operands[: len(leaves)]
-        mixed = forward.batch > 1 and any(operand.batch_axis is None for operand in operands)
-        if mixed or not output.requires_grad:
+        apart = all(operand.tells_samples(forward.batch) for operand in operands)
+        if not apart or not output.requires_grad:
             break
         gradients = torch.autograd.grad(output, leaves, part, materialize_grads=True)
         terms = [
-            per_sample((leaf.detach() * g).abs().unsqueeze(0), operand, forward.batch)[0]
+            operand.per_sample((leaf.detach() * g).abs().unsqueeze(0), forward.batch)[0]
             for leaf, g, operand in zip(leaves, gradients, operands, strict=True)
         ]
         sizes = torch.stack([sizes, torch.stack(terms).sum(0)]).amax(0)
@@ -302,7 +307,8 @@ def _down_to_a_sum(graph: Graph) -> list[Operation]:
     while variable.producer is not None:
         operation = variable.producer
         found.append(operation)
-        if not isinstance(operation.operator, Identity | Routing) or len(operation.slots) > 1:
+        row = operation.operator
+        if not (row.one_parent or row.moves) or len(operation.slots) > 1:
             break
         variable = operation.operands[0]
     return found

@@ -1,9 +1,16 @@
 """Message passing (Theorem 1): the one engine behind every query.
 
 A message holds `m(i)`, the relevance of the walks seen so far that end in neuron i, as a tensor
-`[K, *shape of the variable]`: K messages travel at once. Messages start at the output. An
-*itinerary* says what becomes of them at each variable; what it lets go is dropped, which is what
-a masked layer of the proper network does (appendix A).
+`[K, *shape of the variable]`: K messages travel at once. Messages start at the output, and each
+operation shares out what its neurons have among their parents, `m(i) = sum_j R(i|j) m(j)` (eq. 24).
+
+- `travel` sends messages of any number of kinds; an *itinerary* says what becomes of them at each
+  variable. What it lets go is dropped, which is what a masked layer of the proper network does
+  (appendix A).
+- `send` has one kind: what has not met a stop. `send_between` goes from one variable to another.
+- `push_between` goes the other way: forward messages, the transpose.
+- `Absolute` is a pass on which all of them travel at absolute sizes, for bounds.
+- `in_chunks` sends as many messages at a time as a memory budget holds.
 """
 
 from __future__ import annotations
@@ -17,19 +24,22 @@ from torch import Tensor
 
 from nrm.errors import QueryError
 from nrm.graph import Operation, Variable
+from nrm.masks import Mask
 from nrm.operators import Propagation
 from nrm.prepare import Pass
 
 Messages = dict[Variable, Tensor]
-Mask = Tensor | None
-"""1 at the neurons where a message stops, broadcastable to `[K, *shape]`; `None`: at all."""
 
 Observer = Callable[[Variable, Messages, Messages], None]
 """Called at each variable with the messages still travelling (its own included) and arrived."""
 
 S = TypeVar("S", bound=Hashable)
+T = TypeVar("T")
 Travelling = dict[Variable, dict[S, Tensor]]
 """The messages on their way, by what is known of their walks."""
+
+
+# -- Along itineraries.
 
 
 class Itinerary(Protocol[S]):
@@ -54,7 +64,8 @@ def travel(
 
     Arguments:
         forward: the forward pass to travel back through.
-        travelling: where messages start, e.g. the output relevance at the output.
+        travelling: where messages start, e.g. the output relevance at the output; each variable's
+            are taken out as they are sent on.
         normalized: `False` multiplies unnormalised contributions (eq. 26).
         open_to: factors at the neurons of some variables: masks of those that walks may visit.
         order: in which to visit the variables, children before parents.
@@ -72,40 +83,52 @@ def travel(
             messages = {state: message * way for state, message in messages.items()}
         messages = itinerary.visit(variable, messages)
         del travelling[variable]
-        operation = variable.producer
-        if operation is None:
+        if variable.producer is not None:
+            _share_out(forward, variable.producer, messages, travelling, itinerary, normalized)
+
+
+def _share_out(
+    forward: Pass,
+    operation: Operation,
+    messages: dict[S, Tensor],
+    travelling: Travelling[S],
+    itinerary: Itinerary[S],
+    normalized: bool,
+) -> None:
+    """Add to `travelling` what an operation's parents get of messages, which are used up.
+
+    The messages of all states pass the operation in one call. Nothing is held on to longer than
+    needed: what is not wanted is never computed, and a message is let go where it was shared out.
+    """
+    operands = operation.operands
+    ways = {state: [itinerary.arrive(state, operand) for operand in operands] for state in messages}
+    states = [state for state in messages if any(then is not None for then in ways[state])]
+    if not states:
+        return
+    wanted = [any(ways[state][k] is not None for state in states) for k in range(len(operands))]
+    rows = [len(messages[state]) for state in states]
+    message = messages[states[0]]
+    if len(states) > 1:
+        message = torch.cat([messages[state] for state in states])
+    messages.clear()
+    propagation = forward.propagations[operation]
+    pulled = propagation.send_on(message, wanted, normalized)
+    if propagation.vanished:
+        forward.cautions.vanished(operation.address, propagation.vanished)
+    del message
+    for k, (operand, parts) in enumerate(zip(operands, pulled, strict=True)):
+        if parts is None or not wanted[k]:
             continue
-        ways = {
-            state: [itinerary.arrive(state, operand) for operand in operation.operands]
-            for state in messages
-        }
-        states = [state for state in messages if any(w is not None for w in ways[state])]
-        if not states:
-            continue
-        wanted = [
-            any(ways[state][k] is not None for state in states)
-            for k in range(len(operation.operands))
-        ]
-        rows = [len(messages[state]) for state in states]
-        message = messages[states[0]]
-        if len(states) > 1:
-            message = torch.cat([messages[state] for state in states])
-        del messages
-        propagation = forward.propagations[operation]
-        pulled = propagation.send_on(message, wanted, normalized)
-        if propagation.vanished:
-            forward.cautions.vanished(operation.address, propagation.vanished)
-        del message
-        for k, (operand, parts) in enumerate(zip(operation.operands, pulled, strict=True)):
-            if parts is None or not wanted[k]:
-                continue
-            there = travelling.setdefault(operand, {})
-            pieces = torch.split(parts, rows) if len(states) > 1 else (parts,)
-            for state, piece in zip(states, pieces, strict=True):
-                then = ways[state][k]
-                if then is not None:
-                    before = there.get(then)
-                    there[then] = piece if before is None else before + piece
+        there = travelling.setdefault(operand, {})
+        pieces = torch.split(parts, rows) if len(states) > 1 else (parts,)
+        for state, piece in zip(states, pieces, strict=True):
+            then = ways[state][k]
+            if then is not None:
+                before = there.get(then)
+                there[then] = piece if before is None else before + piece
+
+
+# -- To stops.
 
 
 def send(
@@ -141,49 +164,6 @@ def send(
         return itinerary.arrived
 
 
-def bring_up(forward: Pass, mass: Tensor, lower: Variable, upper: Variable) -> Tensor:
-    """`F(j) = sum_i R(i|j) F(i)` over the walks from `upper` to `lower`: the transpose of `send`.
-
-    Arguments:
-        mass: `[K, *shape of lower]`; walks that do not come to `lower` count zero.
-
-    Returns:
-        `[K, *shape of upper]`.
-    """
-    graph = forward.graph
-    between = (graph.upstream(upper) | {upper}) & graph.leading_to([lower])
-    order = [v for v in graph.variables[lower.index + 1 : upper.index + 1] if v in between]
-    last = {operand: v for v in order if v.producer for operand in v.producer.operands}
-    masses = {lower: mass}
-    with torch.inference_mode(False), torch.no_grad():
-        for variable in order:
-            operation = variable.producer
-            if operation is None:
-                continue
-            given = [masses.get(operand) for operand in operation.operands]
-            pushed = forward.propagations[operation].send_up(given, forward.shape(variable))
-            masses[variable] = pushed
-            for operand in operation.operands:
-                if last[operand] is variable:
-                    masses.pop(operand, None)
-            del given
-    return masses.get(upper, mass.new_zeros((len(mass), *forward.shape(upper))))
-
-
-def finite(result: Tensor) -> Tensor:
-    """The result as it is.
-
-    Raises:
-        QueryError: it overflowed.
-    """
-    if not bool(torch.isfinite(result).all()):
-        raise QueryError(
-            "relevance overflowed: nearly zero columns amplified it without bound (see "
-            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
-        )
-    return result
-
-
 class _ToStops:
     """One message, of all walks that have not met a stop."""
 
@@ -215,14 +195,64 @@ class _ToStops:
         return state if variable in self.leading else None
 
 
-# -- A forward pass with every connection at its absolute size: what bounds are computed with.
-# `|R(i|j)|` in place of `R(i|j)` carries the sum of the absolute relevance of walks. No part of the
-# walks that a message stands for has a relevance beyond (total + absolute) / 2 or below
-# (total - absolute) / 2.
+# -- From one variable to another, and back up.
+
+
+def send_between(forward: Pass, message: Tensor, upper: Variable, lower: Variable) -> Tensor:
+    """`[K, *shape of lower]`: what arrives of messages at `upper`; zero where no walk comes.
+
+    Arguments:
+        message: `[K, *shape of upper]`.
+    """
+    arrived = send(forward, {upper: message}, {lower: None}).get(lower)
+    if arrived is None:
+        return message.new_zeros((len(message), *forward.shape(lower)))
+    return arrived
+
+
+def push_between(forward: Pass, mass: Tensor, lower: Variable, upper: Variable) -> Tensor:
+    """`F(j) = sum_i R(i|j) F(i)` over the walks from `upper` to `lower`.
+
+    The transpose of `send_between`.
+
+    Arguments:
+        mass: `[K, *shape of lower]`; walks that do not come to `lower` count zero.
+
+    Returns:
+        `[K, *shape of upper]`.
+    """
+    graph = forward.graph
+    between = (graph.upstream(upper) | {upper}) & graph.leading_to([lower])
+    order = [v for v in graph.variables[lower.index + 1 : upper.index + 1] if v in between]
+    last = {operand: v for v in order if v.producer for operand in v.producer.operands}
+    masses = {lower: mass}
+    with torch.inference_mode(False), torch.no_grad():
+        for variable in order:
+            operation = variable.producer
+            if operation is None:
+                continue
+            given = [masses.get(operand) for operand in operation.operands]
+            propagation = forward.propagations[operation]
+            masses[variable] = propagation.send_up(given, forward.shape(variable))
+            for operand in operation.operands:
+                if last[operand] is variable:  # nobody reads it any more
+                    masses.pop(operand, None)
+            del given
+    if upper not in masses:  # no walk passes both
+        return mass.new_zeros((len(mass), *forward.shape(upper)))
+    return masses[upper]
+
+
+# -- At absolute sizes.
 
 
 class Absolute(Pass):
-    """A pass that messages travel at absolute sizes, between layers that `covers` is true of."""
+    """A pass with every connection at its absolute size: what bounds are computed with.
+
+    `|R(i|j)|` in place of `R(i|j)` carries the sum of the absolute relevance of walks. No part of
+    the walks that a message stands for has a relevance beyond (total + absolute) / 2 or below
+    (total - absolute) / 2. Messages travel it between variables that `covers` is true of.
+    """
 
     def __init__(self, forward: Pass) -> None:
         self.graph, self.output, self.batch = forward.graph, forward.output, forward.batch
@@ -267,9 +297,7 @@ class _Sizes(Mapping[Operation, Propagation]):
         return sum(1 for _ in self)
 
 
-# -- How many messages travel at once: as many as a memory budget holds.
-
-T = TypeVar("T")
+# -- As many at once as a memory budget holds.
 
 _HELD = 3
 """How often a message is there while it is shared out: as it came, by sign, divided."""
@@ -339,3 +367,20 @@ def in_chunks(
                 torch.cuda.empty_cache()
             continue
         begin += len(chosen)
+
+
+# -- What comes out.
+
+
+def finite(result: Tensor) -> Tensor:
+    """The result as it is.
+
+    Raises:
+        QueryError: it overflowed.
+    """
+    if not bool(torch.isfinite(result).all()):
+        raise QueryError(
+            "relevance overflowed: nearly zero columns amplified it without bound (see "
+            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
+        )
+    return result

@@ -11,7 +11,6 @@ from torch import Tensor
 from nrm.diagnostics import warn_of_output
 from nrm.errors import QueryError
 from nrm.graph import Graph
-from nrm.masks import per_sample
 from nrm.prepare import Pass
 from nrm.query import Starts
 from nrm.tables import Shown, Table, numbers, sizes
@@ -44,7 +43,7 @@ class Explanation(Shown):
         warn_of_output(forward, explained)
         self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
         self._target = explained.target
-        self._scale = per_sample(self._starts[False][output], output, self.batch)[0]
+        self._scale = output.per_sample(self._starts[False][output], self.batch)[0]
 
     @property
     def target(self) -> Tensor | None:

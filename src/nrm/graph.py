@@ -1,24 +1,34 @@
-"""What a graph is made of: variables, whose elements are the neurons, and operations."""
+"""The computation graph that the measure lives on (section 3.2, appendix A).
+
+Its variables are tensors, whose elements are the neurons. Its operations say which neurons are the
+parents of which. A walk is a path from an output neuron to a neuron of a leaf; cuts are the
+variables that every walk crosses exactly once.
+
+Models put the batch where they like. Whatever asks for samples, channels or single neurons does so
+in one *canonical view* of a variable's tensors, `[K, batch, *neurons]` (`Variable.canonical`): K
+messages at once, then the samples, then the axes of the neurons in their order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor
-from nrm.errors import QueryError, UnknownLayerError
+from nrm.capture.nodes import Captured, is_float_tensor
+from nrm.errors import NeuronSetError, QueryError, UnknownLayerError
 from nrm.heads import Head
-from nrm.operators import Call, Identity, Operator, Routing, lookup
+from nrm.operators import Call, Operator, lookup
 from nrm.rules import Alpha, Rule
 
-"""What holds no real values and depends on an input: piecewise constant, or anything else."""
-
 Kind = Literal["input", "embedding", "operation", "bias", "constant"]
+
+S = TypeVar("S")
 
 
 @dataclass(eq=False)
@@ -52,6 +62,94 @@ class Variable:
 
     def __repr__(self) -> str:
         return f"Variable({self.name!r}, {self.kind}, {list(self.shape)})"
+
+    # -- where the samples and the neurons are ---------------------------------------------------
+
+    def canonical(self, message: Tensor) -> Tensor:
+        """`[K, *shape]` as `[K, batch, *neurons]`: a view, so that writing to it writes to both.
+
+        Where no axis is that of the batch, all is one sample: `[K, 1, *neurons]`.
+        """
+        if self.batch_axis is None:
+            return message.unsqueeze(1)
+        return message.movedim(self.batch_axis + 1, 1)
+
+    def restored(self, view: Tensor) -> Tensor:
+        """`[K, batch, *neurons]` as `[K, *shape]`: the way back, a view as well.
+
+        With a batch of size one, what is the same for all samples: it broadcasts to messages.
+        """
+        if self.batch_axis is None:
+            return view.squeeze(1)
+        return view.movedim(1, self.batch_axis + 1)
+
+    def neuron_shape(self, shape: torch.Size) -> torch.Size:
+        """A shape of the variable without its batch axis: that of the neurons of one sample."""
+        return torch.Size(size for axis, size in enumerate(shape) if axis != self.batch_axis)
+
+    @property
+    def neuron_sizes(self) -> tuple[int | None, ...]:
+        """The sizes of the neurons' axes; `None` where they differ from input to input."""
+        return tuple(size for axis, size in enumerate(self.shape) if axis != self.batch_axis)
+
+    def channel_axis_of(self, neuron_shape: Sequence[int | None]) -> int:
+        """Which of the neurons' axes is that of the channels; the first, where none is known.
+
+        Raises:
+            NeuronSetError: the neurons have no axes.
+        """
+        if not neuron_shape:
+            raise NeuronSetError(f"{self.name!r} has one neuron per sample and no channels.")
+        return 0 if self.channel_axis is None else len(neuron_shape) + self.channel_axis
+
+    def axis_of(self, neuron_shape: Sequence[int | None], axis: int | None) -> int:
+        """One of the neurons' axes, counted from the front; `None`: that of the channels.
+
+        Raises:
+            QueryError: there is none of this number.
+        """
+        if axis is None:
+            return self.channel_axis_of(neuron_shape)
+        if not -len(neuron_shape) <= axis < len(neuron_shape):
+            raise QueryError(
+                f"{self.name!r} has no axis {axis}: its neurons are {tuple(neuron_shape)}."
+            )
+        return axis % len(neuron_shape)
+
+    def tells_samples(self, batch: int) -> bool:
+        """Whether each of its neurons is one of the batch's samples' alone."""
+        return batch == 1 or self.batch_axis is not None
+
+    def require_samples_apart(self, batch: int) -> None:
+        """Refuse a variable that mixes the samples of a batch in one axis.
+
+        Raises:
+            QueryError: it does.
+        """
+        if not self.tells_samples(batch):
+            raise QueryError(
+                f"{self.name!r} mixes the batch with another axis, so its neurons cannot be told "
+                "apart by sample. Choose another layer, or explain one sample at a time."
+            )
+
+    def per_sample(self, message: Tensor, batch: int) -> Tensor:
+        """`[K, *shape]` summed over the neurons of each sample: `[K, batch]`.
+
+        Raises:
+            QueryError: the variable mixes samples, and there are several.
+        """
+        self.require_samples_apart(batch)
+        view = self.canonical(message)
+        return view.reshape(*view.shape[:2], -1).sum(-1)
+
+    def by_sample(self, values: Tensor) -> Tensor:
+        """`[batch]` shaped so that it broadcasts against the variable's tensor.
+
+        Raises:
+            QueryError: the variable mixes samples, and there are several.
+        """
+        self.require_samples_apart(len(values))
+        return self.restored(values.view(1, -1, *[1] * len(self.neuron_sizes)))[0]
 
 
 @dataclass(eq=False)
@@ -96,8 +194,6 @@ class Operation:
         return f"Operation({self.address!r}, {self.kind})"
 
 
-# -- The computation graph that the measure lives on: variables, operations, cuts (appendix A).
-
 _ELEMENTWISE = ("activation", "scaling")
 """The kinds of rows for functions of one neuron each."""
 
@@ -114,8 +210,6 @@ class WalkSpecification(Protocol):
 
 class Graph:
     """The variables and operations between the leaves and the explained output.
-
-    A walk is a path from an output neuron to a neuron of a leaf.
 
     Made by `nrm.build.build_graph`.
 
@@ -253,6 +347,25 @@ class Graph:
             self._leading[chosen] = frozenset(leading)
         return self._leading[chosen]
 
+    def in_order(self, sets: Mapping[S, Collection[Variable]]) -> list[S] | None:
+        """The sets in an order in which every walk that meets all of them does so, if there is one.
+
+        Arguments:
+            sets: where each lies.
+        """
+        remaining, order = list(sets), []
+        while remaining:
+            for one in remaining:
+                others = [other for other in remaining if other is not one]
+                places = [place for other in others for place in sets[other]]
+                if not any(v in self.upstream(place) for v in sets[one] for place in places):
+                    order.append(one)
+                    remaining = others
+                    break
+            else:
+                return None
+        return order
+
     def activation_after(self, operation: Operation) -> tuple[Operation, ...]:
         """The activation that alone reads what an operation computes, and copies on the way."""
         found: list[Operation] = []
@@ -263,7 +376,7 @@ class Graph:
                 return ()
             (reader,) = readers
             row = reader.operator
-            if not isinstance(row, Identity) or not row.elementwise:
+            if not row.one_parent or not row.elementwise:
                 return ()
             if reader.output.shape != output.shape or reader.kind not in _ELEMENTWISE:
                 return ()
@@ -297,12 +410,14 @@ def first_tokens(graph: Graph) -> str:
         for node in graph.captured.graph.nodes:
             if node in embeddings and reached.intersection(node.all_input_nodes):
                 return embeddings[node]
-            integer = node.op == "call_function" and not is_float_tensor(node)
-            if integer and reached.intersection(node.all_input_nodes) and _same_tokens(node):
+            if reached.intersection(node.all_input_nodes) and _same_tokens(node):
                 reached.add(node)
     raise QueryError("the model embeds no integer input; name a layer with at=.")
 
 
 def _same_tokens(node: Node) -> bool:
     """Whether an integer tensor still holds the tokens it was computed from."""
-    return isinstance(lookup(node.target), Routing | Identity)  # type: ignore[arg-type]
+    if node.op != "call_function" or is_float_tensor(node):
+        return False
+    row = lookup(node.target)  # type: ignore[arg-type]
+    return row is not None and (row.moves or row.one_parent)

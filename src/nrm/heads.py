@@ -20,39 +20,22 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from nrm.capture.nodes import is_float_tensor
-from nrm.errors import UnsupportedOperatorError
-from nrm.operators import Call, Routing, lookup, picks
-from nrm.operators.table import OneOf
+from nrm.operators import Call, Function, function_of, picks, row_of
+from nrm.operators.functions import (
+    GATHER,
+    NEGATIVE,
+    SIGN,
+    TIMES,
+    UNKNOWN,
+    WITH_AXIS,
+    WITHOUT_AXIS,
+)
 
 Heads = Literal["logits", "keep"]
 """Whether the last function is looked through, or explained with all the rest."""
 
-aten = torch.ops.aten
-
-_HEADS = {
-    **dict.fromkeys(["softmax", "_softmax", "special_softmax"], "softmax"),
-    **dict.fromkeys(["log_softmax", "_log_softmax", "special_log_softmax"], "log_softmax"),
-    **dict.fromkeys(["sigmoid", "special_expit"], "sigmoid"),
-    "log_sigmoid": "log_sigmoid",
-    "hardsigmoid": "hardsigmoid",
-    "softplus": "softplus",
-    "exp": "exp",
-}
-"""Functions whose sign is not that of their argument, by operator."""
-
 _LOGITS = ("softmax", "log_softmax", "sigmoid", "log_sigmoid")
-
-_SAME = (
-    "dropout", "clone", "alias", "contiguous", "to", "_to_copy", "type_as", "positive", "detach",
-    "lift_fresh_copy",
-)  # fmt: skip
-"""Functions that return what they are given."""
-
-_RISING = (
-    *_SAME, "log", "log2", "log10", "log1p", "exp", "expm1", "sqrt", "square", "clamp", "clamp_min",
-    "clamp_max", "nan_to_num", "logit", "special_logit", "sigmoid", "softplus", "tanh",
-)  # fmt: skip
-"""Functions that keep the order of what a head returns."""
+"""Functions whose argument is called a logit, by role (`nrm.operators.functions`)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +113,8 @@ class _Search:
         if _renormalised(node):
             return self._leads(node.all_input_nodes[0])
         carried = [parent for parent in node.all_input_nodes if self._carries(parent)]
-        if _routes(node) or picks(node) or _name(node) in (*_SAME, "copy"):
+        function = _function(node)
+        if _routes(node) or picks(node) or function.same or function.role == "copy":
             return any(map(self._leads, carried))  # what is put beside a head stays what it is
         return bool(carried) and all(map(self._is_whole, carried))
 
@@ -162,7 +146,7 @@ class _Search:
             elif picks(node):
                 producer = node.args[0]
                 assert isinstance(producer, Node)
-                if _name(producer) in _CHOOSE:
+                if _function(producer).chooses:
                     self.twins[node] = self._chosen(node, producer)
                     return self.twins[node]
                 self.twins[node] = self._add(node, (self._twin(producer), node.args[1]))
@@ -174,71 +158,52 @@ class _Search:
 
     def _step(self, node: Node) -> Callable[[], Node] | None:
         """How a node's twin is made; `None`: the node is no part of a head."""
-        name = _name(node)
-        first = node.args[0] if node.args else None
-        if name in _RISING:
-            if not isinstance(first, Node) or not self._carries(first):
-                return None
-            if _reshapes(node, first) or (name == "square" and not _is_positive(first)):
-                return None
-            return lambda: self._twin(first)
-        if name == "pow" and isinstance(first, Node) and isinstance(node.args[1], int | float):
-            if node.args[1] == 0 or not _is_positive(first):
-                return None
-            return self._signed(node, first, node.args[1] < 0)
-        if name in ("neg", "reciprocal") and isinstance(first, Node):
-            return lambda: self._add(node, (self._twin(first),), aten.neg.default)
-        if name in ("add", "sub", "rsub", "mul", "multiply", "div", "divide", "true_divide"):
-            if _renormalised(node):
-                return lambda: self._twin(node.all_input_nodes[0])
-            return self._arithmetic(node, name)
-        if name == "copy" or _routes(node):
+        if _renormalised(node):
+            return lambda: self._twin(node.all_input_nodes[0])
+        function = _function(node)
+        if function.role == "copy" or _routes(node):
             return lambda: self._copy(node)
-        if name in _CHOOSE and isinstance(node.meta.get("val"), tuple | list):
+        if function.chooses and isinstance(node.meta.get("val"), tuple | list):
             return lambda: self._copy(node)  # read by `_chosen`
-        return None
+        return self._ordered(node)
 
-    def _arithmetic(self, node: Node, name: str) -> Callable[[], Node] | None:
-        """A sum or product with a constant: all that is repeated of it is its sign."""
-        if len(node.args) != 2 or "rounding_mode" in node.kwargs:
+    def _ordered(self, node: Node) -> Callable[[], Node] | None:
+        """A function that keeps the order of values, or turns it round: all that is repeated of it
+        is its sign."""
+        found = row_of(node)
+        if found is None:
             return None
-        both = list(node.args)
-        if name == "rsub":
-            both, name = both[::-1], "sub"
-        places = [i for i, x in enumerate(both) if isinstance(x, Node) and self._carries(x)]
-        if len(places) != 1:
+        call, row = found
+        carried = [(name, parent) for name, parent in call.nodes() if self._carries(parent)]
+        if not carried:
             return None
-        (place,) = places
-        moving, constant = both[place], both[1 - place]
-        assert isinstance(moving, Node)
-        if isinstance(constant, Node) and constant in self.varying:
+        name, moving = carried[0]
+        order = row.order(call, name)
+        others = [parent for parent in node.all_input_nodes if parent is not moving]
+        if order is None or (order.among_positive and not _is_positive(moving)):
+            return None
+        if row.one_parent:
+            if moving is not node.args[0]:
+                return None
+        elif len(carried) > 1 or not self.varying.isdisjoint(others):
             return None
         if _reshapes(node, moving):
             return None  # broadcast to other neurons
-        alpha: Any = node.kwargs.get("alpha", 1)
-        if name in ("add", "sub"):
-            if not isinstance(alpha, int | float) or alpha == 0:
-                return None
-            return self._signed(node, moving, place == 1 and (alpha < 0) != (name == "sub"))
-        falls = place == 1 and name not in ("mul", "multiply")
-        if isinstance(constant, Node):
-
-            def by_sign() -> Node:
-                twin = self._twin(moving)
-                sign = self._constant(node, aten.sign.default, constant)
-                if falls:
-                    sign = self._constant(node, aten.neg.default, sign)
-                return self._add(node, (twin, sign), aten.mul.Tensor)
-
-            return by_sign
-        if not isinstance(constant, int | float) or constant == 0:
+        if isinstance(order.by, Node):
+            return lambda: self._times_sign(node, moving, order.by, order.falls)
+        if not isinstance(order.by, int | float) or order.by == 0:
             return None
-        return self._signed(node, moving, falls != (constant < 0))
-
-    def _signed(self, node: Node, moving: Node, falls: bool) -> Callable[[], Node]:
-        if not falls:
+        if order.falls == (order.by < 0):
             return lambda: self._twin(moving)
-        return lambda: self._add(node, (self._twin(moving),), aten.neg.default)
+        return lambda: self._add(node, (self._twin(moving),), NEGATIVE)
+
+    def _times_sign(self, node: Node, moving: Node, constant: Node, falls: bool) -> Node:
+        """What stands for an operand, times the sign of a constant tensor."""
+        twin = self._twin(moving)
+        sign = self._constant(node, SIGN, constant)
+        if falls:
+            sign = self._constant(node, NEGATIVE, sign)
+        return self._add(node, (twin, sign), TIMES)
 
     def _chosen(self, node: Node, producer: Node) -> Node:
         """The logits of what was chosen: of the largest probability, not the largest logit."""
@@ -248,13 +213,13 @@ class _Search:
         indices.meta["val"] = producer.meta["val"][1]
         dropped = "keepdim" in call.arguments and not call["keepdim"]
         if dropped:
-            indices = self._add(node, (indices, axis), aten.unsqueeze.default)
+            indices = self._add(node, (indices, axis), WITH_AXIS)
             indices.meta["val"] = producer.meta["val"][1].unsqueeze(axis)
-        chosen = self._add(node, (self._twin(call["self"]), axis, indices), aten.gather.default)
+        chosen = self._add(node, (self._twin(call["self"]), axis, indices), GATHER)
         if dropped:
             chosen.meta["val"] = values.unsqueeze(axis)
             self.twins[producer] = chosen  # its name
-            chosen = self._add(node, (chosen, axis), aten.squeeze.dim)
+            chosen = self._add(node, (chosen, axis), WITHOUT_AXIS)
         return chosen
 
     def _constant(self, node: Node, target: Any, constant: Node) -> Node:
@@ -288,23 +253,25 @@ class _Search:
         return twin
 
 
-def _name(node: Node) -> str:
-    """`softmax` for `aten.softmax.int`; empty for what is no operator of torch's own."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    namespace, _, name = str(node.target).partition(".")
-    return name.rpartition(".")[0] if namespace == "aten" else ""
+def _function(node: object) -> Function:
+    """What a node computes; nothing is known of what is no operator of torch's own."""
+    if not isinstance(node, Node) or getattr(node.target, "namespace", "") != "aten":
+        return UNKNOWN
+    return function_of(node)
+
+
+def _role(node: object) -> str:
+    return _function(node).role
 
 
 def _head(node: Node) -> tuple[str, Node] | None:
     """The function that a node is, and its argument."""
     if not is_float_tensor(node):
         return None
-    name = _name(node)
-    if name in _HEADS:
-        argument = node.args[0] if node.args else node.kwargs.get("self", node.kwargs.get("input"))
-        return (_HEADS[name], argument) if isinstance(argument, Node) else None
-    if name in ("div", "divide", "true_divide", "sub") and len(node.args) == 2:
+    function = _function(node)
+    if function.hides_sign:
+        return function.role, node.all_input_nodes[0]
+    if function.role in ("over", "minus") and len(node.args) == 2:
         return _written_out(*node.args)
     return None
 
@@ -314,44 +281,35 @@ def _written_out(first: Any, second: Any) -> tuple[str, Node] | None:
     second = _spread(second)
     if not isinstance(first, Node) or not isinstance(second, Node) or not second.args:
         return None
-    if _name(second) == "logsumexp" and _same(second.args[0], first):
+    if _role(second) == "logsumexp" and _same(second.args[0], first):
         return "log_softmax", _unshifted(first)
-    if _name(second) == "log":
+    if _role(second) == "log":
         total = _summed(second.args[0])
-        if total is not None and _name(total) == "exp" and _same(total.args[0], first):
+        if total is not None and _role(total) == "exp" and _same(total.args[0], first):
             return "log_softmax", _unshifted(first)
-    if _name(first) == "exp" and isinstance(first.args[0], Node) and _same(_summed(second), first):
+    if _role(first) == "exp" and isinstance(first.args[0], Node) and _same(_summed(second), first):
         return "softmax", _unshifted(first.args[0])
     return None
 
 
 def _routes(node: Node) -> bool:
     """Whether a node moves values to other places, or puts constants in the place of some."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    row = lookup(node.target)
-    if isinstance(row, OneOf):
-        try:
-            row = row.specialize(Call.of(node))
-        except UnsupportedOperatorError:
-            return False  # refused by name if a walk gets there
-    return isinstance(row, Routing) and row.kind in _ROUTES
+    found = row_of(node)
+    return found is not None and found[1].moves and found[1].kind in _ROUTES
 
 
 _ROUTES = ("view", "where", "pad", "interpolation")
 """Each neuron has one parent, or none (of interpolation: to the nearest)."""
 
-_CHOOSE = ("max", "min", "topk", "sort", "cummax")
-"""Where they return two tensors: what is chosen along an axis, and where it was."""
-
 
 def _carries_first(node: Node) -> bool:
-    return bool(_name(node.args[0]) not in _CHOOSE or node.args[1] == 0)  # type: ignore[arg-type]
+    """Whether what a node picks of several results are values, not where they were."""
+    return bool(not _function(node.args[0]).chooses or node.args[1] == 0)
 
 
 def _renormalised(node: Node) -> bool:
     """Whether a node divides positive numbers by their own sum."""
-    if _name(node) not in ("div", "divide", "true_divide") or len(node.args) != 2:
+    if _role(node) != "over" or len(node.args) != 2:
         return False
     first, second = node.args
     if not isinstance(first, Node) or _written_out(first, second) is not None:
@@ -361,27 +319,20 @@ def _renormalised(node: Node) -> bool:
 
 def _is_positive(first: Node) -> bool:
     """Whether a node holds probabilities and the like, not their logarithms."""
-    while _name(first) in _KEEP_POSITIVE and isinstance(first.args[0], Node):
+    while _function(first).keeps_positive and isinstance(first.args[0], Node):
         first = first.args[0]
-    return _HEADS.get(_name(first), "") in ("softmax", "sigmoid", "hardsigmoid", "softplus", "exp")
-
-
-_KEEP_POSITIVE = (
-    "dropout", "clone", "alias", "contiguous", "to", "_to_copy", "clamp_min", "masked_fill", "view",
-    "reshape", "slice", "select", "pow", "sqrt", "squeeze", "unsqueeze", "transpose", "permute",
-)  # fmt: skip
+    return _function(first).positive
 
 
 def _spread(value: Any) -> Any:
     """What a divisor is before it is expanded, or kept from zero."""
-    names = ("expand", "expand_as", "clamp_min", "clamp")
-    while isinstance(value, Node) and (_name(value) in names or _is_nudged(value)):
+    while isinstance(value, Node) and (_role(value) in ("expand", "clamp") or _is_nudged(value)):
         value = value.args[0]
     return value
 
 
 def _is_nudged(node: Node) -> bool:
-    return _name(node) == "add" and isinstance(node.args[1], int | float)
+    return _role(node) == "plus" and isinstance(node.args[1], int | float)
 
 
 def _summed(value: Any) -> Node | None:
@@ -389,8 +340,8 @@ def _summed(value: Any) -> Node | None:
     total = _spread(value)
     if not isinstance(total, Node):
         return None
-    is_norm = _name(total) in ("linalg_vector_norm", "norm") and total.args[1:2] == (1.0,)
-    if not is_norm and _name(total) != "sum":
+    is_norm = _role(total) == "norm" and total.args[1:2] == (1.0,)
+    if not is_norm and _role(total) != "sum":
         return None
     return total.args[0] if isinstance(total.args[0], Node) else None
 
@@ -406,12 +357,13 @@ def _same(one: Any, other: Any) -> bool:
 
 def _unshifted(node: Node) -> Node:
     """The logits from which their own largest was subtracted."""
-    if _name(node) == "sub" and len(node.args) == 2:
+    if _role(node) == "minus" and len(node.args) == 2:
         logits, largest = node.args
-        while isinstance(largest, Node) and (picks(largest) or _name(largest) == "detach"):
+        while isinstance(largest, Node) and (picks(largest) or _role(largest) == "detach"):
             largest = largest.args[0]
-        names = ("max", "amax")
-        if isinstance(largest, Node) and _name(largest) in names and largest.args[0] is logits:
+        if not isinstance(largest, Node) or _role(largest) != "largest":
+            return node
+        if largest.args[0] is logits:
             assert isinstance(logits, Node)
             return logits
     return node

@@ -1,4 +1,10 @@
-"""How the neurons of a layer are divided for joint relevances: channels, neurons, sets."""
+"""The joint relevance of all pairs of parts of two layers, and of all combinations of several.
+
+A layer is divided into parts (a `Partition`): its channels, its neurons, or neuron sets. All pairs
+are found by one contraction where a single weighted sum mixes channels between the two layers
+(`nrm.contraction`), else by a message from each part of one of them. Of more layers than two,
+messages begin all combinations down to the last two, which are joined as pairs.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +17,25 @@ import torch
 from torch import Tensor
 
 from nrm.contraction import Contraction, contracted_pairs, find_contraction
-from nrm.engine import bring_up, in_chunks, message_size, send
+from nrm.engine import in_chunks, message_size, push_between, send_between
 from nrm.errors import NeuronSetError, QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Variable
-from nrm.masks import (
-    keep_channels,
-    neuron_shape,
-    require_samples_apart,
-    resolve,
-    split_by_channel,
-    sum_by_channel,
-    variables_of,
-)
+from nrm.masks import resolve, variables_of
 from nrm.prepare import Pass
 from nrm.sets import channels, neurons
 
 Division = Literal["channel", "neuron"] | int
 """What a layer is divided into; a number is that of an axis, not counting the batch: the nodes of
 a graph, the tokens of a text."""
+Way = Literal["contraction", "backward", "forward"]
+"""By one contraction, by a message from each part of the upper layer down, or by a forward message
+from each part of the lower layer up."""
+Method = Literal["auto", "contraction", "backward", "forward"]
+"""How the joint relevances of all pairs are found."""
+
+
+# -- How a layer is divided.
 
 
 class Partition(ABC):
@@ -72,32 +78,52 @@ class Partition(ABC):
         return 0
 
 
-class Channels(Partition):
-    """A part for each channel, or for each place of another axis, not counting the batch."""
+class ByChannel(Partition):
+    """A part for each channel, or for each place of another axis.
+
+    Arguments:
+        axis: that other axis, not counting the batch.
+
+    Raises:
+        QueryError: the layer has no such axis.
+        NeuronSetError: it has no channels.
+    """
 
     def __init__(self, variable: Variable, forward: Pass, axis: int | None = None) -> None:
+        shape = variable.neuron_shape(forward.shape(variable))
+        along = variable.axis_of(shape, axis)
+        super().__init__(variable, shape[along])
         self.axis = axis
-        blank = forward.output.new_zeros(()).expand(1, *forward.shape(variable))
-        super().__init__(variable, sum_by_channel(blank, variable, axis).shape[-1])
+        self._along = along + 2  # in the canonical view
 
     def split(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
-        return split_by_channel(message, self.variable, chosen, self.axis)
+        split = message.new_zeros((len(chosen), *message.shape[1:]))
+        parts, (whole,) = self.variable.canonical(split), self.variable.canonical(message)
+        along = self._along - 1
+        for part, channel in zip(parts, chosen, strict=True):
+            part.narrow(along, channel, 1).copy_(whole.narrow(along, channel, 1))
+        return split
 
     def keep(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
-        return keep_channels(message, self.variable, chosen, self.axis)
+        kept = message.new_zeros(self.size)
+        kept[list(chosen)] = 1
+        axes = self.variable.canonical(message).dim()
+        laid = kept.view([-1 if axis == self._along else 1 for axis in range(axes)])
+        return message * self.variable.restored(laid)
 
     def add_up(self, message: Tensor) -> Tensor:
-        return sum_by_channel(message, self.variable, self.axis)
+        by_channel = self.variable.canonical(message).movedim(self._along, 2)
+        return by_channel.reshape(*by_channel.shape[:3], -1).sum(-1)
 
     def set_of(self, part: int) -> NeuronSet:
         return channels(self.variable.name, part, axis=self.axis)
 
 
-class Neurons(Partition):
+class ByNeuron(Partition):
     """A part for each neuron, in the order in which they lie without the batch axis."""
 
     def __init__(self, variable: Variable, forward: Pass) -> None:
-        self.shape = neuron_shape(variable, forward)
+        self.shape = variable.neuron_shape(forward.shape(variable))
         super().__init__(variable, self.shape.numel())
 
     def split(self, message: Tensor, chosen: Sequence[int]) -> Tensor:
@@ -109,22 +135,18 @@ class Neurons(Partition):
 
     def lay_out(self, flat: Tensor) -> Tensor:
         """`[K, batch, neurons]` as a message `[K, *shape]`."""
-        axis = self.variable.batch_axis
-        if axis is None:
-            return flat.reshape(len(flat), *self.shape)
-        return flat.reshape(*flat.shape[:2], *self.shape).movedim(1, axis + 1)
+        return self.variable.restored(flat.reshape(*flat.shape[:2], *self.shape))
 
     def add_up(self, message: Tensor) -> Tensor:
-        if self.variable.batch_axis is None:
-            return message.flatten(1).unsqueeze(1)
-        return message.movedim(self.variable.batch_axis + 1, 1).flatten(2)
+        view = self.variable.canonical(message)
+        return view.reshape(*view.shape[:2], -1)
 
     def set_of(self, part: int) -> NeuronSet:
         place = np.unravel_index(part, self.shape)
         return neurons(self.variable.name, tuple(int(index) for index in place))
 
 
-class Sets(Partition):
+class BySet(Partition):
     """A part for each of some neuron sets of one layer: clusters, patches. They may overlap.
 
     Arguments:
@@ -147,7 +169,7 @@ class Sets(Partition):
                 "its own."
             )
         (variable,) = lies
-        require_samples_apart(variable, forward.batch)
+        variable.require_samples_apart(forward.batch)
         super().__init__(variable, len(sets))
         self.sets, self._forward, self._memory = list(sets), forward, memory
         self._kept: dict[int, Tensor] = {}
@@ -172,13 +194,14 @@ class Sets(Partition):
         return held
 
     def add_up(self, message: Tensor) -> Tensor:
-        axis = self.variable.batch_axis
-        found = []
-        for part in range(self.size):
-            inside = message * self._mask(part)
-            inside = inside.unsqueeze(1) if axis is None else inside.movedim(axis + 1, 1)
-            found.append(inside.flatten(2).sum(2) if inside.dim() > 2 else inside)
-        return torch.stack(found, -1)
+        batch = self._forward.batch
+        return torch.stack(
+            [
+                self.variable.per_sample(message * self._mask(part), batch)
+                for part in range(self.size)
+            ],
+            -1,
+        )
 
     def set_of(self, part: int) -> NeuronSet:
         return self.sets[part]
@@ -211,22 +234,16 @@ def partition(
             f"layers are divided by 'channel', 'neuron' or the number of an axis, not {by!r}."
         )
     if not isinstance(parts, str):
-        return Sets(parts, forward, memory)
+        return BySet(parts, forward, memory)
     variable = forward.graph.variable(parts)
-    require_samples_apart(variable, forward.batch)
+    variable.require_samples_apart(forward.batch)
     by_neuron = by == "neuron"
-    found = Neurons(variable, forward) if by_neuron else Channels(variable, forward, axis)
+    found = ByNeuron(variable, forward) if by_neuron else ByChannel(variable, forward, axis)
     found.name = parts
     return found
 
 
-# -- The joint relevance of all pairs of parts of two layers, and of all combinations of several.
-
-Way = Literal["contraction", "backward", "forward"]
-"""By one contraction, by a message from each part of the upper layer down, or by a forward message
-from each part of the lower layer up."""
-Method = Literal["auto", "contraction", "backward", "forward"]
-"""How the joint relevances of all pairs are found."""
+# -- All pairs.
 
 
 def all_pairs(
@@ -264,7 +281,8 @@ def all_pairs(
         batch = upper.add_up(message).shape[1]
         return message.new_zeros((batch, upper.size, lower.size))
     way = _fewer(upper, lower) if method == "auto" else method
-    return (_forward if way == "forward" else _backward)(forward, message, upper, lower, memory)
+    pairs = _pairs_from_below if way == "forward" else _pairs_from_above
+    return pairs(forward, message, upper, lower, memory)
 
 
 def best_method(forward: Pass, upper: Partition, lower: Partition) -> Way:
@@ -272,6 +290,65 @@ def best_method(forward: Pass, upper: Partition, lower: Partition) -> Way:
     if contraction_between(forward, upper, lower) is not None:
         return "contraction"
     return _fewer(upper, lower)
+
+
+def contraction_between(forward: Pass, upper: Partition, lower: Partition) -> Contraction | None:
+    """How to find all pairs at once, if layers are divided by channels and it can be done."""
+    if not _by_channels(upper) or not _by_channels(lower):
+        return None
+    return find_contraction(forward, upper.variable, lower.variable)
+
+
+def _by_channels(part: Partition) -> bool:
+    """Whether the parts are channels, or neurons that are channels each."""
+    if isinstance(part, ByNeuron):
+        return len(part.shape) == 1
+    return isinstance(part, ByChannel) and part.axis is None
+
+
+def _fewer(upper: Partition, lower: Partition) -> Literal["backward", "forward"]:
+    """From which side messages are sent: where there are fewer parts."""
+    return "forward" if lower.size < upper.size else "backward"
+
+
+def _alive(layer: Partition, message: Tensor) -> list[int]:
+    """The parts that hold any relevance."""
+    found: list[int] = layer.add_up(message.abs())[0].sum(0).nonzero()[:, 0].tolist()
+    return found
+
+
+def _pairs_from_above(
+    forward: Pass, message: Tensor, upper: Partition, lower: Partition, memory: int
+) -> Tensor:
+    """One message for each part of `upper` that holds any relevance."""
+    above, below = upper.variable, lower.variable
+    pairs = message.new_zeros((upper.add_up(message).shape[1], upper.size, lower.size))
+
+    def pulled(chosen: Sequence[int]) -> None:
+        arrived = send_between(forward, upper.split(message, chosen), above, below)
+        pairs[:, chosen] = lower.add_up(arrived).transpose(0, 1)
+
+    in_chunks(_alive(upper, message), memory, message_size(forward, above, below), pulled)
+    return pairs
+
+
+def _pairs_from_below(
+    forward: Pass, message: Tensor, upper: Partition, lower: Partition, memory: int
+) -> Tensor:
+    """One forward message for each part of `lower`: `R(b | j)` of every neuron j of `upper`."""
+    above, below = upper.variable, lower.variable
+    ones = forward.output.new_ones((1, *forward.shape(below)))
+    pairs = message.new_zeros((upper.add_up(message).shape[1], upper.size, lower.size))
+
+    def pushed(chosen: Sequence[int]) -> None:
+        onward = push_between(forward, lower.split(ones, chosen), below, above)
+        pairs[:, :, chosen] = upper.add_up(message * onward).permute(1, 2, 0)
+
+    in_chunks(range(lower.size), memory, message_size(forward, above, below), pushed)
+    return pairs
+
+
+# -- All combinations.
 
 
 def all_combinations(
@@ -295,77 +372,16 @@ def all_combinations(
     if len(layers) == 2:
         return all_pairs(forward, message, first, layers[1], memory, method)
     found = message.new_zeros((len(held), *(layer.size for layer in layers)))
-    alive = _alive(first, message)
-    second = layers[1]
+    above, below = first.variable, layers[1].variable
 
     def joined(chosen: Sequence[int]) -> None:
-        arrived = send(
-            forward, {first.variable: first.split(message, chosen)}, {second.variable: None}
-        ).get(second.variable)
-        if arrived is not None:
-            left = max(1, memory - arrived.nbytes)
-            for row, part in enumerate(chosen):
-                below = arrived[row : row + 1]
-                found[:, part] = all_combinations(forward, below, layers[1:], left, method)
+        arrived = send_between(forward, first.split(message, chosen), above, below)
+        left = max(1, memory - arrived.nbytes)
+        for row, part in enumerate(chosen):
+            onward = arrived[row : row + 1]
+            found[:, part] = all_combinations(forward, onward, layers[1:], left, method)
 
     # Half of the memory, so that there is some for what goes on from each.
-    each = message_size(forward, first.variable, second.variable)
-    in_chunks(alive, max(1, memory // 2), each, joined)
+    each = message_size(forward, above, below)
+    in_chunks(_alive(first, message), max(1, memory // 2), each, joined)
     return found
-
-
-def contraction_between(forward: Pass, upper: Partition, lower: Partition) -> Contraction | None:
-    """How to find all pairs at once, if layers are divided by channels and it can be done."""
-    if not _by_channels(upper, forward) or not _by_channels(lower, forward):
-        return None
-    return find_contraction(forward, upper.variable, lower.variable)
-
-
-def _by_channels(part: Partition, forward: Pass) -> bool:
-    """Whether the parts are channels, or neurons that are channels each."""
-    if isinstance(part, Neurons):
-        return len(neuron_shape(part.variable, forward)) == 1
-    return isinstance(part, Channels) and part.axis is None
-
-
-def _fewer(upper: Partition, lower: Partition) -> Literal["backward", "forward"]:
-    """From which side messages are sent: where there are fewer parts."""
-    return "forward" if lower.size < upper.size else "backward"
-
-
-def _alive(layer: Partition, message: Tensor) -> list[int]:
-    """The parts that hold any relevance."""
-    found: list[int] = layer.add_up(message.abs())[0].sum(0).nonzero()[:, 0].tolist()
-    return found
-
-
-def _backward(
-    forward: Pass, message: Tensor, upper: Partition, lower: Partition, memory: int
-) -> Tensor:
-    """One message for each part of `upper` that holds any relevance."""
-    above, below = upper.variable, lower.variable
-    pairs = message.new_zeros((upper.add_up(message).shape[1], upper.size, lower.size))
-
-    def pulled(chosen: Sequence[int]) -> None:
-        arrived = send(forward, {above: upper.split(message, chosen)}, {below: None})
-        if below in arrived:
-            pairs[:, chosen] = lower.add_up(arrived[below]).transpose(0, 1)
-
-    in_chunks(_alive(upper, message), memory, message_size(forward, above, below), pulled)
-    return pairs
-
-
-def _forward(
-    forward: Pass, message: Tensor, upper: Partition, lower: Partition, memory: int
-) -> Tensor:
-    """One forward message for each part of `lower`: `R(b | j)` of every neuron j of `upper`."""
-    above, below = upper.variable, lower.variable
-    ones = forward.output.new_ones((1, *forward.shape(below)))
-    pairs = message.new_zeros((upper.add_up(message).shape[1], upper.size, lower.size))
-
-    def pushed(chosen: Sequence[int]) -> None:
-        onward = bring_up(forward, lower.split(ones, chosen), below, above)
-        pairs[:, :, chosen] = upper.add_up(message * onward).permute(1, 2, 0)
-
-    in_chunks(range(lower.size), memory, message_size(forward, above, below), pushed)
-    return pairs

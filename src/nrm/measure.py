@@ -27,8 +27,8 @@ from nrm.errors import QueryError
 from nrm.explanation import Explanation
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
-from nrm.joint import Division, Method, best_method
-from nrm.masks import require_samples_apart, resolve, sum_by_channel
+from nrm.joint import Division, Method, best_method, partition
+from nrm.masks import resolve
 from nrm.prepare import Pass
 from nrm.progress import counted, narrowed
 from nrm.query import Plan
@@ -157,7 +157,7 @@ class Measure(Explanation):
         with self._asked((condition,)) as asked:
             named = self._named(layers)
             if layers is None and condition.given and self.batch > 1:  # divided by sample
-                named = {name: v for name, v in named.items() if v.batch_axis is not None}
+                named = {name: v for name, v in named.items() if v.tells_samples(self.batch)}
             found = asked.marginals(set(named.values()))
             return {name: found[variable] for name, variable in named.items()}
 
@@ -335,10 +335,9 @@ class Measure(Explanation):
 
         Arguments: as for `marginal`.
         """
-        variable = self.graph.variable(layer)
-        require_samples_apart(variable, self.batch)
+        parts = partition(layer, "channel", self._forward_pass)
         message = self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
-        return sum_by_channel(message.unsqueeze(0), variable)[0]
+        return parts.add_up(message.unsqueeze(0))[0]
 
     # -- combinations of parts of layers ---------------------------------------------------------
 

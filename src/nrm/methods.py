@@ -20,9 +20,9 @@ from nrm.condition import listed as listed  # as interop takes it from here
 from nrm.errors import NeuronSetError, QueryError, TargetError
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet, every_neuron, united
-from nrm.masks import by_sample, divide
+from nrm.masks import divide
 from nrm.measure import Measure
-from nrm.sets import channel_axis, channels, mask, neurons
+from nrm.sets import channels, mask, neurons
 from nrm.tables import Shown, Table, sizes
 from nrm.targets import Target
 
@@ -148,7 +148,7 @@ def crp(
     joint = R.heatmap(within=together, at=at)
     if conditional:
         variable = R.graph.variable(_input(R, at))
-        joint = divide(joint, by_sample(R(within=together), joint, variable))
+        joint = divide(joint, variable.by_sample(R(within=together)))
     return in_units(R, joint, scale, _input(R, at))
 
 
@@ -230,7 +230,7 @@ def _past(
     if not conditional:
         return joint
     variable = R.graph.variable(_input(R, at))
-    return divide(joint, by_sample(R(beside, within=within), joint, variable))
+    return divide(joint, variable.by_sample(R(beside, within=within)))
 
 
 def _numbers(name: str, chosen: Any) -> tuple[int, ...]:
@@ -352,7 +352,7 @@ def in_units(R: Measure, relevance: Tensor, scale: Scale, layer: str | None = No
         return relevance
     if layer is None:
         return relevance * R.scale.view(-1, *[1] * (relevance.dim() - 1))
-    return relevance * by_sample(R.scale, relevance, R.graph.variable(layer))
+    return relevance * R.graph.variable(layer).by_sample(R.scale)
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -458,17 +458,13 @@ def clusters(R: Measure, layer: str, k: int, seed: int = 0) -> Clusters:
     """
     kmeans = _kmeans()
     variable = R.graph.variable(layer)
-    values = R.activations(layer)
-    if variable.batch_axis is None:
-        values = values.unsqueeze(0)
-    else:
-        values = values.movedim(variable.batch_axis, 0)
+    values = variable.canonical(R.activations(layer).unsqueeze(0))[0]
     if values.dim() < 3:
         raise NeuronSetError(
             f"{layer!r} has neurons of shape {tuple(values.shape[1:])}, so there are no positions "
             "to cluster. Choose a layer of channels at several positions."
         )
-    axis = channel_axis(variable, values.shape[1:]) + 1
+    axis = variable.channel_axis_of(values.shape[1:]) + 1
     spread = values.movedim(axis, -1)
     points = spread.reshape(-1, spread.shape[-1]).double().cpu()
     different = len(torch.unique(points, dim=0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -11,26 +12,22 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.export import run
+from nrm.baselines import Path
+from nrm.capture.nodes import ancestors, dependents
+from nrm.capture.run import Folding, Interpreter, Plan, Values
 from nrm.capture.store import Shared
-from nrm.errors import Cautions, InputError, NrmError, QueryError, UnsupportedOperatorError
+from nrm.errors import Cautions, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
-from nrm.operators import (
-    Call,
-    Identity,
-    LocalLinear,
-    Propagation,
-    Setting,
-    Slot,
-    WeightedSum,
-    fill,
-    in_place,
-    picks,
+from nrm.operators import Call, Propagation, Setting, in_place, keeps_values, picks, reads_layout
+from nrm.telescope import (
+    Differentiating,
+    Fusion,
+    HiddenSumError,
+    Telescope,
+    fusions,
+    telescopes,
 )
-from nrm.rules import PathIntegrated
-from nrm.rules.contributions import Baseline
-from nrm.telescope import Fusion, Telescope, fusions, needed, telescopes
-from nrm.tensors import same_memory, without_vanished
+from nrm.tensors import same_memory
 from nrm.zeros import ExplicitZeros
 
 
@@ -51,27 +48,26 @@ class Pass:
         self._program, self._inputs = program, inputs
         self.telescope: Telescope | None = None
         self.cautions = Cautions()
-        shapes: dict[Variable, torch.Size] = {}
+        shapes: Mapping[Variable, torch.Size]
         if program.telescopes:
             found, self.returned = program.differentiate(inputs)
             shapes = {variable: value.shape for variable, value in found.values.items()}
             self.telescope = found
             self.output = found.values[self.graph.output].detach()
         else:
-            shapes, self.output, self.returned = self._prepared[1:]
+            shapes = self._prepared.shapes
+            self.output, self.returned = self._prepared.explained, self._prepared.returned
         self._shapes = shapes  # of a part of the variables, where others were not needed
         self.batch = _batch_size(self.graph, shapes)
 
     @cached_property
-    def _prepared(
-        self,
-    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor, Tensor]:
+    def _prepared(self) -> Prepared:
         return self._program.prepare(self._inputs)
 
     @property
-    def propagations(self) -> dict[Operation, Propagation]:
+    def propagations(self) -> Mapping[Operation, Propagation]:
         """Every operation, prepared for this input when it is first asked for."""
-        return self._prepared[0]
+        return self._prepared.propagations
 
     def value(self, variable: Variable) -> Tensor:
         """The value of a variable, computed anew.
@@ -85,29 +81,22 @@ class Pass:
 
     def value_at(self, node: Node) -> Tensor:
         """The value of a node of the captured graph, also of one that carries no relevance."""
-        value: Tensor = run(self.graph.captured, self._inputs, node)
-        return value
+        value: Tensor = self._program.values(self._inputs, [node])[node]
+        return value.contiguous()
 
     def calls(self, operations: Sequence[Operation]) -> list[tuple[Call, list[Tensor]]]:
         """Some operations' calls, with slots for their operands, and the operands' values."""
         wanted = {node for operation in operations for _, node in operation.call.nodes()}
-        values: dict[Node, Any] = {}
-
-        def keep(node: Node, value: Any) -> Any:
-            if node in wanted:
-                values[node] = value
-            return value
-
-        run(self.graph.captured, self._inputs, change=keep)
+        values = self._program.values(self._inputs, wanted)
         return [
-            (_with_values(operation, values), [values[slot] for slot in operation.slots])
-            for operation in operations
+            (op.call.with_values(op.arguments, values.__getitem__), [values[s] for s in op.slots])
+            for op in operations
         ]
 
     def shape(self, variable: Variable) -> torch.Size:
         """The shape of a variable, batch included."""
         known = self._shapes.get(variable)
-        return self._prepared[1][variable] if known is None else known
+        return self._prepared.shapes[variable] if known is None else known
 
 
 class Program:
@@ -115,22 +104,28 @@ class Program:
 
     Constants (folded weights) and what rules make of weights are computed once and kept, and
     shared with other graphs of the model.
+
+    Attributes:
+        settings: how each operation propagates, but for what depends on an input.
+        telescopes: whether relevance may go by derivatives (`nrm.telescope`).
+        zeros: where the explicit zeros are.
+        plan: what a forward pass for messages computes.
     """
 
     def __init__(self, graph: Graph, strict: bool, shared: Shared | None = None) -> None:
         self.graph = graph
-        self._shared = shared = Shared() if shared is None else shared
-        self.settings = {operation: _setting(operation, strict) for operation in graph.operations}
+        shared = Shared() if shared is None else shared
+        self.settings = {
+            operation: _setting(operation, strict, shared) for operation in graph.operations
+        }
         self.telescopes = not strict and telescopes(graph)
-        self._reads_memory = any("as_strided" in str(n.target) for n in graph.captured.graph.nodes)
+        self._reads_layout = any(reads_layout(n.target) for n in graph.captured.graph.nodes)
         self._fused = fusions(graph) if self.telescopes else {}
-        self._constants, self._nodes = self._split_constants()
-        self._nodes_fused = needed(graph, self._nodes, self._fused, _reads)
-        self._last_use = self._plan_release()
-        self._path = _path(graph)
-        self._starts = {} if self._path is None else _starts(graph, self._path)
+        self._constants = self._fold(shared)
+        self.plan = self._plan({})
+        self._fused_plan = self._plan(self._fused)
+        self._path = Path.of(graph, {*self._constants, *graph.captured.inputs})
         for operation in graph.operations:
-            self.settings[operation].share = shared.weight
             if operation.rule.reads_ahead:
                 self.settings[operation].following = self._following(operation)
 
@@ -138,151 +133,79 @@ class Program:
         """The forward pass."""
         return Pass(self, inputs)
 
-    def prepare(
-        self, inputs: Sequence[Tensor]
-    ) -> tuple[dict[Operation, Propagation], dict[Variable, torch.Size], Tensor, Tensor]:
-        """Every operation ready for messages, keeping only what propagation needs.
-
-        Returns:
-            the operations, the shapes of variables, the explained values, and the model's output.
-        """
-        graph = self.graph
-        on_the_way = {} if self._path is None else self._along(self._path, inputs)
-        values = self._given(inputs)
-        propagations: dict[Operation, Propagation] = {}
-        free: set[Node] = set()  # values that nothing keeps: their memory may be used again
-        shapes = {v: values[v.node].shape for v in graph.leaves if v.node in values}
-        real: dict[Node, Tensor] = {}  # of the values with explicit zeros
-        for node in self._nodes:
-            variable = graph.by_node.get(node)
-            operation = variable.producer if variable else None
-            if operation is None:
-                values[node] = _evaluate(node, values)
-            else:
-                call = _with_values(operation, values)
-                source = operation.slots[0]
-                alone = source in free and len(source.users) == 1
-                overwrites = alone and type(operation.operator) is Identity  # reads nothing after
-                if overwrites:
-                    call = replace(call, target=in_place(call.target))
-                setting = self.settings[operation]
-                if operation in on_the_way:
-                    setting = replace(setting, path=on_the_way[operation])
-                if not real.keys().isdisjoint(operation.slots):
-                    setting = replace(setting, real=[real.get(slot) for slot in operation.slots])
-                addend = self._zeros.addend(operation, values, real)
-                if addend:
-                    setting = replace(setting, addend=addend)
-                values[node], propagation = operation.operator.prepare(
-                    call, [values[slot] for slot in operation.slots], setting
-                )
-                propagations[operation] = propagation
-                seen = [values.get(parent) for parent in node.all_input_nodes]
-                if overwrites or (propagation.output_is_free and _is_new(values[node], seen)):
-                    free.add(node)
-                if operation.late is not None:
-                    shapes[operation.late] = propagation.late_shape()
-            if variable is not None:
-                shapes[variable] = values[node].shape
-            self._zeros.of(node, values, real)
-            for dead in self._last_use[node]:
-                values.pop(dead, None)
-                real.pop(dead, None)
-        explained, returned = values[graph.explained], values[graph.captured.output]
-        return propagations, shapes, explained.detach(), returned.detach()
+    def prepare(self, inputs: Sequence[Tensor]) -> Prepared:
+        """Every operation ready for messages, keeping only what propagation needs."""
+        given = self._given(inputs)
+        along = {} if self._path is None else self._path.operands(given)
+        return _Preparing(self, given, along).result()
 
     def differentiate(self, inputs: Sequence[Tensor]) -> tuple[Telescope, Tensor]:
-        """Variables' values, connected by autograd, with what takes no relevance constant.
+        """The derivatives by which relevance goes, and the model's output.
 
-        Those within fused operators and late leaves have none.
-
-        Returns:
-            the derivatives, and the model's output.
+        Fused operators are taken apart for an input that needs what is within them.
         """
-        return self._differentiated(inputs, self._fused)
+        given = self._given(inputs)
+        if self._fused:
+            with suppress(HiddenSumError):
+                return self._differentiated(given, self._fused_plan, self._fused)
+        return self._differentiated(given, self.plan, {})
 
     def _differentiated(
-        self, inputs: Sequence[Tensor], fused: dict[Node, Fusion]
+        self, given: Values, plan: Plan, fused: Mapping[Node, Fusion]
     ) -> tuple[Telescope, Tensor]:
-        graph = self.graph
-        values = self._given(inputs)
-        found: dict[Variable, Tensor] = {}
-        small: dict[Variable, Tensor] = {}
-        for leaf in graph.leaves:
-            if leaf.node in values:
-                found[leaf] = values[leaf.node] = values[leaf.node].detach().requires_grad_()
+        run = Differentiating(self.graph, self.settings, plan, given, fused)
+        returned: Tensor = run.compute()[self.graph.captured.output]
+        return run.telescope(), returned.detach()
 
-        def summed(variable: Variable, output: Tensor) -> Tensor:
-            output, counts_as_zero = without_vanished(output)
-            if counts_as_zero is not None:
-                small[variable] = counts_as_zero
-            return output
+    def values(self, inputs: Sequence[Tensor], wanted: Collection[Node]) -> Values:
+        """The values of some nodes of the captured graph, computed anew."""
+        given = self.graph.captured.constants | self._given(inputs)
+        plan = Plan.of(self.graph.captured.graph, wanted, given)
+        return Interpreter(plan, given).compute()
 
-        for node in self._nodes_fused if fused else self._nodes:
-            variable = graph.by_node.get(node)
-            if variable is not None and node in fused:
-                with torch.enable_grad():
-                    output = fused[node](values)
-                    if fused[node].hides_vanished(values, output.detach()):
-                        return self._differentiated(inputs, {})
-                    found[variable] = values[node] = summed(variable, output)
-                continue
-            if variable is None or variable.producer is None:
-                values[node] = _evaluate(node, values)
-                if variable is not None:
-                    found[variable] = values[node].requires_grad_()
-                continue
-            operation = variable.producer
-            call = _with_values(operation, values, constant=True)
-            operands = [values[slot] for slot in operation.slots]
-            with torch.enable_grad():
-                output = operation.operator.frozen(call, operands, self.settings[operation])
-                if any(output is operand for operand in operands):  # as dropout returns it
-                    output = output.view_as(output)  # whose derivative is its own
-                if isinstance(operation.operator, WeightedSum):
-                    output = summed(variable, output)
-            found[variable] = values[node] = output
-        if small:  # asked of the device once
-            known = torch.stack([somewhere.any() for somewhere in small.values()]).tolist()
-            small = {v: small[v] for v, any_there in zip(small, known, strict=True) if any_there}
-        returned: Tensor = values[graph.captured.output]
-        return Telescope(graph, found, small), returned.detach()
+    def _given(self, inputs: Sequence[Tensor]) -> Values:
+        """The values that a forward pass starts from."""
+        laid_out = map(self._laid_out, inputs)
+        return self._constants | dict(zip(self.graph.captured.inputs, laid_out, strict=True))
 
-    def _along(
-        self, path: PathIntegrated, inputs: Sequence[Tensor]
-    ) -> dict[Operation, list[list[Tensor]]]:
-        """The values of operands on the way to the inputs, for the operations that read them.
+    def _laid_out(self, value: Any) -> Any:
+        """Pictures and their weights channels last, which convolutions on a CPU need not reorder.
 
-        Linear ones need only those at the baseline.
+        Values and shapes are the same, where no operator reads memory as it lies; a pass over
+        VGG16 takes a quarter less time.
         """
-        graph = self.graph
-        moved: dict[Node, Callable[[Tensor, int], Tensor]] = {
-            variable.node: partial(path.point, name=variable.name, start=start)
-            for variable, start in self._starts.items()
-            if variable.node is not None
+        if self._reads_layout or not isinstance(value, Tensor):
+            return value
+        if value.dim() == 4 and value.device.type == "cpu":
+            return value.contiguous(memory_format=torch.channels_last)
+        return value
+
+    def _fold(self, shared: Shared) -> Values:
+        """The values that no input changes, of those that a forward pass reads."""
+        graph, captured = self.graph, self.graph.captured
+        results = {graph.explained, captured.output}
+        varying = dependents(captured.graph.nodes, captured.inputs)
+        constant = ancestors(results) - varying
+        values = Folding(captured, constant, shared).compute()
+        self.zeros = ExplicitZeros(graph, captured.constants | values)
+        read = {parent for n in ancestors(results) & varying for parent in _reads(graph, n)}
+        read |= results | {parent for fusion in self._fused.values() for parent in fusion.reads}
+        # Everything here is shared: whoever writes over values writes over its own alone.
+        return {
+            node: shared.computed("laid out", value, partial(self._laid_out, value))
+            for node, value in values.items()
+            if node in read
         }
-        found: dict[Operation, list[list[Tensor]]] = {}
-        for step in range(path.steps):
-            values = self._given(inputs)
-            for leaf, move in moved.items():
-                if leaf in values:
-                    values[leaf] = move(values[leaf], step)
-            for node in self._nodes:
-                computed = graph.by_node.get(node)
-                operation = computed.producer if computed else None
-                if operation is None:
-                    values[node] = _evaluate(node, values)
-                    if node in moved:  # an embedding
-                        values[node] = moved[node](values[node], step)
-                else:
-                    operands = [values[slot] for slot in operation.slots]
-                    if _reads_path(operation, step):
-                        found.setdefault(operation, []).append(operands)
-                    with torch.no_grad():
-                        values[node] = fill(_with_values(operation, values), operands)()
-                for dead in self._last_use[node]:
-                    values.pop(dead, None)
-        return found
+
+    def _plan(self, fused: Mapping[Node, Fusion]) -> Plan:
+        """What to compute for the explained values and the output, if some operators are fused."""
+        graph, captured = self.graph, self.graph.captured
+
+        def reads(node: Node) -> Sequence[Node]:
+            return fused[node].reads if node in fused else _reads(graph, node)
+
+        known = {*self._constants, *captured.inputs}
+        return Plan.of(captured.graph, {graph.explained, captured.output}, known, reads)
 
     def _following(self, operation: Operation) -> tuple[Call, ...]:
         """The activation after an operation, if its rule and row ask for it."""
@@ -297,78 +220,94 @@ class Program:
                     f"{operation.address!r} as a function, and its parameters are computed from "
                     "the input. Choose another rule for the operation before it."
                 )
-            if reader.call.target is not torch.ops.aten.alias.default:  # a folded batch norm
-                found.append(_with_values(reader, self._constants))
+            if not keeps_values(reader.call.target):  # a folded batch norm
+                found.append(reader.call.with_values(reader.arguments, self._constants.__getitem__))
         return tuple(found)
 
-    def _given(self, inputs: Sequence[Tensor]) -> dict[Node, Any]:
-        values: dict[Node, Any] = dict(self._constants)
-        values.update(zip(self.graph.captured.inputs, map(self._laid_out, inputs), strict=True))
-        return values
 
-    def _laid_out(self, value: Any) -> Any:
-        """Pictures and their weights channels last, which convolutions on a CPU need not reorder.
+@dataclass(frozen=True)
+class Prepared:
+    """What messages need of a forward pass.
 
-        Values and shapes are the same, where no operator reads memory as it lies; a pass over
-        VGG16 takes a quarter less time.
-        """
-        if self._reads_memory or not isinstance(value, Tensor):
-            return value
-        if value.dim() == 4 and value.device.type == "cpu":
-            return value.contiguous(memory_format=torch.channels_last)
+    Attributes:
+        propagations: of every operation.
+        shapes: of every variable.
+        explained: the values of the explained tensor.
+        returned: the model's output.
+    """
+
+    propagations: Mapping[Operation, Propagation]
+    shapes: Mapping[Variable, torch.Size]
+    explained: Tensor
+    returned: Tensor
+
+
+class _Preparing(Interpreter):
+    """A forward pass that gets every operation ready for messages.
+
+    Arguments:
+        given: inputs and constants.
+        along: the operands' values on a way to the inputs, of operations that read them.
+    """
+
+    def __init__(
+        self, program: Program, given: Values, along: Mapping[Operation, list[list[Tensor]]]
+    ) -> None:
+        super().__init__(program.plan, given)
+        self.program, self.along = program, along
+        self.propagations: dict[Operation, Propagation] = {}
+        self.shapes = {v: given[v.node].shape for v in program.graph.leaves if v.node in given}
+        self.free: set[Node] = set()  # values that nothing keeps: their memory may be used again
+        self.real: dict[Node, Tensor] = {}  # of the values with explicit zeros
+
+    def result(self) -> Prepared:
+        graph, values = self.program.graph, self.compute()
+        explained, returned = values[graph.explained], values[graph.captured.output]
+        return Prepared(self.propagations, self.shapes, explained.detach(), returned.detach())
+
+    def run_node(self, n: Node) -> Any:
+        variable = self.program.graph.by_node.get(n)
+        operation = None if variable is None else variable.producer
+        value = super().run_node(n) if operation is None else self._prepare(n, operation)
+        if variable is not None:
+            self.shapes[variable] = value.shape
+        self.env[n] = value
+        self.program.zeros.of(n, self.env, self.real)
         return value
 
-    def _split_constants(self) -> tuple[dict[Node, Any], list[Node]]:
-        """The values that no input changes, and the nodes to run for every input."""
-        graph, captured = self.graph, self.graph.captured
-        results = {graph.explained, captured.output}
-        needed = set(results)
-        for node in reversed(captured.graph.nodes):
-            if node in needed:
-                needed.update(node.all_input_nodes)
-        values: dict[Node, Any] = {
-            node: self._shared.constant(value) for node, value in captured.constants.items()
-        }
-        varying = set(captured.inputs)
-        to_run = []
-        for node in captured.graph.nodes:
-            if node not in needed or node.op != "call_function":
-                continue
-            if not any(parent in varying for parent in node.all_input_nodes):
-                arguments = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = self._shared.computed(
-                    node.target, arguments, partial(_evaluate, node, values)
-                )
-                continue
-            varying.add(node)
-            carried = [user in graph.by_node for user in node.users]
-            if node in graph.by_node or not carried or not all(carried) or not _is_tuple(node):
-                to_run.append(node)  # a tuple that only operations pick from is never needed
-        self._zeros = ExplicitZeros(graph, values)
-        read = {parent for node in to_run for parent in _reads(node)} | results
-        read.update(parent for fusion in self._fused.values() for parent in fusion.reads)
-        # Everything here is shared: whoever writes over values writes over its own alone.
-        kept = {
-            node: self._shared.computed("laid out", value, partial(self._laid_out, value))
-            for node, value in values.items()
-            if node in read
-        }
-        return kept, to_run
+    def release(self, node: Node) -> None:
+        super().release(node)
+        self.real.pop(node, None)
 
-    def _plan_release(self) -> dict[Node, list[Node]]:
-        """After which node each value is needed no more."""
-        last: dict[Node, Node] = {}
-        for node in self._nodes:
-            for parent in _reads(node):
-                last[parent] = node
-        release: dict[Node, list[Node]] = {node: [] for node in self._nodes}
-        for value, node in last.items():
-            if value not in (self.graph.explained, self.graph.captured.output):
-                release[node].append(value)
-        return release
+    def _prepare(self, node: Node, operation: Operation) -> Tensor:
+        call = operation.call.with_values(operation.arguments, self.env.__getitem__)
+        source = operation.slots[0]
+        alone = source in self.free and len(source.users) == 1
+        overwrites = alone and operation.operator.overwritable
+        if overwrites:
+            call = replace(call, target=in_place(call.target))
+        operands = [self.env[slot] for slot in operation.slots]
+        output, propagation = operation.operator.prepare(call, operands, self._setting(operation))
+        seen = [self.env.get(parent) for parent in node.all_input_nodes]
+        if overwrites or (propagation.output_is_free and _is_new(output, seen)):
+            self.free.add(node)
+        self.propagations[operation] = propagation
+        if operation.late is not None:
+            self.shapes[operation.late] = propagation.late_shape()
+        return output
+
+    def _setting(self, operation: Operation) -> Setting:
+        """How an operation propagates, with what depends on this input."""
+        setting = self.program.settings[operation]
+        if operation in self.along:
+            setting = replace(setting, path=self.along[operation])
+        if not self.real.keys().isdisjoint(operation.slots):
+            setting = replace(setting, real=[self.real.get(slot) for slot in operation.slots])
+        addend = self.program.zeros.addend(operation, self.env, self.real)
+        return replace(setting, addend=addend) if addend else setting
 
 
-def _setting(operation: Operation, strict: bool) -> Setting:
+def _setting(operation: Operation, strict: bool, shared: Shared) -> Setting:
     return Setting(
         address=operation.address,
         rule=operation.rule,
@@ -376,84 +315,16 @@ def _setting(operation: Operation, strict: bool) -> Setting:
         output_dim=len(operation.output.shape),
         alphas=operation.alphas,
         late_leaf=operation.late_leaf,
+        share=shared.weight,
     )
 
 
-def _path(graph: Graph) -> PathIntegrated | None:
-    """The one path that inputs take, if any rule integrates along it."""
-    paths = {op.rule for op in graph.operations if isinstance(op.rule, PathIntegrated)}
-    if len(paths) > 1:
-        raise QueryError(
-            f"the composite has {len(paths)} different paths. A network runs along one: give every "
-            "choice the same PathIntegrated rule."
-        )
-    return next(iter(paths), None)
-
-
-def _starts(graph: Graph, path: PathIntegrated) -> dict[Variable, Baseline]:
-    """Where every input starts.
-
-    Raises:
-        InputError: baselines by name are not one for each input.
-    """
-    if not isinstance(path.baseline, Mapping):
-        return dict.fromkeys(graph.inputs, path.baseline)
-    named = [(_input(graph, name), start) for name, start in path.baseline.items()]
-    starts = {variable: start for variable, start in named if variable is not None}
-    if not len(named) == len(starts) == len(graph.inputs):
-        given, names = (
-            ", ".join(map(repr, found)) or "none"
-            for found in (path.baseline, [variable.name for variable in graph.inputs])
-        )
-        raise InputError(
-            f"baselines are given for {given}, and the inputs are {names}. Give one for each."
-        )
-    return starts
-
-
-def _input(graph: Graph, name: str) -> Variable | None:
-    """The input of this name or alias, if there is one."""
-    try:
-        variable = graph.variable(name)
-    except NrmError:
-        return None
-    return variable if variable in graph.inputs else None
-
-
-def _reads_path(operation: Operation, step: int) -> bool:
-    if not isinstance(operation.rule, PathIntegrated):
-        return False
-    row = operation.operator
-    return isinstance(row, LocalLinear) or (isinstance(row, WeightedSum) and step == 0)
-
-
-def _with_values(operation: Operation, values: dict[Node, Any], constant: bool = False) -> Call:
-    """The call with slots for its operands, and values for all else (`constant`: detached)."""
-    slots = {place: Slot(index) for index, place in enumerate(operation.arguments)}
-
-    def substitute(name: str, place: int, leaf: Any) -> Any:
-        if not isinstance(leaf, Node):
-            return leaf
-        slot = slots.get((name, place))
-        if slot is not None:
-            return slot
-        value = values[leaf]
-        return value.detach() if constant and isinstance(value, Tensor) else value
-
-    return operation.call.map_places(substitute)
-
-
-def _evaluate(node: Node, values: dict[Node, Any]) -> Any:
-    assert callable(node.target)
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda leaf: values[leaf])
-    with torch.no_grad():
-        return node.target(*args, **kwargs)
-
-
-def _reads(node: Node) -> Sequence[Node]:
-    """The values a node needs; a picked result runs its producer again."""
-    if picks(node) and isinstance(node.args[0], Node):
-        return [*_reads(node.args[0]), node.args[0]]
+def _reads(graph: Graph, node: Node) -> Sequence[Node]:
+    """The values that a node is computed from: an operation that picks runs its producer again."""
+    if node not in graph.by_node:
+        return node.all_input_nodes
+    while picks(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
     return node.all_input_nodes
 
 
@@ -462,11 +333,7 @@ def _is_new(output: Tensor, seen: Sequence[Any]) -> bool:
     return not any(isinstance(value, Tensor) and same_memory(output, value) for value in seen)
 
 
-def _is_tuple(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (tuple, list))
-
-
-def _batch_size(graph: Graph, shapes: dict[Variable, torch.Size]) -> int:
+def _batch_size(graph: Graph, shapes: Mapping[Variable, torch.Size]) -> int:
     for variable in (graph.output, *graph.inputs):
         if variable.batch_axis is not None:
             return shapes[variable][variable.batch_axis]

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from nrm.automaton import FAILS, HOLDS, Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
-from nrm.engine import Mask, Messages, send, travel
+from nrm.engine import Messages, send, travel
 from nrm.errors import QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
-from nrm.masks import Stops, in_order, per_sample, resolve, variables_of
+from nrm.masks import Mask, Stops, resolve, variables_of
 from nrm.prepare import Pass
 from nrm.tables import Shown, Table
 
@@ -96,20 +96,21 @@ class Query:
         settled: dict[Variable, dict[State, Tensor]] = {}
         self._run(automaton, settled=settled)
         found: dict[State, Tensor] = {}
-        mixed: dict[State, tuple[Tensor, Variable]] = {}
+        mixed: dict[State, Variable] = {}
         for variable, messages in settled.items():
             for state, message in messages.items():
                 if not self._tells_samples(variable):
-                    mixed[state] = message, variable
+                    mixed[state] = variable
                     continue
-                part = per_sample(message, variable, self.forward.batch)[0]
+                part = variable.per_sample(message, self.forward.batch)[0]
                 found[state] = found[state] + part if state in found else part
         if not mixed:
             return found
         if not keeps_failed:
             return self.outcomes()
         if len(mixed) > 1 or not self._stops_early:
-            per_sample(*next(iter(mixed.values())), self.forward.batch)  # says why not
+            for variable in mixed.values():
+                variable.require_samples_apart(self.forward.batch)
         (state,) = mixed
         others = (relevance for other, relevance in found.items() if other != state)
         nothing = self.forward.output.new_zeros(self.forward.batch)
@@ -221,7 +222,7 @@ class Query:
         return variable.is_leaf or (self._stops_early and self._tells_samples(variable))
 
     def _tells_samples(self, variable: Variable) -> bool:
-        return self.forward.batch == 1 or variable.batch_axis is not None
+        return variable.tells_samples(self.forward.batch)
 
     def _ends(self) -> Stops | None:
         # Columns do not sum to one, or some walks are cut off: follow all to their ends.
@@ -245,7 +246,7 @@ class Query:
         parts = conjunction(formula.parts) if isinstance(formula, All) else (formula,)
         if formula is not True and not all(part in self._lie for part in parts):
             return None
-        return in_order(self.graph, self._lie)
+        return self.graph.in_order(self._lie)
 
     def _along(self, chain: Sequence[NeuronSet], ends: Stops | None) -> Messages:
         """What arrives of the walks that visit all sets of a chain, at its end or at `ends`."""
@@ -286,7 +287,7 @@ class Query:
         self._warn(messages)
         total = self.forward.output.new_zeros(self.forward.batch)
         for variable, message in messages.items():
-            total = total + per_sample(message, variable, self.forward.batch)[0]
+            total = total + variable.per_sample(message, self.forward.batch)[0]
         return total
 
 

@@ -1,4 +1,15 @@
-"""What a search finds."""
+"""The most relevant flows: combinations of one part of each of some layers (appendix H).
+
+The exact search follows the most promising beginning of a flow first, until none can come in
+between. A beginning is a part of each of the first few layers, with the message of the walks
+through all of them. What it may still lead to is bounded from the message and the intervals of the
+layer it has come to (`nrm.bounds`). Where one weighted sum lies between two layers, one contraction
+bounds all pairs of their channels, and finds their relevance if they are the last.
+
+The greedy search is what CRP's users do by hand: the best part of the highest layer, then the best
+of the next one given it. Each step is right, and the whole need not be: parts that are strong
+together may be weak alone.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +25,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nrm.bounds import Arrivals, Interval, arrivals, intervals, one_step
+from nrm.bounds import Arrivals, Interval, arrivals, intervals
 from nrm.contraction import Contraction, contracted_pairs
-from nrm.engine import Absolute, checked, finite, send
+from nrm.engine import Absolute, checked, finite, send_between
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
-from nrm.joint import Neurons, Partition, contraction_between
-from nrm.masks import only_sample
+from nrm.joint import ByNeuron, Partition, contraction_between
 from nrm.prepare import Pass
 from nrm.tables import Shown, Table
 
@@ -30,7 +40,7 @@ Order = Literal["largest", "smallest", "absolute"]
 
 
 def keys(values: Tensor, order: Order) -> Tensor:
-    """What is to be large."""
+    """Relevances as keys: the larger the key, the earlier in the order wanted."""
     if order == "absolute":
         return values.abs()
     return values if order == "largest" else -values
@@ -108,17 +118,12 @@ class Flows(Shown):
         return Table(f"{len(self)} flows", ("", *layers, "relevance", "share"), rows, notes)
 
 
-# -- The exact search: the most promising beginning of a flow first, until none can come in between.
-# A beginning is a part of each of the first few layers, with the message of the walks through all
-# of them. What it may still lead to is bounded from the message and the intervals of the layer it
-# has come to (`nrm.bounds`). Where one weighted sum lies between two layers, one
-# contraction bounds all pairs of their channels, and finds their relevance if they are the last.
+# -- The exact search.
 
 Prefix = tuple[int, ...]
-"""A part of each of the first few layers."""
-Combination = tuple[Prefix, float]
+"""A beginning: a part of each of the first few layers."""
 Waiting = tuple[float, int, Prefix]
-"""Minus its bound and its length, so that the smallest comes first, and a beginning."""
+"""A beginning to follow, after minus its bound and minus its length: the smallest comes first."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +141,22 @@ class Budget:
 
 @dataclass
 class Found:
-    """The best combinations so far.
+    """The best combinations so far, and what it took.
 
     Attributes:
+        k, order: how many are wanted, and which come first.
+        best: the key, the parts and the relevance of each, first to last.
         evaluated: how many combinations were looked at; not those known to be zero.
+        followed: how many beginnings were followed.
+        gap: how far beyond the last of the best something may be that was not followed.
     """
 
     k: int
     order: Order
     best: list[tuple[float, Prefix, float]] = field(default_factory=list)
     evaluated: int = 0
+    followed: int = 0
+    gap: float = math.inf
 
     def add(self, prefix: Prefix, table: Tensor, rows: Sequence[int] | None = None) -> None:
         """The relevances of ways to complete a beginning: one axis for each further layer.
@@ -208,30 +219,25 @@ class BranchAndBound:
         self._arrived: dict[Prefix, Tensor] = {}
         self._slack = 1 + 100 * torch.finfo(start.dtype).eps  # bounds are rounded, too
 
-    def search(self, k: int, budget: Budget) -> tuple[list[Combination], float, int, int]:
-        """The best k combinations, first to last.
-
-        Returns:
-            they, the gap, how many combinations were evaluated, how many beginnings followed.
-        """
+    def search(self, k: int, budget: Budget) -> Found:
+        """The best k combinations; with a budget, the best of those found until it was used up."""
         begin = time.monotonic()
         found = Found(k, self.order)
         waiting: list[Waiting] = [(-math.inf, 0, ())]
-        followed = 0
         while waiting and -waiting[0][0] > found.worst:
             late = budget.seconds is not None and time.monotonic() - begin >= budget.seconds
-            over = late or (budget.work is not None and followed >= budget.work)
+            over = late or (budget.work is not None and found.followed >= budget.work)
             if over and len(found.best) == k:
                 break
             bound, _, prefix = _deepest(waiting) if over else heapq.heappop(waiting)
-            followed += 1
+            found.followed += 1
             for key, part in self._follow(prefix, -bound, found):
                 child = (*prefix, part)
                 heapq.heappush(waiting, (-key, -len(child), child))
-            self.advance(_gap(waiting, found))
+            found.gap = max(0.0, -waiting[0][0] - found.worst) if waiting else 0.0
+            self.advance(found.gap)
         assert waiting or len(found.best) == min(k, math.prod(self.shape))
-        best = [(chosen, value) for _, chosen, value in found.best]
-        return best, _gap(waiting, found), found.evaluated, followed
+        return found
 
     # -- following a beginning -------------------------------------------------------------------
 
@@ -275,7 +281,7 @@ class BranchAndBound:
             return self._arrived[prefix]
         upper, lower = self.layers[len(prefix) - 1], self.layers[len(prefix)]
         held = upper.split(self._message(prefix[:-1]), prefix[-1:])
-        return finite(one_step(self.forward, held, upper, lower))
+        return finite(send_between(self.forward, held, upper.variable, lower.variable))
 
     def _remember(self, prefix: Prefix, message: Tensor) -> None:
         """Keep a message for what it leads to; the oldest are forgotten, and sent again."""
@@ -357,7 +363,7 @@ class BranchAndBound:
         intervals are not those of any part of the walks, but of single neurons.
         """
         found = [self.start.new_full((size,), torch.inf) for size in self.shape]
-        single = any(isinstance(layer, Neurons) for layer in self.layers)
+        single = any(isinstance(layer, ByNeuron) for layer in self.layers)
         if single or any(way is None for way in self._intervals):
             return found
         for depth, arrived in reversed(list(enumerate(self._arrivals))):
@@ -375,41 +381,30 @@ def _deepest(waiting: list[Waiting]) -> Waiting:
     return chosen
 
 
-def _gap(waiting: Sequence[Waiting], found: Found) -> float:
-    """How far beyond the last of the best something may be that was not followed."""
-    return max(0.0, -waiting[0][0] - found.worst) if waiting else 0.0
-
-
-# -- The layer-by-layer search that CRP's users do by hand: the best part, then the best given it.
-# Each step is right, and the whole need not be: parts that are strong together may be weak alone.
+# -- The greedy search.
 
 
 def greedy(
     forward: Pass, start: Tensor, layers: Sequence[Partition], order: Order, k: int
-) -> tuple[list[tuple[tuple[int, ...], float]], int]:
-    """For each of the k best parts of the first layer, the best of the next one jointly with it.
-
-    Returns:
-        the combinations and their relevances, first to last, and how many were looked at.
-    """
-    first = layers[0]
+) -> Found:
+    """For each of the k best parts of the first layer, the best of the next one jointly with it."""
+    first, last = layers[0], layers[-1]
     parts = keys(first.add_up(start)[0].sum(0), order).topk(min(k, first.size)).indices.tolist()
-    found = []
+    found = Found(k, order)
     for part in parts:
         chosen = [part]
-        held = first.split(start, [part])
+        held = first.split(start, chosen)
         relevance = held.sum()
         for upper, lower in itertools.pairwise(layers):
-            arrived = send(forward, {upper.variable: held}, {lower.variable: None})
-            nothing = held.new_zeros((1, *forward.shape(lower.variable)))
-            message = arrived.get(lower.variable, nothing)
+            message = send_between(forward, held, upper.variable, lower.variable)
             table = finite(lower.add_up(message)[0].sum(0))
             chosen.append(int(keys(table, order).argmax()))
             held, relevance = lower.split(message, chosen[-1:]), table[chosen[-1]]
-        found.append((tuple(chosen), float(relevance)))
-    by_key = keys(torch.tensor([relevance for _, relevance in found], dtype=torch.float64), order)
-    ranked = [found[place] for place in by_key.argsort(descending=True, stable=True).tolist()]
-    return ranked, len(parts) * layers[-1].size
+        found.best.append((float(keys(relevance, order)), tuple(chosen), float(relevance)))
+    found.best.sort(key=lambda one: -one[0])
+    found.evaluated = len(parts) * last.size
+    found.followed = len(parts) * (len(layers) - 1)
+    return found
 
 
 # -- Search, from layers and options to flows.
@@ -446,17 +441,15 @@ def find_flows(
     layers = in_depth([part.variable for part in parts], forward.graph)
     by_layer = {part.variable: part for part in parts}
     ordered = [by_layer[layer] for layer in layers]
-    start = only_sample(message(layers[0]), layers[0], sample)
-    gap = math.inf
+    start = _only_sample(message(layers[0]), layers[0], sample)
     if method == "greedy":
-        best, evaluated = greedy(forward, start, ordered, order, k)
-        followed = len(best) * (len(ordered) - 1)
+        found = greedy(forward, start, ordered, order, k)
     else:
         search = BranchAndBound(forward, start, ordered, order, memory, advance)
-        best, gap, evaluated, followed = search.search(k, budget)
+        found = search.search(k, budget)
     whole = _whole(forward, start, ordered)
     flows = []
-    for chosen, relevance in best:
+    for _, chosen, relevance in found.best:
         at = dict(zip(layers, chosen, strict=True))
         flows.append(
             Flow(
@@ -466,7 +459,8 @@ def find_flows(
                 relevance / whole if whole else 0.0,
             )
         )
-    return Flows(flows, gap, evaluated / math.prod(part.size for part in parts), followed)
+    visited = found.evaluated / math.prod(part.size for part in parts)
+    return Flows(flows, found.gap, visited, found.followed)
 
 
 def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
@@ -485,14 +479,18 @@ def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
     return ordered
 
 
+def _only_sample(message: Tensor, variable: Variable, sample: int) -> Tensor:
+    """The message of one sample; that of the others becomes zero."""
+    kept = torch.zeros_like(message)
+    variable.canonical(kept)[:, sample] = variable.canonical(message)[:, sample]
+    return kept
+
+
 def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:
     """The relevance of all combinations together, where parts do not overlap."""
     message = layers[0].covered(start)
     for upper, lower in itertools.pairwise(layers):
-        arrived = send(forward, {upper.variable: message}, {lower.variable: None})
-        if lower.variable not in arrived:
-            return 0.0
-        message = lower.covered(arrived[lower.variable])
+        message = lower.covered(send_between(forward, message, upper.variable, lower.variable))
     return float(message.sum())
 
 

@@ -112,7 +112,7 @@ class _OfChannels:
 
     def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
         index: list[Any] = [slice(None)] * len(shape)
-        along = channel_axis(variable, shape) if self.axis is None else self.axis
+        along = variable.channel_axis_of(shape) if self.axis is None else self.axis
         if not -len(shape) <= along < len(shape):
             raise NeuronSetError(
                 f"{self.layer!r} has no axis {self.axis}: its neurons are {tuple(shape)}."
@@ -133,7 +133,7 @@ class _InPatch:
     chosen: tuple[Any, ...]
 
     def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
-        along = channel_axis(variable, shape)
+        along = variable.channel_axis_of(shape)
         if len(self.chosen) != len(shape) - 1:
             raise NeuronSetError(
                 f"{self.layer!r} has {len(shape) - 1} spatial axes (neurons of shape "
@@ -157,15 +157,6 @@ class _Masked:
                 f"{tuple(shape)} (without the batch)."
             )
         return chosen
-
-
-def channel_axis(variable: Variable, shape: torch.Size) -> int:
-    """The channel axis of a variable's neurons, not counting the batch."""
-    if not shape:
-        raise NeuronSetError(f"{variable.name!r} has one neuron per sample and no channels.")
-    if variable.channel_axis is None:
-        return 0
-    return len(shape) + variable.channel_axis
 
 
 def _block(index: Sequence[Any], shape: torch.Size, layer: str) -> Tensor:

@@ -9,28 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.export import Captured
-from nrm.capture.nodes import is_float_tensor, is_mask, is_symbolic, reads_no_values
-from nrm.operators import (
-    Call,
-    Identity,
-    MatrixProduct,
-    Product,
-    Quotient,
-    Routing,
-    Sum,
-    carries_none,
-    lookup,
-    picks,
-)
-from nrm.operators.layers import Layer, TransposedConvolution
-from nrm.operators.norms import Normalization
-from nrm.operators.sums import BatchNorm
-from nrm.rules.alphas import SCALE, STRUCTURE
+from nrm.capture.nodes import Captured, is_float_tensor, is_mask, is_symbolic, reads_no_values
+from nrm.operators import carries_none, function_of, picks, row_of
+from nrm.rules.alphas import STRUCTURE
 
 _NAMES = (
     "adj", "adjs", "adj_t", "adj_mat", "adj_matrix", "adjacency", "adjacencies",
@@ -74,13 +58,12 @@ class Structure:
     def _by_use(self, captured: Captured, reached: set[Node]) -> frozenset[Node]:
         found: set[Node] = set()
         for node in captured.graph.nodes:
-            if node not in reached or not isinstance(node.target, torch._ops.OpOverload):
+            covered = row_of(node) if node in reached else None
+            if covered is None:
                 continue
-            row = lookup(node.target)
-            if not isinstance(row, MatrixProduct) or row.passes is None:
-                continue
-            factors = [slot for name, slot in Call.of(node).nodes() if name in row.passes]
-            if len(factors) != 2 or not reached.issuperset(factors):
+            call, row = covered
+            factors = row.factors(call)
+            if not row.is_product or len(factors) != 2 or not reached.issuperset(factors):
                 continue
             square = [self._is_square(factor) for factor in factors]
             for matrix, features in ((0, 1), (1, 0)):
@@ -112,26 +95,19 @@ def _places(source: Node) -> list[str]:
 
 def _is_weighted(node: Node, reached: set[Node]) -> bool:
     """Whether a node applies weights of the model, or looks vectors up."""
-    if picks(node) or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    row = lookup(node.target)
-    if isinstance(row, MatrixProduct):
+    found = row_of(node)
+    if found is None:
+        return is_embedding(node)
+    _, row = found
+    if row.is_product and row.adds_up:
         return not reached.issuperset(node.all_input_nodes)
-    return is_embedding(node) or isinstance(
-        row, Layer | TransposedConvolution | BatchNorm | Normalization
-    )
+    return row.applies_weights
 
 
 # -- What kind of network a graph computes, read from what happens to its inputs.
 # Only nodes that depend on a real-valued input count: what is done to constants decides nothing,
 # and
 # neither does how often a constant was recorded by the way of capture.
-
-_NORMS = (
-    "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm",
-    "_fused_rms_norm",
-)  # fmt: skip
-_PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv")
 
 RECURRENT = 3
 """How often one linear layer is applied in what counts as a recurrent network."""
@@ -148,17 +124,14 @@ def is_signed(captured: Captured) -> bool:
     for node in captured.graph.nodes:
         if node not in reached:
             continue
-        name = operator_name(node)
-        if "label" in node.meta or name in _NORMS or is_embedding(node):
+        role = function_of(node).role
+        if "label" in node.meta or role == "normalization" or is_embedding(node):
             return True
-        if name == "instance_norm" and Call.of(node)["use_input_stats"]:
+        if _divides_by_spread(node, role, reached):
             return True
-        if _divides_by_spread(node, name, reached):
-            return True
-        if name in _PRODUCTS:
-            weight = _weight(captured, node, reached)
-            if weight is not None:
-                applied[weight] += 1
+        weight = _weight(captured, node, reached)
+        if weight is not None:
+            applied[weight] += 1
     return max(applied.values(), default=0) >= RECURRENT
 
 
@@ -190,47 +163,36 @@ def reached_by_inputs(captured: Captured) -> set[Node]:
     return reached & needed
 
 
-def operator_name(node: Node) -> str:
-    """`layer_norm` for `aten.layer_norm.default`."""
-    return str(node.target).partition(".")[2].partition(".")[0]
-
-
 def is_embedding(node: Node) -> bool:
     """Whether a node looks up vectors of integers."""
-    return operator_name(node) == "embedding" and is_float_tensor(node)
+    return function_of(node).role == "lookup" and is_float_tensor(node)
 
 
 def _has_values(node: Node) -> bool:
     return is_float_tensor(node) or isinstance(node.meta.get("val"), tuple | list)
 
 
-def _divides_by_spread(node: Node, name: str, reached: set[Node]) -> bool:
+def _divides_by_spread(node: Node, role: str, reached: set[Node]) -> bool:
     """Whether a node scales what it is given by how far that spreads."""
-    if name in ("mul", "multiply"):
+    if role == "times":
         return any(_is_spread(a, reached, inverse=True) for a in node.args)
-    if name in ("div", "divide", "true_divide"):
-        return _is_spread(node.args[1], reached, inverse=False)
-    return False
+    return role == "over" and _is_spread(node.args[1], reached, inverse=False)
 
 
 def _is_spread(value: object, reached: set[Node], inverse: bool) -> bool:
     """Whether something is a standard deviation or root mean square, or the inverse of one."""
     node = value
     while isinstance(node, Node) and node in reached:
-        name = operator_name(node)
-        if picks(node):
-            node = node.args[0]
-        elif name == "rsqrt":
+        role = function_of(node).role
+        if role == "inverse root":
             return inverse and _is_mean(node.args[0], reached)
-        elif name == "reciprocal":
-            node, inverse = node.args[0], not inverse
-        elif name == "sqrt":
+        if role == "root":
             return not inverse and _is_mean(node.args[0], reached)
-        elif name == "pow" and node.args[1] in (0.5, -0.5):
-            return inverse == (node.args[1] == -0.5) and _is_mean(node.args[0], reached)
-        elif name in ("std", "std_mean"):
+        if role == "spread":
             return not inverse
-        elif name in ("div", "divide", "true_divide") and node.args[1] in reached:
+        if role == "inverse":
+            node, inverse = node.args[0], not inverse
+        elif role == "over" and node.args[1] in reached:
             node, inverse = node.args[1], not inverse  # one over it
         else:
             node = _behind(node, reached)
@@ -241,7 +203,7 @@ def _is_mean(value: object, reached: set[Node]) -> bool:
     """Whether something is a mean or variance, perhaps plus a constant."""
     node = value
     while isinstance(node, Node) and node in reached:
-        if operator_name(node) in ("mean", "var", "var_mean"):
+        if function_of(node).role == "mean":
             return True
         node = _behind(node, reached)
     return False
@@ -252,9 +214,13 @@ def _behind(node: Node, reached: set[Node]) -> Node | None:
     if picks(node):
         producer = node.args[0]
         return producer if isinstance(producer, Node) else None
-    row = lookup(node.target) if hasattr(node.target, "_schema") else None  # type: ignore[arg-type]
+    found = row_of(node)
     parents = [parent for parent in node.all_input_nodes if parent in reached]
-    return parents[0] if len(parents) == 1 and isinstance(row, Identity | Routing | Sum) else None
+    if found is None or len(parents) != 1:
+        return None
+    _, row = found
+    passed = row.one_parent or row.moves or row.function.role in ("plus", "minus", "minus from")
+    return parents[0] if passed else None
 
 
 def _weight(captured: Captured, node: Node, reached: set[Node]) -> str | None:
@@ -262,7 +228,11 @@ def _weight(captured: Captured, node: Node, reached: set[Node]) -> str | None:
 
     By name, or by where it lies in memory: an eager trace records each use anew.
     """
-    factors = _factors(node)
+    found = row_of(node)
+    if found is None:
+        return None
+    call, row = found
+    factors = [factor for factor in row.factors(call) if isinstance(factor, Node)]
     constant = [factor for factor in factors if factor not in reached]
     return _recipe(captured, constant[0]) if len(constant) == 1 < len(factors) else None
 
@@ -281,33 +251,9 @@ def _recipe(captured: Captured, value: object) -> str:
     return f"{value.target}{_recipe(captured, arguments)}"
 
 
-def _factors(node: Node) -> Sequence[Node]:
-    name = operator_name(node)
-    listed = node.args[1] if name == "einsum" else node.args[1:3]
-    if name not in ("einsum", "addmm", "baddbmm"):
-        listed = node.args[:2]
-    assert isinstance(listed, Sequence)
-    return [factor for factor in listed if isinstance(factor, Node)]
-
-
 # -- How much a factor of a product is a gate, as told by what computed it.
 # A gate says how much of a value passes: a sigmoid in a recurrent cell, a softmax in attention, the
 # reciprocal norm in a normalisation written out by hand. `nrm.rules.Alpha` decides what it gets.
-
-_RANKS = {
-    # squashing and smooth functions: a gate against a linear value (SwiGLU, GEGLU). A rectified
-    # value is a value, whatever it is multiplied with.
-    **dict.fromkeys(
-        ["tanh", "hardtanh", "silu", "gelu", "mish", "hardswish", "softplus", "elu"], 1
-    ),
-    **dict.fromkeys(["sigmoid", "hardsigmoid"], 2),
-    # weights that are normalised to sum to one, also by hand
-    **dict.fromkeys(["softmax", "_softmax", "exp"], 3),
-    # scales: what is left of a vector is its direction
-    **dict.fromkeys(
-        ["rsqrt", "reciprocal", "sqrt", "linalg_vector_norm", "norm", "std", "var"], SCALE
-    ),
-}
 
 
 def gate_ranks(
@@ -321,40 +267,24 @@ def gate_ranks(
 
 
 def gate_rank(node: Node, carries: Callable[[Node], bool]) -> int:
-    """0 for a value; the larger, the more `node` is a gate."""
-    while True:
-        packet, _, overload = str(node.target).rpartition(".")
-        name = packet.removeprefix("aten.")
-        if name == "pow" and overload == "Tensor_Scalar" and float(_exponent(node)) in (-0.5, 0.5):
-            name = "rsqrt"
-        if name in _RANKS:
-            return _RANKS[name]
-        source = _transparent(node, carries)
-        if source is None:
-            return 0
-        node = source
+    """0 for a value; the larger, the more `node` is a gate (`nrm.operators.functions`)."""
+    source: Node | None = node
+    while source is not None:
+        rank = function_of(source).gate
+        if rank:
+            return rank
+        source = _shown(source, carries)
+    return 0
 
 
-def _exponent(node: Node) -> float:
-    value = node.args[1]
-    return value if isinstance(value, int | float) else 0.0
-
-
-def _transparent(node: Node, carries: Callable[[Node], bool]) -> Node | None:
+def _shown(node: Node, carries: Callable[[Node], bool]) -> Node | None:
     """The operand behind a view, a constant factor or a constant summand."""
     if picks(node):
         producer = node.args[0]
         assert isinstance(producer, Node)
-        return _transparent(producer, carries)
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        return _shown(producer, carries)
+    found = row_of(node) if node.op == "call_function" else None
+    if found is None or carries_none(node.target):  # type: ignore[arg-type]
         return None
-    if carries_none(node.target):  # type: ignore[arg-type]
-        return None
-    operator = lookup(node.target)  # type: ignore[arg-type]
-    carried = [parent for parent in node.all_input_nodes if carries(parent)]
-    if isinstance(operator, Quotient):
-        numerator = node.args[0]
-        return numerator if isinstance(numerator, Node) and carries(numerator) else None
-    if len(carried) == 1 and isinstance(operator, Identity | Routing | Product | Sum):
-        return carried[0]
-    return None
+    call, row = found
+    return row.shown(call, carries)

@@ -1,4 +1,7 @@
-"""What is explained: the relevance of the output neurons (eqs. 13, 16, 18)."""
+"""What is explained: the relevance of the output neurons (eqs. 13, 16, 18).
+
+And a `Recipe`: how a measure was made, which is what is saved of it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nrm.errors import PositiveSumError, QueryError, TargetError
-from nrm.masks import per_sample
 from nrm.prepare import Pass
 from nrm.tensors import check_dense
 
@@ -35,32 +37,40 @@ class Explained:
 
 
 def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
-    """One output neuron of each sample."""
-    index = _index(target, forward)
-    relevance = torch.zeros_like(forward.output)
-    relevance[tuple(index)] = 1.0
-    chosen_output = forward.output[tuple(index)]
-    if not bool(torch.isfinite(chosen_output).all()):
+    """One output neuron of each sample.
+
+    Raises:
+        TargetError: there is no such neuron, or its value is not finite.
+        PositiveSumError: `strict`, and its value is zero or negative.
+    """
+    chosen = _chosen(target, forward)
+    index = (torch.arange(forward.batch, device=forward.output.device), *chosen.long().unbind(1))
+    values = _by_sample(forward.output, forward)[index]
+    if not bool(torch.isfinite(values).all()):
         raise TargetError(
             f"of the {forward.graph.head or 'output'} the explained one is NaN or infinite for "
             "some sample."
         )
-    if strict and bool((chosen_output <= 0).any()):
+    if strict and bool((values <= 0).any()):
         raise PositiveSumError(
             "strict: the explained output is zero or negative for some sample (eq. 16). "
             "Explain another output, or drop strict: the relevance is normalised anyway."
         )
-    axes = [a for place, a in enumerate(index) if place != forward.graph.output.batch_axis]
-    chosen = torch.stack(axes, 1) if axes else torch.zeros(forward.batch, dtype=torch.long)
-    if len(axes) == 1:
-        chosen = chosen[:, 0]
-    unnormalized = torch.zeros_like(forward.output)
-    unnormalized[tuple(index)] = chosen_output  # others may be infinite
-    return Explained(relevance, unnormalized, chosen)
+    relevance, unnormalized = (torch.zeros_like(forward.output) for _ in range(2))
+    _by_sample(relevance, forward)[index] = 1.0
+    _by_sample(unnormalized, forward)[index] = values  # others may be infinite
+    if not chosen.shape[1]:
+        chosen = chosen.new_zeros(len(chosen), 1)
+    return Explained(relevance, unnormalized, chosen[:, 0] if chosen.shape[1] == 1 else chosen)
 
 
 def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
-    """Output relevance as given, divided by its sum over each sample (eq. 18)."""
+    """Output relevance as given, divided by its sum over each sample (eq. 18).
+
+    Raises:
+        TargetError: it does not look like the output, or sums to zero over a sample.
+        PositiveSumError: `strict`, and it sums to less than zero.
+    """
     output, variable = forward.returned, forward.graph.output
     if not isinstance(relevance, Tensor):
         raise TargetError(f"output_relevance is a tensor, not a {type(relevance).__name__}")
@@ -73,35 +83,32 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
     relevance = relevance.detach().to(forward.output.dtype, copy=True)  # callers reuse theirs
     if not bool(torch.isfinite(relevance).all()):
         raise TargetError("output_relevance holds NaN or infinite values")
-    total = per_sample(relevance.unsqueeze(0), variable, forward.batch)[0]
-    size = per_sample(relevance.abs().unsqueeze(0), variable, forward.batch)[0]
+    total = variable.per_sample(relevance.unsqueeze(0), forward.batch)[0]
+    size = variable.per_sample(relevance.abs().unsqueeze(0), forward.batch)[0]
     if bool((total.abs() <= 1e-6 * size).any()) or bool((size == 0).any()):
         raise TargetError("output_relevance sums to zero for some sample: nothing to normalise by")
     if strict and bool((total <= 0).any()):
         raise PositiveSumError("strict: output_relevance sums to less than zero (eq. 16)")
-    divisor = total
-    if variable.batch_axis is not None:
-        divisor = total.view((-1,) + (1,) * (relevance.dim() - 1 - variable.batch_axis))
-    return Explained(relevance / divisor, relevance, None)
+    return Explained(relevance / variable.by_sample(total), relevance, None)
 
 
-def _index(target: Target, forward: Pass) -> list[Tensor]:
-    """The explained neurons as an index into the output, one per sample."""
-    output, variable = forward.returned, forward.graph.output
-    if variable.batch_axis is None and forward.batch > 1:
+def _by_sample(output: Tensor, forward: Pass) -> Tensor:
+    """A tensor shaped like the output as `[batch, *neurons]`, in the same memory."""
+    return forward.graph.output.canonical(output.unsqueeze(0))[0]
+
+
+def _chosen(target: Target, forward: Pass) -> Tensor:
+    """`[batch, axes]`, the index of each sample's explained neuron."""
+    output, batch = forward.returned, forward.batch
+    if not forward.graph.output.tells_samples(batch):
         raise TargetError(f"the output {tuple(output.shape)} does not keep the samples apart")
     # Masked logits are infinite: behind a head that is looked through, others may be explained.
     masked = forward.graph.head is not None and not bool(output.isnan().any())
     if not masked and not bool(torch.isfinite(output).all()):
         raise TargetError("the model's output holds NaN or infinite values")
-    batch = forward.batch
-    by_sample = output.movedim(variable.batch_axis, 0) if variable.batch_axis else output
-    neurons = output.shape if variable.batch_axis is None else by_sample.shape[1:]
+    neurons = _by_sample(output, forward).shape[1:]
     if target is None:
-        flat = _largest(by_sample, forward)
-        if not neurons:
-            return _with_rows([], forward)
-        return _with_rows(list(torch.unravel_index(flat, neurons)), forward)
+        return _largest(forward)
     try:
         wanted = torch.as_tensor(target, device=output.device).to_dense()
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -129,32 +136,26 @@ def _index(target: Target, forward: Pass) -> list[Tensor]:
                 f"(0 to {size - 1})" + (f" along axis {axis}." if len(neurons) > 1 else ".")
             )
     sizes = torch.tensor(list(neurons), device=output.device, dtype=wanted.dtype)
-    wanted = torch.where(wanted < 0, wanted + sizes, wanted).expand(batch, -1)
-    return _with_rows(list(wanted.unbind(1)), forward)
+    return torch.where(wanted < 0, wanted + sizes, wanted).expand(batch, -1)
 
 
-def _largest(by_sample: Tensor, forward: Pass) -> Tensor:
-    """`[batch]`, the number of each sample's largest output."""
+def _largest(forward: Pass) -> Tensor:
+    """`[batch, axes]`, the index of each sample's largest output."""
+    by_sample = _by_sample(forward.returned, forward)
     outputs = by_sample.reshape(forward.batch, -1)
-    if forward.graph.head is None:
-        return outputs.argmax(1)
-    # Of those that a sigmoid has rounded to one, the largest logit.
-    axis = forward.graph.output.batch_axis
-    behind = forward.output.movedim(axis, 0) if axis else forward.output
-    behind = behind.reshape(forward.batch, -1)
-    largest = outputs == outputs.amax(1, keepdim=True)
-    return torch.where(largest, behind, -torch.inf).argmax(1)
+    if forward.graph.head is not None:
+        # Of those that a sigmoid has rounded to one, the largest logit.
+        behind = _by_sample(forward.output, forward).reshape(forward.batch, -1)
+        largest = outputs == outputs.amax(1, keepdim=True)
+        outputs = torch.where(largest, behind, -torch.inf)
+    places = outputs.argmax(1)
+    neurons = by_sample.shape[1:]
+    if not neurons:
+        return places.new_zeros(forward.batch, 0)
+    return torch.stack(torch.unravel_index(places, neurons), 1)
 
 
-def _with_rows(index: list[Tensor], forward: Pass) -> list[Tensor]:
-    """An index of neurons with that of the samples put in, where the output has them."""
-    axis = forward.graph.output.batch_axis
-    if axis is not None:
-        index.insert(axis, torch.arange(forward.batch, device=forward.output.device))
-    return index
-
-
-# -- How a measure was made, so that it can be made again: what is saved of it.
+# -- How a measure was made, so that it can be made again.
 
 
 class Explains(Protocol):

@@ -18,8 +18,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from nrm.capture.expand import attention, attention_scores
+from nrm.capture.run import Interpreter, Plan, Values
 from nrm.graph import Graph, Operation, Variable
-from nrm.tensors import column_floor, gradient_share, smaller_than
+from nrm.operators import Setting
+from nrm.tensors import column_floor, gradient_share, smaller_than, without_vanished
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Fusion:
         """The nodes among the arguments."""
         return _nodes((self.args, self.kwargs))
 
-    def __call__(self, values: dict[Node, Any]) -> Tensor:
+    def __call__(self, values: Mapping[Node, Any]) -> Tensor:
         """The result, differentiable."""
 
         def take(node: Node) -> Any:
@@ -53,7 +55,7 @@ class Fusion:
         args, kwargs = map_arg((self.args, self.kwargs), take)
         return self.target(*args, **kwargs)
 
-    def hides_vanished(self, values: dict[Node, Any], result: Tensor) -> bool:
+    def hides_vanished(self, values: Mapping[Node, Any], result: Tensor) -> bool:
         """Whether something that is added up vanishes within, or only if it is written out.
 
         Relevance does not pass there, and the operator's derivative would not know.
@@ -92,21 +94,6 @@ def fusions(graph: Graph) -> dict[Node, Fusion]:
                 continue  # one tensor in two roles takes differently in each
             found[node] = Fusion(target, args, kwargs, _shares(graph, variable, inputs))
     return found
-
-
-def needed(
-    graph: Graph,
-    order: Sequence[Node],
-    fused: dict[Node, Fusion],
-    reads: Callable[[Node], Sequence[Node]],
-) -> list[Node]:
-    """The nodes to run if fused operators compute their results, in order."""
-    wanted = {graph.explained, graph.captured.output}
-    for node in reversed(order):
-        if node in wanted:
-            fusion = fused.get(node)
-            wanted.update(reads(node) if fusion is None else fusion.reads)
-    return [node for node in order if node in wanted]
 
 
 def _shares(graph: Graph, output: Variable, inputs: Sequence[Node]) -> dict[Node, float]:
@@ -166,6 +153,90 @@ def _counts_all(operation: Operation) -> bool:
     dropped = operator.has_bias(call, operation.named_slots, rule)
     dropped = dropped and operation.late_leaf != "bias"
     return not dropped and operator.telescopes(call, rule)
+
+
+class HiddenSumError(Exception):
+    """Something vanishes within a fused operator, which has to be written out for this input."""
+
+
+class Differentiating(Interpreter):
+    """A forward pass connected by autograd, with what takes no relevance constant.
+
+    Arguments:
+        settings: how each operation propagates.
+        given: inputs and constants.
+        fused: the operators that compute a part of the graph each, by the node of their result.
+
+    Attributes:
+        found: the values of variables; those within fused operators and late leaves have none.
+        small: of sums, where they count as zero and are not.
+
+    Raises:
+        HiddenSumError: while it computes.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        settings: Mapping[Operation, Setting],
+        plan: Plan,
+        given: Values,
+        fused: Mapping[Node, Fusion],
+    ) -> None:
+        super().__init__(plan, given)
+        self.variables, self.settings, self.fused = graph, settings, fused
+        self.found: dict[Variable, Tensor] = {}
+        self.small: dict[Variable, Tensor] = {}
+        for leaf in graph.leaves:
+            if leaf.node in given:
+                self.found[leaf] = given[leaf.node].detach().requires_grad_()
+                self.env[leaf.node] = self.found[leaf]
+
+    def telescope(self) -> Telescope:
+        """The derivatives, once all is computed."""
+        small = self.small
+        if small:  # asked of the device once
+            known = torch.stack([somewhere.any() for somewhere in small.values()]).tolist()
+            small = {v: small[v] for v, any_there in zip(small, known, strict=True) if any_there}
+        return Telescope(self.variables, self.found, small)
+
+    def run_node(self, n: Node) -> Any:
+        variable = self.variables.by_node.get(n)
+        if variable is None:
+            return super().run_node(n)
+        if n in self.fused:
+            self.found[variable] = self._fused(variable, self.fused[n])
+        elif variable.producer is None:
+            self.found[variable] = super().run_node(n).requires_grad_()
+        else:
+            self.found[variable] = self._frozen(variable, variable.producer)
+        return self.found[variable]
+
+    def _fused(self, variable: Variable, fusion: Fusion) -> Tensor:
+        with torch.enable_grad():
+            output = fusion(self.env)
+            if fusion.hides_vanished(self.env, output.detach()):
+                raise HiddenSumError
+            return self._summed(variable, output)
+
+    def _frozen(self, variable: Variable, operation: Operation) -> Tensor:
+        call = operation.call.with_values(operation.arguments, self._constant)
+        operands = [self.env[slot] for slot in operation.slots]
+        with torch.enable_grad():
+            output = operation.operator.frozen(call, operands, self.settings[operation])
+            if any(output is operand for operand in operands):  # as dropout returns it
+                output = output.view_as(output)  # whose derivative is its own
+            return self._summed(variable, output) if operation.operator.adds_up else output
+
+    def _summed(self, variable: Variable, output: Tensor) -> Tensor:
+        """A sum without its derivatives where it vanishes."""
+        output, counts_as_zero = without_vanished(output)
+        if counts_as_zero is not None:
+            self.small[variable] = counts_as_zero
+        return output
+
+    def _constant(self, node: Node) -> Any:
+        return _detached(self.env[node])
 
 
 class Telescope:

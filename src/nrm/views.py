@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from nrm.engine import Messages, send
 from nrm.errors import UnknownLayerError
 from nrm.graph import Graph, Variable
-from nrm.masks import per_sample
 from nrm.prepare import Pass
 from nrm.tables import Shown, Table, sizes
 
@@ -105,17 +104,14 @@ def settings_table(settings: Mapping[str, object]) -> Table:
 
 def _layer(variable: Variable, cut: bool) -> Layer:
     producer = variable.producer
-    shape = list(variable.shape)
-    if variable.batch_axis is not None and shape:
-        del shape[variable.batch_axis]
-    channel = variable.channel_axis
+    shape = variable.neuron_sizes
     return Layer(
         variable.name,
         variable.aliases,
         producer.kind if producer else variable.kind,
         producer.module_type.rpartition(".")[2] if producer else "",
         tuple(size if size is not None else -1 for size in shape),
-        0 if channel is None else len(shape) + channel,
+        variable.channel_axis_of(shape) if shape else 0,
         cut,
     )
 
@@ -200,7 +196,7 @@ def proper_form(forward: Pass, start: Messages) -> ProperForm:
         level = levels[variable]
         if level not in held:  # everything above this layer is done
             held[level] = {
-                v: per_sample(message, v, batch)[0]
+                v: v.per_sample(message, batch)[0]
                 for v, message in (*travelling.items(), *arrived.items())
             }
 
@@ -260,7 +256,4 @@ def _copy_of(variable: Variable) -> str:
 
 
 def _count(forward: Pass, variable: Variable) -> int:
-    shape = forward.shape(variable)
-    if variable.batch_axis is None:
-        return shape.numel()
-    return shape.numel() // shape[variable.batch_axis]
+    return variable.neuron_shape(forward.shape(variable)).numel()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -21,9 +20,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall, as_rounded, is_rounded, wide, widen
+from nrm.capture.call import ModelCall, as_rounded, wide, widen
 from nrm.capture.expand import StepsAlongBatchError, expand
-from nrm.capture.nodes import is_symbolic
+from nrm.capture.nodes import Captured, is_symbolic
 from nrm.capture.rewrite import (
     ResultsApart,
     collapse,
@@ -32,44 +31,10 @@ from nrm.capture.rewrite import (
     inline,
     tell_apart,
 )
+from nrm.capture.run import evaluate
 from nrm.capture.tracing import capturing, holds_numbers_of, restored, shadow, trace
 from nrm.errors import CaptureError, InputError, NrmError
 from nrm.operators import functional
-
-
-@dataclass
-class Captured:
-    """A model as a flat graph, in single precision where the model's is half (see `precision`).
-
-    Attributes:
-        graph: operators only; parameters, buffers and inputs are placeholders.
-        inputs: the placeholders of the tensors that the model is called with, in order.
-        names: what the inputs are called.
-        constants: the parameters, buffers and constants behind the other placeholders, by node.
-        output: the node of the explained output.
-        method: `"export"`, or `"eager"` for a trace that holds for one input only.
-        batched: whether the graph holds for any batch size.
-        batch_axis: where the batch lies in every input; `None`: all of it is one sample.
-    """
-
-    graph: FxGraph
-    inputs: list[Node]
-    names: list[str]
-    constants: dict[Node, Tensor]
-    output: Node
-    method: str
-    batched: bool
-    batch_axis: int | None
-
-    @property
-    def reusable(self) -> bool:
-        """Whether other inputs of the same shape may use the same graph."""
-        return self.method == "export"
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the model computes anything in half precision."""
-        return is_rounded(self.graph)
 
 
 def capture(
@@ -184,40 +149,6 @@ def _exported(
             assert program is not None
             program = program.run_decompositions({})
             yield _rewritten(_of_program(program, call, free, batch_axis), copies)
-
-
-def run(
-    captured: Captured,
-    inputs: Sequence[Tensor],
-    at: Node | None = None,
-    change: Callable[[Node, Any], Any] = lambda node, value: value,
-) -> Any:
-    """The captured model's output, computed plainly.
-
-    Arguments:
-        at: another node, whose value is wanted instead.
-        change: what takes the place of each node's value from there on.
-    """
-    at = captured.output if at is None else at
-    needed = {at}
-    for node in reversed(captured.graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    given = dict(zip(captured.inputs, map(wide, inputs), strict=True))
-    values: dict[Node, Any] = {}
-    with torch.no_grad():
-        for node in captured.graph.nodes:
-            if node not in needed:
-                continue
-            if node.op == "call_function":
-                args, kwargs = torch.fx.node.map_arg(
-                    (node.args, node.kwargs), lambda leaf: values[leaf]
-                )
-                value = node.target(*args, **kwargs)
-            else:
-                value = given[node] if node in given else captured.constants[node]
-            values[node] = change(node, value)
-    return values[at]
 
 
 def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
@@ -371,7 +302,7 @@ def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) 
         return as_rounded(node, value)
 
     try:
-        found: Tensor = run(captured, inputs, change=seen)
+        found: Tensor = evaluate(captured, inputs, change=seen)
     except (RuntimeError, TypeError, ValueError) as failure:
         return f"cannot be computed ({_first_line(failure)})"
     if found.shape != expected.shape:
@@ -451,7 +382,7 @@ class _Sizes:
 def _refuse_baked(captured: Captured, call: ModelCall) -> None:
     """Refuse a trace in which something that depends on the input is a constant."""
     if captured.rounds or not holds_numbers_of(
-        call.tensors, lambda x: call(*x), lambda x: run(captured, x, change=as_rounded)
+        call.tensors, lambda x: call(*x), lambda x: evaluate(captured, x, change=as_rounded)
     ):
         return
     raise CaptureError(

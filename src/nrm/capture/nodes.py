@@ -1,22 +1,103 @@
-"""Names for the tensors of a captured graph, after the modules that compute them.
+"""A captured model: its graph, what is known of each node, and how the nodes are called.
 
-`features.28` is that module's output; a module called again gets `@1`, `@2`. What a module
-computes on the way is `layer1.0:add`, and again `layer1.0:add@1`.
+A node's name comes from the module that computes it: `features.28` is that module's output; a
+module called again gets `@1`, `@2`. What a module computes on the way is `layer1.0:add`, and again
+`layer1.0:add@1`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall
+from nrm.capture.call import ModelCall, is_rounded
 from nrm.operators import carries_none, picks
 
 _ROOT = "L__self__"
+
+
+@dataclass
+class Captured:
+    """A model as a flat graph, in single precision where the model's is half.
+
+    Attributes:
+        graph: operators only; parameters, buffers and inputs are placeholders.
+        inputs: the placeholders of the tensors that the model is called with, in order.
+        names: what the inputs are called.
+        constants: the parameters, buffers and constants behind the other placeholders, by node.
+        output: the node of the explained output.
+        method: `"export"`, or `"eager"` for a trace that holds for one input only.
+        batched: whether the graph holds for any batch size.
+        batch_axis: where the batch lies in every input; `None`: all of it is one sample.
+    """
+
+    graph: FxGraph
+    inputs: list[Node]
+    names: list[str]
+    constants: dict[Node, Tensor]
+    output: Node
+    method: str
+    batched: bool
+    batch_axis: int | None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether other inputs of the same shape may use the same graph."""
+        return self.method == "export"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model computes anything in half precision."""
+        return is_rounded(self.graph)
+
+
+# -- what depends on what ------------------------------------------------------------------------
+
+
+def read_by(node: Node) -> Sequence[Node]:
+    """The nodes among a node's arguments."""
+    return node.all_input_nodes
+
+
+def ancestors(
+    nodes: Iterable[Node], reads: Callable[[Node], Iterable[Node]] = read_by
+) -> set[Node]:
+    """The nodes that some are computed from, themselves included.
+
+    Arguments:
+        reads: what a node is computed from.
+    """
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(reads(node))
+    return found
+
+
+def dependents(order: Iterable[Node], nodes: Collection[Node], sizes: bool = True) -> set[Node]:
+    """The nodes that are computed from some, themselves included.
+
+    Arguments:
+        order: those to look at, in the order of computation.
+        sizes: whether what reads nothing but a tensor's size depends on it, too.
+    """
+    found = set(nodes)
+    for node in order:
+        if not found.isdisjoint(node.all_input_nodes) and (sizes or not reads_no_values(node)):
+            found.add(node)
+    return found
+
+
+# -- names ---------------------------------------------------------------------------------------
 
 
 def scopes(node: Node) -> list[tuple[str, str]]:
@@ -90,7 +171,10 @@ def operator_name(node: Node) -> str:
     return name.split(".")[1] if "." in name else getattr(node.target, "__name__", name)
 
 
+# -- what a node is ------------------------------------------------------------------------------
+
 Follows = Literal["steps", "lost"]
+"""What becomes of relevance where no real values are: see `unfollowed`."""
 
 
 def is_symbolic(size: int | torch.SymInt) -> TypeGuard[torch.SymInt]:

@@ -1,225 +1,21 @@
-"""From a removed channel to the next weighted sum, where no other channel changes."""
+"""All combinations of sets of several families: each removed in turn, what is shared run once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.capture.run import Values
 from nrm.engine import in_chunks
-from nrm.evaluation.removal import Family, Picked
-from nrm.evaluation.rerun import Replay, Stage, Values, gradients
-
-Step = Callable[[Tensor], Tensor]
-"""What is applied to a channel by itself."""
-Added = Callable[[int, int, Tensor], Tensor]
-"""The change of a weighted sum where the operand changes from one place to another."""
-
-
-@dataclass(frozen=True, eq=False)
-class ByChannel:
-    """From sets of single channels of a layer to the next weighted sum.
-
-    Up to there each channel is computed by itself, and the sum changes by what the one channel
-    adds to it: nothing else needs to be computed again. What is left of the sum is as exact as the
-    sum itself: where one channel outweighs all others, to the rounding of what it added.
-
-    Attributes:
-        node: of the layer; its first axis is that of copies, its second one of channels.
-        total: the weighted sum.
-        steps: what is applied to a channel in between.
-        added: the change of the sum `[copies, ...]`, from where the sum's operand changes, and by
-            what.
-        channels: of each set.
-        neurons: of a channel.
-        begin, width: where the layer begins in the sum's operand, and what a channel takes there.
-        each: bytes for one set of one copy.
-    """
-
-    node: Node
-    total: Node
-    steps: tuple[Step, ...]
-    added: Added
-    channels: tuple[int, ...]
-    picked: Picked
-    neurons: int
-    begin: int
-    width: int
-    each: int
-
-    def change(self, number: int, values: Tensor, rows: Tensor, removed: Tensor) -> Tensor:
-        """What is added to the sum when a set is removed, `[rows, ...]`.
-
-        Arguments:
-            number: of the set, from zero on.
-            values: of the layer, `[copies, channels, ...]`.
-            rows: which copies.
-            removed: `[neurons]`, what activations become.
-        """
-        channel = self.channels[number]
-        begin = int(self.picked.begin[number])
-        index = self.picked.index[begin : begin + int(self.picked.count[number])]
-        before = values[rows, channel : channel + 1]
-        after = before.reshape(len(rows), -1).clone()
-        after[:, index - channel * self.neurons] = removed[index]
-        there = self.begin + channel * self.width
-        change = self._through(after.view_as(before)) - self._through(before)
-        return self.added(there, there + self.width, change)
-
-    def _through(self, values: Tensor) -> Tensor:
-        for step in self.steps:
-            values = step(values)
-        return values
-
-
-def by_channel(
-    replay: Replay, family: Family, others: Collection[Node], changed: Collection[Node]
-) -> ByChannel | None:
-    """The way from a family to the next weighted sum.
-
-    Arguments:
-        others: nodes of the families below.
-        changed: by all families.
-
-    Returns:
-        `None` where sets are not of single channels, or there is another way to the output.
-    """
-    if len(family.picked) > 1:
-        return None
-    ((node, picked),) = family.picked.items()
-    after = replay.changed_by([node])
-    if not _has_channels(replay, node) or any(o in after for o in others if o is not node):
-        return None
-    shape = replay.values[node].shape
-    neurons = shape[2:].numel()
-    channels = _channels(picked, neurons)
-    if channels is None:
-        return None
-    steps: list[Step] = []
-    now, begin, width = node, 0, 1  # where the layer is along the axis, and of how many a channel
-    while True:
-        users = [user for user in now.users if user in after]
-        if len(users) != 1 or not _has_channels(replay, users[0]):
-            return None
-        (user,) = users
-        kind = str(user.target)
-        others_read = [other for other in user.all_input_nodes if other is not now]
-        if kind in _SUMS:
-            if user.args[0] is not now or any(other in changed for other in others_read):
-                return None
-            add = _SUMS[kind](replay, user)
-            if add is None:
-                return None
-            each = _bytes(replay.values[user], neurons)
-            return ByChannel(
-                node, user, tuple(steps), add, channels, picked, neurons, begin, width, each
-            )
-        if kind == "aten.cat.default":
-            before = _before(replay, user, now)
-            if before is None:
-                return None
-            begin += before
-        elif others_read or not _is_by_channel(replay, user, now):
-            return None
-        else:
-            steps.append(partial(_applied, user))
-            if kind == _FLATTEN:
-                size = replay.values[now].shape[2:].numel()
-                begin, width = begin * size, width * size
-        now = user
-
-
-_FLATTEN = "aten.flatten.using_ints"
-_BY_NEURON = ("relu", "sigmoid", "tanh", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "clone")
-_BY_PLANE = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
-
-
-def _has_channels(replay: Replay, node: Node) -> bool:
-    """Whether the first axis is that of copies alone, and there is a second one."""
-    value = replay.values[node]
-    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != 1:
-        return False
-    spread = replay.spreads.get(node)
-    return spread is not None and spread[0].axis == 0
-
-
-def _channels(picked: Picked, neurons: int) -> tuple[int, ...] | None:
-    """The channel of each set; `None`: one has neurons of several channels, or none at all."""
-    of = picked.index // neurons
-    sets = len(picked.count)
-    least = of.new_full((sets,), -1).scatter_reduce(0, picked.owner, of, "amin", include_self=False)
-    most = of.new_full((sets,), -1).scatter_reduce(0, picked.owner, of, "amax", include_self=False)
-    single = bool((least == most).all()) and bool((picked.count > 0).all())
-    return tuple(least.tolist()) if single else None
-
-
-def _is_by_channel(replay: Replay, node: Node, below: Node) -> bool:
-    """Whether a node computes each channel of the one below by itself."""
-    kind = str(node.target)
-    if kind == _FLATTEN:
-        return tuple(node.args[1:]) in ((1,), (1, -1)) and replay.values[node].dim() == 2
-    name: str = kind.removeprefix("aten.").removesuffix(".default")
-    if name == "dropout":
-        return bool(node.args[2] is False)
-    if name in _BY_PLANE:  # of three axes the first would be that of channels
-        return bool(replay.values[below].dim() == 4)
-    return name in _BY_NEURON
-
-
-def _applied(node: Node, values: Tensor) -> Tensor:
-    """What a node with one operand makes of other values."""
-    target: Any = node.target
-    found: Tensor = target(values, *node.args[1:], **node.kwargs)
-    return found
-
-
-def _bytes(total: Tensor, neurons: int) -> int:
-    """What a channel and the sum take while they change."""
-    return 3 * (total.numel() + neurons) * total.element_size()
-
-
-def _before(replay: Replay, node: Node, operand: Node) -> int | None:
-    """How much of a concatenation of channels stands before an operand."""
-    tensors: Any
-    tensors, *axis = node.args
-    if node.kwargs or axis not in ([1], [1 - replay.values[node].dim()]):
-        return None
-    if list(tensors).count(operand) != 1:
-        return None
-    place = list(tensors).index(operand)
-    return int(sum(replay.values[other].shape[1] for other in tensors[:place]))
-
-
-def _convolution(replay: Replay, node: Node) -> Added | None:
-    """How a convolution changes, where it mixes all channels."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.pop("groups", 1) != 1 or replay.values[node].dim() != 4:
-        return None
-    weight = replay.values[given["weight"]]
-    options = {name: given[name] for name in ("stride", "padding", "dilation") if name in given}
-    return lambda begin, end, change: F.conv2d(change, weight[:, begin:end], **options)
-
-
-def _linear(replay: Replay, node: Node) -> Added | None:
-    """How a linear layer changes."""
-    if replay.values[node].dim() != 2:
-        return None
-    weight = replay.values[node.all_input_nodes[1]]
-    return lambda begin, end, change: F.linear(change, weight[:, begin:end])
-
-
-_SUMS = {"aten.conv2d.default": _convolution, "aten.linear.default": _linear}
-
-
-# -- All combinations of sets of several families: each removed in turn, what is shared run once.
+from nrm.evaluation.channels import ByChannel, by_channel
+from nrm.evaluation.removal import Family
+from nrm.evaluation.rerun import Part, Rerun, gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +49,7 @@ class Combinations:
 
     def __init__(
         self,
-        replay: Replay,
+        rerun: Rerun,
         families: Sequence[Family],
         removed: Mapping[Node, Tensor],
         output: Tensor,
@@ -261,21 +57,22 @@ class Combinations:
         memory: int,
         shortcuts: bool = True,
     ) -> None:
-        self.replay, self.families, self.removed = replay, families, removed
+        self.rerun, self.families, self.removed = rerun, families, removed
         self.output, self.target, self.shortcuts = output, target, shortcuts
         self.told: Callable[[int], None] = lambda done: None
         nodes = [list(family.picked) for family in families]
-        self.begins = [min(self.replay.place[node] for node in found) for found in nodes]
+        self.begins = [min(self.rerun.place[node] for node in found) for found in nodes]
         self.changed = [
-            self.replay.changed_by({node for found in nodes[: level + 1] for node in found})
+            self.rerun.changed_by({node for found in nodes[: level + 1] for node in found})
             for level in range(len(families))
         ]
         self.gradients = self._gradients(nodes) if self.shortcuts else None
         self.batched = all(
-            self.replay.separates(node) for node in (*self.removed, self.replay.graph.explained)
+            self.rerun.copies.axis(node) is not None
+            for node in (*self.removed, self.rerun.graph.explained)
         )
         self.channels = self._by_channel(nodes) if self.shortcuts else None
-        self.stages = self._stages()
+        self.parts = self._parts()
         self.memory = max(1, memory // len(families))
 
     @property
@@ -302,51 +99,51 @@ class Combinations:
 
     def _gradients(self, nodes: Sequence[Sequence[Node]]) -> dict[Node, Tensor] | None:
         others = {node for found in nodes[:-1] for node in found}
-        return gradients(self.replay, nodes[-1], others, self.target, self.removed)
+        return gradients(self.rerun, nodes[-1], others, self.target, self.removed)
 
     def _by_channel(self, nodes: Sequence[Sequence[Node]]) -> ByChannel | None:
         """How the channels of the last family lead on, where nothing else is needed."""
         if self.affine or not self.batched:
             return None
         others = {node for found in nodes[:-1] for node in found}
-        found = by_channel(self.replay, self.families[-1], others, self.changed[-1])
+        found = by_channel(self.rerun, self.families[-1], others, self.changed[-1])
         if found is None:
             return None
         above = self._above(found)
-        if above.enters != {found.total} or not others.isdisjoint(above.nodes):
+        if above.changed != {found.total} or not others.isdisjoint(above.plan.nodes):
             return None  # something else enters, or is removed, after the weighted sum
-        known = (self.replay.values[found.node], self.removed[found.node])
+        known = (self.rerun.values[found.node], self.removed[found.node])
         finite = all(bool(torch.isfinite(values).all()) for values in known)
         return found if finite else None  # infinity less infinity is not nothing
 
-    def _above(self, found: ByChannel) -> Stage:
+    def _above(self, found: ByChannel) -> Part:
         """What to compute after the weighted sum."""
-        begin = self.replay.place[found.total]
-        return self.replay.stage({self.replay.graph.explained}, self.changed[-1], begin, True)
+        begin = self.rerun.place[found.total]
+        return self.rerun.part({self.rerun.graph.explained}, self.changed[-1], begin, True)
 
-    def _stages(self) -> list[Stage]:
+    def _parts(self) -> list[Part]:
         """What to compute after the removal of each family, from the last back to the first."""
-        wanted = {self.replay.graph.explained}
+        wanted = {self.rerun.graph.explained}
         if self.channels is not None:
             wanted = {self.channels.total}
         if self.affine:
             before = self.changed[-2] if len(self.changed) > 1 else set()
             wanted = {node for node in self.families[-1].picked if node in before}
-        stages: list[Stage] = []
+        parts: list[Part] = []
         levels = range(len(self.families) - self.affine)
         for level in reversed(levels):
             changed = self.changed[level]
-            stage = self.replay.stage(wanted, changed, self.begins[level], self.batched)
-            stages.insert(0, stage)
+            part = self.rerun.part(wanted, changed, self.begins[level], self.batched)
+            parts.insert(0, part)
             # What comes before is to keep what this one reads of it, and what is removed here.
             before = self.changed[level - 1] if level else set()
-            wanted = {node for node in stage.enters if node in before}
+            wanted = {node for node in part.changed if node in before}
             wanted |= {self._first(level)} & before
-        return stages
+        return parts
 
     def _first(self, level: int) -> Node:
         """The node of a family that has been computed when its removal begins."""
-        return self.replay.order[self.begins[level]]
+        return self.rerun.order[self.begins[level]]
 
     # -- one family after the other --------------------------------------------------------------
 
@@ -368,16 +165,16 @@ class Combinations:
             part = slice(chunk[0], chunk[-1] + 1)
             after = self._removed(level, state, rows[part], sets[part])
             if last:
-                output = after.values[self.replay.graph.explained]
-                values = self.replay.rows(self.replay.graph.explained, output, after.count)
+                output = after.values[self.rerun.graph.explained]
+                values = self.rerun.copies.rows(self.rerun.graph.explained, output, after.count)
                 found[rows[part], sets[part]] = values[:, self.target]
                 self.told(after.count)
             else:
                 found[rows[part], sets[part]] = self._effects(level + 1, after)
 
-        each = self.stages[level].each + 2 * math.prod(deeper) * found.element_size()
+        each = self.parts[level].bytes + 2 * math.prod(deeper) * found.element_size()
         if self.channels is not None:  # of each copy the weighted sum is kept
-            each += self.channels.each
+            each += self.channels.bytes
         in_chunks(range(len(rows)), self.memory if self.batched else 1, each, work)
         if same is not None:
             found[same[0], same[1] + 1] = found[same[0], 0]
@@ -392,7 +189,7 @@ class Combinations:
         level, above = len(self.families) - 1, self._above(channels)
         found = self.output.new_empty(state.count, len(self.families[-1]) + 1)
         rows, sets, same = self._pairs(level, state)
-        everywhere = self.replay.values[channels.total]
+        everywhere = self.rerun.values[channels.total]
         total = everywhere.new_empty(state.count, *everywhere.shape[1:])
 
         def sums(chunk: Sequence[int]) -> None:
@@ -400,16 +197,16 @@ class Combinations:
             after = self._removed(level, state, part, torch.zeros_like(part))
             total[part] = after.values[channels.total]
 
-        in_chunks(range(state.count), self.memory, self.stages[level].each, sums)
+        in_chunks(range(state.count), self.memory, self.parts[level].bytes, sums)
         by_set = sets.argsort(stable=True)
         rows, sets = rows[by_set], sets[by_set]
         if not state.chosen:  # nothing removed at all: that is known
             found[0, 0] = self.output
             rows, sets = rows[1:], sets[1:]
         changed = channels.node in state.values
-        layer = (state.values if changed else self.replay.values)[channels.node]
+        layer = (state.values if changed else self.rerun.values)[channels.node]
         removed = self.removed[channels.node]
-        output = self.replay.graph.explained
+        output = self.rerun.graph.explained
 
         def work(chunk: Sequence[int]) -> None:
             part = slice(chunk[0], chunk[-1] + 1)
@@ -421,12 +218,12 @@ class Combinations:
                     at = at if changed else torch.zeros_like(at)
                     values[some] += channels.change(number - 1, layer, at, removed)
             base = torch.zeros_like(rows[part])
-            after = self.replay.compute(above, {channels.total: values}, base, lambda _, v: v)
-            outputs = self.replay.rows(output, after[output], len(base))
+            after = self.rerun.compute(above, {channels.total: values}, base, None)
+            outputs = self.rerun.copies.rows(output, after[output], len(base))
             found[rows[part], sets[part]] = outputs[:, self.target]
             self.told(len(base))
 
-        in_chunks(range(len(rows)), self.memory, above.each + channels.each, work)
+        in_chunks(range(len(rows)), self.memory, above.bytes + channels.bytes, work)
         if same is not None:
             found[same[0], same[1] + 1] = found[same[0], 0]
             self.told(len(same[0]))
@@ -475,21 +272,21 @@ class Combinations:
     def _rows(self, node: Node, state: State) -> Tensor:
         """`[copies, neurons]`, or one row where they are all alike."""
         if node in state.values:
-            return self.replay.rows(node, state.values[node], state.count)
-        return self.replay.rows(node, self.replay.values[node], 1)
+            return self.rerun.copies.rows(node, state.values[node], state.count)
+        return self.rerun.copies.rows(node, self.rerun.values[node], 1)
 
     def _removed(self, level: int, state: State, rows: Tensor, sets: Tensor) -> State:
         """Copies of copies without sets of a family, computed up to the next one."""
-        replay, stage = self.replay, self.stages[level]
+        rerun, part = self.rerun, self.parts[level]
         copies = rows if self.batched else None
         chosen = (*(known[rows] for known in state.chosen), sets)
         base = torch.zeros_like(rows) if self.batched else None
         entering: Values = {}
-        for node in stage.enters:
+        for node in part.changed:
             if node in state.values:
-                entering[node] = replay.take(node, state.values[node], copies)
+                entering[node] = rerun.copied(node, state.values[node], copies)
             else:
-                entering[node] = replay.take(node, replay.values[node], base)
+                entering[node] = rerun.copied(node, rerun.values[node], base)
         first = self._first(level)
         if first in entering:
             entering[first] = self._put(level, first, entering[first], sets)
@@ -500,14 +297,14 @@ class Combinations:
                     value = self._put(before, node, value, chosen[before])
             return value
 
-        values = replay.compute(stage, entering, base, change)
+        values = rerun.compute(part, entering, base, change)
         return State(len(rows), values, chosen)
 
     def _put(self, level: int, node: Node, value: Tensor, sets: Tensor) -> Tensor:
         """A value without the neurons of the sets of a family."""
-        rows = self.replay.rows(node, value, len(sets)).clone()
+        rows = self.rerun.copies.rows(node, value, len(sets)).clone()
         self.families[level].picked[node].put(rows, sets, self.removed[node])
-        return self.replay.unrows(node, rows)
+        return self.rerun.copies.unrows(node, rows)
 
     def _sums(self, state: State) -> Tensor:
         """`[copies, sets]`, what the output loses without each set of the last family."""

@@ -18,8 +18,8 @@ from nrm.capture.call import ModelCall, without_autocast
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
-from nrm.evaluation.removal import Family, Picked, Removal, by_variable, neuron_shape, replacement
-from nrm.evaluation.rerun import Replay
+from nrm.evaluation.removal import Family, Picked, Removal, by_variable, replacement
+from nrm.evaluation.rerun import Rerun
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
@@ -80,9 +80,9 @@ class Interventions:
         self._shortcuts = True  # tests switch them off
         call = ModelCall(explainer.model, inputs, named, explainer.output)
         with torch.inference_mode(False), without_autocast(self._model):
-            self.replay = Replay(self.graph, [x.detach().clone() for x in call.tensors])
-        output = self.replay.values[self.graph.explained]
-        self._flat_target = _flat(self.target, neuron_shape(self.graph.output, output))
+            self.rerun = Rerun(self.graph, [x.detach().clone() for x in call.tensors])
+        output = self.rerun.values[self.graph.explained]
+        self._flat_target = _flat(self.target, self.graph.output.neuron_shape(output.shape))
         self.output: Tensor = output.reshape(-1)[self._flat_target]
         self._removal = by_variable(removal, self.graph)
         self._removed: dict[Variable, Tensor] = {}
@@ -148,7 +148,7 @@ class Interventions:
 
     def _place(self, family: Family) -> int:
         """Where in the order of computation a family begins."""
-        return min(self.replay.place[node] for node in family.picked)
+        return min(self.rerun.place[node] for node in family.picked)
 
     def _family(self, sets: Sequence[NeuronSet]) -> Family:
         """Which neurons each set is, kept for further samples."""
@@ -167,7 +167,7 @@ class Interventions:
             for member in chosen.members:
                 variable = self._variable(member.layer)
                 assert variable.node is not None
-                shape = neuron_shape(variable, self.replay.values[variable.node])
+                shape = variable.neuron_shape(self.rerun.values[variable.node].shape)
                 mask = member.select(variable, shape).cpu()
                 if mask.numel() != shape.numel():
                     raise NeuronSetError(f"{member.text} is a mask for several samples.")
@@ -190,14 +190,14 @@ class Interventions:
         """`[neurons]`, what activations become when they are removed."""
         if variable not in self._removed:
             assert variable.node is not None
-            value = self.replay.values[variable.node]
+            value = self.rerun.values[variable.node]
             self._removed[variable] = replacement(self._removal, variable, value)
         return self._removed[variable]
 
     def _combinations(self, families: Sequence[Family]) -> Combinations:
         nodes = {node for family in families for node in family.picked}
         return Combinations(
-            self.replay,
+            self.rerun,
             families,
             {node: self._removed_at(self.graph.by_node[node]) for node in nodes},
             self.output,

@@ -13,7 +13,6 @@ from torch.fx import Node
 
 from nrm.errors import QueryError
 from nrm.graph import Graph, Variable
-from nrm.sets import channel_axis
 from nrm.tensors import check_dense, like
 
 Removal = str | float | Mapping[str, str | float | Tensor]
@@ -52,7 +51,7 @@ def replacement(
     Raises:
         QueryError: it has another shape, or is not finite.
     """
-    shape = neuron_shape(variable, value)
+    shape = variable.neuron_shape(value.shape)
     given = removal.get(variable, "zero") if isinstance(removal, dict) else removal
     if isinstance(given, str) and given == "mean":
         return _means(value.reshape(shape), variable).reshape(-1)
@@ -82,17 +81,11 @@ def _means(values: Tensor, variable: Variable) -> Tensor:
     shape = values.shape
     axes = tuple(range(values.dim()))
     if values.dim() > 1:
-        along = channel_axis(variable, shape)
+        along = variable.channel_axis_of(shape)
         rest = tuple(axis for axis in axes if axis != along)
         if math.prod(shape[axis] for axis in rest) > 1:
             axes = rest
     return values.mean(axes, keepdim=True).expand(shape) if axes else values
-
-
-def neuron_shape(variable: Variable, value: Tensor) -> torch.Size:
-    """The shape of a variable's value of one sample, without its batch axis."""
-    axis = variable.batch_axis
-    return torch.Size(size for place, size in enumerate(value.shape) if place != axis)
 
 
 # -- Families of neuron sets, laid out so that many sets are removed from many copies at once.

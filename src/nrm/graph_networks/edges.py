@@ -1,9 +1,14 @@
-"""The layers of message passing: where walks of nodes are read."""
+"""Message passing in a model: where nodes meet, where walks of nodes are read, and its edges.
+
+A *step* of message passing is an operation by which a node's neurons have those of other nodes for
+parents. It adds up (or takes the largest of) messages, one row for each edge, which other
+operations picked from the nodes; or it multiplies by a matrix from nodes to nodes.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,9 +20,48 @@ from nrm.errors import QueryError
 from nrm.formulas import Formula
 from nrm.graph import Graph, Operation, Variable
 from nrm.measure import Measure
-from nrm.operators import MatrixProduct, Routing
-from nrm.operators.routing import ScatterMaximum
-from nrm.operators.sums import ScatterSum
+
+# -- Where nodes meet.
+
+
+def is_step(operation: Operation) -> bool:
+    """Whether a node's neurons have those of other nodes for parents.
+
+    So it is for scatters, and for products with a matrix from nodes to nodes (an adjacency,
+    attention) on the left.
+    """
+    return operation.operator.mixes_rows([name for name, _ in operation.arguments])
+
+
+def messages(operation: Operation) -> Variable | None:
+    """What a scatter adds up."""
+    for (name, _), operand in zip(operation.arguments, operation.operands, strict=False):
+        if name in ("src", "source"):
+            return operand
+    return None
+
+
+def pickings(operation: Operation) -> Iterator[Operation]:
+    """The operations upstream of a scatter that pick a node's row for every edge, nearest first."""
+    message = messages(operation)
+    waiting = deque([] if message is None else [message])
+    while waiting:
+        producer = waiting.popleft().producer
+        if producer is None:
+            continue
+        if producer.operator.gathers:
+            yield producer
+        elif not producer.operator.scatters:  # below it lies the step before
+            waiting.extend(producer.operands)
+
+
+def scope(operation: Operation) -> str:
+    """The module that a step of message passing is computed in."""
+    start = next(pickings(operation), operation)
+    return start.address.partition(":")[0]
+
+
+# -- Where walks of nodes are read.
 
 _OVERRIDE = "Name the layers to read walks at instead (`Explainer.layers` lists them)."
 
@@ -39,7 +83,7 @@ def node_layers(R: Measure) -> list[str]:
     crossed = [
         v for v in graph.crossings(leaving_out=("bias", "constant"))[::-1] if _rows(v) == size
     ]
-    steps = [v for v in graph.variables if v.producer and mixes(v.producer) and _rows(v) == size]
+    steps = [v for v in graph.variables if v.producer and is_step(v.producer) and _rows(v) == size]
     if not steps:
         raise QueryError(
             f"no step of message passing among the {size} rows of {node_input.name!r} was found. "
@@ -69,11 +113,11 @@ def node_layers(R: Measure) -> list[str]:
 
 def _rows(variable: Variable) -> int | None:
     """The size of a variable's first axis that is not the batch."""
-    sizes = [size for axis, size in enumerate(variable.shape) if axis != variable.batch_axis]
-    return sizes[0] if sizes else None
+    return variable.neuron_sizes[0] if variable.neuron_sizes else None
 
 
 def _refuse_chain(graph: Graph, steps: list[Variable]) -> None:
+    """Refuse steps of which one leads to another, with no layer in between that all walks cross."""
     for upper in steps:
         below = graph.upstream(upper)
         for lower in steps:
@@ -86,59 +130,6 @@ def _refuse_chain(graph: Graph, steps: list[Variable]) -> None:
 
 def _within(variable: Variable, module: str) -> bool:
     return variable.name.startswith((f"{module}.", f"{module}:"))
-
-
-# -- Where nodes meet: the operations that add up, for every node, what others send.
-
-_RIGHT = ("other", "mat2", "batch2")
-"""What a matrix from nodes to nodes is multiplied by."""
-_PICKS = ("index_select", "index", "gather")
-
-
-def mixes(operation: Operation) -> bool:
-    """Whether a node's neurons have those of other nodes for parents.
-
-    So it is for scatters, and for products with a matrix from nodes to nodes (an adjacency,
-    attention) on the left.
-    """
-    if scatters(operation):
-        return True
-    names = [name for name, _ in operation.arguments]
-    return isinstance(operation.operator, MatrixProduct) and any(n in _RIGHT for n in names)
-
-
-def scatters(operation: Operation) -> bool:
-    """Whether it adds up (or takes the largest of) messages, one row for each edge."""
-    return isinstance(operation.operator, ScatterSum | ScatterMaximum)
-
-
-def messages(operation: Operation) -> Variable | None:
-    """What a scatter adds up."""
-    for (name, _), operand in zip(operation.arguments, operation.operands, strict=False):
-        if name in ("src", "source"):
-            return operand
-    return None
-
-
-def pickings(operation: Operation) -> Iterator[Operation]:
-    """The operations upstream of a scatter that pick a node's row for every edge, nearest first."""
-    message = messages(operation)
-    waiting = deque([] if message is None else [message])
-    while waiting:
-        producer = waiting.popleft().producer
-        if producer is None:
-            continue
-        name = str(producer.call.target).split(".")[1]
-        if isinstance(producer.operator, Routing) and name in _PICKS:
-            yield producer
-        elif not scatters(producer):  # below it lies the step before
-            waiting.extend(producer.operands)
-
-
-def scope(operation: Operation) -> str:
-    """The module that a step of message passing is computed in."""
-    start = next(pickings(operation), operation)
-    return start.address.partition(":")[0]
 
 
 # -- Edges: the messages along them as neurons, where the model has one row for each edge.
@@ -178,7 +169,7 @@ def edge_layers(R: Measure) -> list[EdgeLayer]:
     forward = R.forward_pass
     found = []
     for operation in R.graph.operations:
-        if not scatters(operation):
+        if not operation.operator.scatters:
             continue
         row = messages(operation)
         if row is None:
@@ -252,7 +243,7 @@ def _matched(layer: EdgeLayer, edge_index: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([rows, more[:, 0]]), torch.cat([columns, more[:, 1]])
 
 
-def _index(arguments: dict[str, Any]) -> Any:
+def _index(arguments: Mapping[str, Any]) -> Any:
     """The argument that says which rows are meant."""
     if "index" in arguments:
         return arguments["index"]

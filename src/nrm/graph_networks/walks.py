@@ -1,4 +1,8 @@
-"""Neuron sets of graph networks: nodes, edges, subgraphs."""
+"""Nodes, edges and subgraphs as neuron sets, and walks of nodes (GNN-LRP as queries).
+
+The nodes of a graph lie along one axis of every variable. A walk of nodes is read layer by layer:
+the message at a layer is split by node, and the part of each node sent on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from nrm.engine import in_chunks, message_size, send
+from nrm.engine import in_chunks, message_size, send_between
 from nrm.errors import NeuronSetError, QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Variable
@@ -18,6 +22,8 @@ from nrm.measure import Measure
 from nrm.prepare import Pass
 from nrm.search import Flows, Order, in_depth, keys
 from nrm.sets import channels
+
+# -- Neuron sets.
 
 
 def nodes(layer: str, *indices: int, axis: int = 0) -> NeuronSet:
@@ -91,7 +97,7 @@ def subgraph(
     return [nodes(name, *some, axis=axis) for name, some in zip(names, own, strict=True)]
 
 
-# -- Beginnings of walks of nodes, with the message of each at the node it has come to.
+# -- Beginnings of walks, with the message of each at the node it has come to.
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +106,7 @@ class Prefixes:
 
     Attributes:
         variable: the layer.
-        axis: that of the nodes in a message `[K, *shape]`.
+        axis: that of the nodes, not counting the batch, of which there is one.
         nodes: `[P, layers so far]`, the node of every walk in each layer.
         held: `[P, *features]`, the message of each at its last node; elsewhere it has none.
         parents: `[P]`, which prefix each came from.
@@ -115,11 +121,8 @@ class Prefixes:
     @classmethod
     def split(cls, message: Tensor, variable: Variable, axis: int) -> Prefixes:
         """The parts of a message `[1, *shape]`, one for each node that holds any."""
-        place = axis + 1
-        if variable.batch_axis is not None and variable.batch_axis <= axis:
-            place += 1
-        parents, nodes, held = _parts(message, place)
-        return cls(variable, place, nodes[:, None], held, parents)
+        parents, nodes, held = _parts(message, variable, axis)
+        return cls(variable, axis, nodes[:, None], held, parents)
 
     @property
     def relevance(self) -> Tensor:
@@ -137,16 +140,15 @@ class Prefixes:
 
         def stepped(chosen: Sequence[int]) -> None:
             part = self._at(slice(chosen[0], chosen[-1] + 1))
-            arrived = send(forward, {self.variable: part._messages(shape)}, {lower: None})
-            if lower in arrived:
-                parents, nodes, held = _parts(arrived[lower], self.axis)
-                found.append((parents + chosen[0], nodes, held))
+            arrived = send_between(forward, part._messages(shape), self.variable, lower)
+            parents, nodes, held = _parts(arrived, lower, self.axis)
+            found.append((parents + chosen[0], nodes, held))
 
         each = message_size(forward, self.variable, lower)
         in_chunks(range(len(self)), memory, each, stepped)
-        if not found:
+        if not found:  # nothing is left to go on from
             blank = self.held.new_zeros((0, *forward.shape(lower)))
-            found.append(_parts(blank, self.axis))
+            found.append(_parts(blank, lower, self.axis))
         parents, nodes, held = (torch.cat(pieces) for pieces in zip(*found, strict=True))
         so_far = torch.cat([self.nodes[parents], nodes[:, None]], 1)
         return Prefixes(lower, self.axis, so_far, held, parents)
@@ -170,7 +172,7 @@ class Prefixes:
         """`[P, *shape]`."""
         message = self.held.new_zeros((len(self), *shape))
         every = torch.arange(len(self), device=message.device)
-        message.movedim(self.axis, 1)[every, self.nodes[:, -1]] = self.held
+        _by_node(message, self.variable, self.axis)[every, self.nodes[:, -1]] = self.held
         return message
 
     def _at(self, chosen: Tensor | slice) -> Prefixes:
@@ -182,15 +184,21 @@ class Prefixes:
         return len(self.nodes)
 
 
-def _parts(message: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_node(message: Tensor, variable: Variable, axis: int) -> Tensor:
+    """`[K, *shape]` as `[K, nodes, *features]`, of the one sample, in the same memory."""
+    sample = variable.canonical(message)[:, 0]
+    return sample.movedim(1 + variable.axis_of(sample.shape[1:], axis), 1)
+
+
+def _parts(message: Tensor, variable: Variable, axis: int) -> tuple[Tensor, Tensor, Tensor]:
     """What a message `[K, *shape]` holds at each node: its row, the node, and `[P, *features]`."""
-    by_node = message.movedim(axis, 1)
+    by_node = _by_node(message, variable, axis)
     holds = by_node.flatten(2).ne(0).any(2) if by_node.dim() > 2 else by_node.ne(0)
     rows, nodes = holds.nonzero(as_tuple=True)
     return rows, nodes, by_node[rows, nodes]
 
 
-# -- Walks of nodes: the most relevant ones, and all of them (GNN-LRP as queries on the measure).
+# -- Walks: the most relevant ones, and all of them.
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nrm.operators.contribution import Contribution
+from nrm.operators.functions import UNKNOWN, Function
 from nrm.operators.row import Call, Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation
@@ -29,9 +30,14 @@ _ATEN = torch.ops.aten
 class Averaging(WeightedSum):
     """`y_j = v_j sum_i x_i` over the neurons i that an operator adds up for j, with fixed `v_j`."""
 
-    def __init__(self, kind: str, argument: str, keeps_channels: bool) -> None:
+    affine = True
+
+    def __init__(
+        self, kind: str, argument: str, keeps_channels: bool, function: Function = UNKNOWN
+    ) -> None:
         super().__init__(kind)
         self.argument, self.keeps_channels = argument, keeps_channels
+        self.function = function
         self.passes = (argument,)
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
@@ -47,6 +53,10 @@ class Averaging(WeightedSum):
             return sorted(axis % dim for axis in axes) or list(range(dim))
         positions = _POSITIONS.get(target)
         return None if positions is None else list(range(dim - positions, dim))
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        positions = _POSITIONS.get(getattr(call.target, "overloadpacket", None))
+        return positions is not None and dim == 2 + positions
 
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -24,7 +24,6 @@ from nrm.operators.row import (
     pull_back,
     refuse_failing,
 )
-from nrm.operators.sums import WeightedSum
 from nrm.rules import Rule
 
 
@@ -34,6 +33,8 @@ class LocalLinear(Operator):
     Along a path (`rules.PathIntegrated`), the sum of `dx_i df_j/dx_i` over its steps. Columns that
     sum to (nearly) zero, where the function is constant to first order, end in a leaf.
     """
+
+    by_derivatives = True
 
     def __init__(self, kind: str = "local linear") -> None:
         super().__init__(kind)
@@ -84,7 +85,7 @@ class ToFirstOrder(LocalLinear):
         return self.row.acts_on_last_axis(call)
 
     def constant(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
-        if setting.late_leaf != "bias" or not isinstance(self.row, WeightedSum):
+        if setting.late_leaf != "bias":
             return None
         return self.row.bias(call, values, setting.output_dim)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,13 +155,19 @@ def _each(setting: Sequence[int], axes: int) -> list[int]:
 class Layer(WeightedSum):
     """Convolutions and linear layers: an input, a weight with output channels first, a bias."""
 
+    affine = True
     passes = ("input",)
+    is_layer = True
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None
 
     def acts_on_last_axis(self, call: Call) -> bool:
         return bool(call["weight"].meta["val"].dim() == 2)
+
+    def factors(self, call: Call) -> Sequence[Any]:
+        return [call["input"], call["weight"]] if self.acts_on_last_axis(call) else ()
 
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "padding" if _sees_only_padding(call) else None
@@ -236,6 +243,13 @@ class Layer(WeightedSum):
         after = self._channel_from_end(call["weight"]) - 1
         return bias.view((1,) * (dim - 1 - after) + (-1,) + (1,) * after)
 
+    def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
+        if call.get("groups", 1) != 1:
+            return None
+        weight: Tensor = call["weight"]
+        changed = {"weight": weight[:, begin:end], "bias": None}
+        return Call(call.target, call.arguments | changed, call.item)
+
     def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
         """The axes of an operand of `dim` along which alone neurons are added up: those of the
         positions, where every channel has a kernel of its own; else `None`."""
@@ -276,7 +290,9 @@ def _sees_only_padding(call: Call) -> bool:
 class TransposedConvolution(WeightedSum):
     """`conv_transpose1d` to `3d`. Where strides leave gaps, neurons have no parent but the bias."""
 
+    affine = True
     passes = ("input",)
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return call["bias"] is not None

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.contribution import Contribution, OneParent
+from nrm.operators.functions import WEIGHTS, Function
 from nrm.operators.routing import Unchanged
 from nrm.operators.row import Call, Propagation, Setting, fill
 from nrm.operators.sums import Elementwise, WeightedSum
@@ -166,6 +167,8 @@ class Normalization(Centring):
     """
 
     passes = ("input",)
+    applies_weights = True
+    function = Function("normalization")
 
     def __init__(
         self, kind: str, groups: Callable[[Call, Tensor], Tensor], by_channel: bool
@@ -253,6 +256,7 @@ class Softmax(Centring):
     """
 
     passes = ("self",)
+    function = Function("softmax", gate=WEIGHTS, hides_sign=True, positive=True)
     default_rule: ClassVar[Rule | None] = Identity()
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
@@ -289,6 +293,7 @@ class LogSoftmax(Elementwise):
     """
 
     passes = ("self",)
+    function = Function("log_softmax", hides_sign=True)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return not rule.first_order

@@ -6,7 +6,7 @@ product passes the message unchanged, a matrix product is a weighted sum like a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +15,19 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
-from nrm.operators.routing import Unchanged
-from nrm.operators.row import Call, Operator, Propagation, Setting, Slot, fill
+from nrm.operators.functions import Function, Order
+from nrm.operators.routing import Unchanged, where_zero_stays
+from nrm.operators.row import (
+    Call,
+    Operator,
+    Propagation,
+    ReadsZeros,
+    Setting,
+    Slot,
+    TellsZeros,
+    fill,
+    only_operand,
+)
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule, Weight
 from nrm.tensors import gradient_share, with_slope
@@ -25,14 +36,48 @@ from nrm.tensors import gradient_share, with_slope
 class Product(Operator):
     """Elementwise products: `y_j = a_j b_j` gives each factor its alpha."""
 
-    passes = ("self", "other")
+    passes: tuple[str, ...] = ("self", "other")
     is_product: ClassVar[bool] = True
+    function = Function("times")
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
+
+    def order(self, call: Call, name: str) -> Order | None:
+        return Order(by=call[self._other(name)])
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        return only_operand(call, carries)
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        # Of two variables it has none: a gate on zero is a gate still.
+        name = self._varying(call, graph)
+        return name is not None and (bool(reads) or graph.may_be_zero(call[self._other(name)]))
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        name = self._varying(call, told.graph)
+        assert name is not None
+        real, constant = told.real(call[name]).expand(told.value.shape), call[self._other(name)]
+        if told.graph.trained(constant):
+            return real
+        return real * (torch.as_tensor(told.plain(constant), device=real.device) != 0)
+
+    def _other(self, name: str) -> str:
+        return self.passes[1 - self.passes.index(name)]
+
+    def _varying(self, call: Call, graph: ReadsZeros) -> str | None:
+        """The one variable of a product with a constant."""
+        found = [name for name in self.passes if graph.depends(call[name])]
+        return found[0] if len(found) == 1 else None
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "scaling"
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
 
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return len(operands) > 1
@@ -75,6 +120,25 @@ class Quotient(Product):
     """Division: the numerator takes all; what it is divided by is a scale."""
 
     is_product: ClassVar[bool] = False
+    function = Function("over")
+
+    def order(self, call: Call, name: str) -> Order | None:
+        if call.get("rounding_mode") is not None:
+            return None
+        return Order(falls=name == "other", by=call[self._other(name)])
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        numerator = call["self"]
+        return numerator if isinstance(numerator, Node) and carries(numerator) else None
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        return list(reads) == ["self"] and not graph.depends(call["other"])
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        return where_zero_stays(call, told)
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return list(read) == ["self"] and call.get("rounding_mode") is None
 
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return call.get("rounding_mode") is None
@@ -93,18 +157,23 @@ class Quotient(Product):
         return super().operands(call, carries, address)[:1]
 
 
+_MATRIX_ON_THE_RIGHT = ("other", "mat2", "batch2")
+
+
 class MatrixProduct(WeightedSum):
     """Matrix products and einsum: `y_j = sum_k a_jk b_kj`, perhaps plus a constant.
 
     Each factor is a variable whose weights are the other's values.
 
     Arguments:
-        factors: the two factors of a call.
-        replaced: the call's arguments with other factors.
+        factors: the arguments that are the two factors, or the one that lists both.
         addend: the argument that is added, if there is one.
     """
 
     is_product: ClassVar[bool] = True
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return len(read) == 1
 
     def __init__(
         self,
@@ -113,18 +182,28 @@ class MatrixProduct(WeightedSum):
         addend: str | None = None,
     ) -> None:
         super().__init__(kind)
-        self.factors, self.addend = factors, addend
+        self.given, self.addend = factors, addend
         self.passes = (factors,) if isinstance(factors, str) else factors
 
+    def factors(self, call: Call) -> Sequence[Any]:
+        if isinstance(self.given, str):
+            listed: Sequence[Any] = call[self.given]
+            return listed
+        return [call[name] for name in self.given]
+
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
-        if isinstance(self.factors, str) and len(call[self.factors]) != 2:
+        if len(self.factors(call)) != 2:
             raise UnsupportedOperatorError(
-                f"{call.target} at {address!r} multiplies {len(call[self.factors])} tensors. "
+                f"{call.target} at {address!r} multiplies {len(self.factors(call))} tensors. "
                 "Write it as products of two."
             )
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "linear"
+
+    def mixes_rows(self, names: Collection[str]) -> bool:
+        # The matrix on the left says how much of each row goes to which: an adjacency, attention.
+        return any(name in _MATRIX_ON_THE_RIGHT for name in names)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return self.addend is not None and call["beta"] != 0
@@ -144,7 +223,7 @@ class MatrixProduct(WeightedSum):
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
-        pair, equation = self._pair(call), call.get("equation")
+        pair, equation = self.factors(call), call.get("equation")
         scale = 1.0 if self.addend is None else float(call["alpha"])
         both = [values[f.index] if isinstance(f, Slot) else f for f in pair]
         parts = []
@@ -199,7 +278,7 @@ class MatrixProduct(WeightedSum):
         def by_channels(factor: Tensor, weight: Tensor | None, share: Tensor) -> Tensor:
             return through_matrix(factor, None if weight is None else weight.mT, share)
 
-        stacks = not isinstance(self.factors, str) and _stacks_alike(x, w.value, side)
+        stacks = not isinstance(self.given, str) and _stacks_alike(x, w.value, side)
         return Contribution(
             Activation(x),
             w,
@@ -216,12 +295,12 @@ class MatrixProduct(WeightedSum):
 
     def _is_linear(self, call: Call, side: int, weight: Tensor, share: float) -> bool:
         """Whether it is a linear layer: one variable times a constant matrix on its right."""
-        alone = not isinstance(self.factors, str) and not isinstance(self._pair(call)[1], Slot)
+        alone = not isinstance(self.given, str) and not isinstance(self.factors(call)[1], Slot)
         return alone and side == 0 and weight.dim() == 2 and share == 1
 
     def _connections(self, side: int, weight: Tensor) -> Callable[[torch.Size], Connections] | None:
         """Those of one variable with a constant matrix."""
-        if isinstance(self.factors, str) or weight.dim() != 2:
+        if isinstance(self.given, str) or weight.dim() != 2:
             return None
         if side == 0:
             return lambda output: Dense(weight.mT)
@@ -232,12 +311,6 @@ class MatrixProduct(WeightedSum):
             return None
         constant: Tensor = call[self.addend] * float(call["beta"])
         return constant.view((1,) * (dim - constant.dim()) + tuple(constant.shape))
-
-    def _pair(self, call: Call) -> Sequence[Any]:
-        if isinstance(self.factors, str):
-            pair: Sequence[Any] = call[self.factors]
-            return pair
-        return [call[name] for name in self.factors]
 
 
 def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tensor]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.row import Call, Operator, Propagation, Setting, Slot, fill, pull_back
+from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order
+from nrm.operators.row import (
+    Call,
+    Operator,
+    Propagation,
+    ReadsZeros,
+    Setting,
+    Slot,
+    TellsZeros,
+    fill,
+    only_operand,
+    pull_back,
+)
 from nrm.rules import Rule
 from nrm.tensors import with_slope
 
@@ -25,19 +39,59 @@ class Identity(Operator):
             on either side of it (a `"ramp"`) and those that are `"zero"` there have a slope
             `f(x) / x`, of the first two it is the derivative; others may not.
         elementwise: whether it is; some that are not pass relevance as if they were.
+        gate: how much of a gate the result is as a factor of a product
+            (see `nrm.operators.functions`); 0: it is a value.
+        keeps_zeros: whether explicit zeros pass, where it makes zero of zero, which is seen when
+            it runs; by default where it is elementwise, or zero at zero.
+        function: what else is known of it.
+        in_place: its in-place variant, if that is safe.
+
+    Example:
+        >>> register(Identity("activation", at_zero="zero", gate=SQUASHED), "mylib.my_activation")
     """
+
+    one_parent = True
+    overwritable = True
+    accepts_identity: ClassVar[bool] = True
 
     def __init__(
         self,
         kind: str,
         at_zero: Literal["linear", "ramp", "zero", "unknown"] = "unknown",
         elementwise: bool = True,
+        *,
+        gate: int = 0,
+        keeps_zeros: bool | None = None,
+        function: Function = UNKNOWN,
+        in_place: OpOverload | None = None,
     ) -> None:
         super().__init__(kind)
         self.at_zero, self.elementwise = at_zero, elementwise
+        self.function = replace(function, gate=gate) if gate else function
+        self.keeps_zeros = elementwise or at_zero == "zero" if keeps_zeros is None else keeps_zeros
+        self.in_place = in_place
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        return only_operand(call, carries)
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        return len(reads) == 1 and self.keeps_zeros
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        return where_zero_stays(call, told)
 
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return not self.elementwise
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.at_zero == "linear"
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        random = call.get("train") is True or call.get("training") is True
+        return self.elementwise and not random
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if len(operands) > 1:
@@ -71,13 +125,44 @@ class Identity(Operator):
         return output, Unchanged(values[0].shape, output.shape)
 
 
+def where_zero_stays(call: Call, told: TellsZeros) -> Tensor:
+    """What tells the explicit zeros of a function of one neuron each: zero, made of zero."""
+    operands = list(dict.fromkeys(node for _, node in call.nodes() if told.some(node)))
+    if len(operands) != 1:  # there may have been some, and are none for this input
+        return torch.ones_like(told.value)
+    (operand,) = operands
+    made = call.map(
+        lambda leaf: torch.zeros_like(told.plain(leaf)) if leaf is operand else told.plain(leaf)
+    )()
+    return torch.where(made == 0, told.real(operand).expand(told.value.shape), 1.0)
+
+
+class Power(Identity):
+    """`x ** exponent`, for an exponent that is a number: among them roots and their inverses."""
+
+    def function_of(self, call: Call) -> Function:
+        return {0.5: ROOT, -0.5: INVERSE_ROOT}.get(call["exponent"], self.function)
+
+    def order(self, call: Call, name: str) -> Order | None:
+        exponent = call["exponent"]
+        if not isinstance(exponent, int | float) or exponent == 0:
+            return None
+        return Order(exponent < 0, among_positive=True)
+
+
 class Copy(Identity):
     """`copy(self, src)`: the values of `src`, broadcast and cast to look like `self`."""
 
     passes = ("src",)
 
     def __init__(self, kind: str) -> None:
-        super().__init__(kind, at_zero="linear")
+        super().__init__(kind, at_zero="linear", function=Function("copy"))
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        return "src" in reads
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        return told.real(call["src"]).expand(told.value.shape)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -133,17 +218,80 @@ class Routing(Operator):
     """Views, permutations, slices, concatenation, max-pooling: the operator's own transpose.
 
     The winner of a maximum takes all, which is what the operator's derivative says.
+
+    Arguments:
+        passes: the arguments whose neurons are moved.
+        keeps_channels: whether the channel axis stays where it is, counted from the end.
+        least: the smallest wins, where several compete.
+        by_rank: which neuron comes where depends on the order of them all, as in sorting.
+        function: what else is known of it.
     """
 
     adopts_constants: ClassVar[bool] = True
+    moves = True
 
-    def __init__(self, kind: str, passes: tuple[str, ...], keeps_channels: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        passes: tuple[str, ...],
+        keeps_channels: bool = False,
+        *,
+        least: bool = False,
+        by_rank: bool = False,
+        gathers: bool = False,
+        function: Function = UNKNOWN,
+    ) -> None:
         super().__init__(kind)
         self.passes = passes
-        self.keeps_channels = keeps_channels
+        self.keeps_channels, self.gathers = keeps_channels, gathers
+        self.least, self.by_rank, self.function = least, by_rank, function
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        return only_operand(call, carries)
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        if not reads or self.by_rank:
+            return False
+        return graph.placed(call, self) and set(reads) <= set(self.passes or ())
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        changed: dict[str, Any] = {}
+        for name in self.passes or ():
+            if name not in call.arguments:
+                continue
+            given = call[name]
+            several = isinstance(given, list | tuple)
+            changed[name] = [told.real(g) for g in given] if several else told.real(given)
+        changed |= self._filled(call, told)
+        if self._takes_least(call):  # zero only where all are
+            flipped = {
+                name: [1 - each for each in real] if isinstance(real, list) else 1 - real
+                for name, real in changed.items()
+            }
+            return 1 - told.run(**flipped)
+        return told.run(**changed)
+
+    def _takes_least(self, call: Call) -> bool:
+        return self.least
+
+    def _filled(self, call: Call, told: TellsZeros) -> dict[str, Any]:
+        """What tells of the constants that take the place of neurons."""
+        return {}
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return inherited if self.keeps_channels else None
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.kind in ("view", "where", "pad", "interpolation") and set(read) <= set(
+            self.passes or ()
+        )
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        positions = _POOLED.get(getattr(call.target, "overloadpacket", None))
+        return positions is not None and dim == 2 + positions
+
+    def keeps_order(self, call: Call) -> bool:
+        return getattr(call.target, "overloadpacket", None) in _IN_ORDER
 
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return along_path and self.kind == "maxpool"  # the winner changes on the way
@@ -161,6 +309,22 @@ class Routing(Operator):
         # A function of a user's own may have derivatives that share memory with anything.
         routed.exclusive = getattr(call.target, "namespace", None) == "aten"
         return output.detach(), routed
+
+
+_ATEN = torch.ops.aten
+_IN_ORDER = frozenset([_ATEN.flatten, _ATEN.reshape, _ATEN.view, _ATEN.unflatten])
+_POOLED = {_ATEN.max_pool1d: 1, _ATEN.max_pool2d: 2, _ATEN.max_pool3d: 3}
+"""How many of an operand's last axes the windows of a maximum span."""
+
+
+class Concatenation(Routing):
+    """Operands that follow each other along an axis."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind, ("tensors",), keeps_channels=True)
+
+    def joined_axis(self, call: Call, dim: int) -> int | None:
+        return int(call["dim"]) % dim
 
 
 class Routed(Propagation):
@@ -190,12 +354,32 @@ class Filling(Routing):
         filler: the argument that holds the constant, if it is not always zero.
     """
 
-    def __init__(self, kind: str, passes: tuple[str, ...], filler: str | None = None) -> None:
-        super().__init__(kind, passes, keeps_channels=True)
+    def __init__(
+        self,
+        kind: str,
+        passes: tuple[str, ...],
+        filler: str | None = None,
+        function: Function = UNKNOWN,
+    ) -> None:
+        super().__init__(kind, passes, keeps_channels=True, function=function)
         self.filler = filler
 
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "fill"
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        return bool(reads) or self._writes_zero(call, graph)
+
+    def _filled(self, call: Call, told: TellsZeros) -> dict[str, Any]:
+        if self.filler is None:
+            return {}
+        return {self.filler: 0.0 if self._writes_zero(call, told.graph) else 1.0}
+
+    def _writes_zero(self, call: Call, graph: ReadsZeros) -> bool:
+        """Whether zero takes the place of neurons, wherever no neuron's value decides where."""
+        written = 0.0 if self.filler is None else call[self.filler]
+        zero = written is None or (isinstance(written, int | float) and written == 0)
+        return zero and graph.placed(call, self)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -289,6 +473,11 @@ class Overwritten(Propagation):
 
 class ScatterMaximum(Routing):
     """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
+
+    scatters = True
+
+    def _takes_least(self, call: Call) -> bool:
+        return bool(call["reduce"] == "amin")
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

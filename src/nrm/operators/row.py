@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import PositiveSumError, QueryError, UnsupportedOperatorError
+from nrm.operators.functions import UNKNOWN, Function, Order
 from nrm.rules import Rule, Weight
 from nrm.tensors import dense
 
@@ -84,6 +86,22 @@ class Call:
             for place, leaf in enumerate(_leaves(value)):
                 if isinstance(leaf, Node):
                     yield name, place, leaf
+
+    def with_values(self, places: Sequence[tuple[str, int]], value: Callable[[Node], Any]) -> Call:
+        """A call on graph nodes with slots at some places, and values for all other nodes.
+
+        Arguments:
+            places: argument and place in it, of the slots in order.
+        """
+        slots = {place: Slot(index) for index, place in enumerate(places)}
+
+        def substitute(name: str, place: int, leaf: Any) -> Any:
+            if not isinstance(leaf, Node):
+                return leaf
+            slot = slots.get((name, place))
+            return value(leaf) if slot is None else slot
+
+        return self.map_places(substitute)
 
     def map_places(self, substitute: Callable[[str, int, Any], Any]) -> Call:
         """The same call with every leaf replaced, by argument and place in it."""
@@ -353,9 +371,129 @@ class Operator(ABC):
     """`rules.Identity` may stand for a contribution rule."""
     default_rule: ClassVar[Rule | None] = None
     """The rule where a composite chooses none for this very operation; `None`: its default."""
+    one_parent: bool = False
+    """Every neuron has one parent, which takes all of its relevance."""
+    elementwise: bool = False
+    """With `one_parent`: it is a function of that parent alone, as an activation is."""
+    moves: bool = False
+    """Neurons are moved about: a neuron's one parent may stand anywhere."""
+    adds_up: bool = False
+    """A weighted sum, linear in its operands, shared out by a contribution rule."""
+    by_derivatives: bool = False
+    """Relevance passes by the function's own derivatives."""
+    is_layer: bool = False
+    """Its call has a `weight`, output channels first, and a `bias`, of one entry for each."""
+    applies_weights: bool = False
+    """It applies weights of the model, or statistics kept in it."""
+    scatters: bool = False
+    """It brings together at a neuron what is sent there by indices, as messages on a graph."""
+    gathers: bool = False
+    """It picks rows by a tensor of indices, as a message reads the node that sends it."""
+    overwritable: bool = False
+    """Its in-place variant may run where nobody else reads the operand: nothing is read again
+    after. A class with a `prepare` of its own has to say it anew."""
+
+    function: Function = UNKNOWN
+    """What it computes, to those who read a captured graph."""
+    in_place: OpOverload | None = None
+    """Its in-place variant, where that is safe (see `overwritable`)."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "prepare" in vars(cls) and "overwritable" not in vars(cls):
+            cls.overwritable = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+
+    def function_of(self, call: Call) -> Function:
+        """What this very call computes."""
+        return self.function
+
+    def order(self, call: Call, name: str) -> Order | None:
+        """How results go with the argument `name` of a call on graph nodes; `None` if unknown."""
+        function = self.function_of(call)
+        if function.order == 0:
+            return None
+        return Order(function.order < 0, among_positive=function.among_positive)
+
+    def factors(self, call: Call) -> Sequence[Any]:
+        """The factors that a call multiplies and adds up, as linear layers do; else none."""
+        return ()
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        """The operand that a result shows, but for a factor, a summand or its places.
+
+        What is done to a gate in that way leaves it a gate. `call` is on graph nodes.
+
+        Arguments:
+            carries: whether a node depends on an input that takes relevance.
+        """
+        return None
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        """Whether the result may have explicit zeros (see `nrm.zeros`).
+
+        Arguments:
+            call: on graph nodes.
+            reads: the arguments that may have some.
+        """
+        return False
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        """`[*result]`: 0 at its explicit zeros, 1 elsewhere; where `may_hold_zeros`.
+
+        Arguments:
+            call: on graph nodes.
+            told: the values, and which of them are explicit zeros.
+        """
+        return torch.ones_like(told.value)
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        """The axes of an operand of `dim` along which parents may lie; `None` where unknown.
+
+        Along all others a neuron and its parents have the same place. `call` is on graph nodes.
+        """
+        return None
+
+    # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        """Whether the result is an affine function of some arguments, jointly.
+
+        Arguments:
+            call: on graph nodes.
+            read: their names, one of those that relevance passes; twice where two are nodes.
+        """
+        return False
+
+    def acts_by_channel(self, call: Call, dim: int) -> bool:
+        """Whether every channel of the result is the same function of that channel alone.
+
+        Arguments:
+            call: on graph nodes, of which one changes.
+            dim: of the operand, whose channels are its second axis.
+        """
+        return False
+
+    def joined_axis(self, call: Call, dim: int) -> int | None:
+        """The axis of results of `dim` along which operands follow each other, if they do."""
+        return None
+
+    def keeps_order(self, call: Call) -> bool:
+        """Whether the neurons stay in their order, and only the shape is another."""
+        return False
+
+    def of_channels(self, call: Call, begin: int, end: int) -> Call | None:
+        """What some channels of the operand add to a weighted sum; `None` where it has groups.
+
+        Arguments:
+            call: with tensors for nodes.
+
+        Returns:
+            the call for an operand with these channels alone.
+        """
+        return None
 
     def specialize(self, call: Call) -> Operator:
         """The row that covers this very call; by default this one."""
@@ -390,6 +528,10 @@ class Operator(ABC):
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         """Whether a call (on graph nodes) adds a constant to what its operands contribute."""
         return False
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        """The constant that is added, with `dim` axes as the output has, or `None`."""
+        return None
 
     def adds(self, call: Call, name: str) -> bool:
         """Whether what `has_bias` says is added is this argument of a call (on graph nodes)."""
@@ -429,6 +571,14 @@ class Operator(ABC):
         """Whether the channels of its operand are known to lie in the last axis."""
         return False
 
+    def mixes_rows(self, names: Collection[str]) -> bool:
+        """Whether it passes messages on a graph: a row's neurons have those of others for parents.
+
+        Arguments:
+            names: the arguments that its operands are.
+        """
+        return self.scatters
+
     def telescopes(self, call: Call, rule: Rule) -> bool:
         """Whether relevance over value passes by the derivative of `frozen` (`nrm.telescope`)."""
         return False
@@ -452,6 +602,45 @@ class Operator(ABC):
             the output (detached), and its propagation. Where `setting.late_leaf` names a leaf, it
             is the operand after the last.
         """
+
+
+class ReadsZeros(Protocol):
+    """What of a captured graph decides where explicit zeros may be (`nrm.zeros.ExplicitZeros`)."""
+
+    def depends(self, node: Any) -> bool:
+        """Whether something depends on an input."""
+
+    def trained(self, factor: Any) -> bool:
+        """Whether something is a parameter, or computed from one."""
+
+    def may_be_zero(self, constant: Any) -> bool:
+        """Whether a constant may hold a zero that is none of a parameter's."""
+
+    def placed(self, call: Call, row: Operator) -> bool:
+        """Whether no neuron's value decides where an operator gets values from."""
+
+
+class TellsZeros(Protocol):
+    """The values that a call reads, and which of them are explicit zeros (`nrm.zeros`)."""
+
+    value: Tensor
+    """The call's result."""
+
+    @property
+    def graph(self) -> ReadsZeros:
+        """What decides where explicit zeros may be."""
+
+    def real(self, argument: Any) -> Tensor:
+        """0 at the explicit zeros of an argument, 1 elsewhere; of the result's type."""
+
+    def some(self, argument: Any) -> bool:
+        """Whether an argument has explicit zeros."""
+
+    def plain(self, argument: Any) -> Any:
+        """An argument's value."""
+
+    def run(self, /, **changed: Any) -> Tensor:
+        """The call on values, with some arguments replaced."""
 
 
 _SHAPE_ONLY = {
@@ -515,6 +704,12 @@ def refuse_failing(message: Tensor, failing: Tensor, address: str, cause: str, h
             f"{int((met > 0).sum())} neurons whose contributions {cause} sum to zero or less "
             f"(eq. 15). {hint}"
         )
+
+
+def only_operand(call: Call, carries: Callable[[Node], bool]) -> Node | None:
+    """The one node among a call's arguments that carries relevance; `None` if there are more."""
+    carried = dict.fromkeys(node for _, node in call.nodes() if carries(node))
+    return next(iter(carried)) if len(carried) == 1 else None
 
 
 def _has_neurons(node: Node) -> bool:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,20 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.columns import SharedOut
 from nrm.operators.contribution import Contribution, OneParent
+from nrm.operators.functions import UNKNOWN, Function, Order
 from nrm.operators.occlusion import Occluded
 from nrm.operators.routing import Unchanged
-from nrm.operators.row import Call, Operator, Propagation, Setting, Slot, fill
+from nrm.operators.row import (
+    Call,
+    Operator,
+    Propagation,
+    ReadsZeros,
+    Setting,
+    Slot,
+    TellsZeros,
+    fill,
+    only_operand,
+)
 from nrm.rules import Activation, LocalLinear, Rule, Zero
 from nrm.tensors import like
 
@@ -28,15 +39,18 @@ class WeightedSum(Operator):
     A row says its `contributions` and its `bias`; propagation by any rule follows.
     """
 
+    adds_up = True
+    affine: ClassVar[bool] = False
+    """The sum is an affine function of its operands, jointly; others are for one at a time."""
+
+    def affine_in(self, call: Call, read: Sequence[str]) -> bool:
+        return self.affine and set(read) <= set(self.passes or ())
+
     @abstractmethod
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> list[Contribution]:
         """What each operand contributes."""
-
-    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
-        """The constant that is added, with `dim` axes as the output has, or `None`."""
-        return None
 
     def real_bias(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor | None:
         """Where that constant is a parent: 0 where explicit zeros are added, else 1, as the
@@ -155,6 +169,9 @@ def _bias_as_input(
 class Elementwise(WeightedSum):
     """A weighted sum with at most one parent per neuron and operand; alone it is an identity."""
 
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return []
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -166,13 +183,39 @@ class Elementwise(WeightedSum):
 
 
 class Sum(Elementwise):
-    """Addition and subtraction of tensors; all operands are normalised jointly."""
+    """Addition and subtraction of tensors; all operands are normalised jointly.
 
-    passes = ("self", "other")
+    Arguments:
+        signs: of a call, the signs of `self` and `other`, or what they are multiplied by.
+    """
 
-    def __init__(self, kind: str, signs: Callable[[Call], tuple[float, float]]) -> None:
+    affine = True
+    passes: tuple[str, ...] = ("self", "other")
+
+    def __init__(
+        self,
+        kind: str,
+        signs: Callable[[Call], tuple[float, float]],
+        function: Function = UNKNOWN,
+    ) -> None:
         super().__init__(kind)
-        self.signs = signs
+        self.signs, self.function = signs, function
+
+    def order(self, call: Call, name: str) -> Order | None:
+        if not isinstance(call["alpha"], int | float):
+            return None
+        signs = dict(zip(self.passes, self.signs(call), strict=True))
+        return None if 0 in signs.values() else Order(signs[name] < 0)
+
+    def shown(self, call: Call, carries: Callable[[Node], bool]) -> Node | None:
+        return only_operand(call, carries)
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        return bool(reads)
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        sides = [told.real(call[name]) for name in self.passes]
+        return torch.maximum(*sides).expand(told.value.shape)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         if len(operands) > 1:
@@ -229,7 +272,9 @@ def _itself(factor: Tensor) -> Tensor:
 class BatchNorm(Elementwise):
     """Batch norm that no layer before it could take in (see `nrm.capture.rewrite`)."""
 
+    affine = True
     passes = ("input",)
+    applies_weights = True
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return True
@@ -304,12 +349,14 @@ class ScatterSum(WeightedSum):
         scale: factor of what is added.
     """
 
+    scatters = True
+
     def __init__(
         self, kind: str, added: str, scale: Callable[[Call], float] = lambda call: 1.0
     ) -> None:
         super().__init__(kind)
         self.added, self.scale = added, scale
-        self.passes = ("self", added)
+        self.passes: tuple[str, ...] = ("self", added)
 
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         if call.get("include_self") is False and "self" in [name for name, _ in operands]:
@@ -323,6 +370,14 @@ class ScatterSum(WeightedSum):
 
     def adds(self, call: Call, name: str) -> bool:
         return name == "self"
+
+    def may_hold_zeros(self, call: Call, reads: Sequence[str], graph: ReadsZeros) -> bool:
+        return "self" in reads and graph.placed(call, self)
+
+    def real(self, call: Call, told: TellsZeros) -> Tensor:
+        # Zeros are left where nothing arrives.
+        changed: dict[str, Any] = {name: told.real(call[name]) for name in self.passes}
+        return told.run(**changed | ({"alpha": 1} if "alpha" in call.arguments else {})) != 0
 
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "empty" if "self" not in [name for name, _ in operands] else None

@@ -1,19 +1,37 @@
-"""Operators whose arguments decide which kind they are."""
+"""The operator table: one row for every operator that relevance can pass.
+
+A new operator is one more `register` at the end of this file, or in a user's own code: its row says
+how relevance passes it, whether it is a gate in a product, keeps explicit zeros, may run in place.
+In-place variants (`relu_`) use the row of the plain operator.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.averages import Averaging, Interpolation
 from nrm.operators.derivatives import LocalLinear
+from nrm.operators.functions import (
+    GATE,
+    INVERSE,
+    INVERSE_ROOT,
+    ROOT,
+    SAME,
+    SQUASHED,
+    UNKNOWN,
+    VIEW,
+    WEIGHTS,
+    Function,
+)
 from nrm.operators.layers import Layer, TransposedConvolution
 from nrm.operators.norms import (
     LogSoftmax,
@@ -24,41 +42,24 @@ from nrm.operators.norms import (
     single_channels,
 )
 from nrm.operators.products import MatrixProduct, Product, Quotient
-from nrm.operators.routing import Copy, Filling, Identity, Overwriting, Routing, ScatterMaximum
-from nrm.operators.row import Call, Operator, Propagation, Setting
+from nrm.operators.routing import (
+    Concatenation,
+    Copy,
+    Filling,
+    Identity,
+    Overwriting,
+    Power,
+    Routing,
+    ScatterMaximum,
+)
+from nrm.operators.row import Call, Operator, Propagation, Setting, picks
 from nrm.operators.sums import BatchNorm, ScatterSum, Sum
-
-
-class OneOf(Operator):
-    """An operator that is one kind or another, as its arguments say: `scatter_reduce`, `pad`.
-
-    Arguments:
-        choices: `(condition on the call, row)`, the first that applies counts.
-    """
-
-    def __init__(self, *choices: tuple[Callable[[Call], bool], Operator]) -> None:
-        super().__init__("")
-        self.choices = choices
-
-    def specialize(self, call: Call) -> Operator:
-        for applies, operator in self.choices:
-            if applies(call):
-                return operator
-        chosen = {
-            name: value for name, value in call.arguments.items() if isinstance(value, str | bool)
-        }
-        raise UnsupportedOperatorError(f"no rule covers {call.target} with {chosen}.")
-
-    def prepare(
-        self, call: Call, values: Sequence[Tensor], setting: Setting
-    ) -> tuple[Tensor, Propagation]:
-        return self.specialize(call).prepare(call, values, setting)
-
-
-# -- The operator table: one row for every operator that relevance can pass.
-# A new operator is one more row; in-place variants (`relu_`) use the row of the plain one.
+from nrm.rules.alphas import SCALE
 
 _TABLE: dict[str, Operator] = {}
+
+_FUNCTIONS: dict[str, Function] = {}
+"""What is known of operators that have no row."""
 
 
 def register(operator: Operator, *names: str | OpOverload | OpOverloadPacket | type) -> None:
@@ -86,6 +87,17 @@ def register(operator: Operator, *names: str | OpOverload | OpOverloadPacket | t
         _TABLE[name.replace("::", ".")] = operator
 
 
+def describe(function: Function, *names: str) -> None:
+    """Say what operators compute that relevance does not pass, by name as `register` takes it."""
+    for name in names:
+        _FUNCTIONS[name] = function
+
+
+def registered() -> Mapping[str, Operator]:
+    """Every row of the table, by the name that it was registered by."""
+    return MappingProxyType(_TABLE)
+
+
 def has_row(name: str) -> bool:
     """Whether something of this very name has a row."""
     return name in _TABLE
@@ -97,9 +109,60 @@ def lookup(target: OpOverload) -> Operator | None:
     return _TABLE.get(name) or _TABLE.get(name.rpartition(".")[0])
 
 
+def standard(call: Call) -> Operator | None:
+    """The row that this library gives a call's operator, whatever row has been registered since.
+
+    `None` for operators of a user's own: what a row says of relevance says nothing of values.
+    """
+    name = str(call.target)
+    row = _STANDARD.get(name) or _STANDARD.get(name.rpartition(".")[0])
+    try:
+        return None if row is None else row.specialize(call)
+    except UnsupportedOperatorError:
+        return None
+
+
+def row_of(node: Node) -> tuple[Call, Operator] | None:
+    """A node's call with the row that covers it; `None` where there is none.
+
+    A node that picks one of several results is a call of what gave them (see `Call.of`).
+    """
+    source: object = node
+    while isinstance(source, Node) and picks(source):
+        source = source.args[0]
+    if not hasattr(getattr(source, "target", None), "_schema"):
+        return None
+    call = Call.of(node)
+    row = lookup(call.target)
+    try:
+        return None if row is None else (call, row.specialize(call))
+    except UnsupportedOperatorError:
+        return None  # refused by name if a walk gets there
+
+
+def function_of(node: Node) -> Function:
+    """What a node computes, as far as that is known."""
+    found = None if picks(node) else row_of(node)
+    if found is not None:
+        call, row = found
+        return row.function_of(call)
+    name = str(node.target)
+    return _FUNCTIONS.get(name) or _FUNCTIONS.get(name.rpartition(".")[0]) or UNKNOWN
+
+
 def carries_none(target: OpOverload) -> bool:
     """Whether an operator's result says nothing of its operand's values (`zeros_like`)."""
-    return str(target).rpartition(".")[0] in _CARRIES_NONE
+    return _FUNCTIONS.get(str(target).rpartition(".")[0], UNKNOWN).carries_none
+
+
+def reads_layout(target: Any) -> bool:
+    """Whether an operator's result depends on how its operand lies in memory (`as_strided`)."""
+    return str(target).rpartition(".")[0] in _READS_LAYOUT
+
+
+def keeps_values(target: Any) -> bool:
+    """Whether an operator's result is its operand under another name."""
+    return target is torch.ops.aten.alias.default
 
 
 def functional(target: OpOverload) -> OpOverload:
@@ -129,68 +192,166 @@ def _types(target: OpOverload) -> list[str]:
 
 def in_place(target: OpOverload) -> OpOverload:
     """The in-place variant of an elementwise operator that has a safe one; others as they are."""
-    return _IN_PLACE.get(target, target)
+    row = lookup(target)
+    return target if row is None or row.in_place is None else row.in_place
 
 
-_IN_PLACE = {torch.ops.aten.relu.default: torch.ops.aten.relu_.default}
+class OneOf(Operator):
+    """An operator that is one kind or another, as its arguments say: `scatter_reduce`, `pad`.
+
+    Arguments:
+        choices: `(condition on the call, row)`, the first that applies counts.
+    """
+
+    def __init__(self, *choices: tuple[Callable[[Call], bool], Operator]) -> None:
+        super().__init__("")
+        self.choices = choices
+
+    def specialize(self, call: Call) -> Operator:
+        for applies, operator in self.choices:
+            if applies(call):
+                return operator
+        chosen = {
+            name: value for name, value in call.arguments.items() if isinstance(value, str | bool)
+        }
+        raise UnsupportedOperatorError(f"no rule covers {call.target} with {chosen}.")
+
+    def prepare(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> tuple[Tensor, Propagation]:
+        return self.specialize(call).prepare(call, values, setting)
 
 
 def _names(text: str) -> list[str]:
     return ["aten." + name for name in text.split()]
 
 
-_CARRIES_NONE = frozenset(
-    _names(
-        "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones "
-        "new_full new_empty fill zero"
-    )
-)
+# -- The rows. One parent for each neuron:
 
-# One parent for each neuron.
-register(Identity("activation", at_zero="ramp"), *_names("relu leaky_relu abs"))
+_READS_LAYOUT = frozenset(_names("as_strided as_strided_copy as_strided_scatter"))
+
+register(
+    Identity("activation", at_zero="ramp", in_place=torch.ops.aten.relu_.default), *_names("relu")
+)
+register(Identity("activation", at_zero="ramp"), *_names("leaky_relu abs"))
 register(
     Identity("activation", at_zero="zero"),
-    *_names(
-        "relu6 prelu rrelu elu selu celu gelu silu mish tanh hardswish "
-        "hardshrink softshrink tanhshrink expm1 erf square sqrt log1p sin atan"
-    ),
+    *_names("relu6 prelu rrelu selu celu hardshrink softshrink tanhshrink erf sin atan"),
 )
 register(
-    Identity("activation"),
-    *_names(
-        "sigmoid softplus hardsigmoid hardtanh nan_to_num threshold log_sigmoid clamp "
-        "clamp_min clamp_max exp rsqrt reciprocal log log2 log10 cos logit "
-        "pow.Tensor_Scalar pow.Scalar"
-    ),
+    Identity("activation", at_zero="zero", gate=SQUASHED),
+    *_names("elu gelu silu mish hardswish"),
 )
 register(
-    Identity("scaling", at_zero="linear"),
-    *_names(
-        "dropout feature_dropout alpha_dropout feature_alpha_dropout clone alias contiguous to "
-        "_to_copy type_as lift_fresh_copy positive neg"
-    ),
+    Identity("activation", at_zero="zero", function=Function("tanh", SQUASHED, order=1)),
+    *_names("tanh"),
 )
-register(Identity("scaling", at_zero="zero"), *_names("detach"))
-register(Identity("rmsnorm", at_zero="zero", elementwise=False), *_names("rms_norm"))
+register(Identity("activation", at_zero="zero", function=Function(order=1)), *_names("expm1 log1p"))
+register(
+    Identity("activation", at_zero="zero", function=Function(order=1, among_positive=True)),
+    *_names("square"),
+)
+register(Identity("activation", at_zero="zero", function=ROOT), *_names("sqrt"))
+register(
+    Identity(
+        "activation",
+        gate=GATE,
+        function=Function("sigmoid", hides_sign=True, positive=True, order=1),
+    ),
+    *_names("sigmoid special_expit"),
+)
+register(
+    Identity(
+        "activation",
+        gate=GATE,
+        function=Function("hardsigmoid", hides_sign=True, positive=True),
+    ),
+    *_names("hardsigmoid"),
+)
+register(
+    Identity("activation", function=Function("log_sigmoid", hides_sign=True)),
+    *_names("log_sigmoid"),
+)
+register(
+    Identity(
+        "activation",
+        gate=SQUASHED,
+        function=Function("softplus", hides_sign=True, positive=True, order=1),
+    ),
+    *_names("softplus"),
+)
+register(
+    Identity(
+        "activation",
+        gate=WEIGHTS,
+        function=Function("exp", hides_sign=True, positive=True, order=1),
+    ),
+    *_names("exp"),
+)
+register(Identity("activation", function=Function("log", order=1)), *_names("log"))
+register(
+    Identity("activation", function=Function(order=1)),
+    *_names("log2 log10 logit special_logit nan_to_num"),
+)
+register(
+    Identity("activation", function=Function("clamp", order=1, keeps_positive=True)),
+    *_names("clamp_min"),
+)
+register(Identity("activation", function=Function("clamp", order=1)), *_names("clamp"))
+register(Identity("activation", function=Function(order=1)), *_names("clamp_max"))
+register(Identity("activation", gate=SQUASHED), *_names("hardtanh"))
+register(Identity("activation"), *_names("threshold cos pow.Scalar"))
+register(Identity("activation", function=INVERSE_ROOT), *_names("rsqrt"))
+register(Identity("activation", function=INVERSE), *_names("reciprocal"))
+register(
+    Power("activation", function=Function("power", keeps_positive=True)),
+    *_names("pow.Tensor_Scalar"),
+)
+register(
+    Identity("scaling", at_zero="linear", function=replace(SAME, role="dropout")),
+    *_names("dropout feature_dropout alpha_dropout feature_alpha_dropout"),
+)
+register(
+    Identity("scaling", at_zero="linear", function=SAME),
+    *_names("clone alias contiguous to _to_copy type_as lift_fresh_copy positive"),
+)
+register(
+    Identity("scaling", at_zero="linear", function=Function("negative", order=-1)), *_names("neg")
+)
+register(
+    Identity("scaling", at_zero="zero", function=replace(SAME, role="detach")), *_names("detach")
+)
+register(
+    Identity("rmsnorm", at_zero="zero", elementwise=False, function=Function("normalization")),
+    *_names("rms_norm"),
+)
 
 # The message follows the indices.
 register(
-    Routing("view", ("self",)),
+    Routing("view", ("self",), function=Function("expand", keeps_positive=True)),
+    *_names("expand expand_as"),
+)
+register(
+    Routing("view", ("self",), function=VIEW),
     *_names(
         "view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T swapaxes "
-        "swapdims movedim moveaxis expand expand_as view_as reshape_as select unbind broadcast_to "
+        "swapdims movedim moveaxis view_as reshape_as select unbind broadcast_to "
         "diagonal unfold as_strided _unsafe_view mT mH H adjoint"
     ),
 )
 register(
-    Routing("view", ("self",), keeps_channels=True),
+    Routing("view", ("self",), keeps_channels=True, function=VIEW),
     *_names(
         "slice narrow split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk flip "
         "roll rot90 repeat tile repeat_interleave.self_int repeat_interleave.self_Tensor "
-        "channel_shuffle pixel_shuffle pixel_unshuffle index index_select gather take_along_dim"
+        "channel_shuffle pixel_shuffle pixel_unshuffle take_along_dim"
     ),
 )
-register(Routing("view", ("tensors",), keeps_channels=True), *_names("cat concat concatenate"))
+register(
+    Routing("view", ("self",), keeps_channels=True, gathers=True, function=VIEW),
+    *_names("index index_select gather"),
+)
+register(Concatenation("view"), *_names("cat concat concatenate"))
 register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
 register(
     Routing("view", ("self", "src"), keeps_channels=True),
@@ -208,8 +369,12 @@ register(
 register(Routing("where", ("self", "other"), keeps_channels=True), *_names("where.self"))
 register(Filling("where", ("self",), "other"), *_names("where.ScalarOther"))
 register(Filling("where", ("other",), "self"), *_names("where.ScalarSelf"))
-register(Filling("where", ("self",), "value"), *_names("masked_fill.Scalar scatter.value"))
-register(Routing("where", ("self", "value"), keeps_channels=True), *_names("masked_fill.Tensor"))
+register(Filling("where", ("self",), "value", VIEW), *_names("masked_fill.Scalar"))
+register(Filling("where", ("self",), "value"), *_names("scatter.value"))
+register(
+    Routing("where", ("self", "value"), keeps_channels=True, function=VIEW),
+    *_names("masked_fill.Tensor"),
+)
 register(Filling("where", ("self",)), *_names("tril triu"))
 register(Filling("view", ("self",)), *_names("im2col"))
 register(Filling("pad", ("self",), "value"), *_names("constant_pad_nd"))
@@ -234,12 +399,25 @@ register(
         "max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
     ),
 )
+_LARGEST = Function("largest", chooses=True)
+register(Routing("maxpool", ("self",), function=_LARGEST), *_names("max.dim max"))
+register(Routing("maxpool", ("self",), function=Function("largest")), *_names("amax"))
 register(
-    Routing("maxpool", ("self",)), *_names("max.dim min.dim max min amax amin topk sort cummax")
+    Routing("maxpool", ("self",), least=True, function=Function(chooses=True)),
+    *_names("min.dim min"),
+)
+register(Routing("maxpool", ("self",), least=True), *_names("amin"))
+register(
+    Routing("maxpool", ("self",), by_rank=True, function=Function(chooses=True)),
+    *_names("topk sort cummax"),
 )
 register(
     Routing("maxpool", ("self", "other"), keeps_channels=True),
-    *_names("maximum minimum fmax fmin max.other min.other"),
+    *_names("maximum fmax max.other"),
+)
+register(
+    Routing("maxpool", ("self", "other"), keeps_channels=True, least=True),
+    *_names("minimum fmin min.other"),
 )
 register(
     Routing("interpolation", ("input", "self"), keeps_channels=True),
@@ -263,8 +441,12 @@ register(
     ),
 )
 register(
-    Averaging("avgpool", "self", keeps_channels=False),
-    *_names("mean.default mean.dim sum.default sum.dim_IntList"),
+    Averaging("avgpool", "self", keeps_channels=False, function=Function("mean")),
+    *_names("mean.default mean.dim"),
+)
+register(
+    Averaging("avgpool", "self", keeps_channels=False, function=Function("sum")),
+    *_names("sum.default sum.dim_IntList"),
 )
 register(Averaging("sum", "self", keeps_channels=True), *_names("cumsum col2im"))
 for _overload, _argument in (("vec", "input"), ("default", "self")):
@@ -295,17 +477,19 @@ register(
     ),
     *_names("instance_norm"),
 )
-register(Softmax("softmax"), *_names("softmax _softmax"))
-register(LogSoftmax("activation"), *_names("log_softmax _log_softmax"))
+register(Softmax("softmax"), *_names("softmax _softmax special_softmax"))
+register(LogSoftmax("activation"), *_names("log_softmax _log_softmax special_log_softmax"))
 
 # Linear maps that go through complex numbers: their derivatives say all of them.
 COMPLEX_LINEAR = "nrm.complex_linear"
 register(LocalLinear("complex"), COMPLEX_LINEAR)
 
 # Sums of several operands.
-register(Sum("sum", lambda call: (1.0, float(call["alpha"]))), *_names("add"))
-register(Sum("sum", lambda call: (1.0, -float(call["alpha"]))), *_names("sub"))
-register(Sum("sum", lambda call: (-float(call["alpha"]), 1.0)), *_names("rsub"))
+register(Sum("sum", lambda call: (1.0, float(call["alpha"])), Function("plus")), *_names("add"))
+register(Sum("sum", lambda call: (1.0, -float(call["alpha"])), Function("minus")), *_names("sub"))
+register(
+    Sum("sum", lambda call: (-float(call["alpha"]), 1.0), Function("minus from")), *_names("rsub")
+)
 register(ScatterSum("scatter", "src"), *_names("scatter_add"))
 register(ScatterSum("scatter", "source", lambda call: float(call["alpha"])), *_names("index_add"))
 register(
@@ -333,67 +517,24 @@ register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("add
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
 
+_STANDARD = dict(_TABLE)
 
-# -- Functions and modules of a user's own as operators with a row in the table.
+# -- Operators without a row, of which something is known all the same.
 
-_LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A module call that stands in the graph as one operator.
-
-    Attributes:
-        kind: the module's class, by which its row is found.
-        body: what it computes, from its inputs and parameters.
-    """
-
-    kind: str
-    body: Callable[..., Any]
-    _schema: Any  # torch.fx and `Call` look for it, as operators have it
-
-    @classmethod
-    def of(cls, kind: str, body: Callable[..., Any], names: Sequence[str]) -> Block:
-        """A block whose inputs and parameters have names."""
-        arguments = [SimpleNamespace(name=n, kwarg_only=False, default_value=None) for n in names]
-        return cls(kind, body, SimpleNamespace(arguments=arguments, is_mutable=False))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.body(*args, **kwargs)
-
-    def __str__(self) -> str:
-        return self.kind
-
-    @property
-    def __name__(self) -> str:
-        return self.kind.rpartition(".")[2]
-
-
-def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function one operation of every graph, with a row of its own.
-
-    The function takes tensors and numbers, annotated, and returns a tensor; it is differentiated
-    as before.
-
-    Arguments:
-        row: how relevance passes it.
-
-    Example:
-        >>> @nrm.operators.operation(Identity("activation"))
-        ... def cube(x: Tensor) -> Tensor:
-        ...     return x**3
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = f"{function.__module__}_{function.__qualname__}"
-        name = "".join(c if c.isalnum() else "_" for c in name)
-        while hasattr(torch.ops.nrm, name):  # defined again, as in a notebook
-            name += "_"
-        schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
-        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-        register(row, f"nrm.{name}")
-        operator: Callable[..., Any] = getattr(torch.ops.nrm, name)
-        return operator
-
-    return decorate
+describe(Function("spread", gate=SCALE), *_names("std"))
+describe(Function("spread"), *_names("std_mean"))
+describe(Function("mean", gate=SCALE), *_names("var"))
+describe(Function("mean"), *_names("var_mean"))
+describe(Function("norm", gate=SCALE), *_names("linalg_vector_norm norm"))
+describe(Function("logsumexp"), *_names("logsumexp"))
+describe(Function("lookup"), *_names("embedding"))
+describe(Function("normalization"), *_names("native_layer_norm native_group_norm _fused_rms_norm"))
+describe(Function(fills=0.0), *_names("zeros"))
+describe(Function(fills="fill_value"), *_names("full"))
+describe(Function(carries_none=True, fills=0.0), *_names("zeros_like new_zeros zero"))
+describe(Function(carries_none=True, fills="fill_value"), *_names("full_like new_full"))
+describe(Function(carries_none=True, fills="value"), *_names("fill"))
+describe(
+    Function(carries_none=True),
+    *_names("ones_like empty_like rand_like randn_like new_ones new_empty"),
+)
