@@ -511,7 +511,7 @@ def test_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strangers_errors_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(report, "report", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         explain()
 

@@ -92,7 +92,8 @@ def test_what_is_said_of_each(shown: dict[str, object]) -> None:
     assert "2 x 3 x 6 x 6" in str(shown["measure"])
     assert "GammaFlat" in str(shown["measure"])
     assert "Sequential" in said["explainer"]
-    assert "what suits the model" in said["explainer"]
+    assert "suggested composite" in said["explainer"]
+    assert "what suits the model" in str(shown["explainer"])
     assert "83 layers, 83 of them cuts" in said["listing"]
     assert "3 x 6 x 6" in said["listing"]
     assert "73 rows are not shown" in said["listing"]
