@@ -296,6 +296,37 @@ MUTANTS = (
         '"method", [value.__func__]',
         ("evaluation",),
     ),
+    # -- pairs, metrics, capture -------------------------------------------------------------------
+    Mutant(
+        "pairs by forward messages forget the message",
+        "pairs[:, :, chosen] = upper.add_up(message * onward).permute(1, 2, 0)",
+        "pairs[:, :, chosen] = upper.add_up(onward).permute(1, 2, 0)",
+        ("joint_dense", "joint"),
+    ),
+    Mutant(
+        "channels that belong to no channel of the layer count as the first",
+        "numbers % (size + 1), pairs)",
+        "numbers.clamp(min=0), pairs)",
+        ("contraction", "joint_dense"),
+    ),
+    Mutant(
+        "pairs of a matrix without its weights",
+        "return passed if weight is None else passed.mul_(weight)",
+        "return passed",
+        ("contraction", "joint_dense"),
+    ),
+    Mutant(
+        "tied ranks share the highest",
+        "counts.cumsum(0).double() - (counts - 1).double() / 2",
+        "counts.cumsum(0).double()",
+        ("metrics", "evaluation"),
+    ),
+    Mutant(
+        "a folded norm scales no bias",
+        "bias = shift if bias is None else bias * scale + shift",
+        "bias = shift if bias is None else bias + shift",
+        ("capture", "composites_defaults"),
+    ),
 )
 
 
@@ -348,8 +379,7 @@ def result_of(mutant: Mutant, tree: Path, targeted: bool, jobs: int) -> str:
     before = path.read_text()
     path.write_text(before.replace(mutant.old, mutant.new))
     try:
-        first = [f"tests/test_{name}.py" for name in mutant.tests]
-        found = noticed(tree, [test for test in first if (tree / test).exists()], jobs)
+        found = noticed(tree, [f"tests/test_{name}.py" for name in mutant.tests], jobs)
         if found is None and not targeted:
             found = noticed(tree, ["tests"], jobs)
     finally:
