@@ -294,7 +294,7 @@ MUTANTS = (
         "bound methods of two objects are one setting",
         '"method", [value.__func__, value.__self__]',
         '"method", [value.__func__]',
-        ("evaluation",),
+        ("evaluation_store",),
     ),
     # -- pairs, metrics, capture -------------------------------------------------------------------
     Mutant(
@@ -304,9 +304,9 @@ MUTANTS = (
         ("joint_dense", "joint"),
     ),
     Mutant(
-        "channels that belong to no channel of the layer count as the first",
+        "pairs are added up one channel further",
         "numbers % (size + 1), pairs)",
-        "numbers.clamp(min=0), pairs)",
+        "(numbers + 1) % (size + 1), pairs)",
         ("contraction", "joint_dense"),
     ),
     Mutant(
