@@ -427,3 +427,8 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+def test_what_is_no_operator() -> None:
+    with pytest.raises(TypeError, match=r"an operator \(torch.ops.aten.tanh, .* not <built-in"):
+        check_operator(torch.tanh, x(2, 3))

@@ -122,6 +122,7 @@ def check_operator(
 
     Raises:
         AssertionError: which law fails, where, and by how much.
+        TypeError: `function` is something else, as `torch.tanh` is.
         UnsupportedOperatorError: there is no row, or it refuses the call.
 
     Example:
@@ -130,6 +131,11 @@ def check_operator(
         >>> check_operator(torch.ops.aten.silu, torch.randn(2, 3), row=silu)
     """
     target, args, names = runnable(function, [double(value) for value in inputs])
+    if not hasattr(target, "_schema"):
+        raise TypeError(
+            "what is checked is an operator (torch.ops.aten.tanh, torch.ops.mylib.myop, or what "
+            f"nrm.operators.operation returned) or a module, not {function!r}"
+        )
     row = row or lookup(target)
     if row is None:
         raise UnsupportedOperatorError(
