@@ -429,6 +429,19 @@ class Calls(nn.Module):
         return self.function(x)
 
 
+@dataclass(frozen=True)
+class NoList(Rule):
+    def groups(self, x, w):
+        return [(x.value, w.value)]
+
+
+def test_what_is_no_rule() -> None:
+    with pytest.raises(TypeError, match=r"as \[\[\(x.value, w.value\)\]\]"):
+        check_rule(NoList())
+    with pytest.raises(TypeError, match=r"a rule, such as Gamma\(0.25\), not <class"):
+        check_rule(rules.Flat)
+
+
 def test_what_is_no_operator() -> None:
     with pytest.raises(TypeError, match=r"an operator \(torch.ops.aten.tanh, .* not <built-in"):
         check_operator(torch.tanh, x(2, 3))
