@@ -345,6 +345,29 @@ def test_every_composite_has_its_name(here: Path, name: str) -> None:
     assert json.loads(result.stdout)["composite"].startswith(chosen)
 
 
+def test_a_composite_of_the_models_module(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nrm.composites, "_BY_NAME", dict(nrm.composites._BY_NAME))
+    (here / "a_model_with_rules.py").write_text(
+        "from torch import nn\n"
+        "from nrm.composites import Composite, composite\n"
+        "from nrm.rules import Gamma\n"
+        "@composite('Mine')\n"
+        "def mine(gamma: float = 0.5) -> Composite:\n"
+        "    return Composite([], Gamma(gamma), name=f'Mine({gamma})')\n"
+        "@composite('Needy')\n"
+        "def needy(gamma: float) -> Composite:\n"
+        "    return Composite([], Gamma(gamma))\n"
+        "def make() -> nn.Module:\n"
+        "    layers = nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1352, 2)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    model = "a_model_with_rules:make"
+    refused(explain("--composite", "Needy", model=model), "Needy cannot be made", "'gamma'")
+    result = explain("--composite", "mine", "--json", model=model)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["composite"] == "Mine(0.5)"
+
+
 def test_a_module_of_the_working_folder(here: Path) -> None:
     (here / "a_model_of_ones_own.py").write_text(
         "from torch import nn\n"

@@ -58,6 +58,20 @@ def test_a_composite_of_ones_own_has_a_name() -> None:
     assert "Mine" in composites.names()
 
 
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(TypeError, match=r'give the composite a name: @composite\("Mine"\)'):
+        composite(lambda: GammaFlat())
+    with pytest.raises(ValueError, match="a composite is called 'GammaFlat' already"):
+        composite("gammaflat")(lambda: GammaFlat())
+    for gamma in (0.5, 0.75):  # defined again, as in a notebook
+
+        @composite("Again")
+        def again(gamma: float = gamma) -> Composite:
+            return Composite([], Gamma(gamma), name=f"Again({gamma})")
+
+    assert repr(by_name("again")) == "Again(0.75)"
+
+
 def test_what_a_composite_chooses_is_shown_line_by_line() -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.rand(1, 3)
     chosen = GammaFlat(0.1)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import nrm
 from nrm import operators, rules
+from nrm.errors import UnsupportedOperatorError
 from nrm.operators import (
     SQUASHED,
     Contribution,
@@ -427,3 +428,37 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+@dataclass(frozen=True)
+class NoList(Rule):
+    def groups(self, x, w):
+        return [(x.value, w.value)]
+
+
+def test_what_is_no_rule() -> None:
+    with pytest.raises(TypeError, match=r"as \[\[\(x.value, w.value\)\]\]"):
+        check_rule(NoList())
+    with pytest.raises(TypeError, match=r"a rule, such as Gamma\(0.25\), not <class"):
+        check_rule(rules.Flat)
+
+
+def test_what_is_no_operator() -> None:
+    with pytest.raises(TypeError, match=r"an operator \(torch.ops.aten.tanh, .* not <built-in"):
+        check_operator(torch.tanh, x(2, 3))
+
+
+class Times(nn.Module):
+    def forward(self, a, b):
+        return a * b
+
+
+def test_a_row_that_names_no_argument_of_the_call() -> None:
+    passed = operators.Product("product")  # to "self" and "other", which a module's call has not
+    with pytest.raises(UnsupportedOperatorError, match=r"the call's arguments \(input, input_1\)"):
+        check_operator(Times(), x(2, 3), x(2, 3, seed=1), row=passed)
+
+
+def test_a_function_that_is_not_zero_at_zero() -> None:
+    with pytest.raises(AssertionError, match="at_zero='zero' is said of it, but at zero it is 1"):
+        check_operator(aten.exp, x(2, 3), row=Identity("activation", at_zero="zero"))

@@ -258,13 +258,28 @@ _BY_NAME: dict[str, Callable[..., Composite]] = {}
 def composite(name: str) -> Callable[[Maker], Maker]:
     """Give a function that makes a composite a name, by which `by_name` finds it.
 
+    Arguments:
+        name: of its own, in whatever case. Defined again, as in a notebook, a function takes the
+            place of the one before.
+
+    Raises:
+        TypeError: there is no name, as where `@composite` has no parentheses.
+        ValueError: another function has it.
+
     Example:
         >>> @composite("Mine")
         ... def mine(gamma: float = 0.1) -> Composite:
         ...     return Composite([(first, Flat())], Gamma(gamma), name=f"Mine({gamma})")
     """
+    if not isinstance(name, str):
+        raise TypeError(f'give the composite a name: @composite("Mine"), not {name!r}')
 
     def decorate(make: Maker) -> Maker:
+        for other, owner in list(_BY_NAME.items()):
+            if other.casefold() == name.casefold():
+                if (owner.__module__, owner.__qualname__) != (make.__module__, make.__qualname__):
+                    raise ValueError(f"a composite is called {other!r} already: {owner!r}")
+                del _BY_NAME[other]
         _BY_NAME[name] = make
         return make
 

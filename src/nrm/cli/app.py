@@ -116,7 +116,11 @@ def explain(
     out: Annotated[Path, typer.Option(help=f"Folder for the pictures and {RESULT}.")] = Path("out"),
     as_json: AsJson = False,
     composite: Annotated[
-        str, typer.Option(help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}.")
+        str,
+        typer.Option(
+            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}; or one that the model's "
+            "module registers."
+        ),
     ] = AUTO,
     bias: Annotated[
         Bias | None,
@@ -165,6 +169,7 @@ def explain(
         else:
             picture = io.transformed(opened, models.find_attribute(transform), transform)
         bounds = picture.bounds and (picture.bounds[0].to(where), picture.bounds[1].to(where))
+        models.find_attribute(model)  # whose module may give composites names
         rules = models.find_composite(composite, bounds)
         say(f"loading {model}")
         network = models.load_model(model, weights, where)

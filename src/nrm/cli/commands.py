@@ -9,7 +9,8 @@ Other packages add commands by the entry-point group `nrm.commands`:
     mine = "my_package.module:function"
 
 makes `nrm mine` of a function with typer's annotations. Its module is imported when the command is
-asked for, or listed by `nrm --help`: it is to import little, and the rest when it is called.
+asked for, or listed by `nrm --help`: it is to import little, and the rest when it is called. One
+that cannot be imported is listed all the same, and says why when it is called.
 
 Refusing. Within `one_line_errors` whatever is refused becomes one line on stderr.
 """
@@ -21,7 +22,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -53,7 +54,7 @@ COMPOSITES = (
     "LocalLinear",
     "IntegratedGradients",
 )
-"""Those of `nrm.composites` that need no parameters but what is known of the input."""
+"""Those of `nrm.composites` that the input and their names make, as `--help` lists them."""
 RESULT = "result.json"
 EPOCHS = 20
 """For which the network of the demo is trained."""
@@ -108,8 +109,25 @@ def _entries() -> tuple[EntryPoint, ...]:
 
 def _loaded(entry: EntryPoint) -> Any:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(entry.name, cls=Command)(entry.load())
+    try:
+        app.command(entry.name, cls=Command)(entry.load())
+    except Exception as error:  # any code may stand behind a name
+        any_arguments = {"allow_extra_args": True, "ignore_unknown_options": True}
+        app.command(entry.name, cls=Command, context_settings=any_arguments)(_failing(entry, error))
     return typer.main.get_command(app)
+
+
+def _failing(entry: EntryPoint, error: Exception) -> Callable[[], None]:
+    """A command in the place of one that cannot be imported."""
+    what = f"{type(error).__name__}: {one_line(error)}"
+    reason = f"{entry.value} cannot be made a command: {what}"
+
+    def fail() -> None:
+        typer.echo(f"error: nrm {entry.name}: {reason}", err=True)
+        raise typer.Exit(REFUSED)
+
+    fail.__doc__ = reason
+    return fail
 
 
 def arguments(ctx: typer.Context) -> list[str]:

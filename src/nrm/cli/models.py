@@ -10,7 +10,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nrm import composites
-from nrm.cli.commands import AUTO, COMPOSITES, TOP, CommandError, out_of_memory
+from nrm.cli.commands import AUTO, TOP, CommandError, out_of_memory
 from nrm.composites import Composite
 from nrm.errors import first_line, one_line, some
 from nrm.io import load_weights, read_labels
 from nrm.torchvision_mismatch import import_torchvision, is_mismatch
 
 _IMAGENET_CLASSES = 1000
+_BOX = "EpsilonGammaBox"
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -160,10 +161,10 @@ def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite
     """A composite with its default parameters; `None` for the one that suits the model.
 
     Arguments:
-        name: in whatever case.
+        name: in whatever case: one of nrm's own, or of a module that is imported already.
         bounds: smallest and largest input, which the box rule needs.
     """
-    known = {one.casefold(): one for one in (AUTO, *COMPOSITES)}
+    known = {one.casefold(): one for one in (AUTO, *composites.names())}
     if name.casefold() not in known:
         near = difflib.get_close_matches(name.casefold(), known, n=1)
         hint = f"did you mean {known[near[0]]}? " if near else ""
@@ -173,14 +174,17 @@ def find_composite(name: str, bounds: tuple[Tensor, Tensor] | None) -> Composite
     chosen = known[name.casefold()]
     if chosen == AUTO:
         return None
-    make: Callable[..., Composite] = getattr(composites, chosen)
-    if make is not composites.EpsilonGammaBox:
-        return make()
-    if bounds is None:
+    if chosen == _BOX and bounds is None:
         raise CommandError(
             f"{chosen} needs the bounds of the inputs, which are known without --transform only"
         )
-    return make(*bounds)
+    given = bounds if chosen == _BOX and bounds is not None else ()
+    try:
+        return composites.by_name(chosen, *given)
+    except TypeError as error:
+        raise CommandError(
+            f"composite {chosen} cannot be made by its name alone: {first_line(error)}"
+        ) from error
 
 
 # -- classes ---------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
 """Evaluation of relevance by intervention (sections 4.1, 4.2; appendix I).
 
-removal        which neurons are removed, and what takes the place of their activations
 rerun          the captured graph again from some node on, for many copies of a sample
 combinations   all combinations of sets of several families, removed in turn
 intervention   outputs without sets, and joint contributions (eqs. 34, 57)
 metrics        correlations, contribution of the k best (eq. 58), bootstrap intervals
 faithfulness   scores of combinations, and `evaluate`: beside their contributions, over samples
-fingerprint    settings as text, the same in every process
-store          a folder of finished samples, from which an interrupted run goes on
+store          a folder of finished samples, from which an interrupted run goes on, for one setting
 """
 
 from nrm.evaluation.faithfulness import Evaluation, Families, evaluate

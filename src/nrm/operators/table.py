@@ -82,8 +82,9 @@ def register(operator: Operator, *names: str | OpOverload | OpOverloadPacket | t
             name = str(name)
         elif not isinstance(name, str):
             raise TypeError(
-                f"a row is for an operator or a module class, not {name!r}. For a function of "
-                "your own, decorate it with nrm.operators.operation."
+                f"a row is for an operator or a module class, not {name!r}. An operator is named "
+                "as torch.ops.mylib.myop, also one that torch.library.custom_op made; a function "
+                "of your own is decorated with nrm.operators.operation."
             )
         _TABLE[name.replace("::", ".")] = operator
 

@@ -35,7 +35,17 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Call, Operator, Slot, lookup
-from nrm.rules import Flat, Gamma, Identity, LocalLinear, Rule, WSquare, Zero
+from nrm.rules import (
+    Activation,
+    Flat,
+    Gamma,
+    Identity,
+    LocalLinear,
+    Rule,
+    Weight,
+    WSquare,
+    Zero,
+)
 from nrm.testing.dense import check_values
 from nrm.testing.laws import check_laws, check_telescoping, check_traits
 from nrm.testing.prepared import Case, bound, double, prepare, runnable
@@ -55,11 +65,15 @@ def check_rule(rule: Rule, low: float = -1.0, high: float = 1.0) -> None:
 
     Raises:
         AssertionError: which law fails, where, and by how much.
+        TypeError: it is no rule, or its groups are no lists of terms.
 
     Example:
         >>> check_rule(Gamma(0.25))
         >>> check_rule(ZBox(0.0, 1.0), low=0.0, high=1.0)
     """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"what is checked is a rule, such as Gamma(0.25), not {rule!r}")
+    _check_terms(rule)
     draw = torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> Tensor:
@@ -97,6 +111,19 @@ def check_rule(rule: Rule, low: float = -1.0, high: float = 1.0) -> None:
         check(aten.linear.default, (x * real, linear, bias), real=[real])
 
 
+def _check_terms(rule: Rule) -> None:
+    """Whether groups are lists of terms, each a factor like the parents and a weight or `None`."""
+    x, weight = torch.ones(2, 4, dtype=torch.float64), torch.ones(5, 4, dtype=torch.float64)
+    groups = rule.groups(Activation(x), Weight(weight))
+    for group in groups:
+        for term in group:
+            if not (isinstance(term, tuple) and len(term) == 2 and isinstance(term[0], Tensor)):
+                raise TypeError(
+                    f"{rule!r}: groups returns a list of groups, each a list of terms (factor, "
+                    "weight), as [[(x.value, w.value)]]"
+                )
+
+
 def check_operator(
     function: OpOverload | OpOverloadPacket | Callable[..., Any] | nn.Module,
     *inputs: Any,
@@ -122,6 +149,7 @@ def check_operator(
 
     Raises:
         AssertionError: which law fails, where, and by how much.
+        TypeError: `function` is something else, as `torch.tanh` is.
         UnsupportedOperatorError: there is no row, or it refuses the call.
 
     Example:
@@ -130,6 +158,11 @@ def check_operator(
         >>> check_operator(torch.ops.aten.silu, torch.randn(2, 3), row=silu)
     """
     target, args, names = runnable(function, [double(value) for value in inputs])
+    if not hasattr(target, "_schema"):
+        raise TypeError(
+            "what is checked is an operator (torch.ops.aten.tanh, torch.ops.mylib.myop, or what "
+            f"nrm.operators.operation returned) or a module, not {function!r}"
+        )
     row = row or lookup(target)
     if row is None:
         raise UnsupportedOperatorError(

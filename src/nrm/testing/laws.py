@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators import Call, Operator
+from nrm.operators import Call, Identity, Operator
 from nrm.testing.dense import STEP, at_the_same_place, differences, frozen_slopes
 from nrm.testing.prepared import CLOSE, Case, place_of
 
@@ -218,6 +218,11 @@ def _check_function(case: Case) -> None:
     function, look = case.row.function_of(case.node_call), "Look at `function` of the row."
     order = case.row.order(case.node_call, case.operands[0])
     (value, *_), result = case.values, case.output
+    if isinstance(case.row, Identity) and case.row.at_zero != "unknown":
+        there = case.run([torch.zeros_like(value)])
+        if bool((there != 0).any()):
+            case.fail("traits", f"at_zero={case.row.at_zero!r} is said of it, but at zero it is "
+                      f"{float(there.flatten()[0]):.6g}", "Look at at_zero.")  # fmt: skip
     if function.same and not torch.equal(result, value.expand(result.shape)):
         case.fail("traits", "function.same is said of it, but it changes values", look)
     if function.positive and bool((result < 0).any()):

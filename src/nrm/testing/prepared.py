@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
 from torch.fx import Graph, Node
 
+from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Block, Call, Operator, Propagation, Setting, Slot, ToFirstOrder, fill
 from nrm.rules import Rule
 
@@ -135,6 +136,11 @@ def prepare(
     if rule.first_order and row.curves(slots, along_path=False):
         row = ToFirstOrder(row)
         slots = row.operands(node_call, varying.__contains__, "checked")
+    if not slots:
+        raise UnsupportedOperatorError(
+            f"{name}: the row passes relevance to {passed}, and none of the call's arguments "
+            f"({', '.join(node_call.arguments)}) is a real tensor of these."
+        )
     row.check(node_call, slots, "checked")
     places = iter(node_call.places())
     chosen = {
