@@ -10,7 +10,7 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/nrm demo --out demo
 
-# The oracle, formulas, the measure, rules on three networks: under a minute.
+# The oracle, formulas, the measure, rules: those of their tests that take three networks.
 quick: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m quick
 
