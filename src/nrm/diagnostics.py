@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from nrm.engine import Messages, send
-from nrm.errors import VARIATION
+from nrm.errors import CANCELS, VARIATION
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Columns, fill
 from nrm.prepare import Pass
 from nrm.tables import Shown, Table, numbers
-from nrm.targets import Explained
 
 
 @dataclass(frozen=True)
@@ -204,23 +203,17 @@ def bias_shares(forward: Pass, start: Messages) -> dict[str, Tensor]:
 # -- What a person is warned of.
 
 
-def warn_of_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
+def warn_of_cancelling(forward: Pass, start: Messages, variable: Variable, message: Tensor) -> None:
     """Warn, once, where absolute relevances of a result add up to a thousand times the total.
 
     Arguments:
-        found: what a query found at variables, before a condition divides it.
+        message: what a query found at a variable, before a condition divides it.
     """
-    if forward.cautions.silent_on_cancelling:
-        return
-    for variable, message in found.items():
-        variation = float(torch.linalg.vector_norm(message, 1))  # of all samples together
-        if variation <= VARIATION:
-            continue
-        if not variable.tells_samples(forward.batch):
-            variation /= forward.batch
-        elif forward.batch > 1:
-            variation = float(variable.per_sample(message.abs(), forward.batch).max())
-        warn_of_variation(forward, start, variable.name, variation)
+    if variable.tells_samples(forward.batch):
+        variation = float(variable.per_sample(message.abs(), forward.batch).max())
+    else:
+        variation = float(torch.linalg.vector_norm(message, 1)) / forward.batch
+    warn_of_variation(forward, start, variable.name, variation)
 
 
 def warn_of_variation(forward: Pass, start: Messages, name: str, variation: float) -> None:
@@ -229,7 +222,7 @@ def warn_of_variation(forward: Pass, start: Messages, name: str, variation: floa
     Arguments:
         name: where they were asked for.
     """
-    if variation > VARIATION and not forward.cautions.silent_on_cancelling:
+    if variation > VARIATION and CANCELS not in forward.cautions.said:
         forward.cautions.cancels(name, variation, _where_it_grows(forward, start))
 
 
@@ -261,26 +254,29 @@ _LARGE = 1e2
 """Terms are looked for where they could be so many times the largest output, or one."""
 
 
-def warn_of_output(forward: Pass, explained: Explained) -> None:
-    """Warn where an explained output is within rounding of zero."""
-    given = explained.unnormalized.unsqueeze(0)
-    values = forward.graph.output.per_sample(given, forward.batch)[0]
+def warn_of_output(forward: Pass, relevance: Tensor, unnormalized: Tensor) -> None:
+    """Warn where an explained output is within rounding of zero.
+
+    Arguments:
+        relevance, unnormalized: of the output, shaped like it (eqs. 18, 13).
+    """
+    values = forward.graph.output.per_sample(unnormalized.unsqueeze(0), forward.batch)[0]
     rounding = _ROUNDING * torch.finfo(values.dtype).eps
     if bool((values.abs() > rounding * _LARGE * forward.output.abs().amax().clamp(min=1)).all()):
         return
-    sizes = _terms_of_output(forward, explained)
+    sizes = _terms_of_output(forward, relevance, unnormalized)
     within = (values.abs() <= rounding * sizes).nonzero().flatten().tolist()
     if within:
         of = f" of sample {within[0]}" if forward.batch > 1 else ""
         forward.cautions.output_vanishes(float(values[within[0]]), float(sizes[within[0]]), of)
 
 
-def _terms_of_output(forward: Pass, explained: Explained) -> Tensor:
+def _terms_of_output(forward: Pass, relevance: Tensor, unnormalized: Tensor) -> Tensor:
     """`[batch]`: the absolute sizes of what is added up to the explained outputs."""
     operations = _down_to_a_sum(forward.graph)
     # How what is explained changes with what it is made of.
-    part = (explained.relevance != 0).to(explained.relevance.dtype)
-    sizes = explained.unnormalized.abs().unsqueeze(0)
+    part = (relevance != 0).to(relevance.dtype)
+    sizes = unnormalized.abs().unsqueeze(0)
     sizes = forward.graph.output.per_sample(sizes, forward.batch)[0]
     for operation, (call, values) in zip(operations, forward.calls(operations), strict=True):
         leaves = [value.detach().requires_grad_() for value in values]

@@ -79,11 +79,19 @@ _PACKAGE = str(Path(__file__).parent)
 _SILENCE = "Silence it with warnings.simplefilter('ignore', nrm.RelevanceWarning)."
 
 
+CANCELS = "cancels"
+"""The kind of warning that relevances of a result cancel."""
+
+
 class Cautions:
-    """The warnings that one forward pass gave; each kind is given once."""
+    """The warnings that one forward pass gave; each kind is given once.
+
+    Attributes:
+        said: the kinds that were given.
+    """
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self.said: set[str] = set()
 
     def vanished(self, address: str, relevance: float) -> None:
         """Relevance was split evenly, for want of any contribution, at an operation."""
@@ -106,7 +114,7 @@ class Cautions:
             place: where it grew most, in words.
         """
         self._say(
-            "cancels",
+            CANCELS,
             f"relevances at {name!r} cancel: their absolute sizes add up to {variation:.2g}, the "
             f"relevance of all walks is 1{place}. Single values say little then. Rules that "
             "bound it: composites.GammaFlat(), or rules.Gamma(0.25) at that place; biases as "
@@ -123,15 +131,10 @@ class Cautions:
             "(output_relevance=).",
         )
 
-    @property
-    def silent_on_cancelling(self) -> bool:
-        """Whether that was said, so that nobody need look for where it grew."""
-        return "cancels" in self._said
-
     def _say(self, kind: str, text: str) -> None:
-        if kind in self._said:
+        if kind in self.said:
             return
-        self._said.add(kind)
+        self.said.add(kind)
         warnings.warn(f"{text} {_SILENCE}", RelevanceWarning, stacklevel=_callers_level())
 
 

@@ -21,6 +21,7 @@ from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
 from nrm.composites import Composite, Everywhere, suggested
 from nrm.errors import InputError, QueryError, TargetError
+from nrm.explanation import Recipe, Target, explain_relevance, explain_target
 from nrm.graph import Graph
 from nrm.heads import Heads
 from nrm.measure import Measure
@@ -28,7 +29,6 @@ from nrm.operators import Operator
 from nrm.prepare import Program
 from nrm.rules import Rule
 from nrm.tables import Shown, Table
-from nrm.targets import Recipe, Target, explain_relevance, explain_target
 from nrm.tensors import check_dense
 from nrm.views import Listing, settings_table
 
@@ -142,7 +142,7 @@ class Explainer(Shown):
         with torch.inference_mode(False), without_autocast(self.model):
             call = self._bind(inputs, named)
             program, unchanged = self._program(call)
-            forward = program.run([wide(x) for x in call.tensors])
+            forward = program.run([wide(x) for x in call.tensors], unchanged)
             if isinstance(output_relevance, Tensor):
                 output_relevance = wide(output_relevance).detach().clone()  # callers reuse theirs
             if output_relevance is None:
@@ -153,7 +153,7 @@ class Explainer(Shown):
                 raise TargetError("give either a target or an output_relevance, not both")
             inputs, named = call.arguments(*call.tensors)
             recipe = Recipe(self, inputs, named, explained.target, output_relevance)
-            return Measure(forward, explained, unchanged, recipe)
+            return Measure(forward, explained, recipe)
 
     def table(self) -> Table:
         return settings_table(self.__getstate__())

@@ -1,20 +1,228 @@
-"""One batch of inputs explained: its forward pass, what is explained of it, and how it is kept."""
+"""What is explained: a batch of inputs, and the relevance of its output neurons (eqs. 13, 16, 18).
+
+- `explain_target` and `explain_relevance` give the relevance of the output.
+- `Explanation` is that with its forward pass: what `Measure` answers queries on.
+- A `Recipe` says how a measure was made, which is what is saved of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from nrm.diagnostics import warn_of_output
-from nrm.errors import QueryError
+from nrm.errors import PositiveSumError, QueryError, TargetError
 from nrm.graph import Graph
 from nrm.prepare import Pass
 from nrm.query import Starts
 from nrm.tables import Shown, Table, numbers, sizes
-from nrm.targets import Explained, Recipe, made
+from nrm.tensors import check_dense
+
+_ONE = {0: "0, the only neuron", 1: "an int"}
+
+Target = int | Sequence[int] | Sequence[tuple[int, ...]] | tuple[int, ...] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Output relevance, shaped like the output.
+
+    Attributes:
+        relevance: normalised: it sums to one over each sample (eq. 18).
+        unnormalized: R~ (eq. 13): for a target, its output and zero elsewhere.
+        target: `[batch]` (or `[batch, axes]`); `None` where output relevance was given.
+    """
+
+    relevance: Tensor
+    unnormalized: Tensor
+    target: Tensor | None
+
+
+def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
+    """One output neuron of each sample.
+
+    Raises:
+        TargetError: there is no such neuron, or its value is not finite.
+        PositiveSumError: `strict`, and its value is zero or negative.
+    """
+    chosen = _chosen(target, forward)
+    index = (torch.arange(forward.batch, device=forward.output.device), *chosen.long().unbind(1))
+    values = _by_sample(forward.output, forward)[index]
+    if not bool(torch.isfinite(values).all()):
+        raise TargetError(
+            f"of the {forward.graph.head or 'output'} the explained one is NaN or infinite for "
+            "some sample."
+        )
+    if strict and bool((values <= 0).any()):
+        raise PositiveSumError(
+            "strict: the explained output is zero or negative for some sample (eq. 16). "
+            "Explain another output, or drop strict: the relevance is normalised anyway."
+        )
+    relevance, unnormalized = (torch.zeros_like(forward.output) for _ in range(2))
+    _by_sample(relevance, forward)[index] = 1.0
+    _by_sample(unnormalized, forward)[index] = values  # others may be infinite
+    if not chosen.shape[1]:
+        chosen = chosen.new_zeros(len(chosen), 1)
+    return Explained(relevance, unnormalized, chosen[:, 0] if chosen.shape[1] == 1 else chosen)
+
+
+def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
+    """Output relevance as given, divided by its sum over each sample (eq. 18).
+
+    Raises:
+        TargetError: it does not look like the output, or sums to zero over a sample.
+        PositiveSumError: `strict`, and it sums to less than zero.
+    """
+    output, variable = forward.returned, forward.graph.output
+    if not isinstance(relevance, Tensor):
+        raise TargetError(f"output_relevance is a tensor, not a {type(relevance).__name__}")
+    check_dense(relevance, "output_relevance", TargetError)
+    if relevance.shape != output.shape or relevance.dtype != output.dtype:
+        raise TargetError(
+            f"output_relevance has shape {tuple(relevance.shape)} and {relevance.dtype}, the "
+            f"output {tuple(output.shape)} and {output.dtype}"
+        )
+    relevance = relevance.detach().to(forward.output.dtype, copy=True)  # callers reuse theirs
+    if not bool(torch.isfinite(relevance).all()):
+        raise TargetError("output_relevance holds NaN or infinite values")
+    total = variable.per_sample(relevance.unsqueeze(0), forward.batch)[0]
+    size = variable.per_sample(relevance.abs().unsqueeze(0), forward.batch)[0]
+    if bool((total.abs() <= 1e-6 * size).any()) or bool((size == 0).any()):
+        raise TargetError("output_relevance sums to zero for some sample: nothing to normalise by")
+    if strict and bool((total <= 0).any()):
+        raise PositiveSumError("strict: output_relevance sums to less than zero (eq. 16)")
+    return Explained(relevance / variable.by_sample(total), relevance, None)
+
+
+def _by_sample(output: Tensor, forward: Pass) -> Tensor:
+    """A tensor shaped like the output as `[batch, *neurons]`, in the same memory."""
+    return forward.graph.output.canonical(output.unsqueeze(0))[0]
+
+
+def _chosen(target: Target, forward: Pass) -> Tensor:
+    """`[batch, axes]`, the index of each sample's explained neuron."""
+    output, batch = forward.returned, forward.batch
+    if not forward.graph.output.tells_samples(batch):
+        raise TargetError(f"the output {tuple(output.shape)} does not keep the samples apart")
+    # Masked logits are infinite: behind a head that is looked through, others may be explained.
+    masked = forward.graph.head is not None and not bool(output.isnan().any())
+    if not masked and not bool(torch.isfinite(output).all()):
+        raise TargetError("the model's output holds NaN or infinite values")
+    neurons = _by_sample(output, forward).shape[1:]
+    if target is None:
+        return _largest(forward)
+    try:
+        wanted = torch.as_tensor(target, device=output.device).to_dense()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TargetError(f"a target is an int, or ints for each sample; got {target!r}") from None
+    if wanted.is_floating_point() or wanted.is_complex() or wanted.dtype is torch.bool:
+        raise TargetError(f"a target is an integer, got {wanted.dtype}")
+    if len(neurons) == 0:
+        wanted = wanted.reshape(-1)[:, None][:, :0] if bool((wanted == 0).all()) else wanted
+    elif len(neurons) == 1 and wanted.dim() < 2:
+        wanted = wanted.reshape(-1, 1)
+    elif wanted.dim() == 1:
+        wanted = wanted.reshape(1, -1)
+    if wanted.dim() != 2 or wanted.shape[1] != len(neurons) or wanted.shape[0] not in (1, batch):
+        raise TargetError(
+            f"the output has neurons of shape {tuple(neurons)} and {batch} samples: a target is "
+            f"{_ONE.get(len(neurons), f'a tuple of {len(neurons)} ints')}, or one for each "
+            f"sample; got {target!r}."
+        )
+    for axis, size in enumerate(neurons):
+        lowest = -size if len(neurons) > 1 else 0  # positions count from the end, classes do not
+        bad = wanted[:, axis][(wanted[:, axis] < lowest) | (wanted[:, axis] >= size)]
+        if bad.numel():
+            raise TargetError(
+                f"target {int(bad[0])} is out of range: the output has {size} neurons "
+                f"(0 to {size - 1})" + (f" along axis {axis}." if len(neurons) > 1 else ".")
+            )
+    sizes = torch.tensor(list(neurons), device=output.device, dtype=wanted.dtype)
+    return torch.where(wanted < 0, wanted + sizes, wanted).expand(batch, -1)
+
+
+def _largest(forward: Pass) -> Tensor:
+    """`[batch, axes]`, the index of each sample's largest output."""
+    by_sample = _by_sample(forward.returned, forward)
+    outputs = by_sample.reshape(forward.batch, -1)
+    if forward.graph.head is not None:
+        # Of those that a sigmoid has rounded to one, the largest logit.
+        behind = _by_sample(forward.output, forward).reshape(forward.batch, -1)
+        largest = outputs == outputs.amax(1, keepdim=True)
+        outputs = torch.where(largest, behind, -torch.inf)
+    places = outputs.argmax(1)
+    neurons = by_sample.shape[1:]
+    if not neurons:
+        return places.new_zeros(forward.batch, 0)
+    return torch.stack(torch.unravel_index(places, neurons), 1)
+
+
+# -- How a measure was made, so that it can be made again.
+
+
+class Explains(Protocol):
+    """What makes measures: an `Explainer`."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The measure of some inputs."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings."""
+
+
+class Recipe:
+    """An explainer and what it was called with.
+
+    Arguments:
+        inputs, named: the model's arguments, as they were: nobody else may change them.
+        target, output_relevance: what was explained; one of them is `None`.
+    """
+
+    def __init__(
+        self,
+        explainer: Explains,
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        target: Tensor | None,
+        output_relevance: Tensor | None,
+    ) -> None:
+        self.explainer = explainer
+        self.call = (tuple(inputs), dict(named), target, output_relevance)
+        self._settings = explainer.__getstate__()
+
+    def ingredients(self) -> tuple[Any, ...]:
+        """The arguments of `made`.
+
+        Raises:
+            QueryError: the explainer has other settings by now.
+        """
+        now = self.explainer.__getstate__()
+        for name in now.keys() | self._settings.keys():
+            if now.get(name) is not self._settings.get(name):
+                raise QueryError(
+                    f"the explainer's {name} changed after this measure was made, so that it "
+                    "cannot be saved or copied: it would give other numbers. Call the explainer "
+                    "again."
+                )
+        return (self.explainer, *self.call)
+
+
+def made(
+    explainer: Explains,
+    inputs: Sequence[Any],
+    named: Mapping[str, Any],
+    target: Tensor | None,
+    output_relevance: Tensor | None,
+) -> Any:
+    """The measure that was saved, made anew: the model runs forward once."""
+    return explainer(*inputs, target=target, output_relevance=output_relevance, **named)
+
+
+# -- one batch explained --------------------------------------------------------------------------
 
 
 class Explanation(Shown):
@@ -25,22 +233,15 @@ class Explanation(Shown):
             model's last function is looked through (`Explainer(head=...)`).
     """
 
-    def __init__(
-        self,
-        forward: Pass,
-        explained: Explained,
-        check: Callable[[], None] = lambda: None,
-        recipe: Recipe | None = None,
-    ) -> None:
+    def __init__(self, forward: Pass, explained: Explained, recipe: Recipe | None = None) -> None:
         self._forward_pass = forward
-        self._check = check  # that the weights are still those of the forward pass
         self._recipe = recipe
         output = forward.graph.output
         self._starts: Starts = {
             True: {output: explained.relevance.unsqueeze(0)},
             False: {output: explained.unnormalized.unsqueeze(0)},
         }
-        warn_of_output(forward, explained)
+        warn_of_output(forward, explained.relevance, explained.unnormalized)
         self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
         self._target = explained.target
         self._scale = output.per_sample(self._starts[False][output], self.batch)[0]
@@ -106,14 +307,7 @@ class Explanation(Shown):
             QueryError: the model has changed since; or `torch.autocast` is on, under which messages
                 would be rounded.
         """
-        self._check()
-        device = self._forward_pass.output.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            raise QueryError(
-                "a measure is not asked within torch.autocast, which would round its messages. Ask "
-                "it outside, or within torch.autocast(..., enabled=False)."
-            )
-        return self._forward_pass
+        return self._forward_pass.as_it_was()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickled, saved by torch and deep-copied as explainer, inputs and target.
@@ -129,7 +323,7 @@ class Explanation(Shown):
                 "this measure was not made by an Explainer, so that it cannot be made again where "
                 "it is loaded. Save its results, or call an Explainer."
             )
-        self._check()
+        self._forward_pass.as_it_was()
         return made, self._recipe.ingredients()
 
     def __copy__(self) -> Self:

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from nrm.answers import (
+from nrm.condition import (
     Answers,
+    Condition,
+    Given,
     Parts,
+    Sets,
     Together,
+    Weights,
+    as_condition,
     from_the_output,
-    marginals_of_many,
+    listed,
+    naming,
     partitions,
     weights_on,
 )
-from nrm.condition import Condition, Given, Sets, Weights, as_condition, listed, naming
 from nrm.diagnostics import Diagnostics, bias_shares, diagnose
 from nrm.engine import checked, finite
 from nrm.errors import QueryError
 from nrm.explanation import Explanation
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
+from nrm.heatmaps import marginals_of_many
 from nrm.joint import Division, Method, best_method, partition
-from nrm.prepare import Pass
 from nrm.progress import counted, narrowed
 from nrm.query import Plan
 from nrm.search import Budget, Flows, Order, Way
 from nrm.sets import resolve
-from nrm.targets import Explained, Recipe
 from nrm.views import ProperForm, depth, proper_form
 
 Within = NeuronSet | str | None
@@ -49,16 +54,6 @@ class Measure(Explanation):
     `given`, `within` and `normalized`, in the sense that is said there. Where something is
     refused, a note below the error says what was asked.
     """
-
-    def __init__(
-        self,
-        forward: Pass,
-        explained: Explained,
-        check: Callable[[], None] = lambda: None,
-        recipe: Recipe | None = None,
-    ) -> None:
-        super().__init__(forward, explained, check, recipe)
-        self._answers: WeakKeyDictionary[Condition, Answers] = WeakKeyDictionary()
 
     # -- queries ---------------------------------------------------------------------------------
 
@@ -464,6 +459,10 @@ class Measure(Explanation):
 
     # -- how a condition reaches what answers it -------------------------------------------------
 
+    @cached_property
+    def _answers(self) -> WeakKeyDictionary[Condition, Answers]:
+        return WeakKeyDictionary()
+
     @contextmanager
     def _asked(
         self,
@@ -478,7 +477,7 @@ class Measure(Explanation):
         """
         condition = as_condition(sets, given, within, normalized)
         with naming(condition.said):
-            forward = self.forward_pass
+            forward = self._forward_pass.as_it_was()
             answers = self._answers.get(condition)
             if answers is None:
                 answers = Answers(forward, self._starts, condition)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -143,9 +143,14 @@ class Pass:
         cautions: what a person was warned of.
     """
 
-    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.graph = program.graph
-        self._program, self._inputs = program, inputs
+        self._program, self._inputs, self._check = program, inputs, check
         self.telescope: Telescope | None = None
         self.cautions = Cautions()
         shapes: Mapping[Variable, torch.Size]
@@ -163,6 +168,22 @@ class Pass:
     @cached_property
     def _prepared(self) -> Prepared:
         return self._program.prepare(self._inputs)
+
+    def as_it_was(self) -> Self:
+        """This pass, to be asked now.
+
+        Raises:
+            QueryError: the model has changed since; or `torch.autocast` is on, under which messages
+                would be rounded.
+        """
+        self._check()
+        device = self.output.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            raise QueryError(
+                "a measure is not asked within torch.autocast, which would round its messages. Ask "
+                "it outside, or within torch.autocast(..., enabled=False)."
+            )
+        return self
 
     @property
     def propagations(self) -> Mapping[Operation, Propagation]:
@@ -229,9 +250,13 @@ class Program:
             if operation.rule.reads_ahead:
                 self.settings[operation].following = self._following(operation)
 
-    def run(self, inputs: Sequence[Tensor]) -> Pass:
-        """The forward pass."""
-        return Pass(self, inputs)
+    def run(self, inputs: Sequence[Tensor], check: Callable[[], None] = lambda: None) -> Pass:
+        """The forward pass.
+
+        Arguments:
+            check: raises where the model is no longer what it was; called before the pass is asked.
+        """
+        return Pass(self, inputs, check)
 
     def prepare(self, inputs: Sequence[Tensor]) -> Prepared:
         """Every operation ready for messages, keeping only what propagation needs."""

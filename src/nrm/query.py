@@ -18,7 +18,7 @@ from torch import Tensor
 from nrm.automaton import FAILS, HOLDS, Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
 from nrm.engine import Messages, send, travel
-from nrm.errors import QueryError
+from nrm.errors import CANCELS, VARIATION, QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
 from nrm.prepare import Pass
@@ -40,6 +40,16 @@ def along(
     for where in stops:
         messages = send(forward, messages, where, normalized)
     return messages
+
+
+def look_for_cancelling(forward: Pass, start: Messages, found: Messages) -> None:
+    """Warn where relevances that were found at variables cancel; one pass over each."""
+    if CANCELS in forward.cautions.said:
+        return
+    for variable, message in found.items():
+        # Of all samples together: it may be that none of them has so much.
+        if float(torch.linalg.vector_norm(message, 1)) > VARIATION:
+            warn_of_cancelling(forward, start, variable, message)
 
 
 class Query:
@@ -281,7 +291,7 @@ class Query:
 
     def _warn(self, found: Messages) -> None:
         if self.normalized:
-            warn_of_cancelling(self.forward, self.start, found)
+            look_for_cancelling(self.forward, self.start, found)
 
     def _sum(self, messages: Messages) -> Tensor:
         self._warn(messages)

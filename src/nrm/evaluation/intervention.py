@@ -20,10 +20,10 @@ from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
 from nrm.evaluation.rerun import Family, Picked, Removal, Rerun, by_variable, replacement
 from nrm.explainer import Explainer
+from nrm.explanation import Target
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
 from nrm.progress import counted
-from nrm.targets import Target
 
 Progress = bool | Callable[[int], None]
 

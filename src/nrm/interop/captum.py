@@ -17,11 +17,11 @@ from nrm.composites import Composite
 from nrm.condition import Given, Sets, listed
 from nrm.errors import InputError, QueryError, TargetError
 from nrm.explainer import Explainer
+from nrm.explanation import Target
 from nrm.graph import Variable
 from nrm.measure import Measure
 from nrm.methods import Scale, in_units
 from nrm.rules import Rule
-from nrm.targets import Target
 
 try:
     from captum.attr import Attribution, LayerAttribution
