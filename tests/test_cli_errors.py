@@ -390,7 +390,7 @@ ENDED = """
 import os, signal, sys
 from pathlib import Path
 from nrm import io
-from nrm.cli.starting import clean_up_when_ended
+from nrm.cli import clean_up_when_ended
 clean_up_when_ended()
 with io.filled_at_once(Path("out"), last="z") as staging:
     (staging / "half").write_text("x")

@@ -8,12 +8,12 @@ import pickle
 
 import pytest
 import torch
-from nrm.targets import explain_target
 from torch import nn
 
 import nrm
 from nrm import composites, graph_networks, operators, rules
 from nrm.errors import NeuronSetError, NrmError, QueryError, UnknownLayerError
+from nrm.explanation import explain_target
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import nrm
-from nrm.tables import Table
+from nrm.display import Table
 
 EVIL = "<script>alert('x')</script>"
 

@@ -1,7 +1,6 @@
 """`python -m nrm` is the command `nrm`."""
 
-from nrm.cli import main
-from nrm.cli.starting import working_folder_last
+from nrm.cli import main, working_folder_last
 
 if __name__ == "__main__":
     working_folder_last()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nrm.diagnostics import warn_of_variation
+from nrm.display import Shown, Table, sizes
 from nrm.engine import Messages, finite
 from nrm.errors import NrmError, QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction
@@ -21,7 +22,6 @@ from nrm.prepare import Pass
 from nrm.query import Plan, Query, Starts
 from nrm.search import Budget, Flows, Order, Way, find_flows
 from nrm.sets import Stops, divide, laid_out, resolve
-from nrm.tables import Shown, Table, sizes
 from nrm.tensors import check_dense
 
 Weights = Mapping[str, Tensor]

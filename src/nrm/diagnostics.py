@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nrm.display import Shown, Table, numbers
 from nrm.engine import Messages, send
 from nrm.errors import CANCELS, VARIATION
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Columns, fill
 from nrm.prepare import Pass
-from nrm.tables import Shown, Table, numbers
 
 
 @dataclass(frozen=True)

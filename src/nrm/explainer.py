@@ -20,6 +20,7 @@ from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
 from nrm.composites import Composite, Everywhere, suggested
+from nrm.display import Shown, Table
 from nrm.errors import InputError, QueryError, TargetError
 from nrm.explanation import Recipe, Target, explain_relevance, explain_target
 from nrm.graph import Graph
@@ -28,7 +29,6 @@ from nrm.measure import Measure
 from nrm.operators import Operator
 from nrm.prepare import Program
 from nrm.rules import Rule
-from nrm.tables import Shown, Table
 from nrm.tensors import check_dense
 from nrm.views import Listing, settings_table
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from nrm.diagnostics import warn_of_output
+from nrm.display import Shown, Table, numbers, sizes
 from nrm.errors import PositiveSumError, QueryError, TargetError
 from nrm.graph import Graph
 from nrm.prepare import Pass
 from nrm.query import Starts
-from nrm.tables import Shown, Table, numbers, sizes
 from nrm.tensors import check_dense
 
 _ONE = {0: "0, the only neuron", 1: "an int"}

@@ -21,13 +21,13 @@ from torch.fx import Node
 
 from nrm.capture.nodes import is_float_tensor
 from nrm.operators import Call, Function, function_of, picks, row_of
-from nrm.operators.functions import GATHER, NEGATIVE, SIGN, TIMES, UNKNOWN, WITH_AXIS, WITHOUT_AXIS
+from nrm.operators.call import GATHER, NEGATIVE, SIGN, TIMES, UNKNOWN, WITH_AXIS, WITHOUT_AXIS
 
 Heads = Literal["logits", "keep"]
 """Whether the last function is looked through, or explained with all the rest."""
 
 _LOGITS = ("softmax", "log_softmax", "sigmoid", "log_sigmoid")
-"""Functions whose argument is called a logit, by role (`nrm.operators.functions`)."""
+"""Functions whose argument is called a logit, by role (`nrm.operators.call`)."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from nrm.condition import (
     weights_on,
 )
 from nrm.diagnostics import Diagnostics, bias_shares, diagnose
+from nrm.display import counted, narrowed
 from nrm.engine import checked, finite
 from nrm.errors import QueryError
 from nrm.explanation import Explanation
@@ -33,7 +34,6 @@ from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
 from nrm.heatmaps import marginals_of_many
 from nrm.joint import Division, Method, best_method, partition
-from nrm.progress import counted, narrowed
 from nrm.query import Plan
 from nrm.search import Budget, Flows, Order, Way
 from nrm.sets import resolve

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from nrm.condition import Given, Sets, only_formulas
+from nrm.display import Shown, Table, sizes
 from nrm.errors import NeuronSetError, QueryError, TargetError
 from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.formulas import NeuronSet, every_neuron, united
 from nrm.measure import Measure
 from nrm.sets import channels, divide, mask, neurons
-from nrm.tables import Shown, Table, sizes
 
 Scale = Literal["normalized", "logit"]
 

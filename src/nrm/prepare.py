@@ -22,11 +22,10 @@ from nrm.capture.store import Shared
 from nrm.errors import Cautions, InputError, NrmError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Call, Propagation, Setting, in_place, picks, reads_layout
-from nrm.operators.functions import ALIAS
+from nrm.operators.call import ALIAS
 from nrm.rules import PathIntegrated
 from nrm.rules.contributions import Baseline
 from nrm.telescope import Differentiating, Fusion, HiddenSumError, Telescope, fusions, telescopes
-from nrm.tensors import same_memory
 from nrm.zeros import ExplicitZeros
 
 
@@ -455,7 +454,10 @@ def _reads(graph: Graph, node: Node) -> Sequence[Node]:
 
 def _is_new(output: Tensor, seen: Sequence[Any]) -> bool:
     """Whether what an operator computed shares no memory with what it read."""
-    return not any(isinstance(value, Tensor) and same_memory(output, value) for value in seen)
+    memory = output.untyped_storage().data_ptr()
+    return not any(
+        isinstance(value, Tensor) and value.untyped_storage().data_ptr() == memory for value in seen
+    )
 
 
 def _batch_size(graph: Graph, shapes: Mapping[Variable, torch.Size]) -> int:

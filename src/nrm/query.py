@@ -17,13 +17,13 @@ from torch import Tensor
 
 from nrm.automaton import FAILS, HOLDS, Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
+from nrm.display import Shown, Table
 from nrm.engine import Messages, send, travel
 from nrm.errors import CANCELS, VARIATION, QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
 from nrm.prepare import Pass
 from nrm.sets import Mask, Stops, resolve, variables_of
-from nrm.tables import Shown, Table
 
 Starts = Mapping[bool, Messages]
 """The messages at the output: normalised, by `True`, and unnormalised."""

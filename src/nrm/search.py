@@ -27,13 +27,13 @@ from torch import Tensor
 
 from nrm.bounds import Arrivals, Interval, arrivals, intervals
 from nrm.contraction import Contraction, contracted_pairs
+from nrm.display import Shown, Table
 from nrm.engine import Absolute, checked, finite, send_between
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
 from nrm.joint import ByNeuron, Partition, contraction_between
 from nrm.prepare import Pass
-from nrm.tables import Shown, Table
 
 Order = Literal["largest", "smallest", "absolute"]
 """Which flows are wanted: those with the largest, smallest or absolutely largest relevance."""

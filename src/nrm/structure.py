@@ -268,7 +268,7 @@ def gate_ranks(
 
 
 def gate_rank(node: Node, carries: Callable[[Node], bool]) -> int:
-    """0 for a value; the larger, the more `node` is a gate (`nrm.operators.functions`)."""
+    """0 for a value; the larger, the more `node` is a gate (`nrm.operators.call`)."""
     source: Node | None = node
     while source is not None:
         rank = function_of(source).gate

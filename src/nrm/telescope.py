@@ -26,7 +26,8 @@ from nrm.capture.expand import attention, attention_scores
 from nrm.capture.run import Interpreter, Plan, Values
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Setting
-from nrm.tensors import column_floor, gradient_share, smaller_than, without_vanished
+from nrm.operators.columns import column_floor, smaller_than, without_vanished
+from nrm.tensors import gradient_share
 
 
 @dataclass

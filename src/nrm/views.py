@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nrm.display import Shown, Table, sizes
 from nrm.engine import Messages, send
 from nrm.errors import UnknownLayerError
 from nrm.graph import Graph, Variable
 from nrm.prepare import Pass
-from nrm.tables import Shown, Table, sizes
 
 
 @dataclass(frozen=True)

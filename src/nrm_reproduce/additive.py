@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nrm import Explainer, clusters
 from nrm.composites import GammaFlat
+from nrm.display import counted
 from nrm.errors import QueryError
 from nrm.evaluation import (
     Evaluation,
@@ -37,7 +38,6 @@ from nrm.evaluation import (
 from nrm.evaluation.faithfulness import SCORES as SINGLE
 from nrm.evaluation.faithfulness import Row as Correlation
 from nrm.evaluation.store import Store, digest
-from nrm.progress import counted
 from nrm_reproduce.cnn import Pair, count_pairs, layer_pairs
 from nrm_reproduce.comparison import Array, Cloud, draw_correlations, draw_scatter, some
 from nrm_reproduce.data import Photo

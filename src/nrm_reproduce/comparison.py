@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nrm import Explainer, Measure, NeuronSet
 from nrm.composites import Composite
+from nrm.display import counted
 from nrm.evaluation import (
     Evaluation,
     Families,
@@ -30,7 +31,6 @@ from nrm.evaluation import (
 from nrm.evaluation.faithfulness import SCORES, By, Score
 from nrm.evaluation.faithfulness import Row as Found
 from nrm.evaluation.store import digest
-from nrm.progress import counted
 from nrm.rules import Occlusion, Rule, Zero
 from nrm_reproduce.networks import of_class
 from nrm_reproduce.report import GREY, STYLE, Request, Row

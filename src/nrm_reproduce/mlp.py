@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from nrm.display import counted
 from nrm.evaluation import Evaluation
 from nrm.evaluation.faithfulness import SCORES
-from nrm.progress import counted
 from nrm.rules import PlainGamma
 from nrm_reproduce import comparison
 from nrm_reproduce.comparison import (

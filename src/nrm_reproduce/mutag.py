@@ -34,10 +34,10 @@ from torch import Tensor
 
 from nrm import Explainer, Measure
 from nrm.composites import Composite, path
+from nrm.display import counted
 from nrm.errors import InputError
 from nrm.evaluation.store import Store, digest
 from nrm.graph_networks import node_layers, node_walks, nodes, subgraph
-from nrm.progress import counted
 from nrm.rules import PlainGamma
 from nrm.tensors import one_thread
 from nrm_reproduce.data import ATOMS, Molecule, load_molecules

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from nrm import Explainer, rules
 from nrm.composites import Composite, Everywhere, LRPAll
+from nrm.display import counted
 from nrm.evaluation.store import Store
-from nrm.progress import counted
 from nrm.tensors import one_thread
 from nrm_reproduce.data import Series, Task, middle
 from nrm_reproduce.networks import train_rnn

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from nrm.capture.digest import place_of
 from nrm.errors import CaptureError, InputError
-from nrm.operators.functions import BITS, CAST
+from nrm.operators.call import BITS, CAST
 
 Output = str | int | Sequence[str | int] | Callable[[Any], Tensor] | None
 """Which of a model's outputs is explained: a name, an index, a path of them, or a function of the

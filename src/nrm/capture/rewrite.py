@@ -25,8 +25,8 @@ from nrm.capture import nodes as addresses
 from nrm.capture.nodes import dependents, is_float_tensor
 from nrm.errors import CaptureError
 from nrm.operators import COMPLEX_LINEAR, Block, Call, Operator, has_row, lookup, picks, standard
+from nrm.operators.call import ALIAS, Rescaling
 from nrm.operators.custom import is_linear
-from nrm.operators.functions import ALIAS, Rescaling
 from nrm.operators.sums import scale_and_shift
 
 # -- regions: parts of a model under `torch.autocast`, or with gradients switched on or off --------

@@ -30,7 +30,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nrm.cli.starting import INTERRUPTED, interrupts_raise
+from nrm.cli import INTERRUPTED, interrupts_raise
 from nrm.errors import NrmError, one_line, printable
 
 TOP = "top1"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nrm import __version__
+from nrm.display import counted
 from nrm.engine import checked
 from nrm.errors import InputError, QueryError
 from nrm.evaluation.intervention import Interventions, joint_contributions
@@ -41,7 +42,6 @@ from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
 from nrm.joint import Division, Partition, partition
 from nrm.measure import Measure
-from nrm.progress import counted
 
 By = Division | Callable[[Measure, str], Iterable[NeuronSet]]
 """What a layer is divided into; or a function that gives neuron sets of it, such as clusters."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nrm.capture.call import ModelCall, without_autocast
+from nrm.display import counted
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
@@ -23,7 +24,6 @@ from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
-from nrm.progress import counted
 
 Progress = bool | Callable[[int], None]
 

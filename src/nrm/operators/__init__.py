@@ -1,12 +1,10 @@
 """How relevance passes each kind of operator, and the table that says which kind each one is."""
 
-from nrm.operators.call import Call, Slot, fill, picks
-from nrm.operators.contribution import Contribution
+from nrm.operators.call import GATE, SQUASHED, WEIGHTS, Call, Function, Slot, fill, picks
 from nrm.operators.custom import Block, operation
 from nrm.operators.derivatives import LocalLinear, ToFirstOrder
-from nrm.operators.functions import GATE, SQUASHED, WEIGHTS, Function
 from nrm.operators.products import MatrixProduct, Product, Quotient
-from nrm.operators.propagation import Columns, Propagation, Setting
+from nrm.operators.propagation import Columns, Contribution, Propagation, Setting
 from nrm.operators.routing import Identity, Routing
 from nrm.operators.row import Operator
 from nrm.operators.sums import Sum, WeightedSum

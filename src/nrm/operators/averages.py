@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nrm.operators.call import Call
-from nrm.operators.contribution import Contribution
-from nrm.operators.functions import UNKNOWN, Function
-from nrm.operators.propagation import Setting
+from nrm.operators.call import UNKNOWN, Call, Function
+from nrm.operators.propagation import Contribution, Setting
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation
 from nrm.tensors import like

@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 
 from nrm.errors import QueryError
-from nrm.operators.contribution import Contribution, TermSum, add_up
-from nrm.operators.propagation import Columns, Propagation, Setting, refuse_failing
-from nrm.rules import Gate
-from nrm.tensors import (
-    Coordinates,
-    any_below,
-    column_floor,
+from nrm.operators.propagation import (
+    Columns,
+    Contribution,
+    Propagation,
+    Setting,
+    TermSum,
+    add_up,
     dense,
-    smaller_than,
+    refuse_failing,
     sum_to,
-    where_not_below,
 )
+from nrm.rules import Gate
+from nrm.tensors import with_slope
+
+Coordinates = tuple[Tensor, ...]
+"""Neurons, by one tensor of indices for each axis."""
+
+_PIECE = 2**18  # elements: what is computed on the way stays in the cache
 
 Sums = tuple[Tensor, Coordinates | None]
 """Sums over parents, which may broadcast to the output, and where they vanish."""
@@ -412,3 +418,88 @@ class _SumsOnDemand(Sequence[Tensor]):
         if not -self._length <= index < self._length:
             raise IndexError(index)
         return self._owner.group(index).output.detach()
+
+
+# -- which columns vanish, and where a message opposes them ----------------------------------------
+
+
+def column_floor(dtype: torch.dtype) -> float:
+    """A column whose sum is no larger than this vanishes, whatever the rule."""
+    return torch.finfo(dtype).tiny
+
+
+def without_vanished(value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sums, through which no derivative passes where they vanish.
+
+    A neuron whose contributions cancel has no relevance to pass on, but its derivative does not
+    vanish with it.
+
+    Returns:
+        the same values; and where they are not zero but count as zero (`None`: nowhere, as far as
+        is known without waiting for a device).
+    """
+    seen, floor = value.detach(), column_floor(value.dtype)
+    if value.device.type == "cpu":
+        at = smaller_than(seen, floor)
+        if at is None:
+            return value, None
+        small = bool((seen[at] != 0).any())
+        kept = torch.ones(seen.shape, dtype=torch.bool)
+        kept[at] = False
+    else:
+        kept, small = seen.abs() > floor, True
+    return with_slope(value, value, kept), (~kept & (seen != 0)) if small else None
+
+
+def smaller_than(value: Tensor, bound: float) -> Coordinates | None:
+    """Where `|value| <= bound`; `None`: nowhere."""
+    if value.device.type != "cpu":
+        small = value.abs() <= bound
+        return tuple(small.nonzero(as_tuple=True)) if bool(small.any()) else None
+    if 0 < value.numel() <= _PIECE and float(value.abs().amin()) > bound:
+        return None
+    order = _memory_order(value)
+    found = []
+    for begin, piece in _pieces(value.permute(order).reshape(-1)):
+        size = piece.abs()
+        if float(size.amin()) <= bound:
+            found.append((size <= bound).nonzero()[:, 0] + begin)
+    if not found:
+        return None
+    rest, laid = torch.cat(found), {}
+    for axis in reversed(order):
+        laid[axis] = rest % value.shape[axis]
+        rest = rest // value.shape[axis]
+    return tuple(laid[axis] for axis in range(value.dim()))
+
+
+def any_below(message: Tensor, value: Tensor) -> bool:
+    """Whether any of K messages `[K, *shape]` is not zero where a value `[*shape]` is negative."""
+    if message.device.type != "cpu":
+        return not torch.equal(message, where_not_below(message, value))
+    order = _memory_order(value)
+    below = value.permute(order).reshape(-1)
+    for one in message:
+        flat = one.permute(order).reshape(-1)
+        for (_, m), (_, v) in zip(_pieces(flat), _pieces(below), strict=True):
+            if not torch.equal(m, where_not_below(m, v)):
+                return True
+    return False
+
+
+def where_not_below(message: Tensor, value: Tensor) -> Tensor:
+    """The message where a value is not negative, zero elsewhere."""
+    bound = -torch.finfo(value.dtype).tiny
+    kept: Tensor = torch.ops.aten.threshold_backward(message, value.expand_as(message), bound)
+    return kept
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The axes as they lie in memory, the slowest first."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+
+
+def _pieces(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for begin in range(0, flat.numel(), _PIECE):
+        yield begin, flat[begin : begin + _PIECE]

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call
-from nrm.operators.contribution import Contribution, Dense, Kernel, for_each_axis, through_matrix
-from nrm.operators.propagation import Setting
+from nrm.operators.connections import Dense, Kernel, for_each_axis
+from nrm.operators.propagation import Contribution, Setting, through_matrix
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Rule
-from nrm.tensors import per_channel, plain_strides
+from nrm.tensors import per_channel
 
 _MANY = 64
 """From so many channels on it is worth to look for those that hold nothing."""
@@ -339,3 +339,13 @@ class TransposedConvolution(WeightedSum):
         if bias is None:
             return None
         return per_channel(bias, dim, 1 - call["weight"].dim())
+
+
+def plain_strides(x: Tensor) -> Tensor:
+    """Channels last as operators recognise it also where the first axis has one element.
+
+    Its stride says nothing then, and some operators leave one there at which others copy.
+    """
+    if x.dim() == 4 and len(x) == 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.as_strided(x.shape, (x.numel(), *x.stride()[1:]))
+    return x

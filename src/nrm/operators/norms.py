@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.call import Call, fill
-from nrm.operators.contribution import Contribution, OneParent
-from nrm.operators.functions import WEIGHTS, Function
-from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.call import WEIGHTS, Call, Function, fill
+from nrm.operators.connections import OneParent
+from nrm.operators.propagation import Contribution, Propagation, Setting
 from nrm.operators.routing import Unchanged
 from nrm.operators.sums import Elementwise, WeightedSum
 from nrm.rules import Activation, Identity, Rule, Weight

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nrm.operators.call import Call, fill
 from nrm.operators.columns import SharedOut
-from nrm.operators.contribution import Connections, Contribution, Piece, TermSum, add_up
-from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.connections import Connections, Piece
+from nrm.operators.propagation import Contribution, Propagation, Setting, TermSum, add_up
 from nrm.rules import Occlusion
 
 CHUNK = 2**20

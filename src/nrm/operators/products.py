@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.call import Call, Slot, fill, only_operand
-from nrm.operators.contribution import Connections, Contribution, Dense, through_matrix
-from nrm.operators.functions import Function, Order, Rescaling
-from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.call import Call, Function, Order, Rescaling, Slot, fill, only_operand
+from nrm.operators.connections import Connections, Dense
+from nrm.operators.propagation import Contribution, Propagation, Setting, through_matrix
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.sums import WeightedSum

@@ -17,8 +17,18 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.call import Call, Slot, fill, only_operand
-from nrm.operators.functions import INVERSE_ROOT, ROOT, UNKNOWN, Function, Order, Rescaling
+from nrm.operators.call import (
+    INVERSE_ROOT,
+    ROOT,
+    UNKNOWN,
+    Call,
+    Function,
+    Order,
+    Rescaling,
+    Slot,
+    fill,
+    only_operand,
+)
 from nrm.operators.propagation import Propagation, Setting, pull_back
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.rules import Rule
@@ -36,7 +46,7 @@ class Identity(Operator):
             `f(x) / x`, of the first two it is the derivative; others may not.
         elementwise: whether it is; some that are not pass relevance as if they were.
         gate: how much of a gate the result is as a factor of a product
-            (see `nrm.operators.functions`); 0: it is a value.
+            (see `nrm.operators.call`); 0: it is a value.
         keeps_zeros: whether explicit zeros pass, where it makes zero of zero, which is seen when
             it runs; by default where it is elementwise, or zero at zero.
         function: what else is known of it.

@@ -18,8 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.call import Call, fill
-from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
+from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, fill
 from nrm.operators.propagation import Propagation, Setting
 from nrm.rules import Rule
 

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.call import Call, Slot, fill, only_operand
+from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, Slot, fill, only_operand
 from nrm.operators.columns import SharedOut
-from nrm.operators.contribution import Contribution, OneParent
-from nrm.operators.functions import UNKNOWN, Function, Order, Rescaling
+from nrm.operators.connections import OneParent
 from nrm.operators.occlusion import Occluded
-from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.propagation import Contribution, Propagation, Setting
 from nrm.operators.routing import Unchanged
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.rules import Activation, LocalLinear, Rule, Zero

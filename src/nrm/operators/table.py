@@ -18,9 +18,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.averages import Averaging, Interpolation
-from nrm.operators.call import Call, picks
-from nrm.operators.derivatives import LocalLinear
-from nrm.operators.functions import (
+from nrm.operators.call import (
     GATE,
     INVERSE,
     INVERSE_ROOT,
@@ -30,8 +28,11 @@ from nrm.operators.functions import (
     UNKNOWN,
     VIEW,
     WEIGHTS,
+    Call,
     Function,
+    picks,
 )
+from nrm.operators.derivatives import LocalLinear
 from nrm.operators.layers import Layer, TransposedConvolution
 from nrm.operators.norms import (
     LogSoftmax,

@@ -1,12 +1,16 @@
-"""What a person sees of a result: a table as text, in a notebook and on rich's consoles."""
+"""What a person sees: a result as a table (text, notebook, rich), and how far long work is."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from nrm.errors import QueryError
 
 ROWS = 10
 """Rows that a `repr` shows; `print` shows all."""
@@ -112,3 +116,63 @@ def numbers(values: Sequence[float], most: int = 4) -> str:
     """Some numbers to read, one for each sample."""
     shown = ", ".join(f"{value:.4g}" for value in values[:most])
     return shown if len(values) <= most else f"{shown}, … ({len(values)} samples)"
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted(
+    progress: bool | Callable[[int], None], what: str, total: int
+) -> Iterator[Callable[[int], None]]:
+    """A function to call with how many of `total` things have just been done.
+
+    Arguments:
+        progress: whether to show a bar, or what to call instead.
+    """
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield lambda done: None
+    else:
+        bars = _bars()
+        with bars:
+            task = bars.add_task(what, total=total)
+            yield lambda done: bars.advance(task, done)
+
+
+@contextmanager
+def narrowed(
+    progress: bool | Callable[[float], None], what: str
+) -> Iterator[Callable[[float], None]]:
+    """A function to call with the gap that a search has left to close.
+
+    Arguments:
+        progress: whether to show it, or what to call instead.
+    """
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield lambda gap: None
+    else:
+        bars = _bars()
+        with bars:
+            task = bars.add_task(what, total=None)
+
+            def advance(gap: float) -> None:
+                left = "" if math.isinf(gap) else f", gap {gap:.2g}"
+                bars.update(task, advance=1, description=what + left)
+
+            yield advance
+
+
+def _bars() -> Any:
+    """On stderr, gone when it is full."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ModuleNotFoundError:
+        raise QueryError(
+            "progress bars need rich: pip install 'nrm[cli]', or give a function to call."
+        ) from None
+    return Progress(console=Console(stderr=True), transient=True)
