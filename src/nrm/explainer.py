@@ -14,14 +14,14 @@ from torch.utils import _pytree as pytree
 
 from nrm.build import build_graph
 from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
-from nrm.capture.digest import Digest, contents
+from nrm.capture.digest import contents, refuse_changed
 from nrm.capture.export import capture, reproduces
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
 from nrm.composites import Composite, Everywhere, suggested
 from nrm.display import Shown, Table
-from nrm.errors import InputError, QueryError, TargetError
+from nrm.errors import InputError, TargetError
 from nrm.explanation import Recipe, Target, explain_relevance, explain_target
 from nrm.graph import Graph
 from nrm.heads import Heads
@@ -237,7 +237,7 @@ class Explainer(Shown):
         if len(read) < len(constants):  # copies of what is in half precision
             tensors = (*self.model.parameters(), *self.model.buffers())
             read += [t for t in tensors if wide(t) is not t]
-        return entry.program, partial(_refuse_changed, read, state.digests(read))
+        return entry.program, partial(refuse_changed, read, state.digests(read))
 
     def _known(self, call: ModelCall, along: int | None, samples: int) -> Entry | None:
         """What was captured before, if it still is the model."""
@@ -454,11 +454,3 @@ def _signature(call: ModelCall, along: int | None) -> tuple[Any, ...]:
     """What calls of any batch size have in common that one graph may serve."""
     shapes = ((_without(x.shape, along), x.dtype, x.device) for x in call.tensors)
     return (along, *call.key, *shapes)
-
-
-def _refuse_changed(read: Sequence[Tensor], held: Sequence[Digest]) -> None:
-    if contents(read) != held:
-        raise QueryError(
-            "the model's weights changed after this measure was made, and it reads them when it "
-            "is asked. Call the explainer again."
-        )
