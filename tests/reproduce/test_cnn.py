@@ -61,11 +61,6 @@ class Tiny(nn.Module):
         return self.classifier(torch.cat([self.beside(x), self.expand(x)], 1)).flatten(1)
 
 
-LAYERS = ("squeeze.1", "expand.1")
-TINY_CLUSTERS = replace(CLUSTERS, k={"SqueezeNet": 3})
-PLANS = [CHANNELS, TINY_CLUSTERS]
-
-
 def photo(seed=0):
     x = torch.rand(1, 3, 13, 13, generator=torch.Generator().manual_seed(seed))
     return Photo(f"picture {seed}", x, x[0].permute(1, 2, 0).numpy())
@@ -81,8 +76,9 @@ def comparison_of(model, plan, layers=LAYERS):
     return one
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
+    """One for all tests, none of which changes it."""
     torch.manual_seed(2)
     model = Tiny().eval()
     model.classifier[1].bias.data += 1  # no class is without any activation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -37,9 +38,16 @@ from .test_comparison import asked, network
 TRIPLE = ("x", *LAYERS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
+    """One for all tests, none of which changes it."""
     return network().double()
+
+
+@cache
+def built(widths):
+    """The network of a trial, which is captured once."""
+    return network(widths)
 
 
 def cosine(a, b):
@@ -111,7 +119,7 @@ def test_every_walk_has_a_name_of_its_own():
 def trials(request):
     """Two networks, with a few walks each."""
     for name, widths in (("one", (7, 5)), ("two", (6, 4))):
-        model = network(widths)
+        model = built(widths)
         x = torch.rand(5, 6, generator=torch.Generator().manual_seed(2))
         samples = [(str(n), x[n : n + 1]) for n in range(5)]
         walks = (zero("input"), gamma(0.1, "drop"), REST)
