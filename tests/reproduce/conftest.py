@@ -25,6 +25,25 @@ def _trained_in_a_hurry():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch):
+    """Figures are drawn with few pixels, which take longest."""
+    matplotlib = pytest.importorskip("matplotlib", reason="nrm[reproduce] is not installed")
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 30)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are empty, where a test reads what was found: drawing takes longer."""
+    from matplotlib.figure import Figure
+
+    from nrm_reproduce import cnn, mlp, rules
+
+    for module in (cnn, mlp, rules):
+        for name in [name for name in vars(module) if name.startswith("draw_")]:
+            monkeypatch.setattr(module, name, lambda *_: Figure())
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data sets and pretrained networks, which is not everywhere."""

@@ -69,7 +69,7 @@ def test_the_experiment_from_end_to_end(run, result, tmp_path):
     assert str(out / PAGE) in found.output
 
 
-def test_it_goes_on_after_an_interruption(run, command, result, tmp_path, monkeypatch):
+def test_it_goes_on_after_an_interruption(run, command, result, undrawn, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     run(whole)
 
@@ -100,7 +100,7 @@ def test_it_goes_on_after_an_interruption(run, command, result, tmp_path, monkey
     assert result(out) == result(whole)
 
 
-def test_more_samples_keep_those_before(run, result, tmp_path):
+def test_more_samples_keep_those_before(run, result, undrawn, tmp_path):
     out = tmp_path / "out"
     run(out, samples=1)
     before = result(out)["details"]["relu1, relu2"]["samples"]
