@@ -32,7 +32,7 @@ def half(R, layer, rng):
     return chosen, {(layer, int(i)) for i in np.flatnonzero(bits)}
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=LAYERS, scope="module")
 def case(request):
     """A measure, for each sample all walks, and three neuron sets as such and for the oracle."""
     made = make(request.param, "gamma", False, seed=3)
