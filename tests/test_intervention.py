@@ -944,3 +944,18 @@ def test_removals_by_layer_are_zero_mean_or_numbers() -> None:
             removed({"1": value})
     sets = [[nrm.neurons("1", 2)]]
     torch.testing.assert_close(removed({"1": "mean"}).without(sets), removed("mean").without(sets))
+
+
+def test_a_set_that_a_later_removal_wakes_is_removed_too() -> None:
+    """Neuron 3 is silent until neuron 1 of the layer below is gone; then it is the whole output."""
+    layers = [nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1)]
+    model = nn.Sequential(*layers).double().eval()
+    weights = ([[1.0, 0.0], [0.0, 1.0]], [[1.0, -2.0]], [[1.0]])
+    for layer, weight in zip(layers[::2], weights, strict=True):
+        layer.weight.data = torch.tensor(weight, dtype=torch.float64)
+        nn.init.zeros_(layer.bias)
+    study = nrm.Interventions(nrm.Explainer(model), torch.ones(1, 2).double(), target=0)
+    upper, others = nrm.neurons("1", 1), [nrm.neurons("input", 0), nrm.neurons("3", 0)]
+    found = study.joint([upper], others)
+    # f - f(without A) - f(without B) + f(without both) = 0 - 1 - 0 + 0
+    torch.testing.assert_close(found, torch.tensor([[-1.0, -1.0]]).double())

@@ -455,6 +455,10 @@ class Combinations:
         family = self.families[level]
         if level and len(family.picked) > 1:
             return None  # some of it is computed after the removal of the rest
+        later = {node for other in self.families[level + 1 :] for node in other.picked}
+        woken = {n for node in later for n in self.rerun.changed_by({node}) - {node}}
+        if not woken.isdisjoint(family.picked):
+            return None  # what is silent now may not be once a later family is removed
         found = None
         for node, picked in family.picked.items():
             differs = self._rows(node, state) != self.removed[node]
