@@ -14,15 +14,13 @@ from nrm.condition import (
     Answers,
     Condition,
     Given,
-    Parts,
+    Reading,
     Sets,
     Together,
     Weights,
     as_condition,
-    from_the_output,
     listed,
     naming,
-    partitions,
     weights_on,
 )
 from nrm.diagnostics import Diagnostics, bias_shares, diagnose
@@ -33,7 +31,15 @@ from nrm.explanation import Explanation
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
 from nrm.heatmaps import marginals_of_many
-from nrm.joint import Division, Method, best_method, partition
+from nrm.joint import (
+    Division,
+    Method,
+    Parts,
+    best_method,
+    from_the_output,
+    partition,
+    partitions,
+)
 from nrm.query import Plan
 from nrm.search import Budget, Flows, Order, Way
 from nrm.sets import resolve
@@ -58,7 +64,7 @@ class Measure(Explanation):
     # -- queries ---------------------------------------------------------------------------------
 
     def __call__(
-        self, *sets: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self, *sets: Sets, given: Given = None, within: Within = None, normalized: Reading = True
     ) -> Tensor:
         """The joint relevance `R(A, B, ...)` (eq. 9), or conditional `R(A, ... | given)` (eq. 11).
 
@@ -71,7 +77,11 @@ class Measure(Explanation):
             return asked.total()
 
     def relevances(
-        self, *formulas: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self,
+        *formulas: Sets,
+        given: Given = None,
+        within: Within = None,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of several formulas in one run (`plan` says at what cost).
 
@@ -84,13 +94,21 @@ class Measure(Explanation):
         return self._together(formulas, given, within, normalized, Together.totals)
 
     def plan(
-        self, *formulas: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self,
+        *formulas: Sets,
+        given: Given = None,
+        within: Within = None,
+        normalized: Reading = True,
     ) -> Plan:
         """How many messages `relevances` of these formulas sends; nothing is sent."""
         return self._together(formulas, given, within, normalized, Together.plan)
 
     def outcomes(
-        self, *formulas: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self,
+        *formulas: Sets,
+        given: Given = None,
+        within: Within = None,
+        normalized: Reading = True,
     ) -> dict[tuple[bool, ...], Tensor]:
         """The relevance `[batch]` of each combination of formulas that hold, in one run.
 
@@ -109,7 +127,7 @@ class Measure(Explanation):
         *sets: Sets,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """`R(i, A, ...)` for every neuron i of a layer, jointly with sets anywhere (eq. 37).
 
@@ -134,7 +152,7 @@ class Measure(Explanation):
         layers: Collection[str] | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> dict[str, Tensor]:
         """`R(i, A, ...)` for every neuron i of every layer, in two passes (forward-backward).
 
@@ -160,7 +178,7 @@ class Measure(Explanation):
         layers: Collection[str] | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> dict[str, Tensor]:
         """`R(A, ... | j)` for every neuron j downstream of the sets, in one pass.
 
@@ -192,7 +210,7 @@ class Measure(Explanation):
         over: Literal["sum", "product"] = "sum",
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of walks with a weight (eq. 33): `sum_w v(w) R(w)`.
 
@@ -219,7 +237,7 @@ class Measure(Explanation):
         layers: int | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The additive relevance of neuron sets (Def. 3, Thm. 3): how much of a walk lies in them.
 
@@ -247,7 +265,7 @@ class Measure(Explanation):
         at: str | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of every input element, jointly with sets: LRP, CRP and eq. 37.
 
@@ -268,7 +286,7 @@ class Measure(Explanation):
         at: str | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
         memory: int = 2**28,
         progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
@@ -300,7 +318,7 @@ class Measure(Explanation):
         at: str | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of every token: that of its embedding's neurons together.
 
@@ -322,7 +340,7 @@ class Measure(Explanation):
         *sets: Sets,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of every channel of a layer, jointly with sets anywhere: `[batch, C]`.
 
@@ -469,7 +487,7 @@ class Measure(Explanation):
         sets: Sequence[Sets],
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Iterator[Answers]:
         """What answers a condition, kept as long as the caller keeps the condition.
 
@@ -489,7 +507,7 @@ class Measure(Explanation):
         formulas: Sequence[Sets],
         given: Given,
         within: Within,
-        normalized: bool,
+        normalized: Reading,
         answer: Callable[[Together], T],
     ) -> T:
         """What answers several conditions in one run, if they count walks alike."""

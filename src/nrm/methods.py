@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nrm.condition import Given, Sets, only_formulas
+from nrm.condition import Given, Reading, Sets, only_formulas
 from nrm.display import Shown, Table, sizes
 from nrm.errors import NeuronSetError, QueryError, TargetError
 from nrm.explainer import Explainer
@@ -248,7 +248,7 @@ def _numbers(name: str, chosen: Any) -> tuple[int, ...]:
 
 
 def subgraph(
-    R: Measure, *sets: Sets, normalized: bool = True, scale: Scale = "normalized"
+    R: Measure, *sets: Sets, normalized: Reading = True, scale: Scale = "normalized"
 ) -> Tensor:
     """Subgraph relevance: `R(S_0, ..., S_{L-1} | k)`, of the walks inside a set of each layer.
 
@@ -268,7 +268,7 @@ def walk(
     R: Measure,
     path: Mapping[str, int | tuple[int, ...]],
     *,
-    normalized: bool = True,
+    normalized: Reading = True,
     scale: Scale = "normalized",
 ) -> Tensor:
     """GNN-LRP: `R(i_0, ..., i_{L-1} | k)`, the relevance of one walk (eq. 12).
