@@ -26,7 +26,7 @@ def stabilized(z: np.ndarray, by: float = STABILIZER) -> np.ndarray:
     return z + by * np.where(z < 0, -1.0, 1.0)
 
 
-# -- the rules, written out: T~ over its denominator, `[parents and bias, neurons]` -----------------
+# -- the rules, written out: T~ over its denominator, `[parents and bias, neurons]` ----------------
 
 
 def by_sum(terms: np.ndarray, by: float = STABILIZER) -> np.ndarray:
@@ -115,15 +115,14 @@ def test_epsilon_absorbs_and_alpha_beta_keeps_its_sums():
     layer.weight.data = torch.tensor([[1.0, 2.0]]).double()
     x = torch.ones(1, 2).double()
     R = nrm.Explainer(layer, Everywhere(rules.Epsilon(1.0)))(x)
-    torch.testing.assert_close(
-        R.heatmap(normalized="original"), 3 * torch.tensor([[0.25, 0.5]]).double()
-    )
+    found = R.heatmap(normalized="original")
+    torch.testing.assert_close(found, 3 * torch.tensor([[0.25, 0.5]]).double())
     R = nrm.Explainer(layer, Everywhere(rules.AlphaBeta(2, 1)))(x)  # nothing negative: twice
     found = R.heatmap(normalized=rules.Original(0))
     torch.testing.assert_close(found, torch.tensor([[2.0, 4.0]]).double(), atol=1e-12, rtol=0)
 
 
-# -- queries -----------------------------------------------------------------------------------------
+# -- queries ---------------------------------------------------------------------------------------
 
 
 def test_sets_are_what_arrives_at_the_last_of_them(network):
@@ -171,7 +170,7 @@ def test_what_only_lossless_walks_have_is_refused(network):
         rules.Original(-1.0)
 
 
-# -- LSTM: the reference's formula, eps = 0.001 ------------------------------------------------------
+# -- LSTM: the reference's formula, eps = 0.001 ----------------------------------------------------
 
 
 class Cell(nn.Module):

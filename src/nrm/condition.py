@@ -507,14 +507,14 @@ class Together:
         alike: dict[tuple[object, ...], list[Condition]] = {}
         for condition in conditions:
             key = condition.normalized, condition.within, condition._weights
-            alone = condition if isinstance(condition.normalized, Original) else None
-            alike.setdefault((*key, alone), []).append(condition)
-        for (*_, alone), group in alike.items():
+            own = condition if isinstance(condition.normalized, Original) else None
+            alike.setdefault((*key, own), []).append(condition)
+        for group in alike.values():
             first, known = group[0], list(dict.fromkeys(c.known for c in group if c.given))
             formulas = [condition.formula for condition in group]
             start, factors = starts[first.normalized is True], _factors(first, forward)
             # What is given counts all walks; and what arrives at sets is known of each alone.
-            if factors or alone is not None:
+            if factors or isinstance(first.normalized, Original):
                 run = Query(forward, start, formulas, first.normalized, factors)
                 self._runs.append((run, group, []))
                 group, formulas = [], []
