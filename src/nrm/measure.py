@@ -23,14 +23,13 @@ from nrm.condition import (
     naming,
     weights_on,
 )
-from nrm.diagnostics import Diagnostics, bias_shares, diagnose
 from nrm.display import counted, narrowed
-from nrm.engine import checked, finite
+from nrm.engine import checked
 from nrm.errors import QueryError
-from nrm.explanation import Explanation
+from nrm.explanation import Explanation, Target
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
-from nrm.heatmaps import marginals_of_many
+from nrm.heatmaps import marginals_of_many, marginals_of_targets
 from nrm.joint import (
     Division,
     Method,
@@ -43,7 +42,7 @@ from nrm.joint import (
 from nrm.query import Plan
 from nrm.search import Budget, Flows, Order, Way
 from nrm.sets import resolve
-from nrm.views import ProperForm, depth, proper_form
+from nrm.views import depth
 
 Within = NeuronSet | str | None
 T = TypeVar("T")
@@ -312,6 +311,33 @@ class Measure(Explanation):
         with counted(progress, "heatmaps", len(each)) as advance:
             return marginals_of_many(forward, self._starts, each, variable, memory, advance)
 
+    def by_target(
+        self,
+        targets: Sequence[Target] | None = None,
+        *sets: Sets,
+        at: str | None = None,
+        normalized: Reading = True,
+        memory: int = 2**28,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Tensor:
+        """The heatmap of each of many targets, all in one run: `R.of(target).heatmap(*sets)`.
+
+        Arguments:
+            targets: as for `Explainer`; by default all outputs of a sample, which are then classes.
+            others: as for `heatmaps`.
+
+        Returns:
+            `[targets, *input]`, in the order given; each is a share of its own target.
+        """
+        condition = as_condition(sets, None, None, normalized)
+        variable = self.graph.variable(self._input(at))
+        each = range(self.output.shape[-1]) if targets is None else targets
+        with naming(condition.said), counted(progress, "targets", len(each)) as advance:
+            starts = [self.of(target)._starts for target in each]
+            return marginals_of_targets(
+                self.forward_pass, starts, condition, variable, checked(memory), advance
+            )
+
     def tokens(
         self,
         *sets: Sets,
@@ -449,31 +475,6 @@ class Measure(Explanation):
             return asked.top(
                 divided, k, by, order, method, sample, budget, checked(memory), advance
             )
-
-    # -- looking at it ---------------------------------------------------------------------------
-
-    def activations(self, layer: str) -> Tensor:
-        """The values of a layer's neurons, shaped like the layer, batch axis included."""
-        return self.forward_pass.value(self.graph.variable(layer)).clone()
-
-    def biases(self) -> dict[str, Tensor]:
-        """The share `[batch]` of every bias and every other constant at which walks end.
-
-        NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
-        """
-        shares = bias_shares(self.forward_pass, self._starts[True])
-        for share in shares.values():
-            if not bool(share.isnan().all()):  # a leaf that mixes samples
-                finite(share)
-        return shares
-
-    def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
-        """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
-        return diagnose(self.forward_pass, self._starts[True], tolerance)
-
-    def proper_form(self) -> ProperForm:
-        """The network in layers, with virtual copies, and the relevance of each (appendix A)."""
-        return proper_form(self.forward_pass, self._starts[True])
 
     # -- how a condition reaches what answers it -------------------------------------------------
 
