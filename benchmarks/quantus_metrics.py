@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -112,11 +113,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found, better, accuracy = scores(options.samples)
-    print(f"{options.samples} digits, accuracy {accuracy:.3f}\n")
-    print(f"| metric | better | {' | '.join(METHODS)} |")
-    print(f"|---|---|{'---|' * len(METHODS)}")
+    lines = [f"{options.samples} digits, accuracy {accuracy:.3f}", ""]
+    lines += [f"| metric | better | {' | '.join(METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]
     for name, row in found.items():
-        print(f"| {name} | {better[name]} | {' | '.join(f'{v:.3g}' for v in row.values())} |")
+        lines.append(
+            f"| {name} | {better[name]} | {' | '.join(f'{v:.3g}' for v in row.values())} |"
+        )
+    sys.stdout.write("\n".join(lines) + "\n")
     if options.json:
         options.json.write_text(json.dumps({"accuracy": accuracy, "scores": found}, indent=1))
 
