@@ -338,7 +338,7 @@ def test_scale(explainer, images):
         (methods.additive(R, a, b, scale="logit"), R.additive(a, b) * R.scale),
     ]:
         torch.testing.assert_close(found, expected)
-    with pytest.raises(QueryError, match="'normalized' or 'logit'"):
+    with pytest.raises(QueryError, match="'normalized', 'logit' or 'original'"):
         methods.lrp(R, scale="probability")
     with pytest.raises(QueryError, match="at least one concept"):
         methods.crp(R)
