@@ -16,16 +16,19 @@ torch.set_num_threads(1)  # networks are small; two threads that wait for each o
 
 
 QUICK = ("query_walks", "formulas", "measure", "measure_laws", "rules")
-"""The files of `make quick`, of whose tests it runs those on three networks."""
+"""The files of `make quick` in this folder, of whose tests it runs those on three networks."""
 QUICK_NETWORKS = ("MLP", "Conv", "Residual")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Do not import what `make quick` leaves out: that takes longer than some of its tests."""
-    left_out = collection_path.stem.removeprefix("test_") not in QUICK
-    if config.option.markexpr == "quick" and collection_path.suffix == ".py" and left_out:
-        return True
-    return None  # as otherwise
+    if config.option.markexpr != "quick" or collection_path.suffix != ".py":
+        return None  # as otherwise
+    return not _is_quick(collection_path) or None
+
+
+def _is_quick(path: Path) -> bool:
+    return path.parent == Path(__file__).parent and path.stem.removeprefix("test_") in QUICK
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(item, "callspec", None)
         network = parameters.params.get("network") if parameters is not None else None
-        if item.path.stem.removeprefix("test_") in QUICK and network in (None, *QUICK_NETWORKS):
+        if _is_quick(item.path) and network in (None, *QUICK_NETWORKS):
             item.add_marker(pytest.mark.quick)
 
 
