@@ -285,6 +285,24 @@ MUTANTS = (
         ("values_by_hand",),
     ),
     Mutant(
+        "the original LRP moves denominators towards zero",
+        "moved = denominator + by * torch.where(denominator < 0, -1.0, 1.0)",
+        "moved = denominator + by * torch.where(denominator < 0, 1.0, -1.0)",
+        ("original",),
+    ),
+    Mutant(
+        "the rest is averaged with the one",
+        "torch.where(chosen == 1, 1.0, -line / (neurons[axis] - 1))",
+        "torch.where(chosen == 1, 1.0, -line / neurons[axis])",
+        ("targets",),
+    ),
+    Mutant(
+        "what a later removal wakes stays asleep",
+        "if not woken.isdisjoint(family.picked):",
+        "if not woken:",
+        ("intervention",),
+    ),
+    Mutant(
         "another strictness continues an evaluation",
         "of.strict, of.fallback",
         "of.fallback",
