@@ -29,7 +29,7 @@ example = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = example  # dataclasses look their module up
 spec.loader.exec_module(example)
 
-CHOSEN = (1, 5, 13, 17, 25, 29)  # of those that the study reports on, two of each kind
+CHOSEN = (1, 13, 25)  # of those that the study reports on, one of each kind
 COMPOSITES = {
     "default": None,
     "LengthCounts": example.LengthCounts(),
