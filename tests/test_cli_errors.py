@@ -133,10 +133,9 @@ def single_options() -> list[tuple[str, str]]:
 
 def test_there_are_single_options() -> None:
     options = single_options()
-    assert {("explain", "--target"), ("layers", "--model"), ("demo", "--epochs")} <= set(options)
-    assert {("explain", "--layers"), ("reproduce", "--layers"), ("layers", "--json")}.isdisjoint(
-        options
-    )
+    assert {("explain", "--labels"), ("layers", "--model"), ("demo", "--epochs")} <= set(options)
+    several = {("explain", "--layers"), ("explain", "--target"), ("reproduce", "--layers")}
+    assert (several | {("layers", "--json")}).isdisjoint(options)
 
 
 @pytest.mark.parametrize(("command", "option"), single_options())

@@ -55,6 +55,14 @@ COMPOSITES = (
     "IntegratedGradients",
 )
 """Those of `nrm.composites` that the input and their names make, as `--help` lists them."""
+
+
+def composites_beginning(text: str) -> list[str]:
+    """Names of composites, for the shell to complete one."""
+    known = (AUTO, *COMPOSITES)
+    return [name for name in known if name.casefold().startswith(text.casefold())]
+
+
 RESULT = "result.json"
 EPOCHS = 20
 """For which the network of the demo is trained."""
