@@ -269,7 +269,8 @@ def test_places_where_no_folder_can_be(here: Path) -> None:
     refused(explain(out="picture.png/below"), "is not a folder")
     refused(explain(out="a" * 300), "--out", "too long")
     refused(run("explain", "picture.png", "--model", MODEL, "--weights", "."), "is a folder")
-    refused(run("explain", ".", "--model", MODEL), "is a folder")
+    Path("empty").mkdir()
+    refused(run("explain", "empty", "--model", MODEL), "folder empty: no picture in it")
     if os.access("/proc", os.W_OK):
         refused(explain(out="/proc/out"), "--out /proc/out")
 

@@ -220,6 +220,22 @@ def test_the_largest_of_those_that_a_sigmoid_rounds_to_one(here: Path) -> None:
     assert found("saturated")["target"] == 1
 
 
+@pytest.mark.parametrize(("weight", "bias"), [(1, 2), (1, -2), (-1, -2), (-1, 2)])
+def test_red_is_what_has_the_sign_of_what_is_shared(weight: float, bias: float) -> None:
+    """Also where a bias that takes no relevance turned the sign of the output round."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 1)).eval()
+    model[1].weight.data = torch.tensor([[weight, -0.25 * weight]])
+    model[1].bias.data = torch.tensor([float(bias)])
+    x = torch.ones(1, 1, 1, 2)
+    for kept in ("drop", "input"):
+        R = nrm.Explainer(model, composites.LRPZero(), bias=kept)(x, target=0)  # type: ignore[arg-type]
+        entry = {"explained": "output", "probability_from": None, "target": 0}
+        blue, red = report._ends(R, entry | {"logit": float(R.scale[0])})
+        of_first = float(R.heatmap()[0, 0, 0, 0])
+        said = {"raises the value": 1, "for": 1, "lowers the value": -1, "against": -1}
+        assert said[red] == -said[blue] == np.sign(of_first) * np.sign(weight)
+
+
 # -- several targets -------------------------------------------------------------------------------
 
 

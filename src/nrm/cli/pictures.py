@@ -212,9 +212,7 @@ class Index:
     def _page(self) -> str:
         title = f"{self.model}: {len(self.done)} of {len(self.jobs)} pictures"
         rows = "\n".join(self._rows())
-        failed = [
-            f"{as_text(self.jobs[k].picture)}: {error}" for k, error in sorted(self.failed.items())
-        ]
+        failed = [error for _, error in sorted(self.failed.items())]
         failed += [f"{picture}: the run ended before it" for picture in self.left]
         notes = "".join(f"<li>{escape(line)}</li>" for line in failed)
         return _PAGE.format(

@@ -22,7 +22,7 @@ from nrm.capture.digest import lasting
 from nrm.cli.commands import RESULT, CommandError, as_text
 from nrm.cli.weights import Read
 from nrm.explainer import Explainer
-from nrm.graph import Variable
+from nrm.graph import Operation, Variable
 from nrm.heads import look_through
 from nrm.io import Picture, Say, check_folder, filled_at_once
 from nrm.measure import Measure
@@ -197,10 +197,34 @@ def _last_functions(R: Measure) -> tuple[str, ...]:
 
 def _is_activated(output: Variable) -> bool:
     """Whether an activation made the output, but for views."""
+    producer = _made_by(output)
+    return producer is not None and producer.kind == "activation"
+
+
+def _made_by(output: Variable) -> Operation | None:
+    """The operation that computed an output, before views of it."""
     producer = output.producer
     while producer is not None and producer.operator.moves and len(producer.operands) == 1:
         producer = producer.operands[0].producer
-    return producer is not None and producer.kind == "activation"
+    return producer
+
+
+def _ends(R: Measure, entry: dict[str, Any]) -> tuple[str, str]:
+    """What blue and red mean.
+
+    Shares are those of what is normalised: red is what has its sign. That is the sign of the
+    explained number, but where a bias that was left out turned it round.
+    """
+    value, shared, noun = entry["logit"], entry["logit"], _noun(entry)
+    last = _made_by(R.graph.output)
+    if last is not None and last.kind == "linear" and not R.graph.bias_is_input:
+        bias = R.graph.captured.constants.get(last.call.get("bias"))
+        if bias is not None and bias.numel() == R.output.numel():
+            shared = value - float(bias.reshape(-1)[entry["target"]])
+    if value >= 0 and shared >= 0:
+        return plot.ENDS
+    words = f"lowers the {noun}", f"raises the {noun}"
+    return words if shared >= 0 else words[::-1]
 
 
 def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict[str, Any]:
@@ -281,9 +305,7 @@ def _draw(
         raise CommandError(f"the input is no picture: its shape is {tuple(everything.shape)}")
     seen, layers = picture.shown, named[1:]
     plot.save_photo(seen, folder / INPUT)
-    # Relevance is normalised by what is explained: where that is negative, red is what made it so.
-    noun = _noun(entry)
-    ends = plot.ENDS if entry["logit"] >= 0 else (f"raises the {noun}", f"lowers the {noun}")
+    ends = _ends(R, entry)
     title = f"relevance for “{target.title}”"
     figure = plot.single(everything, picture=seen, title=title, ends=ends)
     plot.save(figure, folder / f"{prefix}{HEATMAP}")
