@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -49,6 +50,11 @@ class Several(nn.Module):
         return {"logits": logits, "picture": x, "more": [logits[:, :2], -logits], "0": 2 * logits}
 
 
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
 class Squeezed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +69,16 @@ def small(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.resize((12, 12)))).permute(2, 0, 1).float() / 255
 
 
+def broken() -> nn.Module:
+    model = tiny()
+    model[3].bias.data[1] = torch.nan  # type: ignore[operator, union-attr]
+    return model
+
+
+def not_a_number(image: Image.Image) -> Tensor:
+    return small(image) * torch.nan
+
+
 def saturated() -> nn.Module:
     """Two labels whose sigmoids are one, the second with the larger logit."""
     model = tiny(nn.Sigmoid())
@@ -73,6 +89,8 @@ def saturated() -> nn.Module:
 
 MODELS = {
     "plain": tiny,
+    "broken": broken,
+    "nothing_returned": lambda: _Nothing(),
     "several": Several,
     "squeezed": Squeezed,
     "saturated": saturated,
@@ -170,6 +188,19 @@ def test_one_number_has_no_probability(here: Path) -> None:
     assert told["outputs"] == 1
     assert told["logit"] == pytest.approx(float(Squeezed()(x())[0].detach()), rel=1e-4)
     assert "picture.png: value " in explain("squeezed", "--target", "0").stdout
+
+
+def test_outputs_that_say_nothing(here: Path) -> None:
+    """NaN is blamed on the weights that hold it, else on the picture."""
+    for model, message in (
+        ("broken", "error: the model's output is NaN: there are NaN in 3.bias"),
+        ("nothing_returned", "error: the model returns a NoneType, and no tensor in it"),
+    ):
+        result = explain(model)
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, message)
+    own = ["--model", f"{HERE}:plain", "--transform", f"{HERE}:not_a_number"]
+    result = run("explain", "picture.png", *own)
+    assert (result.exit_code, "the model's output for this picture holds NaN" in result.stderr) == (2, True)
 
 
 # -- heads and probabilities -----------------------------------------------------------------------
@@ -360,6 +391,13 @@ def test_paths_of_python_files_are_no_modules(here: Path, name: str, hint: str) 
     assert hint in str(refused.value)
 
 
+def test_pictures_of_relevance_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "nrm.plot")
+    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib.* pip install 'nrm\[cli\]'"):
+        importlib.import_module("nrm.plot")
+
+
 @pytest.mark.parametrize("command", [[], ["explain"], ["layers"], ["demo"], ["reproduce"]])
 def test_h_is_help(command: list[str]) -> None:
     short, long = (run(*command, option) for option in ("-h", "--help"))
@@ -394,7 +432,6 @@ def test_completion_needs_no_torch() -> None:
     for words, expected in (
         ("nrm ", {"explain", "layers", "demo", "reproduce"}),
         ("nrm explain --composite Gam", {"GammaFlat"}),
-        ("nrm explain --head ", {"logits", "keep"}),
     ):
         asked = {"_NRM_COMPLETE": "complete_bash", "COMP_WORDS": words}
         done = subprocess.run(

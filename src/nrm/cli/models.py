@@ -24,9 +24,9 @@ from torch.nn.parameter import is_lazy
 from nrm import composites
 from nrm.capture.call import Output, choose
 from nrm.cli.commands import AUTO, TOP, CommandError, as_text, out_of_memory
-from nrm.cli.weights import Read, load_weights
+from nrm.cli.weights import Read, holds_nan, load_weights
 from nrm.composites import Composite
-from nrm.errors import CaptureError, NrmError, first_line, one_line, printable, some
+from nrm.errors import CaptureError, InputError, NrmError, first_line, one_line, printable, some
 from nrm.io import Say
 from nrm.torchvision_mismatch import import_torchvision, is_mismatch
 
@@ -185,6 +185,8 @@ def output_of(
         return None, next(iter(found.values()))[1]
     shapes = [f"{printable(name)} {list(t.shape)}" for name, (_, t) in found.items()]
     there = some(shapes, 9) or "no tensor at all"
+    if not found:
+        raise CommandError(f"the model returns a {type(result).__name__}, and no tensor in it")
     if wanted is None:
         raise CommandError(
             f"the model returns a {type(result).__name__}; choose one tensor of it with --output: "
@@ -231,6 +233,21 @@ def classes_of(output: Tensor) -> Tensor:
     raise CommandError(
         f"the model's output must be [1, classes] for one picture, not {tuple(output.shape)}"
     )
+
+
+def refuse_nan(model: nn.Module, output: Tensor) -> None:
+    """Refuse an output that is no number for one of them.
+
+    Raises:
+        CommandError: weights of the model are none.
+        InputError: they are, so that it must be the picture.
+    """
+    if not bool(output.isnan().any()):
+        return
+    broken = [name for name, value in model.state_dict().items() if holds_nan(value)]
+    if broken:
+        raise CommandError(f"the model's output is NaN: there are NaN in {some(broken, 3)}")
+    raise InputError("the model's output for this picture holds NaN")
 
 
 # -- devices and composites ------------------------------------------------------------------------

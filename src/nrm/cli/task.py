@@ -148,6 +148,7 @@ class Run:
         assert model is not None
         output, values = models.output_of(model, picture.x, task.output)
         values = models.classes_of(values)
+        models.refuse_nan(model, values)
         explainer = self._explains(model, output)
         labels = self._names(len(values))
         say("capturing the model and passing the picture through it")

@@ -102,7 +102,7 @@ def load_weights(
         of = f"its part {part!r} " if part else ""
         hint = f" It also holds {some(others)} (--weights-part)." if others else ""
         raise InputError(f"{shown}: {of}does not fit the model. {'; '.join(wrong)}.{hint}")
-    broken = [name for name, value in given.items() if _holds_nan(value)]
+    broken = [name for name, value in given.items() if holds_nan(value)]
     if broken:
         raise InputError(f"weights {shown}: there are NaN in {some(broken, 3)}")
     model.load_state_dict(given)
@@ -263,7 +263,7 @@ def _wrappers(names: Iterator[str] | Sequence[str]) -> list[str]:
     return found
 
 
-def _holds_nan(value: Tensor) -> bool:
-    """Infinite numbers are none: masks hold them."""
+def holds_nan(value: Tensor) -> bool:
+    """Whether a tensor does; infinite numbers are none, and masks hold them."""
     real = value.is_floating_point() and value.element_size() > 1
     return real and bool(torch.isnan(value).any())
