@@ -237,7 +237,7 @@ def test_colours_change_their_meaning_with_the_sign_of_the_logit(
     logits = tiny()(files.imagenet(files.read_image(Path("picture.png")), 28).x)[0]
     assert logits.min() < 0 < logits.max()
     for target in (logits.argmax(), logits.argmin()):
-        assert explain("--target", str(int(target))).exit_code == 0
+        assert explain("--target", str(int(target)), "--bias", "input").exit_code == 0
     assert meant == [("against", "for"), ("raises the logit", "lowers the logit")]
 
 
@@ -333,7 +333,8 @@ def test_the_legend_is_that_of_the_logit_behind(
     monkeypatch.setattr(report.plot, "overview", spy)
     for model in ("_log_softmax", "_sigmoid"):
         for target in ("0", "1"):
-            assert explain("--target", target, model=f"{__name__}:{model}").exit_code == 0
+            given = ["--target", target, "--bias", "input"]
+            assert explain(*given, model=f"{__name__}:{model}").exit_code == 0
     assert meant == 2 * [("against", "for"), ("raises the logit", "lowers the logit")]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,12 @@ def test_folders_without_pictures(here: Path) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert "error: picture loop/x.png: no such file" in result.stderr
     assert not Path("out").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links")
+def test_a_picture_behind_a_link_is_there_once(here: Path) -> None:
+    Path("photos/link.png").symlink_to("a.png")
+    assert "photos/link.png" in folders("photos")  # by its own name
 
 
 # -- all of them -----------------------------------------------------------------------------------
@@ -291,29 +296,3 @@ def test_again_is_for_several(here: Path) -> None:
     result = explain("photos/a.png", "--again")
     assert result.exit_code == 2
     assert "--again has no effect for a single picture" in result.stderr
-
-
-# -- kinds of pictures -----------------------------------------------------------------------------
-
-
-def test_greys_of_tiff(tmp_path: Path) -> None:
-    """White may be the smallest number, which Pillow minds for 8 bits alone."""
-
-    def write(name: str, photometric: int, values: list[int]) -> Path:
-        data = np.array(values, dtype="<u2").tobytes()
-        tags = [(256, 4), (257, 1), (258, 16), (259, 1), (262, photometric), (273, 200), (277, 1),
-                (278, 1), (279, len(data))]  # fmt: skip
-        head = b"II*\0" + struct.pack("<IH", 8, len(tags))
-        head += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-        (tmp_path / name).write_bytes((head + b"\0" * 4).ljust(200, b"\0") + data)
-        return tmp_path / name
-
-    for photometric, expected in ((1, [0, 128, 255, 1]), (0, [255, 127, 0, 254])):
-        path = write("a.tif", photometric, [0, 32896, 65535, 257])
-        assert np.asarray(io.read_image(path))[0, :, 0].tolist() == expected
-
-
-@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links")
-def test_a_picture_behind_a_link_is_there_once(here: Path) -> None:
-    Path("photos/link.png").symlink_to("a.png")
-    assert "photos/link.png" in folders("photos")  # by its own name

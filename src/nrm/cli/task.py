@@ -129,8 +129,6 @@ class Run:
             "output": task.output,
             "head": task.head,
             "device": str(task.device),
-            "versions": report.versions(task.model),
-            "command": list(task.command),
         }
 
     def _composite(self) -> Composite | None:
@@ -154,7 +152,7 @@ class Run:
         say("capturing the model and passing the picture through it")
         graph = explainer.graph(picture.x)
         targets = self._targets(explainer, picture, values, labels)
-        image = report.file_digest(path)
+        image, versions = report.file_digest(path), report.versions(task.model)
         mark = fingerprint(
             image=image,
             input=lasting(picture.x),
@@ -164,7 +162,7 @@ class Run:
             targets=targets,
             search=(list(task.layers), task.top, task.seconds),
             names=(as_text(path), task.model, task.composite, task.output, task.head, labels),
-            versions=self._made_from["versions"],
+            versions=versions,
             device=str(task.device),
         )
         there = None if again else finished(out, mark)
@@ -174,6 +172,8 @@ class Run:
             "image_sha256": image,
             "transform": {"name": task.transform, "input": list(picture.x.shape)},
             **self._made_from,
+            "versions": versions,
+            "command": list(task.command),
             "fingerprint": mark,
         }
         subject = Subject(as_text(path), task.model, targets, labels, made_from)
