@@ -1,6 +1,7 @@
 """The architectures that `benchmarks.zoo` and its test explain: small, random, offline.
 
-A new one is a function that builds a `Case`, under a name.
+A new one is a function that builds a `Case`, under a name. Its defaults are what the benchmark
+explains; keywords make some of them smaller still, of the same operators.
 """
 
 from __future__ import annotations
@@ -89,15 +90,15 @@ def _double(values: Any) -> Any:
 
 # -- the models ------------------------------------------------------------------------------------
 
-CASES: dict[str, Callable[[], Case]] = {}
+CASES: dict[str, Callable[..., Case]] = {}
 NEEDS: dict[str, str] = {}
 """The package that a case needs, beside torch."""
 
 
-def case(name: str, needs: str = "") -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+def case(name: str, needs: str = "") -> Callable[[Callable[..., Case]], Callable[..., Case]]:
     """List what builds a case under a name."""
 
-    def listed(build: Callable[[], Case]) -> Callable[[], Case]:
+    def listed(build: Callable[..., Case]) -> Callable[..., Case]:
         CASES[name] = build
         NEEDS[name] = needs
         return build
@@ -105,10 +106,14 @@ def case(name: str, needs: str = "") -> Callable[[Callable[[], Case]], Callable[
     return listed
 
 
-def build(name: str) -> Case:
-    """The case of this name, its weights the same at every call."""
+def build(name: str, **smaller: Any) -> Case:
+    """The case of this name, its weights the same at every call.
+
+    Arguments:
+        smaller: keywords of the function that builds it.
+    """
     torch.manual_seed(0)
-    built = CASES[name]()
+    built = CASES[name](**smaller)
     with torch.no_grad():
         stir(built.model)
     built.model.eval().requires_grad_(False)
@@ -147,8 +152,10 @@ def _vgg() -> Case:
 
 
 @case("ResNet18", "torchvision")
-def _resnet() -> Case:
-    return _classifier("resnet18")
+def _resnet(blocks: int = 2, size: int = 64) -> Case:
+    """With so many blocks in each of the four stages."""
+    resnet = import_torchvision().models.resnet
+    return _pictured(resnet.ResNet(resnet.BasicBlock, [blocks] * 4), size)
 
 
 @case("DenseNet121", "torchvision")
@@ -162,8 +169,11 @@ def _mobilenet_v2() -> Case:
 
 
 @case("MobileNetV3-S", "torchvision")
-def _mobilenet_v3() -> Case:
-    return _classifier("mobilenet_v3_small")
+def _mobilenet_v3(blocks: int | None = None, size: int = 64) -> Case:
+    """With its first blocks, by default all."""
+    mobilenet = import_torchvision().models.mobilenetv3
+    settings, last = mobilenet._mobilenet_v3_conf("mobilenet_v3_small")
+    return _pictured(mobilenet.MobileNetV3(settings[:blocks], last), size)
 
 
 @case("EfficientNet-B0", "torchvision")
@@ -183,8 +193,11 @@ def _swin() -> Case:
 
 def _classifier(name: str) -> Case:
     """One of torchvision's classifiers, on a picture of 64 x 64."""
-    model: nn.Module = getattr(import_torchvision().models, name)(weights=None)
-    return Case(model, (torch.randn(1, 3, 64, 64),))
+    return _pictured(getattr(import_torchvision().models, name)(weights=None), 64)
+
+
+def _pictured(model: nn.Module, size: int) -> Case:
+    return Case(model, (torch.randn(1, 3, size, size),))
 
 
 @case("ViT-B/16, 3 layers", "torchvision")
@@ -289,9 +302,10 @@ _BOTH = {"num_layers": 2, "bidirectional": True}
 
 
 @case("RNN, stacked, bidirectional")
-def _rnn() -> Case:
+def _rnn(steps: int = 10) -> Case:
     model = nn.RNN(8, 16, batch_first=True, **_BOTH)
-    return Case(model, (torch.randn(1, 10, 8),), target=(4, None), options={"output": 0})
+    x, middle = torch.randn(1, steps, 8), (steps - 1) // 2
+    return Case(model, (x,), target=(middle, None), options={"output": 0})
 
 
 @case("LSTM, stacked, bidirectional")
@@ -301,15 +315,17 @@ def _lstm() -> Case:
 
 
 @case("LSTM, sequence first")
-def _lstm_sequence_first() -> Case:
+def _lstm_sequence_first(steps: int = 10) -> Case:
+    model, x = nn.LSTM(8, 16), torch.randn(steps, 1, 8)
     options = {"output": 0, "batch_axis": 1}
-    return Case(nn.LSTM(8, 16), (torch.randn(10, 1, 8),), target=(9, None), options=options)
+    return Case(model, (x,), target=(steps - 1, None), options=options)
 
 
 @case("GRU, stacked, bidirectional")
-def _gru() -> Case:
+def _gru(steps: int = 10) -> Case:
     model = nn.GRU(8, 16, batch_first=True, **_BOTH)
-    return Case(model, (torch.randn(1, 10, 8),), target=(4, None), options={"output": 0})
+    x, middle = torch.randn(1, steps, 8), (steps - 1) // 2
+    return Case(model, (x,), target=(middle, None), options={"output": 0})
 
 
 @case("GRU, sequence first, stacked, bidirectional")
@@ -338,8 +354,8 @@ class CellLoop(nn.Module):
 
 
 @case("LSTMCell in a Python loop")
-def _cell_loop() -> Case:
-    return Case(CellLoop(), (torch.randint(50, (1, 10)),))
+def _cell_loop(steps: int = 10) -> Case:
+    return Case(CellLoop(), (torch.randint(50, (1, steps)),))
 
 
 # transformers' models -----------------------------------------------------------------------------
@@ -382,8 +398,8 @@ def _encoder(name: str, **config: Any) -> Case:
 
 
 @case("BERT", "transformers")
-def _bert() -> Case:
-    return _encoder("Bert")
+def _bert(layers: int = 3) -> Case:
+    return _encoder("Bert", num_hidden_layers=layers)
 
 
 @case("RoBERTa", "transformers")
@@ -408,13 +424,13 @@ def _decoder(name: str, **config: Any) -> Case:
 
 
 @case("GPT-2", "transformers")
-def _gpt2() -> Case:
-    return _decoder("GPT2", n_embd=64, n_layer=3, n_head=4, n_positions=64)
+def _gpt2(layers: int = 3) -> Case:
+    return _decoder("GPT2", n_embd=64, num_hidden_layers=layers, n_head=4, n_positions=64)
 
 
 @case("Llama, grouped queries", "transformers")
-def _llama() -> Case:
-    return _decoder("Llama", num_key_value_heads=2)
+def _llama(layers: int = 3) -> Case:
+    return _decoder("Llama", num_hidden_layers=layers, num_key_value_heads=2)
 
 
 @case("Qwen2", "transformers")
@@ -428,14 +444,14 @@ def _mistral() -> Case:
 
 
 @case("T5", "transformers")
-def _t5() -> Case:
+def _t5(layers: int = 2) -> Case:
     transformers = _transformers()
     config = transformers.T5Config(
         vocab_size=100,
         d_model=64,
         d_kv=16,
         d_ff=128,
-        num_layers=2,
+        num_layers=layers,
         num_heads=4,
         decoder_start_token_id=0,
         **_IDS,
@@ -468,12 +484,12 @@ def _vit_transformers() -> Case:
 
 
 @case("CLIP", "transformers")
-def _clip() -> Case:
+def _clip(layers: int = 2) -> Case:
     transformers = _transformers()
-    text = {**_SMALL, "num_hidden_layers": 2}
+    text = {**_SMALL, "num_hidden_layers": layers}
     vision = {
         "hidden_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "intermediate_size": 128,
         "image_size": 32,
@@ -550,9 +566,9 @@ def _gat() -> Case:
 
 
 @case("nn.TransformerEncoder")
-def _transformer_encoder() -> Case:
+def _transformer_encoder(layers: int = 3) -> Case:
     layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
-    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
     return Case(model, (torch.randn(1, 10, 32),), target=(4, None))
 
 

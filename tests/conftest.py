@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +15,17 @@ import nrm.explainer
 torch.set_num_threads(1)  # networks are small; two threads that wait for each other are slower
 
 
-QUICK = ("query_walks", "formulas", "formulas_deep", "measure", "measure_laws", "rules", "methods")
+QUICK = ("query_walks", "formulas", "measure", "measure_laws", "rules")
 """The files of `make quick`, of whose tests it runs those on three networks."""
 QUICK_NETWORKS = ("MLP", "Conv", "Residual")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import what `make quick` leaves out: that takes longer than some of its tests."""
+    left_out = collection_path.stem.removeprefix("test_") not in QUICK
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py" and left_out:
+        return True
+    return None  # as otherwise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,7 +65,7 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, captures: dict[Any, Any]) -> 
     itself = nrm.explainer.capture
 
     def capture(call: Any, batch_axis: int | None, *options: Any) -> Any:
-        shapes = tuple(tuple(x.shape) for x in call.tensors)
+        shapes = tuple((tuple(x.shape), x.dtype) for x in call.tensors)
         key = (id(call.model), shapes, batch_axis, *call.key)
         if key not in captures:  # with the model, so that its id stays its own
             captures[key] = call.model, itself(call, batch_axis, *options)

@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 import warnings
+from functools import cache
 from typing import ClassVar
 
 import pytest
@@ -90,18 +91,26 @@ def run_together(*functions):
         raise failure
 
 
-@pytest.mark.parametrize("race", range(20))
+X = torch.tensor([[0.4, 0.9, 0.2]], dtype=torch.float64)
+
+
+@cache
+def alone(kind):
+    """What a model of this kind gives where nothing else runs."""
+    return nrm.Explainer(make(kind))(X, target=1).heatmap()
+
+
+@pytest.mark.parametrize("race", range(8))
 def test_threads_that_capture_at_once(race):
-    model = make(Branching if race % 4 == 3 else Net)
+    kind = Branching if race % 4 == 3 else Net
+    model, expected = make(kind), alone(kind)
     explainers = [nrm.Explainer(model), nrm.Explainer(model)] if race % 2 else []
     explainers = explainers or [nrm.Explainer(model)] * 2
-    x = torch.rand(1, 3).double() + 0.1
-    expected = nrm.Explainer(copy.deepcopy(model))(x, target=1).heatmap()
     before, answers = look_of(model), {}
 
     def explain(place):
         with torch.set_grad_enabled(bool(place)):
-            answers[place] = explainers[place](x, target=1).heatmap()
+            answers[place] = explainers[place](X, target=1).heatmap()
 
     run_together(lambda: explain(0), lambda: explain(1))
     assert look_of(model) == before
@@ -121,8 +130,7 @@ def test_the_model_can_be_run_while_it_is_captured(kind):
 
     def explain():
         try:
-            for _ in range(3):
-                torch.testing.assert_close(nrm.Explainer(model)(x, target=0).output, expected)
+            torch.testing.assert_close(nrm.Explainer(model)(x, target=0).output, expected)
         finally:
             done.set()
 
@@ -157,8 +165,9 @@ def test_an_interrupted_capture_leaves_the_model_as_it_was(call):
     assert look_of(model) == before
     assert everything_of_torch() == around
     Interrupted.left = [0]
-    torch.testing.assert_close(explainer(x, target=0).output, model(x).detach())
-    run_together(lambda: nrm.Explainer(model)(x, target=0))  # nothing is locked
+    answers = []
+    run_together(lambda: answers.append(explainer(x, target=0)))  # nothing is locked
+    torch.testing.assert_close(answers[0].output, model(x).detach())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -252,7 +261,7 @@ def test_failing_exports_are_silent_and_not_tried_again(capfd, monkeypatch):
     monkeypatch.setattr(module, "export", lambda *a, **k: tried.append(1) or export(*a, **k))
     model, x = make(Branching), torch.rand(1, 3).double()
     explainer = nrm.Explainer(model)
-    for k in range(1, 5):
+    for k in range(1, 4):
         R = explainer(x * k, target=0)
         assert R.graph.captured.method == "eager"
         torch.testing.assert_close(R.output, model(x * k).detach())
@@ -312,8 +321,11 @@ def convolutions(dtype=torch.float32):
     ).to(dtype).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [rules.Gamma(0.25), rules.AlphaBeta(2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [(rules.AlphaBeta(2, 1), torch.float32), (rules.Gamma(0.25), torch.bfloat16)],
+    ids=str,
+)
 def test_shapes_share_weights_and_what_rules_make_of_them(rule, dtype):
     model = convolutions(dtype)
     explainer = nrm.Explainer(model, rule)
@@ -324,22 +336,22 @@ def test_shapes_share_weights_and_what_rules_make_of_them(rule, dtype):
 
     explain(4)
     before = floats_alive()
-    for size in range(5, 11):
+    for size in (5, 6):  # any copy that one of them kept would be of all weights
         explain(size)
     assert floats_alive() - before < weights / 4
 
 
 def test_memory_is_flat_over_many_shapes(monkeypatch):
-    monkeypatch.setattr("nrm.capture.store.LIMIT", 3)
+    monkeypatch.setattr("nrm.capture.store.LIMIT", 2)
     model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
     explainer = nrm.Explainer(model.double().eval())
     alive = []
-    for length in (*range(4, 13), 4, 5, 12):
+    for length in (4, 5, 6, 7, 4, 7):
         R = explainer(torch.ones(1, 1, length).double(), target=0)
         torch.testing.assert_close(R.heatmap().sum(), torch.tensor(1.0).double())
         del R
         alive.append(len(_graphs()))
-    assert max(alive[3:]) <= alive[2] + 1
+    assert max(alive[2:]) <= alive[1] + 1
 
 
 def _graphs():

@@ -1,5 +1,7 @@
 """What depends on an input and is not followed is named: it never counts as a constant."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from torch.nn import functional as F
 import nrm
 from nrm import rules
 from nrm.errors import CaptureError, UnsupportedOperatorError
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 class Of(nn.Module):
@@ -26,8 +30,14 @@ class Of(nn.Module):
 X = torch.tensor([[0.9, 0.2, 0.6], [0.3, 0.7, 0.1]], dtype=torch.float64)
 
 
+@cache
+def of(function):
+    """The same object every time, so that it is captured once."""
+    return Of(function).eval()
+
+
 def explained(function, *inputs, bias="input", rule=None):
-    explainer = nrm.Explainer(Of(function).eval(), rule or rules.Zero(), bias=bias)
+    explainer = nrm.Explainer(of(function), rule or rules.Zero(), bias=bias)
     return explainer(*(inputs or (X,)), target=0)
 
 

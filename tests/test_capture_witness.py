@@ -59,6 +59,7 @@ WITHOUT_BATCH = {
 }
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("function", WITHOUT_BATCH.values(), ids=WITHOUT_BATCH)
 def test_one_sample_whose_output_has_no_batch_axis(function):
     model, x = make(function), x_of(1)
@@ -82,7 +83,7 @@ def test_a_head_that_is_squeezed_away_has_one_output():
     torch.testing.assert_close(R.heatmap(), gradient_times_input(model, x_of(1), ...))
 
 
-@pytest.mark.parametrize("order", [(1, 3, 1), (3, 1, 3), (4, 1, 4, 2, 1)])
+@pytest.mark.parametrize("order", [(1, 3, 1), (4, 1, 4, 2, 1)])
 def test_every_batch_size_has_its_own_shapes(order):
     model = make(lambda h: h.squeeze())
     explainer = exact(model)
@@ -128,7 +129,7 @@ def bare_when_alone(h):
 
 
 @pytest.mark.parametrize("function", [squeezed_inside, halves, bare_when_alone])
-@pytest.mark.parametrize("order", [(1,), (3, 1), (1, 3)])
+@pytest.mark.parametrize("order", [(3, 1), (1, 3)])
 def test_hidden_shapes_that_depend_on_the_batch_size(function, order):
     model = make(function, head=4)
     explainer = exact(model)

@@ -1,5 +1,7 @@
 """Defaults depend on the function that a network computes, not on how it is spelled."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ import nrm
 from nrm import composites, rules
 from nrm.composites import Composite
 from nrm.rules import Shares, Uniform, Zero
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 class Of(nn.Module):
@@ -83,6 +87,11 @@ class WrittenBatchNorm(FrozenBatchNorm):
         return scaled * self.weight[:, None, None] + self.bias[:, None, None]
 
 
+def as_it_is(norm):
+    return norm
+
+
+@cache
 def normed(wrap):
     """A network with a batch norm, some of whose gains are negative, or the same otherwise."""
     torch.manual_seed(3)
@@ -108,7 +117,7 @@ def normed(wrap):
 )
 def test_batch_norm_has_one_heatmap_however_it_is_spelled(composite, wrap, bias):
     x = drawn(2, 3, 8, 8)
-    theirs = nrm.Explainer(normed(lambda norm: norm), composite, bias=bias)(x, target=1)
+    theirs = nrm.Explainer(normed(as_it_is), composite, bias=bias)(x, target=1)
     R = nrm.Explainer(normed(wrap), composite, bias=bias)(x, target=1)
     assert repr(R.graph.specification) == repr(theirs.graph.specification)
     torch.testing.assert_close(R.output, theirs.output)
@@ -135,19 +144,19 @@ NEGATED = {
 }
 
 
-@pytest.mark.parametrize("name", NEGATED)
-def test_a_negative_scale_is_that_of_the_weights(name):
+def test_a_negative_scale_is_that_of_the_weights():
     lin, head = nn.Linear(5, 4), nn.Linear(4, 2)
     turned = nn.Linear(5, 4)
     turned.load_state_dict({key: -value for key, value in lin.state_dict().items()})
     x = drawn(2, 5)
     plain = of(lambda s, x: s.head(torch.relu(s.lin(x))), lin=turned, head=head)
-    model = of(lambda s, x: s.head(torch.relu(NEGATED[name](s.lin(x)))), lin=lin, head=head)
-    for rule in (rules.ZPlus(), rules.Gamma(0.25), rules.Zero()):
-        found, expected = (
-            nrm.Explainer(m, rule, bias="input")(x, target=0).heatmap() for m in (model, plain)
-        )
-        torch.testing.assert_close(found, expected)
+    for name, negated in NEGATED.items():
+        model = of(lambda s, x, f=negated: s.head(torch.relu(f(s.lin(x)))), lin=lin, head=head)
+        for rule in (rules.ZPlus(), rules.Gamma(0.25), rules.Zero()):
+            found, expected = (
+                nrm.Explainer(m, rule, bias="input")(x, target=0).heatmap() for m in (model, plain)
+            )
+            torch.testing.assert_close(found, expected, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_layer_that_is_read_twice_keeps_its_weights():
@@ -225,23 +234,28 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_a_norm_is_a_norm_however_it_is_spelled(name):
-    model = of(
+@cache
+def normalised(name):
+    return of(
         lambda s, x: s.head(torch.relu(NORMS[name](s.lin(x)))),
         lin=nn.Linear(5, 4),
         head=nn.Linear(4, 2),
     )
-    for m in (model, branching(model)):
-        assert chosen(m, drawn(1, 5)) == repr(composites.CPLRP())
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_a_norm_however_it_is_spelled(name):
+    model = normalised(name)
+    assert chosen(model, drawn(2, 5)) == repr(composites.CPLRP())
+    assert chosen(branching(model), drawn(1, 5)) == repr(composites.CPLRP())
 
 
 def test_norms_written_out_have_the_heatmap_of_the_layer():
-    lin, head = nn.Linear(5, 4), nn.Linear(4, 2)
     heatmaps = {}
-    for name, norm in NORMS.items():
+    for name in NORMS:
         if name == "layer_norm" or ("root" in name or name in ("by the mean square", "a power")):
-            model = of(lambda s, x, f=norm: s.head(torch.relu(f(s.lin(x)))), lin=lin, head=head)
+            torch.manual_seed(0)  # the weights of all are the same
+            model = normalised(name)
             heatmaps[name] = nrm.Explainer(model)(drawn(2, 5), target=0).heatmap()
     assert len(heatmaps) == 5
     for found in heatmaps.values():
@@ -259,15 +273,20 @@ RECTIFIED = {
 }
 
 
+@cache
+def rectified(function):
+    return of(lambda s, x: s.head(function(s.lin(x))), lin=nn.Linear(5, 8), head=nn.Linear(8, 2))
+
+
 @pytest.mark.parametrize("name", RECTIFIED)
 def test_a_rectifier_has_one_heatmap_however_it_is_spelled(name):
-    lin, head = nn.Linear(5, 8), nn.Linear(8, 2)
+    models = []
+    for function in (RECTIFIED[name], torch.relu):
+        torch.manual_seed(0)  # the weights of both are the same
+        models.append(rectified(function))
     for composite in (None, rules.ZPlus(), composites.CPLRP()):
         found, expected = (
-            nrm.Explainer(of(lambda s, x, f=f: s.head(f(s.lin(x))), lin=lin, head=head), composite)(
-                drawn(2, 5) - 0.5, target=0
-            )
-            for f in (RECTIFIED[name], torch.relu)
+            nrm.Explainer(model, composite)(drawn(2, 5) - 0.5, target=0) for model in models
         )
         assert float(expected.activations("lin").min()) < 0
         assert repr(found.graph.specification) == repr(expected.graph.specification)

@@ -11,6 +11,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
+from support.messages import messages_sent
 from support.networks import NETWORKS, Case, make
 from torch import Tensor, nn
 
@@ -303,32 +304,14 @@ def test_heatmaps_of_conditions_with_different_things_given(R: nrm.Measure) -> N
 # -- the condition itself ------------------------------------------------------------------------
 
 
-def messages_sent(R: nrm.Measure, ask: Callable[[], object]) -> int:
-    counted: Counter[str] = Counter()
-    for operation, propagation in R.forward_pass.propagations.items():
-
-        def pull(message, wanted, normalized=True, *, at=operation, plain=propagation.pull):
-            counted[at.output.name] += len(message)
-            return plain(message, wanted, normalized)
-
-        propagation.pull = pull
-    try:
-        ask()
-    finally:
-        for propagation in R.forward_pass.propagations.values():
-            del propagation.pull
-    return counted.total()
-
-
 def test_what_is_given_is_worked_out_once_for_a_condition_that_is_kept(R: nrm.Measure) -> None:
     a, b = nrm.channels("1", 0), nrm.channels("3", 1)
     condition = Condition(a, given=b)
-    first = messages_sent(R, lambda: R(condition))
-    again = messages_sent(R, lambda: R(condition))
-    assert first == again + messages_sent(R, lambda: R(b))
-    assert messages_sent(R, lambda: R.heatmap(condition)) == messages_sent(
-        R, lambda: R.heatmap(a, b)
-    )
+    first = Counter(messages_sent(R, lambda: R(condition)))
+    again = Counter(messages_sent(R, lambda: R(condition)))
+    assert first == again + Counter(messages_sent(R, lambda: R(b)))
+    heatmaps = (lambda: R.heatmap(condition)), (lambda: R.heatmap(a, b))
+    assert messages_sent(R, heatmaps[0]) == messages_sent(R, heatmaps[1])
     result = R(condition)
     result.zero_()  # the caller's own
     torch.testing.assert_close(R(condition), R(a, given=b))

@@ -38,6 +38,13 @@ RULES = {
 }
 
 
+KINDS = (
+    ("zero", "epsilon", "zplus", "plain gamma"),  # one product
+    ("gamma", "alpha2beta1"),  # columns and parents of either sign apart
+    ("flat", "wsquare", "zbox"),  # of the connections themselves, also in the padding
+)
+
+
 class Net(nn.Module):
     """Two convolutions with something before, between and after, and a head."""
 
@@ -209,11 +216,10 @@ def agree(R, a, b, *sets, contracts=True):
 
 @pytest.mark.parametrize(
     ("name", "rule", "bias"),
-    [  # on every network some rules of each kind, and both biases with every one of either
-        (name, rule, ("drop", "input")[(row + column) % 2])
+    [  # on every network a rule of each kind, in turns, and both biases with every one of either
+        (name, rules_of[row % len(rules_of)], ("drop", "input")[(row // len(rules_of) + kind) % 2])
         for row, name in enumerate(NETS)
-        for column, rule in enumerate(RULES)
-        if rule in ("zero", "gamma", "alpha2beta1", "flat") or (row + column) % 3 == 0
+        for kind, rules_of in enumerate(KINDS)
     ],
 )
 def test_pairs_of_convolutions(name, rule, bias):
@@ -506,19 +512,23 @@ PRODUCTS = {
 }
 
 
-@in_pairs("name, rule, bias", PRODUCTS, RULES, ["drop", "input"])
-def test_pairs_of_products_with_a_matrix(name, rule, bias):
+@cache
+def on_the_right(name):
     torch.manual_seed(0)
     model = OnTheRight(PRODUCTS[name]).double().eval()
     shape = {"matmul": (2, 7, 4), "addmm of one row for each token": (1, 7, 4)}.get(name, (2, 4))
-    R = nrm.Explainer(model, Everywhere(RULES[rule]), bias=bias)(
-        torch.randn(shape).double(), target=1
-    )
+    return model, torch.randn(shape).double()
+
+
+@in_pairs("name, rule, bias", PRODUCTS, RULES, ["drop", "input"])
+def test_pairs_of_products_with_a_matrix(name, rule, bias):
+    model, x = on_the_right(name)
+    R = nrm.Explainer(model, Everywhere(RULES[rule]), bias=bias)(x, target=1)
     products = [op for op in R.graph.operations if isinstance(op.operator, MatrixProduct)]
     first, second, third = (product.output.name for product in products)
     agree(R, first, second)
     agree(R, second, third)
-    if len(shape) == 2:
+    if x.dim() == 2:
         agree(R, "input", first)
 
 
@@ -540,9 +550,8 @@ def test_a_matrix_on_the_left_mixes_positions():
     agree(R, "a", ":matmul", contracts=False)
 
 
-@pytest.mark.parametrize("size", [1, (2, 3)])
-@pytest.mark.parametrize("rule", RULES)
-def test_pairs_across_a_pooling_and_a_linear_layer(rule, size):
+@cache
+def pooled_linear(size):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 4, 2),
@@ -555,15 +564,18 @@ def test_pairs_across_a_pooling_and_a_linear_layer(rule, size):
     )
     x = torch.rand(2, 2, 6, 6)
     model(x)
-    for bias in ("drop", "input"):
-        R = nrm.Explainer(model.double().eval(), Everywhere(RULES[rule]), bias=bias)(
-            x.double(), target=0
-        )
-        for lower in ("0", "1", "2"):
-            agree(R, lower, "4")
-            agree(R, lower, "5")
-        agree(R, "2", "0", contracts=False)  # nothing between that joins channels
-        agree(R, "3", "input", contracts=size == 1)
+    return model.double().eval(), x.double()
+
+
+@in_pairs("rule, size, bias", RULES, [1, (2, 3)], ["drop", "input"])
+def test_pairs_across_a_pooling_and_a_linear_layer(rule, size, bias):
+    model, x = pooled_linear(size)
+    R = nrm.Explainer(model, Everywhere(RULES[rule]), bias=bias)(x, target=0)
+    for lower in ("0", "1", "2"):
+        agree(R, lower, "4")
+        agree(R, lower, "5")
+    agree(R, "2", "0", contracts=False)  # nothing between that joins channels
+    agree(R, "3", "input", contracts=size == 1)
 
 
 class Residual(nn.Module):
@@ -582,14 +594,20 @@ class Residual(nn.Module):
         return self.head(F.avg_pool2d(h, 2).flatten(1))
 
 
-@pytest.mark.parametrize("bias", ["drop", "input"])
-@pytest.mark.parametrize("rule", RULES)
-def test_what_flows_past_a_skip_connection_is_left_out(rule, bias):
+@cache
+def residual():
     torch.manual_seed(0)
     model, x = Residual(), torch.randn(2, 2, 6, 6)
     model(x)
+    return model.double().eval(), x.double()
+
+
+@pytest.mark.parametrize("bias", ["drop", "input"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_flows_past_a_skip_connection_is_left_out(rule, bias):
+    model, x = residual()
     composite = Composite([(kind("product"), rules.Uniform())], RULES[rule])
-    R = nrm.Explainer(model.double().eval(), composite, bias=bias)(x.double(), target=0)
+    R = nrm.Explainer(model, composite, bias=bias)(x, target=0)
     agree(R, "b", "c")
     agree(R, "gate", "c")
     agree(R, ":mul", ":avg_pool2d")

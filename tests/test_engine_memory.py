@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -239,11 +239,18 @@ def poison(R: nrm.Measure, only_sums: bool = False) -> None:
             poison_push(propagation, masses, shape, operation.address)
 
 
+@cache
+def everything() -> nn.Module:
+    torch.manual_seed(0)
+    return Everything().double().eval()
+
+
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_nothing_that_is_seen_is_overwritten(rule: rules.Rule) -> None:
+    model = everything()
     torch.manual_seed(0)
-    model = Everything().double().eval()
     alone = rule not in (RULES["zero"], RULES["gamma"])
     batch = 1 if alone else 2
     x, y = torch.rand(batch, 3, 4).double() + 0.1, torch.randn(batch, 1, 4).double()
@@ -278,13 +285,21 @@ class Dense(nn.Module):
         return self.head(torch.cat([x, a, b, c], 1))
 
 
-@pytest.mark.parametrize("growth", [1, 2])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_dense_blocks_lose_nothing(growth: int, rule: rules.Rule) -> None:
+@cache
+def dense_block(growth: int) -> nn.Module:
     torch.manual_seed(0)
     model = Dense(growth).double().eval()
     for parameter in model.parameters():
         parameter.data.abs_()
+    return model
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("growth", [1, 2])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_dense_blocks_lose_nothing(growth: int, rule: rules.Rule) -> None:
+    model = dense_block(growth)
+    torch.manual_seed(0)
     R = nrm.Explainer(model, rule)(torch.rand(2, 1).double(), target=0)
     torch.testing.assert_close(R.heatmap(), torch.ones(2, 1).double())
 
@@ -545,12 +560,18 @@ QUERIES: dict[str, Callable[[nrm.Measure], Any]] = {
 }
 
 
+@cache
+def net() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Net().double().eval(), torch.rand(2, 3).double()
+
+
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize(
     "composite", [composites.CPLRP(), rules.Gamma(0.25), rules.Flat()], ids=str
 )
 def test_answers_are_the_callers_own(composite: Any) -> None:
-    torch.manual_seed(0)
-    model, x = Net().double().eval(), torch.rand(2, 3).double()
+    model, x = net()
     R = nrm.Explainer(model, composite)(x, target=[0, 1])
     untouched = nrm.Explainer(model, composite)(x.clone(), target=[0, 1])
     expected = {name: query(untouched) for name, query in QUERIES.items()}
@@ -567,10 +588,10 @@ def test_answers_are_the_callers_own(composite: Any) -> None:
     held.check("an answer was overwritten")
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("composite", [composites.CPLRP(), rules.Gamma(0.25)], ids=str)
 def test_what_callers_gave_may_be_overwritten(composite: Any) -> None:
-    torch.manual_seed(0)
-    model, x = Net().double().eval(), torch.rand(2, 3).double()
+    model, x = net()
     given, mask = torch.rand(2, 2).double(), torch.tensor([True, False, True, False])
     target, weights = torch.tensor([1, 0]), torch.rand(4).double()
 
@@ -595,9 +616,9 @@ def test_what_callers_gave_may_be_overwritten(composite: Any) -> None:
     torch.testing.assert_close([*answers(one, drawn), *answers(two, drawn), first], expected)
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_bounds_and_baselines_may_be_overwritten() -> None:
-    torch.manual_seed(0)
-    model, x = Net().double().eval(), torch.rand(2, 3).double()
+    model, x = net()
 
     def with_bounds(bound: Tensor) -> composites.Composite:
         box = rules.ZBox(bound, bound + 2)

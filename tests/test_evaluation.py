@@ -184,16 +184,26 @@ def test_contribution_of_top_is_the_sum_over_a_sort():
 
 
 @pytest.mark.parametrize("order", ["largest", "smallest", "absolute"])
-def test_contribution_of_top_goes_chunk_by_chunk(monkeypatch, order):
-    relevance = torch.randint(-3, 4, (5, 4, 5), generator=generator()).float()
-    contribution = torch.randn(5, 4, 5, generator=generator(1))
-    whole = contribution_of_top(relevance, contribution, range(1, 101), order)
-    monkeypatch.setattr("nrm.evaluation.metrics._CHUNK", 7)
-    chunked = contribution_of_top(relevance, contribution, range(1, 101), order)
-    assert torch.equal(whole, chunked)
-    assert float(whole[-1]) == pytest.approx(float(contribution.sum()), rel=1e-4)
+def test_contribution_of_top_of_more_than_is_looked_at_at_once(order):
+    """More than 2 ** 20, most of which are tied; two of the largest are at the ends."""
+    relevance = torch.randn(440, 5, 500, generator=generator()).round()
+    relevance[0, 0, 0], relevance[-1, -1, -1] = 90, -100
+    contribution = torch.randn(440, 5, 500, generator=generator(1))
+    key = {"largest": relevance, "smallest": -relevance, "absolute": relevance.abs()}[order]
+    ks = (1, 2, 3, 1000, 2**20 + 1, relevance.numel())
+    values = key.unique().flip(0)
+    groups = [contribution[key == value].double() for value in values]
+    wanted = []
+    for k in ks:
+        total, left = 0.0, k
+        for group in groups:  # of those that are tied each counts as their mean
+            taken = min(left, len(group))
+            total, left = total + taken * float(group.mean()), left - taken
+        wanted.append(total)
+    found = contribution_of_top(relevance, contribution, ks, order)
+    torch.testing.assert_close(found, torch.tensor(wanted).to(found), rtol=1e-6, atol=1e-4)
     turned = relevance.permute(2, 0, 1), contribution.permute(2, 0, 1)
-    torch.testing.assert_close(contribution_of_top(*turned, range(1, 101), order), whole)
+    torch.testing.assert_close(contribution_of_top(*turned, ks[2:4], order), found[2:4])
 
 
 @pytest.mark.parametrize(("ks", "order"), [((0,), "largest"), ((1.5,), "largest"), ((1,), "best")])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from support import oracle as o
+from support.messages import messages_sent
 from support.networks import NETWORKS, make
 from support.pairs import in_pairs
 from torch import nn
@@ -17,7 +17,6 @@ from torch import nn
 import nrm
 from nrm.composites import Everywhere
 from nrm.errors import NeuronSetError, QueryError
-from nrm.query import Query
 from nrm.rules import Gamma
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -238,24 +237,6 @@ def test_additive_relevance(network):
 # -- the price -----------------------------------------------------------------------------------
 
 
-def rows_pulled(R, ask):
-    """How many messages passed each operation while something was asked."""
-    counted = Counter()
-    for operation, propagation in R.forward_pass.propagations.items():
-
-        def pull(message, wanted, normalized=True, *, at=operation, plain=propagation.pull):
-            counted[at.output.name] += len(message)
-            return plain(message, wanted, normalized)
-
-        propagation.pull = pull
-    try:
-        ask()
-    finally:
-        for propagation in R.forward_pass.propagations.values():
-            del propagation.pull
-    return dict(counted)
-
-
 @pytest.fixture(scope="module")
 def chain():
     torch.manual_seed(0)
@@ -281,9 +262,9 @@ def test_a_plan_says_what_is_sent(chain):
         plan = R.plan(*formulas)
         assert plan.channels == channels, formulas
         if len(formulas) > 1:
-            assert rows_pulled(R, lambda f=formulas: R.relevances(*f)) == plan.messages
+            assert messages_sent(R, lambda f=formulas: R.relevances(*f)) == plan.messages
         else:
-            assert rows_pulled(R, lambda f=formulas: R(*f)) == plan.messages
+            assert messages_sent(R, lambda f=formulas: R(*f)) == plan.messages
     assert "2 sets in 2 channels (of 4)" in str(R.plan(a ^ b))
     assert "1" not in R.plan(a ^ b).messages  # decided there
     assert R(a | ~a).item() == 1
@@ -294,7 +275,7 @@ def test_forward_backward_takes_two_passes(chain):
     """One message back and one forward give all layers jointly with a set in the middle."""
     R = chain
     chosen = nrm.channels("1", 2)
-    counted = rows_pulled(R, lambda: R.marginals(chosen))
+    counted = messages_sent(R, lambda: R.marginals(chosen))
     # Downstream of the set: not visited yet; upstream: visited. Forward messages are transposes.
     assert max(counted.values()) <= 2
     expected = {v.name: R(chosen, v.name) for v in R.graph.variables}
@@ -303,19 +284,17 @@ def test_forward_backward_takes_two_passes(chain):
 
 
 def test_one_message_and_one_for_each_state_say_the_same(chain):
-    """The way of one message along a chain of sets, against the automaton."""
+    """Along a chain of sets, and with formulas beside it that need more states on the way."""
     R = chain
     sets = nrm.channels("3", 1), nrm.channels("1", 2) | nrm.channels("2", 0), nrm.channels("0", 1)
     formula = sets[0] & sets[1] & sets[2]
-    query = Query(R.forward_pass, R._starts[True], [formula])
-    quick = query.totals()
-    assert query._chain() is not None
-    query._chain = lambda: None
-    torch.testing.assert_close(query.totals(), quick)
-    for name in ("input", "0", "3", "5"):
-        variable = R.graph.variable(name)
-        slow = query.marginals([variable])[variable]
-        torch.testing.assert_close(slow[0], R.marginal(name, *sets))
+    several = [formula, sets[0] ^ sets[1], sets[1] ^ sets[2]]
+    assert R.plan(formula).channels < R.plan(*several).channels
+    torch.testing.assert_close(R.relevances(*several)[0], R(formula))
+    torch.testing.assert_close(R(*sets), R(formula))
+    for name in ("input", "0", "3", "5"):  # of all walks, those that do not visit all three
+        rest = R.marginal(name) - R.marginal(name, ~formula)
+        torch.testing.assert_close(R.marginal(name, *sets), rest)
 
 
 # -- formulas themselves -------------------------------------------------------------------------
@@ -363,7 +342,7 @@ def test_six_formulas_at_once_on_squeezenet(torchvision_models):
     """No operation is passed more often than states are open there, and no more at all."""
     torch.manual_seed(0)
     model = torchvision_models.squeezenet1_0().eval()
-    R = nrm.Explainer(model, Everywhere(Gamma(0.25)))(torch.rand(1, 3, 64, 64), target=3)
+    R = nrm.Explainer(model, Everywhere(Gamma(0.25)))(torch.rand(1, 3, 48, 48), target=3)
     for a, b, most in (
         # one above the other: whether the lower is visited is decided where it lies
         (nrm.channels("features.12.squeeze", *range(20)), nrm.channels("features.9", 7, 9), 2),
@@ -375,13 +354,13 @@ def test_six_formulas_at_once_on_squeezenet(torchvision_models):
         ),
     ):
         six = [a, b, a & b, a | b, ~a, a ^ b]
-        counted = rows_pulled(R, lambda six=six: R.relevances(*six))
+        counted = messages_sent(R, lambda six=six: R.relevances(*six))
         plan = R.plan(*six)
         assert counted == plan.messages
         assert plan.channels == max(counted.values()) == most
         together = R.relevances(*six)
         torch.testing.assert_close(together, torch.stack([R(f) for f in six]), atol=1e-5, rtol=0)
-        one_by_one = sum(sum(rows_pulled(R, lambda f=f: R(f)).values()) for f in six)
+        one_by_one = sum(sum(messages_sent(R, lambda f=f: R(f)).values()) for f in six)
         assert sum(counted.values()) < one_by_one
 
 
@@ -505,13 +484,13 @@ def test_conditions_that_ask_the_same_are_answered_once(chain):
     same = [nrm.mask("1", torch.ones(shape).tril() > 0) for _ in range(2)]
     conditions = [a, [a, b], *same, [b, a], a, ~a, ~a]
     done = []
-    counted = rows_pulled(R, lambda: R.heatmaps(conditions, progress=done.append))
+    counted = messages_sent(R, lambda: R.heatmaps(conditions, progress=done.append))
     assert counted["0"] == 3 + 1
     assert sum(done) == len(conditions)
 
 
 def test_many_heatmaps_pass_what_lies_above_once(chain):
     R = chain
-    counted = rows_pulled(R, lambda: R.heatmaps([nrm.channels("3", c) for c in range(4)]))
+    counted = messages_sent(R, lambda: R.heatmaps([nrm.channels("3", c) for c in range(4)]))
     assert {counted[name] for name in ("5", "4")} == {1}
     assert {counted[name] for name in ("3", "2", "1", "0")} == {4}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import nrm
 from nrm import graph_networks as gn
 from nrm import rules
 from nrm.errors import InputError, QueryError, TargetError
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 BONDS = [(0, 1), (1, 2), (2, 3), (3, 4)]
 EDGES = torch.tensor([[*pair] for a, b in BONDS for pair in ((a, b), (b, a))]).T
@@ -42,8 +46,9 @@ def _x(nodes=5):
     return torch.rand(nodes, 3, generator=torch.Generator().manual_seed(3)).double()
 
 
+@cache
 def _net(pyg, kind, classes=2, graph_level=True):
-    """Two layers of message passing and a linear layer."""
+    """Two layers of message passing and a linear layer: the same object, captured once."""
     make = {
         "GIN": lambda a, b: pyg.GINConv(nn.Sequential(nn.Linear(a, 6), nn.ReLU(), nn.Linear(6, b))),
         "GCN": pyg.GCNConv,
@@ -140,8 +145,8 @@ def test_loops_and_the_order_of_edges(pyg, kind):
 
 
 def test_against_the_direction_of_edges(pyg):
-    model = _net(pyg, "GIN")
-    plain = gn.edge_relevance(_measure(model), EDGES)
+    plain = gn.edge_relevance(_measure(_net(pyg, "GIN")), EDGES)
+    model = copy.deepcopy(_net(pyg, "GIN"))
     for conv in (model.first, model.second):
         conv.flow = "target_to_source"
     back = gn.edge_relevance(_measure(model, EDGES.flip(0)), EDGES.flip(0))
@@ -259,6 +264,14 @@ def test_masks_are_relevance_in_units_of_the_output(pyg, algorithm, kind):
     assert torch.allclose(shares.node_mask, R.heatmap(), atol=1e-12)
 
 
+@cache
+def _below_zero(pyg):
+    """Its logits are below zero, its probabilities above."""
+    body = copy.deepcopy(_net(pyg, "GCN", 3, graph_level=False))
+    body.head.bias -= 3
+    return body
+
+
 @pytest.mark.parametrize("head", ["log_softmax", "sigmoid"])
 def test_masks_are_of_the_logits_behind_a_head(pyg, algorithm, head):
     class Headed(nn.Module):
@@ -270,8 +283,7 @@ def test_masks_are_of_the_logits_behind_a_head(pyg, algorithm, head):
             logits = self.body(x, edge_index)
             return logits.log_softmax(1) if head == "log_softmax" else logits.sigmoid()
 
-    body = _net(pyg, "GCN", 3, graph_level=False)
-    body.head.bias -= 3  # logits below zero, probabilities above
+    body = _below_zero(pyg)
     assert float(body(_x(), EDGES).max()) < 0
     for index in (2, torch.tensor([0, 3])):
         masks = [
@@ -391,15 +403,18 @@ def test_graphs_of_a_batch(pyg, algorithm):
     assert torch.allclose(found.edge_mask[8:], alone.edge_mask, atol=1e-10)
 
 
-def test_a_model_is_captured_once(pyg, algorithm):
+def test_a_model_is_captured_once(pyg, algorithm, monkeypatch):
+    captures, itself = [], nrm.explainer.capture
+    monkeypatch.setattr(nrm.explainer, "capture", lambda *a: captures.append(1) or itself(*a))
     one = algorithm(rules.Gamma(0.25))
     model, other = _net(pyg, "GIN"), _net(pyg, "GCN")
     first = _explain(one, model, "regression", "graph")
-    kept = one._explainers[0]
+    assert len(captures) == 1
     again = _explain(one, model, "regression", "graph")
-    assert one._explainers == [kept]
+    assert len(captures) == 1
     assert torch.equal(first.node_mask, again.node_mask)
     assert not torch.equal(_explain(one, other, "regression", "graph").node_mask, first.node_mask)
+    assert len(captures) == 2
 
 
 def test_integer_nodes(pyg, algorithm):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from support.pairs import in_pairs
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -125,10 +126,44 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] =
 }
 
 
-def made(name: str, seed: int = 0) -> tuple[nn.Module, list[Tensor]]:
-    torch.manual_seed(seed)
-    build, shapes = MODELS[name]
-    return build().double().eval(), [torch.randn(1, *shape).double() for shape in shapes]
+@functools.cache
+def built(name: str) -> nn.Module:
+    """The one model of a name, which no test changes."""
+    torch.manual_seed(0)
+    build, _ = MODELS[name]
+    return build().double().eval()
+
+
+def made(name: str) -> tuple[nn.Module, list[Tensor]]:
+    """A model and a sample of which no layer is silent; what is drawn next is always the same."""
+    model = built(name)
+    torch.manual_seed(6)
+    return model, [torch.randn(1, *shape).double() for shape in MODELS[name][1]]
+
+
+@functools.cache
+def explainer_of(model: nn.Module) -> nrm.Explainer:
+    """The one explainer of a model that no test changes: capturing takes longest."""
+    return nrm.Explainer(model, nrm.composites.AttnLRP())
+
+
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, shortcuts: bool = True
+) -> list[combinations.Combinations]:
+    """The runs that are made from here on.
+
+    Arguments:
+        shortcuts: `False`: every combination is run, also where its result is known.
+    """
+    runs: list[combinations.Combinations] = []
+
+    class Recorded(combinations.Combinations):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args[:6], shortcuts=shortcuts)
+            runs.append(self)
+
+    monkeypatch.setattr(intervention, "Combinations", Recorded)
+    return runs
 
 
 # -- the reference -------------------------------------------------------------------------------
@@ -248,20 +283,21 @@ CASES = [
 ]
 
 
-@in_pairs("case, shortcuts, memory", range(len(CASES)), [True, False], [1, 3000, 2**28])
+@pytest.mark.parametrize(("name", "layers"), CASES, ids=str)
 def test_joint_contributions_are_those_of_the_model_itself(
-    case: int, shortcuts: bool, memory: int
+    name: str, layers: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, layers = CASES[case]
+    """One copy at a time, some at a time and all at once, with what is known and without."""
     model, inputs = made(name)
     families = [random_sets(model, inputs, each, 3) for each in layers]
-    explainer = nrm.Explainer(model, nrm.composites.AttnLRP())
-    interventions = Interventions(explainer, *inputs, target=1, memory=memory)
-    interventions._shortcuts = shortcuts
-    found = joint_contributions(interventions, *([as_set(s) for s in f] for f in families))
-    torch.testing.assert_close(
-        found, expected_joint(model, inputs, 1, families, {}), rtol=1e-10, atol=1e-12
-    )
+    sets = [[as_set(s) for s in family] for family in families]
+    expected = expected_joint(model, inputs, 1, families, {})
+    for shortcuts in (True, False):
+        recorded(monkeypatch, shortcuts)
+        for memory in (1, 3000, 2**28):
+            interventions = Interventions(explainer_of(model), *inputs, target=1, memory=memory)
+            found = joint_contributions(interventions, *sets)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +320,7 @@ def test_what_is_found_without_runs(
 ) -> None:
     model, inputs = made(name)
     runs = recorded(monkeypatch)
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
+    interventions = Interventions(explainer_of(model), *inputs, target=0)
     interventions.joint(*([nrm.neurons(layer)] for layer in layers))
     assert [(run.affine, run.batched) for run in runs] == [(affine, batched)]
 
@@ -292,7 +328,7 @@ def test_what_is_found_without_runs(
 def test_a_single_affine_family_is_not_run_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = made("gated")
     runs = recorded(monkeypatch)
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
+    interventions = Interventions(explainer_of(model), *inputs, target=0)
     found = interventions.joint([nrm.channels("value", i) for i in range(4)])
     assert runs[0].affine
     assert not runs[0].parts
@@ -341,29 +377,42 @@ BY_CHANNEL = [  # the layers, whether channels of the last one lead on by themse
 ]
 
 
-@in_pairs("case, memory, removal", range(len(BY_CHANNEL)), [1, 5000, 2**28], ["zero", "mean"])
-def test_channels_by_what_they_add_to_the_next_weighted_sum(
-    case: int, memory: int, removal: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build, layers, leads = BY_CHANNEL[case]
+@functools.cache
+def by_channel(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(4)
-    model, x = build().double().eval(), torch.randn(1, 2, 8, 8).double()
+    return build().double().eval()
+
+
+@pytest.mark.parametrize(("build", "layers", "leads"), BY_CHANNEL)
+def test_channels_by_what_they_add_to_the_next_weighted_sum(
+    build: Callable[[], nn.Module],
+    layers: list[str],
+    leads: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = by_channel(build)
+    torch.manual_seed(5)
+    x = torch.randn(1, 2, 8, 8).double()
     if build is Residual:
         x = x[..., :4, :4]
-    runs = recorded(monkeypatch)
-    found = []
-    for shortcuts in (True, False):
-        interventions = Interventions(
-            nrm.Explainer(model), x, target=1, memory=memory, removal=removal
-        )
-        interventions._shortcuts = shortcuts
-        families = Families(interventions._measure, layers).sets
+    explainer = explainer_of(model)
+    families = Families(explainer(x, target=1), layers).sets
+
+    def joint(removal: str, memory: int) -> Tensor:
+        interventions = Interventions(explainer, x, target=1, memory=memory, removal=removal)
         done: list[int] = []
-        found.append(interventions.joint(*families, progress=done.append))
+        found = interventions.joint(*families, progress=done.append)
         assert sum(done) == runs[-1].total
-    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
-    assert (runs[0].channels is not None) == leads
-    assert runs[1].channels is None
+        return found
+
+    runs = recorded(monkeypatch, shortcuts=False)
+    expected = {removal: joint(removal, 2**28) for removal in ("zero", "mean")}
+    assert all(run.channels is None for run in runs)
+    runs = recorded(monkeypatch)
+    for removal, memory in (("zero", 1), ("mean", 5000), ("zero", 5000), ("mean", 2**28)):
+        found = joint(removal, memory)
+        torch.testing.assert_close(found, expected[removal], rtol=1e-10, atol=1e-12)
+    assert [run.channels is not None for run in runs] == [leads] * 4
 
 
 class Gated(nn.Module):
@@ -379,15 +428,17 @@ class Gated(nn.Module):
         return self.o(h * self.b(x).relu())
 
 
-def test_sets_that_also_lie_on_a_branch_beside_the_weighted_sum() -> None:
+def test_sets_that_also_lie_on_a_branch_beside_the_weighted_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(1)
     model, x = Gated().double().eval(), torch.ones(1, 3).double()
     both = nrm.neurons("a", 0) | nrm.neurons("b", 0) | nrm.neurons("b", 1) | nrm.neurons("b", 2)
     families = [[both, nrm.neurons("a", 1)], [nrm.neurons("n", c) for c in range(4)]]
+    interventions = Interventions(nrm.Explainer(model), x, target=0)
     found = []
     for shortcuts in (True, False):
-        interventions = Interventions(nrm.Explainer(model), x, target=0)
-        interventions._shortcuts = shortcuts
+        recorded(monkeypatch, shortcuts)
         found.append(interventions.joint(*families))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
     assert found[0].abs().max() > 0.01
@@ -406,8 +457,8 @@ def test_sets_of_some_of_a_channel_and_channels_of_no_activation(
     several["3"][1:3] = True
     first = random_sets(model, [x], ["1"], 3)
     runs = recorded(monkeypatch)
+    interventions = Interventions(nrm.Explainer(model), x, target=0)
     for family in (parts, [*parts, several]):
-        interventions = Interventions(nrm.Explainer(model), x, target=0)
         found = interventions.joint([as_set(s) for s in first], [as_set(s) for s in family])
         expected = expected_joint(model, [x], 0, [first, family], {})
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -427,25 +478,8 @@ def test_infinite_activations_are_run_plainly(monkeypatch: pytest.MonkeyPatch) -
     assert runs[0].channels is None
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[combinations.Combinations]:
-    """The runs that are made from here on."""
-    runs: list[combinations.Combinations] = []
-
-    class Recorded(combinations.Combinations):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            runs.append(self)
-
-    monkeypatch.setattr(intervention, "Combinations", Recorded)
-    return runs
-
-
-def test_only_what_lies_downstream_is_computed_and_once_for_each_lower_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, inputs = made("mlp")
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
-    interventions._shortcuts = False
+def computed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """For how many copies each operator is computed from here on."""
     counts: dict[str, int] = {}
     evaluate = Interpreter.run_node
 
@@ -456,7 +490,17 @@ def test_only_what_lies_downstream_is_computed_and_once_for_each_lower_set(
         return found
 
     monkeypatch.setattr(Interpreter, "run_node", counting)
+    return counts
+
+
+def test_only_what_lies_downstream_is_computed_and_once_for_each_lower_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, inputs = made("mlp")
+    recorded(monkeypatch, shortcuts=False)
+    interventions = Interventions(explainer_of(model), *inputs, target=0)
     first, second = ([nrm.neurons(layer, i) for i in range(4)] for layer in ("1", "3"))
+    counts = computed(monkeypatch)
     interventions.joint(first, second)
     # Up to the second layer five times: without each set, and with all of them.
     assert counts == {
@@ -473,24 +517,23 @@ def test_sets_that_are_zero_already_change_nothing_and_are_not_run(
     inputs[0][:, 1] = 0
     runs = recorded(monkeypatch)
     done: list[int] = []
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
+    interventions = Interventions(explainer_of(model), *inputs, target=0)
     families = [
         [nrm.channels("input", c) for c in (0, 1)],
         [nrm.neurons("stem"), nrm.mask("stem", torch.ones(3, 4, 4) > 0)],
     ]
+    counts = computed(monkeypatch)
     found = interventions.joint(*families, progress=done.append)
     assert (found[1] == 0).all()
     assert (found[0] != 0).all()
     assert sum(done) == runs[0].total == 9
-    _, sets, same = runs[0]._pairs(0, combinations.State(1, {}, ()))
-    assert sets.tolist() == [0, 1]
-    assert same is not None
-    assert same[1].tolist() == [1]
+    # As it is and without the first channel; of each, as it is and without either set.
+    assert counts["aten.linear.default"] == 2 * 3
+    assert counts["aten.tanh.default"] == 2 * 3
 
 
-@pytest.mark.parametrize("shortcuts", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_without_sets_of_any_layers(name: str, shortcuts: bool) -> None:
+def test_outputs_without_sets_of_any_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = made(name)
     layers = {
         "mlp": ["input", "1", "3"],
@@ -501,26 +544,25 @@ def test_outputs_without_sets_of_any_layers(name: str, shortcuts: bool) -> None:
     }[name]
     sets = [s for layer in layers for s in random_sets(model, inputs, [layer], 2)]
     entries = [(), *((s,) for s in sets), *itertools.pairwise(sets), tuple(sets)]
-    interventions = Interventions(nrm.Explainer(model, nrm.composites.AttnLRP()), *inputs, target=1)
-    interventions._shortcuts = shortcuts
-    done: list[int] = []
-    found = interventions.without(
-        [[as_set(s) for s in entry] for entry in entries], progress=done.append
-    )
     wanted = [plain(model, inputs, together(*entry), {})[1] for entry in entries]
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-10, atol=1e-12)
+    removed = [[as_set(s) for s in entry] for entry in entries]
+    interventions = Interventions(explainer_of(model), *inputs, target=1)
     torch.testing.assert_close(interventions.output, wanted[0])
-    assert sum(done) == len(entries)
+    for shortcuts in (True, False):
+        recorded(monkeypatch, shortcuts)
+        done: list[int] = []
+        found = interventions.without(removed, progress=done.append)
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-10, atol=1e-12)
+        assert sum(done) == len(entries)
     assert interventions.without([]).shape == (0,)
 
 
 # -- what takes the place of activations ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("shortcuts", [True, False])
 @pytest.mark.parametrize("removal", ["number", "mean", "mapping"])
 @pytest.mark.parametrize("layers", [["input", "inner"], ["stem", "cat"], ["left", "norm", "head"]])
-def test_removal(layers: list[str], removal: str, shortcuts: bool) -> None:
+def test_removal(layers: list[str], removal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = made("residual")
     values = {layer: outputs_of(model, inputs, layer) for layer in layers}
     given: Any = {"number": 0.7, "mean": "mean"}.get(removal)
@@ -538,11 +580,13 @@ def test_removal(layers: list[str], removal: str, shortcuts: bool) -> None:
             to[layers[1]] = torch.tensor(-1.0).double()
             given[layers[1]] = -1
     families = [random_sets(model, inputs, [layer], 3) for layer in layers]
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=2, removal=given)
-    interventions._shortcuts = shortcuts
-    found = interventions.joint(*([as_set(s) for s in f] for f in families))
+    sets = [[as_set(s) for s in family] for family in families]
+    interventions = Interventions(explainer_of(model), *inputs, target=2, removal=given)
     wanted = expected_joint(model, inputs, 2, families, to)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    for shortcuts in (True, False):
+        recorded(monkeypatch, shortcuts)
+        found = interventions.joint(*sets)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def outputs_of(model: nn.Module, inputs: Sequence[Tensor], layer: str) -> Tensor:
@@ -561,7 +605,7 @@ def outputs_of(model: nn.Module, inputs: Sequence[Tensor], layer: str) -> Tensor
 
 def test_pairs_of_neurons_as_the_formula_of_two_layers() -> None:
     model, inputs = made("mlp")
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=None)
+    interventions = Interventions(explainer_of(model), *inputs, target=None)
     y = int(model(*inputs).argmax())
     assert interventions.target.tolist() == [y]
     a, b = ([nrm.neurons(layer, i) for i in range(4)] for layer in ("1", "3"))
@@ -576,7 +620,7 @@ def test_pairs_of_neurons_as_the_formula_of_two_layers() -> None:
 
 def test_aliases_and_the_output_itself() -> None:
     model, inputs = made("mlp")
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=1)
+    interventions = Interventions(explainer_of(model), *inputs, target=1)
     outputs = [nrm.neurons("output", i) for i in range(3)]
     f = interventions.output
     torch.testing.assert_close(
@@ -610,35 +654,22 @@ def test_samples_of_a_batch_axis_that_is_not_the_first() -> None:
 
     torch.manual_seed(0)
     model = Recurrent().double().eval()
-    x = torch.randn(5, 1, 3).double()
+    x = torch.randn(2, 1, 3).double()
     interventions = Interventions(nrm.Explainer(model, batch_axis=1), x, target=1)
-    steps = [nrm.neurons("input", (t, slice(None))) for t in range(5)]
-    found = joint_contributions(interventions, steps, [nrm.channels("input", c) for c in range(3)])
+    assert interventions.rerun.copies.possible
     families = [
-        [{"input": (torch.arange(5) == t).view(5, 1, 1).expand(5, 1, 3)} for t in range(5)],
-        [{"input": (torch.arange(3) == c).expand(5, 1, 3)} for c in range(3)],
+        [{"input": (torch.arange(2) == t).view(2, 1, 1).expand(2, 1, 3)} for t in range(2)],
+        [{"input": (torch.arange(3) == c).expand(2, 1, 3)} for c in range(3)],
     ]
-    wanted = torch.stack(
-        [
-            torch.stack(
-                [
-                    sum(
-                        sign * model(x.masked_fill(mask, 0))[0, 1]
-                        for sign, mask in (
-                            (1, torch.zeros(5, 1, 3) > 0),
-                            (-1, a["input"]),
-                            (-1, b["input"]),
-                            (1, a["input"] | b["input"]),
-                        )
-                    )
-                    for b in families[1]
-                ]
-            )
-            for a in families[0]
-        ]
-    )
-    torch.testing.assert_close(found, wanted.detach())
-    assert Interventions(nrm.Explainer(model, batch_axis=1), x, target=1).rerun.copies.possible
+    steps = [nrm.neurons("input", (t, slice(None))) for t in range(2)]
+    found = joint_contributions(interventions, steps, [nrm.channels("input", c) for c in range(3)])
+    wanted = torch.zeros(2, 3).double()
+    with torch.no_grad():
+        for (t, a), (c, b) in itertools.product(*(enumerate(family) for family in families)):
+            without = [model(x.masked_fill(mask, 0))[0, 1] for mask in (a["input"], b["input"])]
+            neither = model(x.masked_fill(a["input"] | b["input"], 0))[0, 1]
+            wanted[t, c] = model(x)[0, 1] - sum(without) + neither
+    torch.testing.assert_close(found, wanted)
 
 
 def test_samples_that_would_mix_are_run_one_at_a_time() -> None:
@@ -703,7 +734,7 @@ def test_what_is_refused() -> None:
 def test_removals_that_are_refused(removal: Any, message: str) -> None:
     model, inputs = made("mlp")
     with pytest.raises((QueryError, UnknownLayerError), match=message):
-        Interventions(nrm.Explainer(model), *inputs, target=1, removal=removal)
+        Interventions(explainer_of(model), *inputs, target=1, removal=removal)
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:
@@ -711,11 +742,11 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.log().cumsum(1)
 
-    x = torch.rand(1, 4) + 1
-    interventions = Interventions(nrm.Explainer(Log().eval()), x, target=2)
+    x, explainer = torch.rand(1, 4) + 1, nrm.Explainer(Log().eval())
+    interventions = Interventions(explainer, x, target=2)
     with pytest.raises(QueryError, match="NaN or infinite"):
         interventions.without([[nrm.neurons("input", 1)]])
-    interventions = Interventions(nrm.Explainer(Log().eval()), x, target=2, removal="mean")
+    interventions = Interventions(explainer, x, target=2, removal="mean")
     assert interventions.without([[nrm.neurons("input", 1)]]).isfinite().all()
 
 
@@ -744,7 +775,6 @@ def channel_mask(count: int, channel: int, side: int) -> Tensor:
     return (torch.arange(count) == channel).view(-1, 1, 1).expand(count, side, side)
 
 
-@pytest.mark.parametrize("shortcuts", [True, False])
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
@@ -756,23 +786,25 @@ def channel_mask(count: int, channel: int, side: int) -> Tensor:
     ids=str,
 )
 def test_families_whose_sets_are_of_different_layers(
-    name: str, layers: list[list[str]], shortcuts: bool
+    name: str, layers: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = made(name)
     families = [
         [random_sets(model, inputs, [layer], 2)[0] for layer in family] for family in layers
     ]
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=2)
-    interventions._shortcuts = shortcuts
-    found = interventions.joint(*([as_set(s) for s in f] for f in families))
+    sets = [[as_set(s) for s in family] for family in families]
+    interventions = Interventions(explainer_of(model), *inputs, target=2)
     wanted = expected_joint(model, inputs, 2, families, {})
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    for shortcuts in (True, False):
+        recorded(monkeypatch, shortcuts)
+        found = interventions.joint(*sets)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_sets_with_neurons_in_common() -> None:
     model, inputs = made("residual")
     sets = [{"stem": torch.rand(3, 4, 4) < 0.9} for _ in range(9)]
-    interventions = Interventions(nrm.Explainer(model), *inputs, target=0)
+    interventions = Interventions(explainer_of(model), *inputs, target=0)
     lost = interventions.output - interventions.without([[as_set(s)] for s in sets])
     found = interventions.joint([as_set(s) for s in sets])
     torch.testing.assert_close(found, lost)
@@ -788,8 +820,8 @@ def test_on_a_gpu_as_without_one(name: str) -> None:
     model, inputs = made(name)
     layers = {"mlp": ["input", "1", "3"], "residual": ["stem", "add", "cat"]}[name]
     families = [[as_set(s) for s in random_sets(model, inputs, [layer], 3)] for layer in layers]
-    wanted = Interventions(nrm.Explainer(model), *inputs, target=0).joint(*families)
-    explainer, there = nrm.Explainer(model.cuda()), [x.cuda() for x in inputs]
+    wanted = Interventions(explainer_of(model), *inputs, target=0).joint(*families)
+    explainer, there = nrm.Explainer(copy.deepcopy(model).cuda()), [x.cuda() for x in inputs]
     for removal in ("zero", "mean"):
         found = Interventions(explainer, *there, target=0, removal=removal).joint(*families)
         assert found.is_cuda
@@ -800,14 +832,15 @@ def test_on_a_gpu_as_without_one(name: str) -> None:
 def test_within_inference_mode_and_in_half_precision() -> None:
     model, inputs = made("mlp")
     sets = [nrm.neurons("1", i) for i in range(5)], [nrm.neurons("3", i) for i in range(4)]
-    wanted = Interventions(nrm.Explainer(model), *inputs, target=1).joint(*sets)
+    wanted = Interventions(explainer_of(model), *inputs, target=1).joint(*sets)
     with torch.inference_mode():
         explainer = nrm.Explainer(model)
         removal = {"1": torch.zeros(5)}
         interventions = Interventions(explainer, inputs[0].clone(), target=1, removal=removal)
         torch.testing.assert_close(interventions.joint(*sets), wanted)
         assert interventions.without([(sets[0][0],), (sets[1][0],)]).shape == (2,)
-    half = Interventions(nrm.Explainer(model.bfloat16()), inputs[0].bfloat16(), target=1)
+    half = nrm.Explainer(copy.deepcopy(model).bfloat16())
+    half = Interventions(half, inputs[0].bfloat16(), target=1)
     found = half.joint(*sets)
     assert found.dtype is torch.float32
     torch.testing.assert_close(found.double(), wanted, rtol=0.2, atol=0.02)
@@ -817,19 +850,23 @@ def test_inputs_by_name_and_an_output_among_several() -> None:
     class Several(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = TwoInputs()
+            self.first = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+            self.second = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+            self.last = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
 
         def forward(self, x: Tensor, y: Tensor, scale: float) -> dict[str, Tensor]:
-            return {"a": self.inner(x, y) * scale, "b": x}
+            return {"a": self.last(self.first(x) + self.second(y)) * scale, "b": x}
 
-    _, inputs = made("two inputs")
+    torch.manual_seed(0)
     model = Several().double().eval()
+    x, y = torch.randn(1, 4).double(), torch.randn(1, 3).double()
     explainer = nrm.Explainer(model, output="a")
-    sets = [nrm.neurons("inner.second")], [nrm.neurons("y")]
-    x, y = inputs
+    sets = [nrm.neurons("second")], [nrm.neurons("x")]
     named = Interventions(explainer, x, y=y, scale=2.0, target=1)
     placed = Interventions(explainer, x, y, 2.0, target=1)
-    torch.testing.assert_close(named.joint(*sets), placed.joint(*sets))
+    found = named.joint(*sets)
+    assert found.abs().max() > 1e-3
+    torch.testing.assert_close(found, placed.joint(*sets))
     torch.testing.assert_close(named.output, model(x, y, 2.0)["a"][0, 1])
 
 
@@ -867,7 +904,7 @@ def test_what_samples_share_is_of_each_copy_alone(between: Any) -> None:
     torch.testing.assert_close(interventions.without(sets), alone)
 
 
-def test_division_that_rounds_is_not_affine() -> None:
+def test_division_that_rounds_is_not_affine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
     class Rounded(nn.Module):
@@ -879,15 +916,16 @@ def test_division_that_rounds_is_not_affine() -> None:
             return self.c(torch.div(self.b(self.a(x)), 1.0, rounding_mode="floor"))
 
     model, x = Rounded().double().eval(), torch.randn(1, 3).double()
-    explainer = nrm.Explainer(model)
+    interventions = Interventions(nrm.Explainer(model), x, target=0)
     families = [[nrm.channels(layer, c) for c in range(4)] for layer in ("a", "b")]
-    quick, plain = (Interventions(explainer, x, target=0) for _ in range(2))
-    plain._shortcuts = False
-    torch.testing.assert_close(quick.joint(*families), plain.joint(*families))
+    found = interventions.joint(*families)
+    recorded(monkeypatch, shortcuts=False)
+    torch.testing.assert_close(found, interventions.joint(*families))
 
 
 def test_a_model_that_changed_is_not_asked_on() -> None:
-    model, inputs = made("mlp")
+    _, inputs = made("mlp")
+    model = mlp().double().eval()
     interventions = Interventions(nrm.Explainer(model), *inputs, target=1)
     with torch.no_grad():
         next(model.parameters()).mul_(2)
@@ -895,12 +933,29 @@ def test_a_model_that_changed_is_not_asked_on() -> None:
         interventions.without([[nrm.neurons("1", 2)]])
 
 
-@pytest.mark.parametrize("value", ["foo", True, 1 + 2j])
-def test_removals_by_layer_are_zero_mean_or_numbers(value: Any) -> None:
+def test_removals_by_layer_are_zero_mean_or_numbers() -> None:
     model, inputs = made("mlp")
-    with pytest.raises(QueryError, match="'zero', 'mean', a number or a tensor"):
-        Interventions(nrm.Explainer(model), *inputs, target=1, removal={"1": value})
-    by_layer = Interventions(nrm.Explainer(model), *inputs, target=1, removal={"1": "mean"})
-    mean = Interventions(nrm.Explainer(model), *inputs, target=1, removal="mean")
+
+    def removed(removal: Any) -> Interventions:
+        return Interventions(explainer_of(model), *inputs, target=1, removal=removal)
+
+    for value in ("foo", True, 1 + 2j):
+        with pytest.raises(QueryError, match="'zero', 'mean', a number or a tensor"):
+            removed({"1": value})
     sets = [[nrm.neurons("1", 2)]]
-    torch.testing.assert_close(by_layer.without(sets), mean.without(sets))
+    torch.testing.assert_close(removed({"1": "mean"}).without(sets), removed("mean").without(sets))
+
+
+def test_a_set_that_a_later_removal_wakes_is_removed_too() -> None:
+    """Neuron 3 is silent until neuron 1 of the layer below is gone; then it is the whole output."""
+    layers = [nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1)]
+    model = nn.Sequential(*layers).double().eval()
+    weights = ([[1.0, 0.0], [0.0, 1.0]], [[1.0, -2.0]], [[1.0]])
+    for layer, weight in zip(layers[::2], weights, strict=True):
+        layer.weight.data = torch.tensor(weight, dtype=torch.float64)
+        nn.init.zeros_(layer.bias)
+    study = nrm.Interventions(nrm.Explainer(model), torch.ones(1, 2).double(), target=0)
+    upper, others = nrm.neurons("1", 1), [nrm.neurons("input", 0), nrm.neurons("3", 0)]
+    found = study.joint([upper], others)
+    # f - f(without A) - f(without B) + f(without both) = 0 - 1 - 0 + 0
+    torch.testing.assert_close(found, torch.tensor([[-1.0, -1.0]]).double())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -69,13 +70,18 @@ def test_absolute_sizes_are_bounds(network, rule):
         torch.testing.assert_close(pushed.flatten(1), expected)
 
 
-def tower(composite, batch=2):
+@cache
+def small_tower():
     torch.manual_seed(0)
     sizes = [(2, 6), (6, 5), (5, 7), (7, 4)]
     layers = [layer for a, b in sizes for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    x = torch.randn(batch, 2, 6, 6).double()
-    return nrm.Explainer(model.double().eval(), composite)(x, target=1)
+    return model.double().eval(), torch.randn(2, 2, 6, 6).double()
+
+
+def tower(composite):
+    model, x = small_tower()
+    return nrm.Explainer(model, composite)(x, target=1)
 
 
 def test_distant_layers_go_by_messages_from_the_side_with_fewer_parts():
@@ -120,6 +126,10 @@ def test_three_layers_and_more(rule):
 # -- memory ----------------------------------------------------------------------------------------
 
 
+SIDE = 32
+"""Of the pictures whose layers' messages are to fit into a budget."""
+
+
 class Peak(TorchDispatchMode):
     """The most bytes of tensors that are there at once and were made under it."""
 
@@ -145,13 +155,19 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def big(composite):
+@cache
+def large_tower():
     torch.manual_seed(0)
     sizes = [(3, 16), (16, 32), (32, 32), (32, 16)]
     layers = [layer for a, b in sizes for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
     layers.insert(4, nn.MaxPool2d(2))
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
-    return nrm.Explainer(model.eval(), composite)(torch.rand(1, 3, 48, 48), target=1)
+    return model.eval(), torch.rand(1, 3, SIDE, SIDE)
+
+
+def big(composite):
+    model, x = large_tower()
+    return nrm.Explainer(model, composite)(x, target=1)
 
 
 QUERIES = {
@@ -188,8 +204,8 @@ def overlapping(layer, shape, count):
     return [nrm.mask(layer, torch.rand(shape, generator=generator) < 0.5) for _ in range(count)]
 
 
-UPPER = overlapping("2", (32, 48, 48), 60)
-LOWER = overlapping("0", (16, 48, 48), 60)
+UPPER = overlapping("2", (32, SIDE, SIDE), 60)
+LOWER = overlapping("0", (16, SIDE, SIDE), 60)
 MANY = {
     "masks": lambda R, memory: R.heatmaps(LOWER, memory=memory),
     "masks of two layers": lambda R, memory: R.heatmaps(
@@ -226,7 +242,7 @@ def test_many_sets_are_not_held_at_once(query):
 def test_one_message_at_least():
     R = big(composites.EpsilonPlus())
     each = message_size(R.forward_pass, R.graph.output)
-    assert each == 5 * 32 * 48 * 48 * 4  # of 32 channels to 32 channels
+    assert each == 5 * 32 * SIDE * SIDE * 4  # of 32 channels to 32 channels
     assert R.heatmaps([nrm.channels("5", 0), nrm.channels("5", 1)], memory=1).shape[0] == 2
 
 

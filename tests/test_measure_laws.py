@@ -15,6 +15,8 @@ import nrm
 from nrm import rules
 from nrm.composites import Everywhere
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 RULES = ["zero", "gamma", "zplus", "alpha2beta1", "flat", "wsquare"]
 
 

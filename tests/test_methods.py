@@ -32,7 +32,7 @@ def half(R, layer, rng):
     return chosen, {(layer, int(i)) for i in np.flatnonzero(bits)}
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=LAYERS, scope="module")
 def case(request):
     """A measure, for each sample all walks, and three neuron sets as such and for the oracle."""
     made = make(request.param, "gamma", False, seed=3)
@@ -338,7 +338,7 @@ def test_scale(explainer, images):
         (methods.additive(R, a, b, scale="logit"), R.additive(a, b) * R.scale),
     ]:
         torch.testing.assert_close(found, expected)
-    with pytest.raises(QueryError, match="'normalized' or 'logit'"):
+    with pytest.raises(QueryError, match="'normalized', 'logit' or 'original'"):
         methods.lrp(R, scale="probability")
     with pytest.raises(QueryError, match="at least one concept"):
         methods.crp(R)

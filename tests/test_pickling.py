@@ -63,6 +63,12 @@ def explainer():
 
 
 @pytest.fixture(scope="module")
+def model():
+    """To explain by several rules, captured once; nothing is written to it."""
+    return network()
+
+
+@pytest.fixture(scope="module")
 def R(explainer):
     return explainer(batch(), target=1)
 
@@ -155,12 +161,13 @@ def test_selectors(way, text):
     assert str(SELECTORS[text]) == text
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("way", [pickle.dumps, copy.deepcopy], ids=["pickle", "deepcopy"])
 @pytest.mark.parametrize("composite", COMPOSITES, ids=str)
-def test_composites_give_the_same(way, composite):
+def test_composites_give_the_same(model, way, composite):
     again = way(composite)
     again = pickle.loads(again) if isinstance(again, bytes) else again
-    model, x = network(), batch()
+    x = batch()
     one = nrm.Explainer(model, composite)(x, target=1)
     two = nrm.Explainer(model, again)(x, target=1)
     assert str(again) == str(composite)
@@ -175,10 +182,14 @@ def settings(explainer):
     return {name: getattr(explainer, name) for name in names - {"model"}}
 
 
-@ways
-@pytest.mark.parametrize("used", [False, True])
-def test_explainers(way, used):
-    explainer = nrm.Explainer(network(), composites.EpsilonPlus(), bias="input")
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [(name, True) for name in WAYS] + [(name, False) for name in ("pickle 5", "copy", "deepcopy")],
+)
+def test_explainers(model, name, used):
+    way = WAYS[name]
+    explainer = nrm.Explainer(model, composites.EpsilonPlus(), bias="input")
     x = batch()
     if used:
         explainer(x, target=1).joint("a", "b")
@@ -255,9 +266,13 @@ CALLS = {
 }
 
 
-@ways
-@pytest.mark.parametrize("call", CALLS)
-def test_measures(explainer, way, call):
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [(name, call) for name in ("pickle 5", "copy", "deepcopy") for call in CALLS]
+    + [(name, "named and nested") for name in ("pickle 2", "pickle 3", "pickle 4", "torch")],
+)
+def test_measures(explainer, name, call):
+    way = WAYS[name]
     args, named = CALLS[call](batch())
     R = explainer(*args, **named)
     again = way(R)
@@ -339,19 +354,19 @@ def test_a_copy_of_a_measure_shares_its_forward_pass(R):
 # -- results ---------------------------------------------------------------------------------------
 
 RESULTS = {
-    "flows": lambda R: R.top("a", "b", k=3),
-    "plan": lambda R: R.plan(A & ~B),
-    "diagnostics": lambda R: R.diagnostics(),
-    "proper form": lambda R: R.proper_form(),
-    "clusters": lambda R: nrm.clusters(R, "a", 3),
-    "listing": lambda R: nrm.Explainer(network()).layers(batch()),
+    "flows": lambda R, explainer: R.top("a", "b", k=3),
+    "plan": lambda R, explainer: R.plan(A & ~B),
+    "diagnostics": lambda R, explainer: R.diagnostics(),
+    "proper form": lambda R, explainer: R.proper_form(),
+    "clusters": lambda R, explainer: nrm.clusters(R, "a", 3),
+    "listing": lambda R, explainer: explainer.layers(batch()),
 }
 
 
 @ways
 @pytest.mark.parametrize("result", RESULTS)
-def test_results(R, way, result):
-    found = RESULTS[result](R)
+def test_results(R, explainer, way, result):
+    found = RESULTS[result](R, explainer)
     again = way(found)
     assert type(again) is type(found)
     assert str(again) == str(found)

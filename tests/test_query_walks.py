@@ -56,14 +56,15 @@ def test_queries_equal_the_sum_over_walks(network, rule, bias):
     assert {v.name for v in R.graph.variables} == {*net.values, *net.leaves}
 
     for name in names:  # marginal of every variable, and the share of the whole of it
-        size = len(net.values[name])
+        size, marginal, share = len(net.values[name]), R.marginal(name), R(name)
         for sample in range(2):
             expected = o.marginal(walks[sample], name, size)
-            _check(R.marginal(name)[sample].flatten(), expected, walks[sample])
-            _check(R(name)[sample], expected.sum(), walks[sample])
+            _check(marginal[sample].flatten(), expected, walks[sample])
+            _check(share[sample], expected.sum(), walks[sample])
 
+    everything = sum(R(leaf) for leaf in net.leaves)
     for sample in range(2):  # leaves take everything
-        _check(sum(R(leaf)[sample] for leaf in net.leaves), 1.0, walks[sample])
+        _check(everything[sample], 1.0, walks[sample])
 
     for _ in range(8):  # joint, conditional and heatmaps, for sets anywhere, in any order
         descriptions = [

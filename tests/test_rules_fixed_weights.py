@@ -6,6 +6,8 @@ each rule makes of a column of the matrix is written out here, sharing nothing w
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -124,12 +126,17 @@ def test_every_rule_acts_on_the_connections(row):
     model = Function(function).eval()
     for name in NAMES:
         package, rule = RULES[name]
-        R = nrm.Explainer(model, package)(x, target=int(columns[-1]))
+        heatmap = nrm.Explainer(model, package)(x, target=int(columns[-1])).heatmap()
         for sample in range(2):
             expected = _shares(matrix, x[sample].flatten().numpy(), rule, columns[-1])
-            found = R.heatmap()[sample].flatten().numpy()
+            found = heatmap[sample].flatten().numpy()
             size = max(1.0, np.abs(expected).max())
             np.testing.assert_allclose(found, expected, atol=1e-9 * size, rtol=0, err_msg=name)
+
+
+@cache
+def model_of(row: str) -> nn.Module:
+    return Function(ROWS[row][1]).eval()
 
 
 @pytest.mark.parametrize("row", ["bilinear", "avg_pool2d", "adaptive_avg_pool1d", "scatter mean"])
@@ -139,7 +146,7 @@ def test_all_outputs_at_once_forward_and_in_single_precision(row, name):
     torch.manual_seed(0)
     x = torch.rand(1, *shape, dtype=torch.float64)
     package, rule = RULES[name]
-    model = Function(function).eval()
+    model = model_of(row)
     matrix = _matrix(function, x)
     columns = np.flatnonzero(np.abs(matrix).sum(1))
     given = np.zeros(len(matrix))
@@ -211,22 +218,25 @@ def test_beside_a_parent_of_another_sum():
 # -- products ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.8, 0.3])
-@pytest.mark.parametrize(
-    "product",
-    [
+PRODUCTS = [
+    Function(product).eval()
+    for product in (
         lambda a, b: torch.matmul(a, b),
         lambda a, b: torch.bmm(a, b),
         lambda a, b: torch.einsum("bij,bjk->bik", a, b),
         lambda a, b: torch.baddbmm(torch.ones(2, 2, dtype=a.dtype), a, b, beta=0.5, alpha=2.0),
-    ],
-)
+    )
+]
+
+
+@pytest.mark.parametrize("share", [0.8, 0.3])
+@pytest.mark.parametrize("product", PRODUCTS, ids=["matmul", "bmm", "einsum", "baddbmm"])
 @pytest.mark.parametrize("name", ["flat", "wsquare", "zero", "zplus"])
 def test_factors_take_their_alpha_under_every_rule(product, share, name):
     torch.manual_seed(0)
     a, b = (torch.rand(1, 2, 2, dtype=torch.float64) for _ in range(2))
     composite = Composite([], RULES[name][0], alpha_default=rules.InOrder(share, 1 - share))
-    R = nrm.Explainer(Function(product).eval(), composite, bias="drop")(a, b, target=0)
+    R = nrm.Explainer(product, composite, bias="drop")(a, b, target=0)
     first, second = (R.heatmap(at=v.name) for v in R.graph.inputs)
     row, column = a[0, 0], b[0, :, 0]
     made = {
@@ -268,14 +278,12 @@ def test_einsum_along_an_axis_of_one_neuron(name):
     np.testing.assert_allclose(R.heatmap().flatten().numpy(), expected, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "equation", ["bi,oij->bo", "bi,oj->bo", "bi,ojj->bo", "bik,oij->bo", "bi,ij"]
 )
-def test_einsum_that_adds_up_its_weight(name, equation):
+def test_einsum_that_adds_up_its_weight(equation):
     """What is added up along axes of the weight alone is the weight of one connection."""
     torch.manual_seed(1)
-    package, rule = RULES[name]
     left, right = equation.partition("->")[0].split(",")
     x = torch.randn(1, *(3,) * (len(left) - 1), dtype=torch.float64)
     weight = torch.randn(*(3,) * len(right), dtype=torch.float64)
@@ -283,11 +291,13 @@ def test_einsum_that_adds_up_its_weight(name, equation):
     def function(v):
         return torch.einsum(equation, v, weight)
 
-    R = nrm.Explainer(Function(function).eval(), package)(x, target=1)
-    expected = _shares(_matrix(function, x), x.flatten().numpy(), rule, 1)
-    np.testing.assert_allclose(
-        R.heatmap().flatten().numpy(), expected, atol=1e-9 * np.abs(expected).max(), rtol=0
-    )
+    model, matrix = Function(function).eval(), _matrix(function, x)
+    for name in NAMES:
+        package, rule = RULES[name]
+        found = nrm.Explainer(model, package)(x, target=1).heatmap().flatten().numpy()
+        expected = _shares(matrix, x.flatten().numpy(), rule, 1)
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, atol=1e-9 * size, rtol=0, err_msg=name)
 
 
 # -- layers --------------------------------------------------------------------------------------
@@ -360,11 +370,11 @@ def test_a_rule_that_a_factored_weight_cannot_follow_is_refused():
         R(torch.randn(1, 3), target=0).heatmap()
 
 
-@pytest.mark.parametrize("rule", [rules.Flat(), rules.WSquare(), rules.ZPlus(), rules.Gamma(0.1)])
-def test_nothing_added_is_no_parent(rule):
+def test_nothing_added_is_no_parent():
     """`alpha=0` connects nothing."""
     x, y = torch.rand(1, 3, dtype=torch.float64), torch.rand(1, 3, dtype=torch.float64)
     model = Function(lambda a, b: torch.add(a, b, alpha=0)).eval()
-    R = nrm.Explainer(model, Everywhere(rule))(x, y, target=0)
-    shares = [float(R(v.name)) for v in R.graph.inputs]
-    assert shares == [1.0, 0.0]
+    for rule in (rules.Flat(), rules.WSquare(), rules.ZPlus(), rules.Gamma(0.1)):
+        R = nrm.Explainer(model, Everywhere(rule))(x, y, target=0)
+        shares = [float(R(v.name)) for v in R.graph.inputs]
+        assert shares == [1.0, 0.0], rule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 import nrm
 from nrm import composites, rules
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 COMPOSITES = {
     "cp": composites.CPLRP(), "attn": composites.AttnLRP(), "all": composites.LRPAll(),
@@ -48,6 +51,12 @@ class Cancels(nn.Module):
         return self.a(r) + self.b(x - r)
 
 
+@cache
+def cancels() -> nn.Module:
+    """The same object for all composites: it is captured once."""
+    return Cancels().double().eval()
+
+
 X = torch.tensor([[1.0, 1.0], [-1.0, 2.0]]).double()
 """Of the second sample n is (-1, 0): out = 2 * 2 - 10 * 1 = -6."""
 AT_R = torch.tensor([[1 / 3, 2 / 3], [0.0, -4 / 6]]).double()
@@ -61,7 +70,7 @@ def test_a_sum_that_cancels_passes_nothing_on(
 ) -> None:
     x, at_r, at_x = X[samples], AT_R[samples], AT_X[samples]
     first = nrm.neurons("r", 0)
-    for R in both_ways(Cancels().double().eval(), composite, x):
+    for R in both_ways(cancels(), composite, x):
         torch.testing.assert_close(R("r"), at_r.sum(1))
         torch.testing.assert_close(R.marginal("r"), at_r)
         torch.testing.assert_close(R.marginals()["r"], at_r)
@@ -75,7 +84,7 @@ def test_a_sum_that_cancels_passes_nothing_on(
         torch.testing.assert_close(R.heatmaps(["r", first])[0].sum(1), at_r.sum(1))
         assert R.top("a", "r", k=1)[0].sets[1].members[0].layer == "r"
         assert R.diagnostics().worst_cut_deviation < 1e-12
-    strict = nrm.Explainer(Cancels().double().eval(), composite, strict=True)(X[:1], target=0)
+    strict = nrm.Explainer(cancels(), composite, strict=True)(X[:1], target=0)
     torch.testing.assert_close(strict.marginal("r"), AT_R[:1])
 
 
@@ -131,14 +140,19 @@ class Attends(nn.Module):
         return self.head(h + x).sum(1)
 
 
+@cache
+def attends(which: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return Attends(which).to(dtype).eval()
+
+
 @pytest.mark.parametrize("composite", ["cp", "attn", "all"])
 @pytest.mark.parametrize("which", ["scores", "values", "thirds"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_within_attention_that_cancel(which: str, composite: str, dtype: torch.dtype) -> None:
     """One operator by derivatives, and written out for messages."""
-    torch.manual_seed(0)
     x = torch.tensor([[[1.0, 2.0]] * 3]).to(dtype)
-    fast, slow = both_ways(Attends(which).to(dtype).eval(), COMPOSITES[composite], x)
+    fast, slow = both_ways(attends(which, dtype), COMPOSITES[composite], x)
     torch.testing.assert_close(fast.heatmap(), slow.heatmap())
     torch.testing.assert_close(fast.heatmap(), fast.marginals()["input"])
     total = fast.heatmap().sum() + sum(share.sum() for share in fast.biases().values())

@@ -7,6 +7,8 @@ gradient times input of the network whose backward pass its authors wrote out (A
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 import nrm
 from nrm import composites, rules
 from nrm.composites import Everywhere
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 LRP_0 = Everywhere(rules.Epsilon(1e-30))  # by messages; rules.Zero() goes by derivatives too
 
@@ -59,11 +63,17 @@ class Recurrent(nn.Module):
 PIECEWISE_LINEAR = {"pooled": Pooled, "recurrent": Recurrent}
 
 
+@cache
+def piecewise_linear(network: str) -> nn.Module:
+    torch.manual_seed(0)
+    return PIECEWISE_LINEAR[network]().double().eval()
+
+
 @pytest.mark.parametrize("rule", ["messages", "derivatives"])
 @pytest.mark.parametrize("network", PIECEWISE_LINEAR)
 def test_lrp_0_with_biases_is_gradient_times_input(network: str, rule: str) -> None:
+    model = piecewise_linear(network)
     torch.manual_seed(0)
-    model = PIECEWISE_LINEAR[network]().double().eval()
     x = torch.randn(2, *model.shape).double().requires_grad_()
     output = model(x)[:, 1]
     parameters = dict(model.named_parameters())

@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from nrm.query import Plan
     from nrm.search import Flow, Flows
     from nrm.sets import channels, mask, neurons, patch
+    from nrm.targets import AgainstRest, Average, Contrast
     from nrm.views import Listing, ProperForm
 
 __version__ = "0.1.0"
 __all__ = [
+    "AgainstRest",
+    "Average",
     "Clusters",
     "Condition",
+    "Contrast",
     "Diagnostics",
     "Evaluation",
     "Explainer",
@@ -80,6 +84,7 @@ _HOMES = {
     "query": ("Plan",),
     "search": ("Flow", "Flows"),
     "sets": ("channels", "mask", "neurons", "patch"),
+    "targets": ("AgainstRest", "Average", "Contrast"),
     "views": ("Listing", "ProperForm"),
 }
 """The modules of all public names that are no modules themselves."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,18 @@ from nrm.engine import Messages, finite
 from nrm.errors import NrmError, QueryError
 from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunction
 from nrm.graph import Variable
-from nrm.joint import Division, Method, Partition, all_combinations, partition
+from nrm.joint import (
+    Division,
+    Method,
+    Partition,
+    Parts,
+    all_combinations,
+    from_the_output,
+    partitions,
+)
 from nrm.prepare import Pass
 from nrm.query import Plan, Query, Starts
+from nrm.rules import Normalized, Original
 from nrm.search import Budget, Flows, Order, Way, find_flows
 from nrm.sets import Stops, divide, laid_out, resolve
 from nrm.tensors import check_dense
@@ -50,8 +59,11 @@ class Condition(Shown):
         within: count only walks that visit no other neurons of the variables of this set: they
             pass the set, or bypass these variables altogether. The relevance of `given`, by which
             results are divided, counts all walks.
-        normalized: `False`: the original walk relevance, a product of unnormalised contributions
-            (eq. 26), summed over the same walks.
+        normalized: `False`: the unnormalised walk relevance, a product of contributions as they
+            are (eq. 26), summed over the same walks. `"original"` or `rules.Original(stabilizer)`:
+            LRP as it was first written (eqs. 43-46), with each rule's own denominator, by which
+            relevance is lost on the way. A result is then what *arrives* at the last set, or at
+            the layer asked for; formulas are answered in heatmaps alone.
         weights: of neurons, by layer: a walk counts with the product of the weights of the neurons
             that it visits (eq. 33), those of other layers with 1. What is given has none.
 
@@ -66,7 +78,7 @@ class Condition(Shown):
     sets: tuple[Formula, ...]
     given: tuple[Formula, ...]
     within: NeuronSet | None
-    normalized: bool
+    normalized: Normalized
     _weights: tuple[_Weight, ...]
 
     def __init__(
@@ -74,10 +86,11 @@ class Condition(Shown):
         *sets: Sets,
         given: Given = None,
         within: NeuronSet | str | None = None,
-        normalized: bool = True,
+        normalized: Reading = True,
         weights: Weights | None = None,
     ) -> None:
         with naming(lambda: _text(sets, given, within, normalized)):
+            reading = as_reading(normalized)
             held: list[Formula] = []
             known = only_formulas(given)
             laid = _checked(weights)
@@ -95,14 +108,20 @@ class Condition(Shown):
                 held += one.sets
                 known += one.given
                 laid += one._weights
-                normalized = normalized and one.normalized
+                if one.normalized is not True:
+                    if reading is not True and reading != one.normalized:
+                        raise QueryError(
+                            f"normalized={reading!r} and normalized={one.normalized!r}: say it "
+                            "once."
+                        )
+                    reading = one.normalized
             if len({weight.layer for weight in laid}) < len(laid):
                 raise QueryError("a layer is weighed by two conditions: weigh it once.")
         for name, value in (
             ("sets", tuple(held)),
             ("given", tuple(known)),
             ("within", inside),
-            ("normalized", bool(normalized)),
+            ("normalized", reading),
             ("_weights", tuple(laid)),
         ):
             object.__setattr__(self, name, value)
@@ -125,7 +144,7 @@ class Condition(Shown):
     @property
     def counts_all(self) -> bool:
         """Whether walks count with their normalised relevance, wherever they go."""
-        return self.normalized and self.within is None and not self._weights
+        return self.normalized is True and self.within is None and not self._weights
 
     def __repr__(self) -> str:
         return f"Condition({self.said()})"
@@ -138,8 +157,10 @@ class Condition(Shown):
         rows += [("given", _short(one)) for one in self.given]
         if self.within is not None:
             rows.append(("within", _short(self.within)))
-        if not self.normalized:
+        if self.normalized is False:
             rows.append(("normalized", "no: products of unnormalised contributions"))
+        elif self.normalized is not True:
+            rows.append(("normalized", f"by the rules' own denominators, {self.normalized}"))
         for weight in self._weights:
             rows.append(("weighed", f"{weight.layer}: {sizes(weight.values.shape)} weights"))
         return Table("Condition", (), rows, [] if rows else ["All walks."])
@@ -164,14 +185,34 @@ class _Weight:
     values: Tensor
 
 
+Reading = Normalized | Literal["original"]
+"""How contributions are read, as it may be asked for."""
+
+
+def as_reading(normalized: object) -> Normalized:
+    """How contributions are read, as it was asked for.
+
+    Raises:
+        QueryError: it is none of the three readings.
+    """
+    if isinstance(normalized, bool | Original):
+        return normalized
+    if normalized == "original":
+        return Original()
+    raise QueryError(
+        "normalized is True, False, 'original' or nrm.rules.Original(stabilizer), not "
+        f"{normalized!r}."
+    )
+
+
 def as_condition(
     sets: Sequence[Sets],
     given: Given = None,
     within: NeuronSet | str | None = None,
-    normalized: bool = True,
+    normalized: Reading = True,
 ) -> Condition:
     """What a query was asked: the very condition, where it was given one and nothing else."""
-    if len(sets) == 1 and given is None and within is None and normalized:
+    if len(sets) == 1 and given is None and within is None and normalized is True:
         (only,) = sets
         if isinstance(only, Condition):
             return only
@@ -202,7 +243,7 @@ def _text(
     sets: Sequence[object],
     given: object,
     within: object,
-    normalized: bool = True,
+    normalized: object = True,
     layers: Sequence[str] = (),
 ) -> str:
     """The arguments as they were given, long ones cut short."""
@@ -215,8 +256,8 @@ def _text(
         parts.append(f"given={_short(given)}")
     if within is not None:
         parts.append(f"within={_short(within)}")
-    if not normalized:
-        parts.append("normalized=False")
+    if normalized is not True:
+        parts.append(f"normalized={normalized!r}")
     if layers:
         parts.append(f"weights of {', '.join(map(repr, layers))}")
     return ", ".join(parts)
@@ -274,9 +315,6 @@ def _checked(weights: Weights | None) -> list[_Weight]:
 
 # -- what answers it -------------------------------------------------------------------------------
 
-Parts = str | Iterable[NeuronSet]
-"""A layer by name, or sets of its neurons."""
-
 
 class Answers:
     """A condition on a forward pass: worked out where it is first needed, and kept.
@@ -291,7 +329,7 @@ class Answers:
     def __init__(self, forward: Pass, starts: Starts, condition: Condition) -> None:
         # Not the condition itself: what it answers is kept as long as somebody else keeps that.
         self.forward, self._starts = forward, starts
-        normalized, start = condition.normalized, starts[condition.normalized]
+        normalized, start = condition.normalized, starts[condition.normalized is True]
         factors = _factors(condition, forward)
         self.query = Query(forward, start, [condition.formula], normalized, factors)
         self._given: Query | None = None
@@ -352,6 +390,7 @@ class Answers:
 
         Sums and walks change places: each neuron's weight times the relevance of the neuron.
         """
+        self.query.require_walks()
         found = self.query.marginals(weights)
         total = self.query.forward.output.new_zeros(self.query.forward.batch)
         for variable, weight in weights.items():
@@ -451,32 +490,6 @@ def _factors(condition: Condition, forward: Pass) -> Stops:
     return found
 
 
-def partitions(
-    forward: Pass, layers: Sequence[Parts], by: Division, memory: int
-) -> list[Partition]:
-    """The parts of layers; a quarter of the memory is for what is kept of them."""
-    each = memory // (4 * max(1, len(layers)))
-    return [partition(_parts(layer), by, forward, each) for layer in layers]
-
-
-def from_the_output(layers: Sequence[Partition]) -> tuple[list[int], list[Partition]]:
-    """Layers from the output down, and before that the place where each was given."""
-    order = sorted(range(len(layers)), key=lambda place: -layers[place].variable.index)
-    sides = [layers[place] for place in order]
-    for upper, lower in itertools.pairwise(sides):
-        if upper.variable is lower.variable:
-            raise QueryError(f"{upper.name!r} twice: combinations are of different layers.")
-    return order, sides
-
-
-def _parts(parts: Parts) -> str | list[NeuronSet]:
-    if isinstance(parts, Formula):
-        return [as_set(parts)]
-    if not isinstance(parts, Iterable):
-        raise QueryError(f"a side of pairs is a layer or neuron sets of one, not {parts!r}.")
-    return parts if isinstance(parts, str) else [as_set(chosen) for chosen in parts]
-
-
 def _turned(order: Order) -> Order:
     """The order of joint relevances, if what they are divided by is negative."""
     if order == "absolute":
@@ -491,15 +504,17 @@ class Together:
         self._blank = forward.output.new_zeros((len(conditions), forward.batch))
         self._conditions = conditions
         self._runs: list[tuple[Query, list[Condition], list[Formula | bool]]] = []
-        alike: dict[object, list[Condition]] = {}
+        alike: dict[tuple[object, ...], list[Condition]] = {}
         for condition in conditions:
             key = condition.normalized, condition.within, condition._weights
-            alike.setdefault(key, []).append(condition)
+            own = condition if isinstance(condition.normalized, Original) else None
+            alike.setdefault((*key, own), []).append(condition)
         for group in alike.values():
             first, known = group[0], list(dict.fromkeys(c.known for c in group if c.given))
             formulas = [condition.formula for condition in group]
-            start, factors = starts[first.normalized], _factors(first, forward)
-            if factors:  # what is given counts all walks
+            start, factors = starts[first.normalized is True], _factors(first, forward)
+            # What is given counts all walks; and what arrives at sets is known of each alone.
+            if factors or isinstance(first.normalized, Original):
                 run = Query(forward, start, formulas, first.normalized, factors)
                 self._runs.append((run, group, []))
                 group, formulas = [], []
@@ -510,7 +525,7 @@ class Together:
     def totals(self) -> Tensor:
         """`[conditions, batch]`."""
         joint: dict[int, Tensor] = {}
-        given: dict[tuple[bool, Formula | bool], Tensor] = {}
+        given: dict[tuple[Normalized, Formula | bool], Tensor] = {}
         for query, group, known in self._runs:
             rows = finite(query.totals())
             joint |= {id(c): row for c, row in zip(group, rows, strict=False)}

@@ -26,6 +26,7 @@ from nrm.errors import QueryError
 from nrm.graph import Operation, Variable
 from nrm.operators import Propagation
 from nrm.prepare import Pass
+from nrm.rules import Normalized
 from nrm.sets import Mask
 
 Messages = dict[Variable, Tensor]
@@ -56,7 +57,7 @@ def travel(
     forward: Pass,
     travelling: Travelling[S],
     itinerary: Itinerary[S],
-    normalized: bool = True,
+    normalized: Normalized = True,
     open_to: Mapping[Variable, Mask] | None = None,
     order: Sequence[Variable] | None = None,
 ) -> None:
@@ -93,7 +94,7 @@ def _share_out(
     messages: dict[S, Tensor],
     travelling: Travelling[S],
     itinerary: Itinerary[S],
-    normalized: bool,
+    normalized: Normalized,
 ) -> None:
     """Add to `travelling` what an operation's parents get of messages, which are used up.
 
@@ -135,7 +136,7 @@ def send(
     forward: Pass,
     messages: Messages,
     stops: Mapping[Variable, Mask],
-    normalized: bool = True,
+    normalized: Normalized = True,
     open_to: Mapping[Variable, Mask] | None = None,
     observe: Observer | None = None,
     order: Sequence[Variable] | None = None,
@@ -153,7 +154,7 @@ def send(
         what arrived, by variable. Nothing arrives where no message came.
     """
     with torch.inference_mode(False), torch.no_grad():
-        if forward.telescope is not None and normalized and not open_to and observe is None:
+        if forward.telescope is not None and normalized is True and not open_to and observe is None:
             arrived = forward.telescope.send(messages, stops)
             if arrived is not None:
                 return arrived

@@ -131,6 +131,14 @@ class Cautions:
             "(output_relevance=).",
         )
 
+    def negative(self, what: str, value: float, sample: str) -> None:
+        """A combination of outputs is negative, so that shares of it point the other way."""
+        self._say(
+            "negative",
+            f"what is explained, {what}, is {value:.3g}{sample}: it is negative, so that a "
+            "positive share makes it more so. Times R.scale, relevance has its own sign.",
+        )
+
     def _say(self, kind: str, text: str) -> None:
         if kind in self.said:
             return

@@ -29,6 +29,7 @@ from nrm.measure import Measure
 from nrm.operators import Operator
 from nrm.prepare import Program
 from nrm.rules import Rule
+from nrm.targets import Combination
 from nrm.tensors import check_dense
 from nrm.views import Listing, settings_table
 
@@ -131,7 +132,8 @@ class Explainer(Shown):
                 of integer inputs, their embeddings are. Masks (`mask`, `..._mask`) carry none.
             target: the output neuron to explain: one for all samples or one for each, ints for an
                 output `[batch, C]`, tuples for more axes (`(position, token)`, where negative
-                numbers count from the end). By default each sample's largest output.
+                numbers count from the end); or a combination of outputs (`nrm.Contrast(3, 5)`,
+                `nrm.AgainstRest(3)`, `nrm.Average(...)`). By default each sample's largest output.
             output_relevance: instead of a target, the unnormalised relevance of all outputs,
                 shaped like the output (eq. 13): `f(x)` itself, a softmax, a difference of logits.
                 Where a head is looked through, it is that of the logits, one to one.
@@ -152,8 +154,9 @@ class Explainer(Shown):
             else:
                 raise TargetError("give either a target or an output_relevance, not both")
             inputs, named = call.arguments(*call.tensors)
-            recipe = Recipe(self, inputs, named, explained.target, output_relevance)
-            return Measure(forward, explained, recipe)
+            chosen = target if isinstance(target, Combination) else explained.target
+            recipe = Recipe(self, inputs, named, chosen, output_relevance)
+            return Measure(forward, explained, recipe, self.strict)
 
     def table(self) -> Table:
         return settings_table(self.__getstate__())

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -14,17 +15,24 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from nrm.diagnostics import warn_of_output
+from nrm.diagnostics import Diagnostics, bias_shares, diagnose, warn_of_output
 from nrm.display import Shown, Table, numbers, sizes
+from nrm.engine import finite
 from nrm.errors import PositiveSumError, QueryError, TargetError
 from nrm.graph import Graph
 from nrm.prepare import Pass
 from nrm.query import Starts
+from nrm.targets import Combination
 from nrm.tensors import check_dense
+from nrm.views import ProperForm, proper_form
 
 _ONE = {0: "0, the only neuron", 1: "an int"}
 
-Target = int | Sequence[int] | Sequence[tuple[int, ...]] | tuple[int, ...] | Tensor | None
+Target = (
+    int | Sequence[int] | Sequence[tuple[int, ...]] | tuple[int, ...] | Tensor | Combination | None
+)
+"""One output for all samples or one for each; a combination of outputs (`nrm.targets`); `None`:
+each sample's largest."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +42,26 @@ class Explained:
     Attributes:
         relevance: normalised: it sums to one over each sample (eq. 18).
         unnormalized: R~ (eq. 13): for a target, its output and zero elsewhere.
-        target: `[batch]` (or `[batch, axes]`); `None` where output relevance was given.
+        target: `[batch]` (or `[batch, axes]`); `None` where output relevance was given, or a
+            combination of outputs.
+        text: what it is, in words, of a combination.
     """
 
     relevance: Tensor
     unnormalized: Tensor
     target: Tensor | None
+    text: str = ""
 
 
 def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
-    """One output neuron of each sample.
+    """One output neuron of each sample, or a combination of them.
 
     Raises:
-        TargetError: there is no such neuron, or its value is not finite.
+        TargetError: there is no such neuron, or its value is not finite; or a combination is zero.
         PositiveSumError: `strict`, and its value is zero or negative.
     """
+    if isinstance(target, Combination):
+        return _combined(target, forward, strict)
     chosen = _chosen(target, forward)
     index = (torch.arange(forward.batch, device=forward.output.device), *chosen.long().unbind(1))
     values = _by_sample(forward.output, forward)[index]
@@ -68,6 +81,32 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
     if not chosen.shape[1]:
         chosen = chosen.new_zeros(len(chosen), 1)
     return Explained(relevance, unnormalized, chosen[:, 0] if chosen.shape[1] == 1 else chosen)
+
+
+def _combined(target: Combination, forward: Pass, strict: bool) -> Explained:
+    """A linear combination of each sample's outputs, explained by its terms."""
+    outputs = _by_sample(forward.output, forward)
+    if not forward.graph.output.tells_samples(forward.batch):
+        raise TargetError(
+            f"the output {tuple(forward.output.shape)} does not keep the samples apart"
+        )
+    weights = target.weights(outputs)
+    unnormalized = torch.zeros_like(forward.output)
+    terms = _by_sample(unnormalized, forward)
+    terms[weights != 0] = (weights * outputs)[weights != 0]  # others may be infinite
+    if not bool(torch.isfinite(terms).all()):
+        raise TargetError(f"{target} adds up NaN or infinite values.")
+    total, size = terms.flatten(1).sum(1), terms.abs().flatten(1).sum(1)
+    if bool((total.abs() <= 1e-6 * size).any()):
+        raise TargetError(f"{target} is zero for some sample: nothing to normalise by")
+    below = (total < 0).nonzero().flatten().tolist()
+    if below and strict:
+        raise PositiveSumError(f"strict: {target} is negative for some sample (eq. 16).")
+    if below:
+        of = f" for sample {below[0]}" if forward.batch > 1 else ""
+        forward.cautions.negative(str(target), float(total[below[0]]), of)
+    share = unnormalized / forward.graph.output.by_sample(total)
+    return Explained(share, unnormalized, None, str(target))
 
 
 def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
@@ -187,12 +226,19 @@ class Recipe:
         explainer: Explains,
         inputs: Sequence[Any],
         named: Mapping[str, Any],
-        target: Tensor | None,
+        target: Target,
         output_relevance: Tensor | None,
     ) -> None:
         self.explainer = explainer
         self.call = (tuple(inputs), dict(named), target, output_relevance)
         self._settings = explainer.__getstate__()
+
+    def of(self, target: Target) -> Recipe:
+        """The same with another target."""
+        other = copy.copy(self)
+        inputs, named, _, _ = self.call
+        other.call = (inputs, named, target, None)
+        return other
 
     def ingredients(self) -> tuple[Any, ...]:
         """The arguments of `made`.
@@ -215,7 +261,7 @@ def made(
     explainer: Explains,
     inputs: Sequence[Any],
     named: Mapping[str, Any],
-    target: Tensor | None,
+    target: Target,
     output_relevance: Tensor | None,
 ) -> Any:
     """The measure that was saved, made anew: the model runs forward once."""
@@ -233,9 +279,15 @@ class Explanation(Shown):
             model's last function is looked through (`Explainer(head=...)`).
     """
 
-    def __init__(self, forward: Pass, explained: Explained, recipe: Recipe | None = None) -> None:
+    def __init__(
+        self,
+        forward: Pass,
+        explained: Explained,
+        recipe: Recipe | None = None,
+        strict: bool = False,
+    ) -> None:
         self._forward_pass = forward
-        self._recipe = recipe
+        self._recipe, self._strict = recipe, strict
         output = forward.graph.output
         self._starts: Starts = {
             True: {output: explained.relevance.unsqueeze(0)},
@@ -243,14 +295,21 @@ class Explanation(Shown):
         }
         warn_of_output(forward, explained.relevance, explained.unnormalized)
         self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
-        self._target = explained.target
+        self._target, self._text = explained.target, explained.text
         self._scale = output.per_sample(self._starts[False][output], self.batch)[0]
 
     @property
     def target(self) -> Tensor | None:
-        """`[batch]`, the explained output of each sample; `None` where `output_relevance` was given
-        instead."""
+        """`[batch]`, the explained output of each sample; `None` where a combination of outputs or
+        `output_relevance` was given instead."""
         return None if self._target is None else self._target.clone()
+
+    @property
+    def quantity(self) -> str:
+        """What is explained, in words: a target, a combination of outputs, or what was given."""
+        if self._target is None:
+            return self._text or "output relevance"
+        return f"target {self._target.tolist()}"
 
     @property
     def output(self) -> Tensor:
@@ -274,7 +333,7 @@ class Explanation(Shown):
         return self._forward_pass.batch
 
     def __repr__(self) -> str:
-        explained = "output relevance" if self.target is None else f"target {self.target.tolist()}"
+        explained = self.quantity
         if self.graph.head is not None:
             explained += f", {self.explained}"
         variables = len(self.graph.variables)
@@ -282,13 +341,10 @@ class Explanation(Shown):
 
     def table(self) -> Table:
         graph, scale = self.graph, self._scale.tolist()
-        target = (
-            "an output relevance" if self._target is None else f"target {self._target.tolist()}"
-        )
         unit = "R.scale, the explained output" if self._target is not None else "R.scale"
         rows = [
             ("samples", str(self.batch)),
-            ("explained", f"{self.explained}, {target}"),
+            ("explained", f"{self.explained}, {self.quantity}"),
             (unit, numbers(scale)),
             ("output", sizes(self._forward_pass.returned.shape)),
             *((f"input {v.name!r}", sizes(self._forward_pass.shape(v))) for v in graph.inputs),
@@ -308,6 +364,41 @@ class Explanation(Shown):
                 would be rounded.
         """
         return self._forward_pass.as_it_was()
+
+    def of(self, target: Target) -> Self:
+        """The measure of another target, on the same forward pass.
+
+        Example:
+            >>> R.of(5).heatmap(), R.of(nrm.Contrast(3, 5)).heatmap()
+        """
+        forward, recipe = self.forward_pass, self._recipe
+        explained = explain_target(target, forward, self._strict)
+        if recipe is not None:
+            recipe = recipe.of(target if explained.target is None else explained.target)
+        return type(self)(forward, explained, recipe, self._strict)
+
+    def activations(self, layer: str) -> Tensor:
+        """The values of a layer's neurons, shaped like the layer, batch axis included."""
+        return self.forward_pass.value(self.graph.variable(layer)).clone()
+
+    def biases(self) -> dict[str, Tensor]:
+        """The share `[batch]` of every bias and every other constant at which walks end.
+
+        NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
+        """
+        shares = bias_shares(self.forward_pass, self._starts[True])
+        for share in shares.values():
+            if not bool(share.isnan().all()):  # a leaf that mixes samples
+                finite(share)
+        return shares
+
+    def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
+        """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
+        return diagnose(self.forward_pass, self._starts[True], tolerance)
+
+    def proper_form(self) -> ProperForm:
+        """The network in layers, with virtual copies, and the relevance of each (appendix A)."""
+        return proper_form(self.forward_pass, self._starts[True])
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickled, saved by torch and deep-copied as explainer, inputs and target.

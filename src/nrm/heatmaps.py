@@ -1,9 +1,10 @@
-"""Heatmaps of many conditions at once: one pass for all conditions on the same layers."""
+"""Heatmaps of many conditions, or of many targets, at once: their messages travel together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from nrm.condition import Answers, Condition
@@ -68,6 +69,38 @@ def marginals_of_many(
                 if condition.known not in given:
                     given[condition.known] = Answers(forward, starts, condition)
                 found[place] = given[condition.known].divided(message, variable)
+    return found
+
+
+def marginals_of_targets(
+    forward: Pass,
+    starts: Sequence[Starts],
+    condition: Condition,
+    variable: Variable,
+    memory: int,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Every neuron's relevance jointly with a condition, for each of many explained outputs.
+
+    Their messages travel together.
+
+    Arguments:
+        starts: the messages at the output, of each.
+
+    Returns:
+        `[explained, *shape]`.
+    """
+    found = forward.output.new_zeros((len(starts), *forward.shape(variable)))
+    normalized, output = condition.normalized, forward.graph.output
+
+    def travelled(chosen: Sequence[int]) -> None:
+        messages = torch.cat([starts[place][normalized is True][output] for place in chosen])
+        query = Query(forward, {output: messages}, [condition.formula], normalized)
+        arrived = query.marginals([variable])[variable]
+        found[list(chosen)] = finite(arrived).expand(len(chosen), *arrived.shape[1:])
+        advance(len(chosen))
+
+    in_chunks(range(len(starts)), memory, message_size(forward, output, variable), travelled)
     return found
 
 

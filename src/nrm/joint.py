@@ -8,8 +8,9 @@ messages begin all combinations down to the last two, which are joined as pairs.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from nrm.contraction import Contraction, contracted_pairs, find_contraction
 from nrm.engine import in_chunks, message_size, push_between, send_between
 from nrm.errors import NeuronSetError, QueryError
-from nrm.formulas import NeuronSet
+from nrm.formulas import Formula, NeuronSet, as_set
 from nrm.graph import Variable
 from nrm.prepare import Pass
 from nrm.sets import channels, neurons, resolve, variables_of
@@ -384,3 +385,35 @@ def all_combinations(
     each = message_size(forward, above, below)
     in_chunks(_alive(first, message), max(1, memory // 2), each, joined)
     return found
+
+
+# -- layers as a query names them ------------------------------------------------------------------
+
+Parts = str | Iterable[NeuronSet]
+"""A layer by name, or sets of its neurons."""
+
+
+def partitions(
+    forward: Pass, layers: Sequence[Parts], by: Division, memory: int
+) -> list[Partition]:
+    """The parts of layers; a quarter of the memory is for what is kept of them."""
+    each = memory // (4 * max(1, len(layers)))
+    return [partition(_parts(layer), by, forward, each) for layer in layers]
+
+
+def from_the_output(layers: Sequence[Partition]) -> tuple[list[int], list[Partition]]:
+    """Layers from the output down, and before that the place where each was given."""
+    order = sorted(range(len(layers)), key=lambda place: -layers[place].variable.index)
+    sides = [layers[place] for place in order]
+    for upper, lower in itertools.pairwise(sides):
+        if upper.variable is lower.variable:
+            raise QueryError(f"{upper.name!r} twice: combinations are of different layers.")
+    return order, sides
+
+
+def _parts(parts: Parts) -> str | list[NeuronSet]:
+    if isinstance(parts, Formula):
+        return [as_set(parts)]
+    if not isinstance(parts, Iterable):
+        raise QueryError(f"a side of pairs is a layer or neuron sets of one, not {parts!r}.")
+    return parts if isinstance(parts, str) else [as_set(chosen) for chosen in parts]

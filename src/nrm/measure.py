@@ -14,30 +14,35 @@ from nrm.condition import (
     Answers,
     Condition,
     Given,
-    Parts,
+    Reading,
     Sets,
     Together,
     Weights,
     as_condition,
-    from_the_output,
     listed,
     naming,
-    partitions,
     weights_on,
 )
-from nrm.diagnostics import Diagnostics, bias_shares, diagnose
 from nrm.display import counted, narrowed
-from nrm.engine import checked, finite
+from nrm.engine import checked
 from nrm.errors import QueryError
-from nrm.explanation import Explanation
+from nrm.explanation import Explanation, Target
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
-from nrm.heatmaps import marginals_of_many
-from nrm.joint import Division, Method, best_method, partition
+from nrm.heatmaps import marginals_of_many, marginals_of_targets
+from nrm.joint import (
+    Division,
+    Method,
+    Parts,
+    best_method,
+    from_the_output,
+    partition,
+    partitions,
+)
 from nrm.query import Plan
 from nrm.search import Budget, Flows, Order, Way
 from nrm.sets import resolve
-from nrm.views import ProperForm, depth, proper_form
+from nrm.views import depth
 
 Within = NeuronSet | str | None
 T = TypeVar("T")
@@ -58,7 +63,7 @@ class Measure(Explanation):
     # -- queries ---------------------------------------------------------------------------------
 
     def __call__(
-        self, *sets: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self, *sets: Sets, given: Given = None, within: Within = None, normalized: Reading = True
     ) -> Tensor:
         """The joint relevance `R(A, B, ...)` (eq. 9), or conditional `R(A, ... | given)` (eq. 11).
 
@@ -71,7 +76,11 @@ class Measure(Explanation):
             return asked.total()
 
     def relevances(
-        self, *formulas: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self,
+        *formulas: Sets,
+        given: Given = None,
+        within: Within = None,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of several formulas in one run (`plan` says at what cost).
 
@@ -84,13 +93,21 @@ class Measure(Explanation):
         return self._together(formulas, given, within, normalized, Together.totals)
 
     def plan(
-        self, *formulas: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self,
+        *formulas: Sets,
+        given: Given = None,
+        within: Within = None,
+        normalized: Reading = True,
     ) -> Plan:
         """How many messages `relevances` of these formulas sends; nothing is sent."""
         return self._together(formulas, given, within, normalized, Together.plan)
 
     def outcomes(
-        self, *formulas: Sets, given: Given = None, within: Within = None, normalized: bool = True
+        self,
+        *formulas: Sets,
+        given: Given = None,
+        within: Within = None,
+        normalized: Reading = True,
     ) -> dict[tuple[bool, ...], Tensor]:
         """The relevance `[batch]` of each combination of formulas that hold, in one run.
 
@@ -109,7 +126,7 @@ class Measure(Explanation):
         *sets: Sets,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """`R(i, A, ...)` for every neuron i of a layer, jointly with sets anywhere (eq. 37).
 
@@ -134,7 +151,7 @@ class Measure(Explanation):
         layers: Collection[str] | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> dict[str, Tensor]:
         """`R(i, A, ...)` for every neuron i of every layer, in two passes (forward-backward).
 
@@ -160,7 +177,7 @@ class Measure(Explanation):
         layers: Collection[str] | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> dict[str, Tensor]:
         """`R(A, ... | j)` for every neuron j downstream of the sets, in one pass.
 
@@ -192,7 +209,7 @@ class Measure(Explanation):
         over: Literal["sum", "product"] = "sum",
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of walks with a weight (eq. 33): `sum_w v(w) R(w)`.
 
@@ -219,7 +236,7 @@ class Measure(Explanation):
         layers: int | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The additive relevance of neuron sets (Def. 3, Thm. 3): how much of a walk lies in them.
 
@@ -247,7 +264,7 @@ class Measure(Explanation):
         at: str | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of every input element, jointly with sets: LRP, CRP and eq. 37.
 
@@ -268,7 +285,7 @@ class Measure(Explanation):
         at: str | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
         memory: int = 2**28,
         progress: bool | Callable[[int], None] = False,
     ) -> Tensor:
@@ -294,13 +311,40 @@ class Measure(Explanation):
         with counted(progress, "heatmaps", len(each)) as advance:
             return marginals_of_many(forward, self._starts, each, variable, memory, advance)
 
+    def by_target(
+        self,
+        targets: Sequence[Target] | None = None,
+        *sets: Sets,
+        at: str | None = None,
+        normalized: Reading = True,
+        memory: int = 2**28,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Tensor:
+        """The heatmap of each of many targets, all in one run: `R.of(target).heatmap(*sets)`.
+
+        Arguments:
+            targets: as for `Explainer`; by default all outputs of a sample, which are then classes.
+            others: as for `heatmaps`.
+
+        Returns:
+            `[targets, *input]`, in the order given; each is a share of its own target.
+        """
+        condition = as_condition(sets, None, None, normalized)
+        variable = self.graph.variable(self._input(at))
+        each = range(self.output.shape[-1]) if targets is None else targets
+        with naming(condition.said), counted(progress, "targets", len(each)) as advance:
+            starts = [self.of(target)._starts for target in each]
+            return marginals_of_targets(
+                self.forward_pass, starts, condition, variable, checked(memory), advance
+            )
+
     def tokens(
         self,
         *sets: Sets,
         at: str | None = None,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of every token: that of its embedding's neurons together.
 
@@ -322,7 +366,7 @@ class Measure(Explanation):
         *sets: Sets,
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Tensor:
         """The relevance of every channel of a layer, jointly with sets anywhere: `[batch, C]`.
 
@@ -432,31 +476,6 @@ class Measure(Explanation):
                 divided, k, by, order, method, sample, budget, checked(memory), advance
             )
 
-    # -- looking at it ---------------------------------------------------------------------------
-
-    def activations(self, layer: str) -> Tensor:
-        """The values of a layer's neurons, shaped like the layer, batch axis included."""
-        return self.forward_pass.value(self.graph.variable(layer)).clone()
-
-    def biases(self) -> dict[str, Tensor]:
-        """The share `[batch]` of every bias and every other constant at which walks end.
-
-        NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
-        """
-        shares = bias_shares(self.forward_pass, self._starts[True])
-        for share in shares.values():
-            if not bool(share.isnan().all()):  # a leaf that mixes samples
-                finite(share)
-        return shares
-
-    def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
-        """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
-        return diagnose(self.forward_pass, self._starts[True], tolerance)
-
-    def proper_form(self) -> ProperForm:
-        """The network in layers, with virtual copies, and the relevance of each (appendix A)."""
-        return proper_form(self.forward_pass, self._starts[True])
-
     # -- how a condition reaches what answers it -------------------------------------------------
 
     @cached_property
@@ -469,7 +488,7 @@ class Measure(Explanation):
         sets: Sequence[Sets],
         given: Given = None,
         within: Within = None,
-        normalized: bool = True,
+        normalized: Reading = True,
     ) -> Iterator[Answers]:
         """What answers a condition, kept as long as the caller keeps the condition.
 
@@ -489,7 +508,7 @@ class Measure(Explanation):
         formulas: Sequence[Sets],
         given: Given,
         within: Within,
-        normalized: bool,
+        normalized: Reading,
         answer: Callable[[Together], T],
     ) -> T:
         """What answers several conditions in one run, if they count walks alike."""

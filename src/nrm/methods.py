@@ -2,7 +2,8 @@
 
 With output k explained, every method below is the relevance of some set of walks. Results are
 normalised: shares of the explained output. `scale="logit"` multiplies them by `R.scale`, the
-explained output itself, as most other implementations do.
+explained output itself; `scale="original"` reads each rule with its own denominator, as most
+other implementations do (docs/peers.md), where a method does not need more than what arrives.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nrm.condition import Given, Sets, only_formulas
+from nrm.condition import Given, Reading, Sets, as_reading, only_formulas
 from nrm.display import Shown, Table, sizes
 from nrm.errors import NeuronSetError, QueryError, TargetError
 from nrm.explainer import Explainer
@@ -24,7 +25,7 @@ from nrm.formulas import NeuronSet, every_neuron, united
 from nrm.measure import Measure
 from nrm.sets import channels, divide, mask, neurons
 
-Scale = Literal["normalized", "logit"]
+Scale = Literal["normalized", "logit", "original"]
 
 OUTPUT = "y"
 """What zennit-crp calls the model's output in a condition."""
@@ -51,7 +52,7 @@ def lrp(R: Measure, at: str | None = None, scale: Scale = "normalized") -> Tenso
     Returns:
         shaped like the input.
     """
-    return in_units(R, R.heatmap(at=at), scale, _input(R, at))
+    return in_units(R, R.heatmap(at=at, normalized=reading(scale)), scale, _input(R, at))
 
 
 def conrel(R: Measure, concept: Sets, scale: Scale = "normalized") -> Tensor:
@@ -63,7 +64,10 @@ def conrel(R: Measure, concept: Sets, scale: Scale = "normalized") -> Tensor:
     Returns:
         `[batch]`; `[batch, channels]` for a layer.
     """
-    relevance = R.channels(concept) if isinstance(concept, str) else R(concept)
+    normalized = reading(scale)
+    if isinstance(concept, str):
+        return in_units(R, R.channels(concept, normalized=normalized), scale)
+    relevance = R(concept, normalized=normalized)
     return in_units(R, relevance, scale)
 
 
@@ -141,12 +145,14 @@ def crp(
     if not bypass:
         given = concepts if conditional else None
         sets = () if conditional else concepts
-        return in_units(R, R.heatmap(*sets, given=given, at=at), scale, _input(R, at))
+        found = R.heatmap(*sets, given=given, at=at, normalized=reading(scale))
+        return in_units(R, found, scale, _input(R, at))
     together = united(only_formulas(concepts))
-    joint = R.heatmap(within=together, at=at)
+    joint = R.heatmap(within=together, at=at, normalized=reading(scale))
     if conditional:
         variable = R.graph.variable(_input(R, at))
-        joint = divide(joint, variable.by_sample(R(within=together)))
+        known = R(within=together, normalized=reading(scale))
+        joint = divide(joint, variable.by_sample(known))
     return in_units(R, joint, scale, _input(R, at))
 
 
@@ -197,7 +203,7 @@ def crp_conditions(
         masked = [every_neuron(name) for name, numbers in chosen.items() if not numbers]
         options: dict[str, Any] = {"at": at, "scale": scale}
         if masked:
-            found = _past(R, masked, concepts, exclude_parallel, conditional, at)
+            found = _past(R, masked, concepts, exclude_parallel, conditional, at, reading(scale))
             heatmaps.append(in_units(R, found, scale, _input(R, at)))
         elif concepts:
             options |= {"conditional": conditional, "bypass": not exclude_parallel}
@@ -216,6 +222,7 @@ def _past(
     exclude_parallel: bool,
     conditional: bool,
     at: str | None,
+    normalized: Reading,
 ) -> Tensor:
     """The heatmap of what is left where all of some layers is masked."""
     for layer in (*masked, *concepts):
@@ -224,11 +231,12 @@ def _past(
         return torch.zeros_like(R.heatmap(at=at))
     beside = ~united(masked)
     within = united(concepts) if concepts else None
-    joint = R.heatmap(beside, within=within, at=at)
+    joint = R.heatmap(beside, within=within, at=at, normalized=normalized)
     if not conditional:
         return joint
     variable = R.graph.variable(_input(R, at))
-    return divide(joint, variable.by_sample(R(beside, within=within)))
+    known = R(beside, within=within, normalized=normalized)
+    return divide(joint, variable.by_sample(known))
 
 
 def _numbers(name: str, chosen: Any) -> tuple[int, ...]:
@@ -248,7 +256,7 @@ def _numbers(name: str, chosen: Any) -> tuple[int, ...]:
 
 
 def subgraph(
-    R: Measure, *sets: Sets, normalized: bool = True, scale: Scale = "normalized"
+    R: Measure, *sets: Sets, normalized: Reading = True, scale: Scale = "normalized"
 ) -> Tensor:
     """Subgraph relevance: `R(S_0, ..., S_{L-1} | k)`, of the walks inside a set of each layer.
 
@@ -260,15 +268,16 @@ def subgraph(
     Returns:
         `[batch]`.
     """
-    shares = in_units(R, R(*sets), scale)
-    return shares if normalized else R(*sets, normalized=False)
+    if as_reading(normalized) is not True:
+        return R(*sets, normalized=normalized)
+    return in_units(R, R(*sets, normalized=reading(scale)), scale)
 
 
 def walk(
     R: Measure,
     path: Mapping[str, int | tuple[int, ...]],
     *,
-    normalized: bool = True,
+    normalized: Reading = True,
     scale: Scale = "normalized",
 ) -> Tensor:
     """GNN-LRP: `R(i_0, ..., i_{L-1} | k)`, the relevance of one walk (eq. 12).
@@ -300,7 +309,7 @@ def symbxai(R: Measure, formula: Sets, given: Given = None, scale: Scale = "norm
     Returns:
         `[batch]`.
     """
-    return in_units(R, R(formula, given=given), scale)
+    return in_units(R, R(formula, given=given, normalized=reading(scale)), scale)
 
 
 def harsanyi(
@@ -319,7 +328,7 @@ def harsanyi(
     """
     return {
         frozenset(s for s, held in zip(sets, visited, strict=True) if held): in_units(R, r, scale)
-        for visited, r in R.outcomes(*sets).items()
+        for visited, r in R.outcomes(*sets, normalized=reading(scale)).items()
     }
 
 
@@ -335,7 +344,18 @@ def additive(
     Returns:
         `[batch]`.
     """
-    return in_units(R, R.additive(*sets, layers=layers), scale)
+    return in_units(R, R.additive(*sets, layers=layers, normalized=reading(scale)), scale)
+
+
+def reading(scale: Scale) -> Reading:
+    """How a query is to read rules, for relevance in some units.
+
+    Raises:
+        QueryError: there are no such units.
+    """
+    if scale not in ("normalized", "logit", "original"):
+        raise QueryError(f"scale is 'normalized', 'logit' or 'original', not {scale!r}")
+    return "original" if scale == "original" else True
 
 
 def in_units(R: Measure, relevance: Tensor, scale: Scale, layer: str | None = None) -> Tensor:
@@ -344,9 +364,8 @@ def in_units(R: Measure, relevance: Tensor, scale: Scale, layer: str | None = No
     Arguments:
         layer: that it is shaped like; by default samples are along the first axis.
     """
-    if scale not in ("normalized", "logit"):
-        raise QueryError(f"scale is 'normalized' or 'logit', not {scale!r}")
-    if scale == "normalized":
+    reading(scale)
+    if scale != "logit":
         return relevance
     if layer is None:
         return relevance * R.scale.view(-1, *[1] * (relevance.dim() - 1))

@@ -23,6 +23,7 @@ from nrm.errors import CANCELS, VARIATION, QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
 from nrm.prepare import Pass
+from nrm.rules import Normalized, Original
 from nrm.sets import Mask, Stops, resolve, variables_of
 
 Starts = Mapping[bool, Messages]
@@ -30,7 +31,7 @@ Starts = Mapping[bool, Messages]
 
 
 def along(
-    forward: Pass, messages: Messages, stops: Iterable[Stops], normalized: bool = True
+    forward: Pass, messages: Messages, stops: Iterable[Stops], normalized: Normalized = True
 ) -> Messages:
     """Send messages to one set after the other: what arrives there of the walks that visit all.
 
@@ -58,7 +59,9 @@ class Query:
     Arguments:
         start: the messages at the output.
         formulas: all of them are answered together.
-        normalized: `False`: products of unnormalised contributions (eq. 26).
+        normalized: `False`: products of unnormalised contributions (eq. 26). `Original`: of
+            contributions over the rules' own denominators (eqs. 43-46), by which relevance is lost
+            on the way; what is asked is then what arrives at the last set, or at a variable.
         open_to: factors that a walk collects at the neurons of some variables: zero at those
             that it may not visit.
 
@@ -71,7 +74,7 @@ class Query:
         forward: Pass,
         start: Messages,
         formulas: Sequence[Formula | bool],
-        normalized: bool = True,
+        normalized: Normalized = True,
         open_to: Stops | None = None,
     ) -> None:
         self.forward, self.start, self.graph = forward, start, forward.graph
@@ -91,6 +94,12 @@ class Query:
     def totals(self) -> Tensor:
         """`[formulas, batch]`: the relevance of the walks on which each formula holds."""
         chain = self._chain()
+        if chain is None and self._original:
+            raise QueryError(
+                "under the original LRP relevance is lost on the way, so that only what arrives "
+                "at sets is known, of walks that visit one after the other: name sets alone, or "
+                "ask for a heatmap."
+            )
         if chain is not None:
             return self._sum(self._along(chain, self._ends())).unsqueeze(0)
         total = self.forward.output.new_zeros((len(self.formulas), self.forward.batch))
@@ -102,6 +111,7 @@ class Query:
 
     def outcomes(self, keeps_failed: bool = True) -> dict[State, Tensor]:
         """`[batch]` for every combination of formulas that hold together."""
+        self.require_walks()
         automaton = self._automaton(keeps_failed)
         settled: dict[Variable, dict[State, Tensor]] = {}
         self._run(automaton, settled=settled)
@@ -135,6 +145,7 @@ class Query:
         if chain is not None:
             found = self._along(chain, dict.fromkeys(variables))
         else:
+            self._require_nothing_above(variables)
             automaton = self._automaton()
             recorded: dict[Variable, dict[State, Tensor]] = {v: {} for v in variables}
             self._run(automaton, recorded=recorded)
@@ -166,6 +177,7 @@ class Query:
         Raises:
             QueryError: a set lies downstream of a variable.
         """
+        self.require_walks()
         automaton = self._automaton()
         coming = {}
         for variable in variables:
@@ -200,6 +212,7 @@ class Query:
 
     def plan(self) -> Plan:
         """How many messages `totals` sends, found without sending any."""
+        self.require_walks()
         automaton = self._automaton(keeps_failed=False)
         coming: dict[Variable, set[State]] = {}
         if automaton.start is not None:
@@ -225,7 +238,35 @@ class Query:
     @property
     def _stops_early(self) -> bool:
         """Whether what a message sums to, wherever it is, is the relevance of its walks."""
-        return self.normalized and not self.open_to
+        return self.normalized is True and not self.open_to
+
+    @property
+    def _original(self) -> bool:
+        """Whether what arrives is asked for, wherever that is."""
+        return isinstance(self.normalized, Original)
+
+    def require_walks(self) -> None:
+        """Refuse what only walks have that lose nothing on their way.
+
+        Raises:
+            QueryError: the original LRP was asked for.
+        """
+        if self._original:
+            raise QueryError(
+                "under the original LRP relevance is lost on the way: it has no formulas, plans, "
+                "outcomes or forward messages. Ask without normalized=, or for what arrives at "
+                "sets or at a layer."
+            )
+
+    def _require_nothing_above(self, variables: Collection[Variable]) -> None:
+        """Under the original LRP: whether a walk counts is known where it arrives."""
+        for variable in variables if self._original else ():
+            above = self.graph.upstream(variable) & {*self.places, *self.open_to}
+            if above:
+                raise QueryError(
+                    f"under the original LRP only what arrives at {variable.name!r} is known, and "
+                    f"{min(v.name for v in above)!r} lies between it and the inputs."
+                )
 
     def _collects_at(self, variable: Variable) -> bool:
         """Whether messages that are settled stop at a variable."""
@@ -236,7 +277,8 @@ class Query:
 
     def _ends(self) -> Stops | None:
         # Columns do not sum to one, or some walks are cut off: follow all to their ends.
-        return None if self._stops_early else dict.fromkeys(self.graph.leaves)
+        arrives = self._stops_early or self._original
+        return None if arrives else dict.fromkeys(self.graph.leaves)
 
     @property
     def places(self) -> set[Variable]:
@@ -246,7 +288,8 @@ class Query:
     def _ends_at(self, variable: Variable) -> bool:
         """Whether all is known of a walk once it is at a variable."""
         below = self.graph.upstream(variable)
-        return (self._stops_early or variable.is_leaf) and not below & self.places
+        decided = self._stops_early or self._original or variable.is_leaf
+        return decided and not below & self.places
 
     def _chain(self) -> list[NeuronSet] | None:
         """The sets in the order in which walks meet them, if all are to be visited so."""
@@ -290,7 +333,7 @@ class Query:
         return ForwardMessages(self.forward, automaton, wanted, self.normalized, self.open_to)
 
     def _warn(self, found: Messages) -> None:
-        if self.normalized:
+        if self.normalized is True:
             look_for_cancelling(self.forward, self.start, found)
 
     def _sum(self, messages: Messages) -> Tensor:
@@ -381,6 +424,7 @@ class ForwardMessages:
     Arguments:
         wanted: the states in which messages are needed, by variable, once it is visited.
         normalized: `False` multiplies unnormalised contributions (eq. 26) down to the leaves.
+            `Original`: all walks that hold count one from there on.
         open_to: factors at the neurons of some variables, as for `nrm.engine.travel`.
     """
 
@@ -389,7 +433,7 @@ class ForwardMessages:
         forward: Pass,
         automaton: Automaton,
         wanted: Mapping[Variable, Iterable[State]],
-        normalized: bool = True,
+        normalized: Normalized = True,
         open_to: Mapping[Variable, Mask] | None = None,
     ) -> None:
         self.forward, self.automaton = forward, automaton
@@ -458,6 +502,8 @@ class ForwardMessages:
 
     def _is_one(self, state: State) -> bool:
         """All walks on count, and their relevance sums to one."""
+        if isinstance(self.normalized, Original):  # nothing is asked of what comes after
+            return state[0] == HOLDS
         return state[0] == HOLDS and self.normalized and not self.open_to
 
     def _ones(self, variable: Variable) -> Tensor:

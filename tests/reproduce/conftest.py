@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _captured_once(captured_once):
+    """Experiments explain one network by many walks."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _trained_in_a_hurry():
+    """The network of the demo: how well it reads its digits is of no account here."""
+    demo = pytest.importorskip("nrm.cli.demo", reason="the command line is not installed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "trained", partial(demo.trained, 2))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch):
+    """Figures are drawn with few pixels, which take longest."""
+    matplotlib = pytest.importorskip("matplotlib", reason="nrm[reproduce] is not installed")
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 30)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are empty, where a test reads what was found: drawing takes longer."""
+    from matplotlib.figure import Figure
+
+    from nrm_reproduce import cnn, mlp, rules
+
+    for module in (cnn, mlp, rules):
+        for name in [name for name in vars(module) if name.startswith("draw_")]:
+            monkeypatch.setattr(module, name, lambda *_: Figure())
 
 
 @pytest.fixture(scope="session")

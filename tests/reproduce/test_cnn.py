@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from nrm.evaluation import (
     pearson,
 )
 from nrm.evaluation.faithfulness import Row
-from nrm_reproduce import cnn
+from nrm_reproduce import cnn, comparison
 from nrm_reproduce.cnn import (
     CHANNELS,
     CLUSTERS,
@@ -61,11 +62,6 @@ class Tiny(nn.Module):
         return self.classifier(torch.cat([self.beside(x), self.expand(x)], 1)).flatten(1)
 
 
-LAYERS = ("squeeze.1", "expand.1")
-TINY_CLUSTERS = replace(CLUSTERS, k={"SqueezeNet": 3})
-PLANS = [CHANNELS, TINY_CLUSTERS]
-
-
 def photo(seed=0):
     x = torch.rand(1, 3, 13, 13, generator=torch.Generator().manual_seed(seed))
     return Photo(f"picture {seed}", x, x[0].permute(1, 2, 0).numpy())
@@ -81,12 +77,15 @@ def comparison_of(model, plan, layers=LAYERS):
     return one
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny():
+    """One for all tests, none of which changes it."""
     torch.manual_seed(2)
     model = Tiny().eval()
     model.classifier[1].bias.data += 1  # no class is without any activation
-    return model
+    with pytest.MonkeyPatch.context() as patched:  # each class is captured once
+        patched.setattr(comparison, "of_class", cache(of_class))
+        yield model
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -191,7 +190,7 @@ def test_figures_are_those_of_the_shown_picture(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "moment"), [(CHANNELS, 2), (TINY_CLUSTERS, 3)], ids=("channels", "clusters")
 )
-def test_an_interruption_changes_nothing(tiny, plan, moment, tmp_path, monkeypatch):
+def test_an_interruption_changes_nothing(tiny, plan, moment, undrawn, tmp_path, monkeypatch):
     def run(folder):
         return report(plan, tiny_network(tiny, 3), [LAYERS], Request("", folder)).as_json()
 
@@ -253,7 +252,7 @@ def test_the_papers_figures_stand_beside_its_layers_only():
 
 
 @pytest.mark.parametrize(("plan", "count"), [(CHANNELS, 24 * 32), (CLUSTERS, 5 * 5)])
-def test_digits_with_layers_of_ones_own(tmp_path, plan, count):
+def test_digits_with_layers_of_ones_own(undrawn, tmp_path, plan, count):
     request = Request("digits", tmp_path, samples=1, layers=(("relu2", "relu3"),))
     found = cnn.run(plan, request)
     assert {row.layers for row in found.rows} == {("relu2", "relu3")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,13 @@ from nrm_reproduce.report import PAGE, RESULT, Request
 
 
 @pytest.fixture
-def run(small, command):
-    """The command with the small network; fails with what it printed."""
+def run(small, command, monkeypatch):
+    """The command with the small network; fails with what it printed.
+
+    Walks are chosen on two pictures each.
+    """
+    for order in ("SECOND", "THIRD"):
+        monkeypatch.setattr(mlp, order, replace(getattr(mlp, order), choosing=2))
 
     def run(out, *more, samples=2):
         given = ("mlp-mnist", "--data", "digits", "--out", out, "--samples", samples)
@@ -69,7 +76,7 @@ def test_the_experiment_from_end_to_end(run, result, tmp_path):
     assert str(out / PAGE) in found.output
 
 
-def test_it_goes_on_after_an_interruption(run, command, result, tmp_path, monkeypatch):
+def test_it_goes_on_after_an_interruption(run, command, result, undrawn, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     run(whole)
 
@@ -100,7 +107,7 @@ def test_it_goes_on_after_an_interruption(run, command, result, tmp_path, monkey
     assert result(out) == result(whole)
 
 
-def test_more_samples_keep_those_before(run, result, tmp_path):
+def test_more_samples_keep_those_before(run, result, undrawn, tmp_path):
     out = tmp_path / "out"
     run(out, samples=1)
     before = result(out)["details"]["relu1, relu2"]["samples"]

@@ -124,11 +124,11 @@ def state_of(model: nn.Module) -> State:
 
 
 def written(states: Sequence[State]) -> set[Place]:
-    """What a model writes into itself, or its hooks beside it, whenever it runs.
+    """The places that a model, or a hook on it, writes to at every run.
 
     Arguments:
-        states: before, between and after runs on different inputs. What only the first one wrote
-            is a cache.
+        states: the model before, between and after runs on different inputs. What only the first
+            run wrote is a cache, and does not count.
     """
     steps = [before.changes(after) for before, after in itertools.pairwise(states)]
     return steps[-1] if all(steps) else set()
@@ -197,7 +197,7 @@ class _Walk:
         return known
 
     def _of(self, value: Any, depth: int) -> Any:
-        """Something that equals its like where nothing changed."""
+        """A stand-in for a value, equal to the stand-in of a later look where nothing changed."""
         kind = type(value)
         if kind in _ATOMS:
             return value
@@ -274,7 +274,7 @@ class _Walk:
         return (*name, self._all((*enclosed(function), *others), depth))
 
     def _object(self, value: Any, depth: int) -> Any:
-        """By identity, and what it holds."""
+        """A stand-in for any other object: which one it is, and what it holds."""
         kind = type(value)
         if isinstance(value, enum.Enum):
             return (id(kind), value.name)

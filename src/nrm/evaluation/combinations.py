@@ -32,15 +32,17 @@ class ByChannel:
     """From sets of single channels of a layer to the next weighted sum.
 
     Attributes:
-        node: of the layer; its first axis is that of copies, its second one of channels.
-        total: the weighted sum.
-        functions: what is applied to a channel in between.
-        added: what channels of the sum's operand, from one to another, add to it.
-        channels: of each set.
+        node: the layer's node; its first axis is that of copies, its second that of channels.
+        total: the node of the weighted sum.
+        functions: the functions applied to a channel between the layer and the sum.
+        added: `added(begin, end)` is the function from channels `begin` to `end` of the sum's
+            operand to what they add to the sum.
+        channels: the channel that each set lies in.
         picked: the neurons of each set.
-        neurons: of a channel.
-        begin, width: where the layer begins in the sum's operand, and what a channel takes there.
-        bytes: for one set of one copy.
+        neurons: how many neurons a channel has.
+        begin, width: at which channel of the sum's operand the layer begins, and how many channels
+            of the operand one of the layer's takes.
+        bytes: memory that one set of one copy needs.
     """
 
     node: Node
@@ -55,13 +57,13 @@ class ByChannel:
     bytes: int
 
     def change(self, number: int, values: Tensor, rows: Tensor, removed: Tensor) -> Tensor:
-        """What is added to the sum when a set is removed, `[rows, ...]`.
+        """How the sum changes when a set is removed: `[rows, ...]`.
 
         Arguments:
-            number: of the set, from zero on.
-            values: of the layer, `[copies, channels, ...]`.
+            number: which set, from zero on.
+            values: the layer's values, `[copies, channels, ...]`.
             rows: which copies.
-            removed: `[neurons]`, what activations become.
+            removed: `[neurons]`, what removed activations become.
         """
         channel = self.channels[number]
         begin = int(self.picked.begin[number])
@@ -227,7 +229,10 @@ class State:
 
 
 class Combinations:
-    """All combinations of sets of some families, those that are computed first being removed first.
+    """The effects of removing one set (or none) of each of several families, in all combinations.
+
+    Families go in the order in which the network computes them: what lies below the sets that
+    differ is run once and shared.
 
     Arguments:
         removed: `[neurons]` of each node, what activations become when they are removed.
@@ -252,7 +257,7 @@ class Combinations:
     ) -> None:
         self.rerun, self.families, self.removed = rerun, families, removed
         self.output, self.target, self.shortcuts = output, target, shortcuts
-        self.told: Callable[[int], None] = lambda done: None
+        self.advance: Callable[[int], None] = lambda done: None
         nodes = [list(family.picked) for family in families]
         self.begins = [min(self.rerun.place[node] for node in found) for found in nodes]
         self.changed = [
@@ -278,16 +283,17 @@ class Combinations:
         known = not self.affine and len(self.families) == 1
         return math.prod(self._shape(0)) - known
 
-    def effects(self, told: Callable[[int], None]) -> Tensor:
-        """`[sets of the first family and none in front, ..., of the last]`.
+    def effects(self, advance: Callable[[int], None]) -> Tensor:
+        """The output for every combination of removed sets, one set or none of each family.
 
-        The output; where the last family is affine, what it loses without each of its sets, which
-        has no entry for none.
+        `[1 + sets of the first family, ..., 1 + sets of the last]`: along every axis place 0 is
+        for "none removed", place s + 1 for set s. Where the last family is `affine`, the result is
+        how much the output loses without each of its sets, and the last axis has no place for none.
 
         Arguments:
-            told: how many combinations have just been found.
+            advance: how many combinations have just been found.
         """
-        self.told = told
+        self.advance = advance
         return self._effects(0, State(1, {}, ()))[0]
 
     def _gradients(self, nodes: Sequence[Sequence[Node]]) -> dict[Node, Tensor] | None:
@@ -361,7 +367,7 @@ class Combinations:
                 output = after.values[self.rerun.graph.explained]
                 values = self.rerun.copies.rows(self.rerun.graph.explained, output, after.count)
                 found[rows[part], sets[part]] = values[:, self.target]
-                self.told(after.count)
+                self.advance(after.count)
             else:
                 found[rows[part], sets[part]] = self._effects(level + 1, after)
 
@@ -371,7 +377,7 @@ class Combinations:
         in_chunks(range(len(rows)), self.memory if self.batched else 1, each, work)
         if same is not None:
             found[same[0], same[1] + 1] = found[same[0], 0]
-            self.told(len(same[0]) * math.prod(deeper))
+            self.advance(len(same[0]) * math.prod(deeper))
         return found
 
     def _one_by_one(self, channels: ByChannel, state: State) -> Tensor:
@@ -414,12 +420,12 @@ class Combinations:
             after = self.rerun.compute(above, {channels.total: values}, base, None)
             outputs = self.rerun.copies.rows(output, after[output], len(base))
             found[rows[part], sets[part]] = outputs[:, self.target]
-            self.told(len(base))
+            self.advance(len(base))
 
         in_chunks(range(len(rows)), self.memory, above.bytes + channels.bytes, work)
         if same is not None:
             found[same[0], same[1] + 1] = found[same[0], 0]
-            self.told(len(same[0]))
+            self.advance(len(same[0]))
         return found
 
     def _shape(self, level: int) -> list[int]:
@@ -455,6 +461,10 @@ class Combinations:
         family = self.families[level]
         if level and len(family.picked) > 1:
             return None  # some of it is computed after the removal of the rest
+        later = {node for other in self.families[level + 1 :] for node in other.picked}
+        woken = {n for node in later for n in self.rerun.changed_by({node}) - {node}}
+        if not woken.isdisjoint(family.picked):
+            return None  # what is silent now may not be once a later family is removed
         found = None
         for node, picked in family.picked.items():
             differs = self._rows(node, state) != self.removed[node]
@@ -508,7 +518,7 @@ class Combinations:
             lost = picked.sums(change)
             found = lost if found is None else found + lost
         assert found is not None
-        self.told(state.count * found.shape[1])
+        self.advance(state.count * found.shape[1])
         return found.expand(state.count, -1)
 
 

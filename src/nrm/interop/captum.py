@@ -18,9 +18,10 @@ from nrm.condition import Given, Sets, listed
 from nrm.errors import InputError, QueryError, TargetError
 from nrm.explainer import Explainer
 from nrm.explanation import Target
+from nrm.formulas import every_neuron
 from nrm.graph import Variable
 from nrm.measure import Measure
-from nrm.methods import Scale, in_units
+from nrm.methods import Scale, in_units, reading
 from nrm.rules import Rule
 
 try:
@@ -42,7 +43,8 @@ class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
         composite: which rule applies where (`nrm.composites`); by default what suits the model.
         bias: `"drop"` or `"input"`; by default what the composite assumes. Only with `"input"`
             the inputs take less than all of the output: the rest is the convergence delta.
-        scale: `"normalized"`: shares of the output, instead of its units.
+        scale: `"normalized"`: shares of the output, instead of its units; `"original"`: LRP as
+            captum itself has it, with each rule's own denominator (docs/peers.md).
 
     Example:
         >>> lrp = LRP(model, nrm.composites.EpsilonPlusFlat())
@@ -97,8 +99,7 @@ class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
         attributions = found if several else found[0]
         if not return_convergence_delta:
             return attributions
-        output = in_units(R, torch.ones_like(R.scale), self.scale)
-        return attributions, self.compute_convergence_delta(attributions, output)
+        return attributions, self.compute_convergence_delta(attributions, _whole(R, self.scale))
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -111,8 +112,7 @@ class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
 
     def compute_convergence_delta(self, attributions: Inputs, output: Tensor) -> Tensor:
         """The output less the sum of all attributions: `[batch]`."""
-        parts = attributions if isinstance(attributions, tuple) else (attributions,)
-        return output - torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+        return _delta(attributions, output)
 
     def _relevance(
         self, R: Measure, place: int, x: Tensor, sets: Sequence[Sets], given: Given
@@ -125,7 +125,8 @@ class LRP(Attribution):  # type: ignore[misc] # untyped in some releases
         variable = _input(R, place)
         if variable is None:  # no walk ends there
             return torch.zeros_like(x)
-        relevance = R.marginal(variable.name, *sets, given=given)
+        normalized = reading(self.scale)
+        relevance = R.marginal(variable.name, *sets, given=given, normalized=normalized)
         return in_units(R, relevance, self.scale, variable.name)
 
 
@@ -135,21 +136,26 @@ class LayerLRP(LayerAttribution):  # type: ignore[misc] # untyped in some releas
     Arguments:
         model: a module, in evaluation mode.
         layer: one of its modules, or any address that nrm lists (`Explainer.layers`), such as
-            that of a module's second call (`features@1`) or of an operation within one.
+            that of a module's second call (`features@1`) or of an operation within one; or a list
+            of such, which are attributed to in one run.
         others: as for `LRP`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layer: nn.Module | str,
+        layer: nn.Module | str | Sequence[nn.Module | str],
         composite: Composite | Rule | None = None,
         *,
         bias: Literal["drop", "input"] | None = None,
         scale: Scale = "logit",
     ) -> None:
         super().__init__(model, layer)
-        self.address = layer if isinstance(layer, str) else _address(model, layer)
+        self.several = not isinstance(layer, nn.Module | str)
+        each = layer if isinstance(layer, Sequence) and not isinstance(layer, str) else [layer]
+        if not each:
+            raise QueryError("there is no layer to attribute to: the list is empty.")
+        self.addresses = [one if isinstance(one, str) else _address(model, one) for one in each]
         self.explainer = Explainer(model, composite, bias=bias)
         self.scale = scale
 
@@ -159,25 +165,92 @@ class LayerLRP(LayerAttribution):  # type: ignore[misc] # untyped in some releas
         inputs: Inputs,
         target: Target = None,
         additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        attribute_to_layer_input: bool = False,
         *,
         sets: Sets | Sequence[Sets] = (),
         given: Given = None,
-    ) -> Tensor:
-        """The relevance of every neuron of the layer. Arguments: as for `LRP.attribute`.
+    ) -> Any:
+        """The relevance of every neuron of the layer.
+
+        Arguments:
+            return_convergence_delta: also what the output exceeds the sum of a layer's
+                attributions by, for each sample: what bypasses it, and what biases above it take.
+            attribute_to_layer_input: the relevance of what the layer reads, as far as it comes
+                through the layer; of several tensors a tuple.
+            others: as for `LRP.attribute`.
 
         Returns:
-            shaped like the layer's output. Its sum is the layer's share of the flow, which is all
-            of it only where nothing bypasses the layer.
+            shaped like the layer's output (or inputs), a list for a list of layers; with the delta
+            `[batch]`, if asked for, of each.
         """
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         R = _measure(self.explainer, tensors, target, additional_forward_args)
-        relevance = R.marginal(self.address, *listed(sets), given=given)
-        return in_units(R, relevance, self.scale, self.address)
+        found, deltas = [], []
+        for address in self.addresses:
+            names = _read_by(R, address) if attribute_to_layer_input else [address]
+            parts = []
+            for name in names:
+                chosen = [*listed(sets)]
+                if attribute_to_layer_input:  # straight from the layer, not over another input
+                    chosen += [address, *(~every_neuron(other) for other in _above(R, name, names))]
+                normalized = reading(self.scale)
+                relevance = R.marginal(name, *chosen, given=given, normalized=normalized)
+                parts.append(in_units(R, relevance, self.scale, name))
+            found.append(tuple(parts) if len(parts) > 1 else parts[0])
+            deltas.append(_delta(tuple(parts), _whole(R, self.scale)))
+        attributions = found if self.several else found[0]
+        if not return_convergence_delta:
+            return attributions
+        return attributions, (deltas if self.several else deltas[0])
 
     @property
     def multiplies_by_inputs(self) -> bool:
         """Relevance is what neurons contribute, not how sensitive the output is to them."""
         return True
+
+    def has_convergence_delta(self) -> bool:
+        """Whether `attribute` can say what the layer does not take."""
+        return True
+
+
+def _whole(R: Measure, scale: Scale) -> Tensor:
+    """`[batch]`: the relevance of all walks, in the units of attributions."""
+    return torch.ones_like(R.scale) if scale == "normalized" else R.scale
+
+
+def _delta(attributions: Inputs, output: Tensor) -> Tensor:
+    parts = attributions if isinstance(attributions, tuple) else (attributions,)
+    return output - torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+
+
+def _above(R: Measure, name: str, names: Sequence[str]) -> list[str]:
+    """Which of some variables lie between the output and another."""
+    variable = R.graph.variable(name)
+    return [one for one in names if variable in R.graph.upstream(R.graph.variable(one))]
+
+
+def _read_by(R: Measure, address: str) -> list[str]:
+    """The names of the variables that a module reads, or an operation, of those with relevance.
+
+    Raises:
+        QueryError: it reads none.
+    """
+    module, _, call = address.partition("@")
+    within = (f"{module}.", f"{module}:")
+
+    def belongs(name: str) -> bool:
+        return name == address or (name.startswith(within) and name.partition("@")[2] == call)
+
+    R.graph.variable(address)  # refused where it does not exist
+    inside = [operation for operation in R.graph.operations if belongs(operation.address)]
+    written = {operation.output for operation in inside}
+    late = {operation.late for operation in inside}
+    read = dict.fromkeys(v for operation in inside for v in operation.operands)
+    names = [v.name for v in read if v not in written and v not in late]
+    if not names:
+        raise QueryError(f"{address!r} reads nothing that has relevance; attribute to its output.")
+    return names
 
 
 def _measure(

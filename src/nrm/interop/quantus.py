@@ -17,7 +17,7 @@ from torch import nn
 from nrm.composites import Composite
 from nrm.condition import Given, Sets, listed
 from nrm.explainer import Explainer
-from nrm.methods import Scale, in_units
+from nrm.methods import Scale, in_units, reading
 from nrm.rules import Rule
 
 Array = NDArray[Any]
@@ -33,7 +33,8 @@ class Explain:
         sets: neuron sets, formulas or layers: only walks that pass them count (CRP, eq. 37).
         given: the same, and divide by their relevance (eq. 11).
         scale: `"logit"`: in units of the explained output; `"normalized"`: shares of it, whose
-            signs are turned round where it is negative.
+            signs are turned round where it is negative; `"original"`: LRP with each rule's own
+            denominator (docs/peers.md).
 
     Example:
         >>> explain = Explain(nrm.composites.EpsilonPlusFlat())
@@ -77,7 +78,7 @@ class Explain:
         if chosen.is_floating_point() and bool((chosen == chosen.round()).all()):
             chosen = chosen.long()  # labels often come as floats
         R = self._explainer(x, target=chosen)
-        heatmap = R.heatmap(*self.sets, given=self.given)
+        heatmap = R.heatmap(*self.sets, given=self.given, normalized=reading(self.scale))
         found: Array = in_units(R, heatmap, self.scale).cpu().numpy()
         return found
 

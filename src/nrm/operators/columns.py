@@ -22,7 +22,7 @@ from nrm.operators.propagation import (
     refuse_failing,
     sum_to,
 )
-from nrm.rules import Gate
+from nrm.rules import Gate, Normalized, Original
 from nrm.tensors import with_slope
 
 Coordinates = tuple[Tensor, ...]
@@ -51,6 +51,7 @@ class SharedOut(Propagation):
         self.adopts_orphans = False
         self._groups: dict[int, TermSum] = {}
         self._group_sums: dict[int, Sums] = {}
+        self._originals: dict[Original, Sequence[tuple[TermSum, Gate]]] = {}
         self._own_sum: Tensor | None = None
 
     def adopt_orphans(self, output: torch.Size) -> None:
@@ -115,7 +116,7 @@ class SharedOut(Propagation):
     # -- sharing a message out -------------------------------------------------------------------
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         if self.setting.strict and not message.requires_grad:
             self._refuse_failing_columns(message)
@@ -141,7 +142,7 @@ class SharedOut(Propagation):
             self.vanished = max(self.vanished, float(sizes.max()))
 
     def push(
-        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: Normalized = True
     ) -> Tensor:
         # Columns do not mix: what a message of ones is divided into says it for all.
         known = next(mass for mass in masses if mass is not None)
@@ -189,7 +190,7 @@ class SharedOut(Propagation):
             )
 
     def _shares(
-        self, message: Tensor, normalized: bool, every_column: bool = False, real: bool = True
+        self, message: Tensor, normalized: Normalized, every_column: bool = False, real: bool = True
     ) -> Iterator[tuple[TermSum | None, Tensor]]:
         """How a message is shared out: among which terms, `m_j gate_j / sum_i T~_ij` of each.
 
@@ -197,6 +198,10 @@ class SharedOut(Propagation):
         added up, unless `every_column` is wanted. Neurons that have nowhere to give relevance to
         are refused it, unless the message is not `real`.
         """
+        if isinstance(normalized, Original):
+            for terms, gate in self._original(normalized):
+                yield terms, _gated(message, gate)
+            return
         if normalized and self.rule.by_sign:
             for index, taken in self._taken_by_sign(message):
                 share, stranded = self._divide(taken, self._sum_of(index), every_column, real)
@@ -250,6 +255,21 @@ class SharedOut(Propagation):
     def _gates(self) -> Sequence[Gate]:
         with torch.no_grad():
             return self.rule.gates(_SumsOnDemand(self, len(self.terms[0])), self._own_sum)
+
+    def _original(self, original: Original) -> Sequence[tuple[TermSum, Gate]]:
+        """The groups and their gates where the rule divides by denominators of its own."""
+        if original not in self._originals:
+            groups = [self.group(g) for g in range(len(self.terms[0]))]
+            if not self.rule.counts_biases:
+                groups = [
+                    TermSum([one for one in group.summands if not one[0].x.constant])
+                    for group in groups
+                ]
+            with torch.no_grad():
+                sums = [group.output.detach() for group in groups]
+                gates = self.rule.original_gates(sums, self._own_sum, original)
+            self._originals[original] = list(zip(groups, gates, strict=True))
+        return self._originals[original]
 
     @cached_property
     def _column_sums(self) -> Sums:
@@ -389,7 +409,7 @@ class AbsoluteShares(SharedOut):
         self._sizes: dict[int, TermSum] = {}
 
     def _shares(
-        self, message: Tensor, normalized: bool, every_column: bool = False, real: bool = True
+        self, message: Tensor, normalized: Normalized, every_column: bool = False, real: bool = True
     ) -> Iterator[tuple[TermSum | None, Tensor]]:
         for terms, share in self._owner._shares(message, normalized, every_column, real):
             yield None if terms is None else self._size_of(terms), share.abs()

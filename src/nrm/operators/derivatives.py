@@ -17,7 +17,7 @@ from torch.fx import Node
 from nrm.operators.call import Call, fill
 from nrm.operators.propagation import Columns, Propagation, Setting, pull_back, refuse_failing
 from nrm.operators.row import Operator
-from nrm.rules import Rule
+from nrm.rules import Normalized, Rule
 
 
 class LocalLinear(Operator):
@@ -157,7 +157,7 @@ class Linearised(Propagation):
         return self.output.shape
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         if self.setting.strict and not message.requires_grad:
             # Columns of zero are no violation: what they take ends in a leaf.

@@ -20,7 +20,7 @@ from nrm.operators.propagation import Contribution, Propagation, Setting, throug
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.sums import WeightedSum
-from nrm.rules import Activation, Rule, Weight
+from nrm.rules import Activation, Normalized, Rule, Weight
 from nrm.tensors import aligned, gradient_share, with_slope
 
 
@@ -102,7 +102,7 @@ class Split(Propagation):
         self.nonnegative = min(alphas) >= 0
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         return [
             part.pull(alpha * message, [True])[0] if want else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nrm.errors import PositiveSumError, QueryError
 from nrm.operators.call import Call
-from nrm.rules import Activation, Rule, Weight
+from nrm.rules import Activation, Normalized, Rule, Weight
 
 if TYPE_CHECKING:
     from nrm.operators.connections import Connections
@@ -119,7 +119,7 @@ class Propagation(ABC):
 
     @abstractmethod
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         """`m(i) = sum_j R(i|j) m(j)` for the operands wanted (eq. 24).
 
@@ -127,7 +127,8 @@ class Propagation(ABC):
             message: `[K, *output shape]`, K messages at once, no two elements in the same memory;
                 it may be overwritten.
             wanted: for each operand, whether its message is needed.
-            normalized: `False` multiplies by `T~_ij` itself (eq. 26).
+            normalized: `False` multiplies by `T~_ij` itself (eq. 26); `Original` divides by the
+                rule's own denominator (eqs. 43-46), where the operation has a rule.
 
         Returns:
             for each operand, the late leaf last, `[K, *operand shape]`, or `None` where not
@@ -135,7 +136,7 @@ class Propagation(ABC):
         """
 
     def send_on(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         """`pull`, with results that may be overwritten: nothing else sees their memory."""
         pulled = self.pull(message, wanted, normalized)
@@ -145,7 +146,7 @@ class Propagation(ABC):
         ]
 
     def push(
-        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: Normalized = True
     ) -> Tensor:
         """`F(j) = sum_i R(i|j) F(i)`: the transpose of `pull`, which is linear in the message.
 
@@ -182,7 +183,7 @@ class Propagation(ABC):
         return pushed
 
     def send_up(
-        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: Normalized = True
     ) -> Tensor:
         """`push`, of masses that are seen by others. The result is only to be read."""
         if not self.exclusive:

@@ -31,7 +31,7 @@ from nrm.operators.call import (
 )
 from nrm.operators.propagation import Propagation, Setting, pull_back
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
-from nrm.rules import Rule
+from nrm.rules import Normalized, Rule
 from nrm.tensors import with_slope
 
 
@@ -201,7 +201,7 @@ class Unchanged(Propagation):
         self.operand, self.broadcast = operand, operand != output
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         if self.broadcast:
             added = message.dim() - 1 - len(self.operand)
@@ -217,7 +217,7 @@ class Unchanged(Propagation):
         return [message]
 
     def push(
-        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: bool = True
+        self, masses: Sequence[Tensor | None], shape: torch.Size, normalized: Normalized = True
     ) -> Tensor:
         (mass,) = masses
         assert mass is not None
@@ -353,7 +353,7 @@ class Routed(Propagation):
         self.leaves, self.output = leaves, output
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         chosen = [leaf for leaf, want in zip(self.leaves, wanted, strict=True) if want]
         if not chosen:
@@ -422,7 +422,7 @@ class Filled(Propagation):
         return self.filled.shape
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         constant = torch.where(self.filled, message, 0.0) if wanted[-1] else None
         return [*self.routed.pull(message, wanted[:-1], normalized), constant]
@@ -476,7 +476,7 @@ class Overwritten(Propagation):
         self.winners, self.written, self.sides, self.operands = winners, written, sides, operands
 
     def pull(
-        self, message: Tensor, wanted: Sequence[bool], normalized: bool = True
+        self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
         pulled: list[Tensor | None] = [None] * self.operands
         base, source = self.sides

@@ -117,6 +117,8 @@ class Rule(ABC):
     """The activation after a weighted sum decides what its operands contribute."""
     first_order: ClassVar[bool] = False
     """Operations with several parents per neuron pass relevance by their derivatives."""
+    counts_biases: ClassVar[bool] = True
+    """Read as the original LRP (`Original`), it has biases in its denominators."""
     stabilizer: float = 0.0
     """Columns with `|sum_i T~_ij|` no larger than this count as vanished."""
 
@@ -144,6 +146,54 @@ class Rule(ABC):
     def opposed_sum(self, first: Tensor, own_sum: Tensor) -> Tensor | None:
         """Group 1's sum `by_sign`, where it follows from that of group 0 and the own sum."""
         return None
+
+    def original_gates(
+        self, sums: Sequence[Tensor], own_sum: Tensor | None, original: Original
+    ) -> Sequence[Gate]:
+        """One gate per group, with the rule's own stabilised denominator in it (eqs. 43-46).
+
+        Arguments: as for `gates`.
+        """
+        gates = self.gates(sums, own_sum)
+        total = sum((gate * sums[g] for g, gate in enumerate(gates)), torch.zeros(()))
+        divisor = original.stabilized(total, self)
+        return [gate / divisor for gate in gates]
+
+
+# -- the third reading of a rule -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Original:
+    """LRP as it was first written (appendix E, eqs. 43-46), to be had by `normalized=`.
+
+    Each `T~_ij` is divided by the rule's own denominator, moved away from zero by a stabiliser,
+    instead of by the sum of its column: `Epsilon` then absorbs relevance, `AlphaBeta(2, 1)` takes
+    twice its positive and once its negative part even where one of them is missing, and what
+    cannot be divided is lost instead of split evenly. With biases as inputs they stand in the
+    denominators and absorb their part; dropped, they do not. Relevance starts from the explained
+    output itself, not from one. This is what zennit, captum and iNNvestigate compute.
+
+    Arguments:
+        stabilizer: what denominators are moved by, with their own sign (zero counts as positive).
+            `Epsilon` has its own.
+    """
+
+    stabilizer: float = 1e-6
+
+    def __post_init__(self) -> None:
+        moved = Number(least=0).of("Original: stabilizer", self.stabilizer)
+        object.__setattr__(self, "stabilizer", moved)
+
+    def stabilized(self, denominator: Tensor, rule: Rule) -> Tensor:
+        """A denominator of a rule, moved away from zero."""
+        by = rule.stabilizer or self.stabilizer
+        moved = denominator + by * torch.where(denominator < 0, -1.0, 1.0).to(denominator)
+        return moved.masked_fill(moved == 0, torch.inf)  # nothing is shared out there
+
+
+Normalized = bool | Original
+"""How a rule is read: columns that sum to one (eq. 17), `T~_ij` itself (eq. 26), or `Original`."""
 
 
 # -- options: what each may be, said beside its default --------------------------------------------

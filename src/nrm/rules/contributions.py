@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nrm.errors import InputError
-from nrm.rules.base import Activation, Gate, Rule, Term, Weight, flag, number
+from nrm.rules.base import Activation, Gate, Original, Rule, Term, Weight, flag, number
 from nrm.tensors import check_dense, like
 
 
@@ -139,12 +139,21 @@ class AlphaBeta(Rule):
             torch.where(negative < -tiny, -self.beta / negative, 0.0),
         ]
 
+    def original_gates(
+        self, sums: Sequence[Tensor], own_sum: Tensor | None, original: Original
+    ) -> Sequence[Gate]:
+        return [
+            self.alpha / original.stabilized(sums[0], self),
+            -self.beta / original.stabilized(sums[1], self),
+        ]
+
 
 @dataclass(frozen=True)
 class Flat(Rule):
     """LRP-flat: every parent contributes the same, `T~_ij = 1`."""
 
     nonnegative: ClassVar[bool] = True
+    counts_biases: ClassVar[bool] = False
 
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         return [[(x.ones, None)]]
