@@ -167,10 +167,10 @@ def test_the_json_is_what_the_library_says(here: Path, undrawn: None) -> None:
     assert result.stdout == Path("out/result.json").read_text(encoding="utf-8")
     found = json.loads(result.stdout)
     assert list(found) == [
-        "image", "model", "target", "label", "explained", "probability", "probability_from",
-        "logit", "layers", "composite", "bias", "worst_cut_deviation", "total_variation", "search",
-        "gap", "visited", "flows", "image_sha256", "weights", "transform", "device", "versions",
-        "command", "pictures",
+        "image", "model", "layers", "composite", "bias", "target", "label", "explained",
+        "probability", "probability_from", "logit", "worst_cut_deviation", "total_variation",
+        "search", "gap", "visited", "flows", "outputs", "largest", "image_sha256", "transform",
+        "weights", "output", "head", "device", "versions", "command", "fingerprint", "pictures",
     ]  # fmt: skip
 
     model = tiny()
@@ -265,7 +265,7 @@ def test_colours_change_their_meaning_with_the_sign_of_the_logit(
     logits = tiny()(files.imagenet(files.read_image(Path("picture.png")), 28).x)[0]
     assert logits.min() < 0 < logits.max()
     for target in (logits.argmax(), logits.argmin()):
-        assert explain("--target", str(int(target))).exit_code == 0
+        assert explain("--target", str(int(target)), "--bias", "input").exit_code == 0
     assert meant == [("against", "for"), ("raises the logit", "lowers the logit")]
 
 
@@ -322,14 +322,14 @@ _SIGMOID = [0.924142, 0.331812, 0.731059]
 @pytest.mark.parametrize(
     ("model", "target", "logit", "probability", "words"),
     [
-        ("_plain", 0, 2.5, _SOFTMAX[0], r"probability 0\.79.., logit 2\.50"),
+        ("_plain", 0, 2.5, _SOFTMAX[0], r"softmax of the logits 0\.79.., logit 2\.50"),
         ("_softmax", 0, 2.5, _SOFTMAX[0], r"probability 0\.79.., logit 2\.50"),
         ("_softmax", 1, -0.7, _SOFTMAX[1], r"probability 0\.032., logit -0\.70"),
         ("_log_softmax", 2, 1.0, _SOFTMAX[2], r"probability 0\.17.., logit 1\.00"),
         ("_sigmoid", 1, -0.7, _SIGMOID[1], r"probability 0\.33.., logit -0\.70"),
         ("_log_sigmoid", 2, 1.0, _SIGMOID[2], r"probability 0\.73.., logit 1\.00"),
-        ("_single", 0, -3.0, 0.047426, r"sigmoid of the logit 0\.047., logit -3\.00"),
-        ("_single_sigmoid", 0, -3.0, 0.047426, r"probability 0\.047., logit -3\.00"),
+        ("_single", 0, -3.0, None, r"picture\.png: value -2\.99"),
+        ("_single_sigmoid", 0, -3.0, 0.047426, r"picture\.png: probability 0\.047., logit -3\.00"),
         ("_softplus", 1, -0.7, None, r"class 1, value behind softplus -0\.\d+"),
     ],
 )
@@ -359,7 +359,8 @@ def test_the_legend_is_that_of_the_logit_behind(
     meant = meanings(monkeypatch)
     for model in ("_log_softmax", "_sigmoid"):
         for target in ("0", "1"):
-            assert explain("--target", target, model=f"{__name__}:{model}").exit_code == 0
+            given = ["--target", target, "--bias", "input"]
+            assert explain(*given, model=f"{__name__}:{model}").exit_code == 0
     assert meant == 2 * [("against", "for"), ("raises the logit", "lowers the logit")]
 
 
@@ -434,8 +435,8 @@ def test_corrupt_weights(here: Path, name: str, content: bytes | str) -> None:
 
 def test_missing_weights_and_unknown_kinds(here: Path) -> None:
     refused(explain("--weights", "none.pt"), "none.pt", "no such file")
-    Path("weights.bin").write_bytes(b"")
-    refused(explain("--weights", "weights.bin"), "expected a .safetensors, .pt or .pth file")
+    Path("weights.npz").write_bytes(b"")
+    refused(explain("--weights", "weights.npz"), "expected a .safetensors, .pt, .pth, .ckpt")
 
 
 def test_weights_that_do_not_fit(here: Path) -> None:
@@ -477,7 +478,7 @@ def test_weights_of_every_kind_and_as_training_scripts_save_them(here: Path, und
         (f"{__name__}:number", "made a int"),
         (f"{__name__}:Unready", "LookupError: no"),
         (f"{__name__}:lazy", "no shape before its first use: 1.weight, 1.bias"),
-        (f"{__name__}:two_outputs", "must be [1, classes]"),
+        (f"{__name__}:two_outputs", "choose one tensor of it with --output: 0 [1, 3, 28, 28], 1 ["),
         (f"{__name__}:grey_model", "fails on a picture"),
         ("broken_model:make", "broken_model cannot be imported: SyntaxError"),
         ("needy_model:make", "needy_model cannot be imported: it needs 'no_such_thing'"),
@@ -640,12 +641,12 @@ def test_wordnet_ids_are_left_out(tmp_path: Path) -> None:
 
 
 def test_imagenet_names_come_with_torchvision(torchvision_models: ModuleType) -> None:
-    names = models.find_labels(None, 1000)
+    names = models.known_labels(1000)
     assert names is not None
     assert models.find_target("tench", names, torch.zeros(1000)) == 0
     with pytest.raises(CommandError, match="ambiguous"):
         models.find_target("Cardigan", names, torch.zeros(1000))
-    assert models.find_labels(None, 10) is None
+    assert models.known_labels(10) is None
 
 
 @pytest.mark.parametrize(

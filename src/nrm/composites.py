@@ -302,13 +302,18 @@ def by_name(name: str, *arguments: Any, **options: Any) -> Composite:
     Raises:
         QueryError: there is none; the error says which there are.
     """
+    return maker(name)(*arguments, **options)
+
+
+def maker(name: str) -> Callable[..., Composite]:
+    """The function that makes composites of a name (see `by_name`)."""
     known = {one.casefold(): one for one in _BY_NAME}
     found = known.get(name.casefold())
     if found is None:
         near = get_close_matches(name.casefold(), known, n=1)
         hint = f"did you mean {known[near[0]]}? " if near else ""
         raise QueryError(f"no composite is called {name!r}; {hint}there are {', '.join(_BY_NAME)}")
-    return _BY_NAME[found](*arguments, **options)
+    return _BY_NAME[found]
 
 
 def Everywhere(rule: Rule) -> Composite:

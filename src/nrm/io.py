@@ -1,4 +1,4 @@
-"""Files: what a run writes is there as a whole or not at all; pictures, weights and labels.
+"""Files: what a run writes is there as a whole or not at all; pictures and labels.
 
 Writing. `written_at_once` makes one file beside its place and then renames it. `filled_at_once`
 makes a folder of files: in a temporary folder beside the result, `.OUT-nrm-XXXXXXXX`, which holds
@@ -6,21 +6,19 @@ a file that the process keeps locked. The system frees the lock when the process
 ends: folders of that name whose lock is free are what a killed run left, and the next run removes
 them.
 
-Reading. Pictures need Pillow, weights in `.safetensors` files need safetensors; both come with
-`nrm[cli]`, and nothing else here needs them.
+Reading. Pictures need Pillow, which comes with `nrm[cli]`; nothing else here needs it.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import secrets
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
-from nrm.errors import InputError, first_line, one_line, printable, some
+from nrm.errors import InputError, one_line, printable
 
 try:
     import fcntl
@@ -59,6 +56,7 @@ _TEMPORARY = re.compile(r"\..*-nrm-[a-z0-9_]{8}")  # as tempfile names folders
 _MOMENT = 60.0  # seconds, in which a folder that was made is locked
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose greys beyond 8 bits are 0 to 65535 in Pillow
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _WORDNET_ID = re.compile(r"^n\d{8}\s+")
 
 
@@ -250,8 +248,8 @@ def read_image(path: Path, say: Say = lambda text: None) -> Image.Image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 say(f"{path} holds {frames} pictures: this is the first of them")
-            sixteen = image.format in _SIXTEEN_BITS
-            return _in_rgb(ImageOps.exif_transpose(image), sixteen, path, say)
+            scale = _grey_scale(image)
+            return _in_rgb(ImageOps.exif_transpose(image), scale, path, say)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -260,12 +258,26 @@ def read_image(path: Path, say: Say = lambda text: None) -> Image.Image:
         raise InputError(f"picture {path}: cannot be read: {one_line(error)}") from error
 
 
-def _in_rgb(image: Image.Image, sixteen: bool, path: Path, say: Say) -> Image.Image:
+def _grey_scale(image: Image.Image) -> tuple[float | None, bool]:
+    """Which grey of more than 8 bits is white, if the format says so, and whether it is black."""
+    if image.format in _SIXTEEN_BITS:
+        return 65535.0, False
+    if not image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {}) if image.mode == "F" else {}
+        return None, tags.get(_PHOTOMETRIC) == 0
+    tags = getattr(image, "tag_v2", {})
+    bits = max(tags.get(_BITS, (16,)))
+    return float(2**bits - 1), tags.get(_PHOTOMETRIC) == 0  # Pillow turns round 8 bits alone
+
+
+def _in_rgb(
+    image: Image.Image, scale: tuple[float | None, bool], path: Path, say: Say
+) -> Image.Image:
     """In RGB of 8 bits, as it is meant."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
-        image = _of_eight_bits(image, sixteen, path)
+        image = _of_eight_bits(image, *scale, path)
     if not (image.mode in _WITH_ALPHA or "transparency" in image.info):
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -276,11 +288,14 @@ def _in_rgb(image: Image.Image, sixteen: bool, path: Path, say: Say) -> Image.Im
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _of_eight_bits(image: Image.Image, sixteen: bool, path: Path) -> Image.Image:
+def _of_eight_bits(
+    image: Image.Image, white: float | None, inverted: bool, path: Path
+) -> Image.Image:
     """Grey of 16 bits or of floats as grey of 8, with its transparent value in a channel.
 
     Arguments:
-        sixteen: the format has no greys of more bits.
+        white: the largest integer; `None` where the format does not say.
+        inverted: that one is black.
     """
     from PIL import Image
 
@@ -292,13 +307,14 @@ def _of_eight_bits(image: Image.Image, sixteen: bool, path: Path) -> Image.Image
                 "to 1 (white). Scale them, or save 8 or 16 bits."
             )
         grey = np.rint(values * 255)
-    elif image.mode.startswith("I;16") or sixteen:
-        grey = np.rint(values / 257)
+    elif white is not None:
+        grey = np.rint(values / white * 255)
     else:
         raise InputError(
             f"picture {path}: its grey values have 32 bits, of which nothing says where white is. "
             "Save 8 or 16 bits."
         )
+    grey = 255 - grey if inverted else grey
     eight = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     hidden = image.info.get("transparency")
     if isinstance(hidden, int):
@@ -320,13 +336,20 @@ def imagenet(image: Image.Image, size: int = 224) -> Picture:
         raise InputError(f"size {size}: the largest is {LARGEST}")
     cropped = _cropped(image, size)
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float().div(255)
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return Picture(
-        ((pixels - mean) / std)[None],
-        pixels.permute(1, 2, 0).numpy(),
-        ((0 - mean) / std, (1 - mean) / std),
-    )
+    mean, std = _normalisation()
+    shown = pixels.permute(1, 2, 0).numpy()
+    return Picture(((pixels - mean) / std)[None], shown, imagenet_bounds())
+
+
+def imagenet_bounds() -> tuple[Tensor, Tensor]:
+    """`[3, 1, 1]` each, what `imagenet` makes of black and of white."""
+    mean, std = _normalisation()
+    return (0 - mean) / std, (1 - mean) / std
+
+
+def _normalisation() -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def resized(width: int, height: int, size: int) -> tuple[int, int]:
@@ -374,71 +397,7 @@ def shown(x: Tensor) -> Pixels:
     return values.transpose(1, 2, 0) if values.shape[0] == 3 else values.mean(0)
 
 
-# -- weights and labels ---------------------------------------------------------------------------
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict that fits the model key by key.
-
-    Raises:
-        InputError: it cannot be read, or does not fit.
-    """
-    state = read_weights(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and not is_lazy(value) and state[key].shape != value.shape
-    ]
-    wrong = [
-        f"{what}: {some(keys, 3)}"
-        for what, keys in (
-            ("missing keys", missing),
-            ("unknown keys", unexpected),
-            ("other shapes", shapes),
-        )
-        if keys
-    ]
-    if wrong:
-        raise InputError(f"{path} does not fit the model. {'; '.join(wrong)}.")
-    model.load_state_dict(state)
-
-
-def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state dict from a `.safetensors`, `.pt` or `.pth` file; no code in it is run.
-
-    Raises:
-        InputError: there is none, or it cannot be read safely.
-    """
-    import safetensors
-    import safetensors.torch
-
-    if path.is_dir():
-        raise InputError(f"weights {path}: it is a folder, not a file")
-    if not path.is_file():
-        raise InputError(f"weights {path}: no such file")
-    kind = path.suffix.lower()
-    if kind not in (".safetensors", ".pt", ".pth"):
-        raise InputError(f"weights {path}: expected a .safetensors, .pt or .pth file")
-    try:
-        if kind == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"weights {path}: not a state dict that can be read safely (weights only): "
-            f"{first_line(error)}"
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise InputError(f"weights {path}: cannot be read: {first_line(error)}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]  # as training scripts save it
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"weights {path}: not a state dict (names and their tensors)")
-    return state
+# -- labels ----------------------------------------------------------------------------------------
 
 
 def read_labels(path: Path) -> list[str]:
@@ -447,6 +406,8 @@ def read_labels(path: Path) -> list[str]:
     Raises:
         InputError: it is no text file with lines in it.
     """
+    if path.is_dir():
+        raise InputError(f"labels {path}: it is a folder, not a file")
     try:
         lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except FileNotFoundError as error:

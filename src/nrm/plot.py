@@ -17,17 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib import image
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from nrm.errors import InputError
+
+try:
+    import matplotlib
+    from matplotlib import image
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"nrm.plot needs {error.name}, which is not installed: pip install 'nrm[cli]'",
+        name=error.name,
+    ) from error
 
 Array = npt.NDArray[Any]
 Image = Tensor | Array | Any

@@ -23,6 +23,7 @@ from nrm.cli.commands import (
     COMPOSITES,
     EPOCHS,
     IMAGENET,
+    REFUSED,
     RESULT,
     TOP,
     Command,
@@ -30,6 +31,7 @@ from nrm.cli.commands import (
     Commands,
     arguments,
     as_text,
+    composites_beginning,
     one_line_errors,
     refuse_unread,
 )
@@ -37,8 +39,12 @@ from nrm.cli.commands import (
 app = typer.Typer(
     cls=Commands,
     help="Relevance of any set of neurons of a PyTorch model, handled like a probability.",
+    epilog="Exit codes: 0 done; 2 something given was refused, or some of several pictures; "
+    "1 an error that nobody foresaw, with its traceback; 130 interrupted (Ctrl-C); 143 told to "
+    "end (SIGTERM). "
+    "In the last two nothing half done is left, and what was finished is kept.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -57,13 +63,42 @@ class Bias(StrEnum):
     input = "input"
 
 
+class Head(StrEnum):
+    """What becomes of the last function (see `nrm.Explainer`)."""
+
+    logits = "logits"
+    keep = "keep"
+
+
 ModelName = Annotated[
     str,
     typer.Option("--model", help="module:factory of the model, called without arguments."),
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="State dict to load: .safetensors, .pt or .pth."),
+    typer.Option(
+        help="State dict to load, alone or in a checkpoint: .safetensors, .pt, .pth, .ckpt, ..."
+    ),
+]
+WeightsPart = Annotated[
+    str | None,
+    typer.Option(help="Which part of --weights holds them, where there are several: ema, ..."),
+]
+OutputName = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        help="Which output to explain, of a model with several: its name or index, or a path of "
+        "these with dots between.",
+    ),
+]
+HeadChoice = Annotated[
+    Head,
+    typer.Option(
+        "--head",
+        help="Explain the logits behind a last softmax or sigmoid, or keep it and explain the "
+        "output as it is.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
@@ -88,12 +123,19 @@ def _main(
 @app.command(cls=Command)
 def explain(
     ctx: typer.Context,
-    image: Annotated[Path, typer.Argument(help="The picture to explain.")],
+    pictures: Annotated[
+        list[Path], typer.Argument(help="Pictures to explain, and folders of them.")
+    ],
     model: ModelName,
     weights: Weights = None,
+    weights_part: WeightsPart = None,
     target: Annotated[
-        str, typer.Option(help=f"Class to explain: its name, its index, or {TOP}.")
-    ] = TOP,
+        list[str] | None,
+        typer.Option(
+            help=f"Class to explain: its name, its index, or {TOP}; given several times, an "
+            f"explanation of each (default: {TOP})."
+        ),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,23 +145,35 @@ def explain(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, help=f"How many combinations.  [default: {TOP_FLOWS}]"),
+        typer.Option(min=1, help=f"How many combinations (default: {TOP_FLOWS})."),
     ] = None,
     search_seconds: Annotated[
         float | None,
         typer.Option(
             min=0.001,
-            help="When to stop a search that is not over, and say the gap.  "
-            f"[default: {SECONDS:g}]",
+            help=f"When to stop a search that is not over, and say the gap (default: {SECONDS:g}).",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help=f"Folder for the pictures and {RESULT}.")] = Path("out"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help=f"Folder for what is drawn and {RESULT}; of several pictures, for a folder each "
+            "and the index over all."
+        ),
+    ] = Path("out"),
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again", help="Of several pictures, explain also those whose results are there."
+        ),
+    ] = False,
     as_json: AsJson = False,
     composite: Annotated[
         str,
         typer.Option(
-            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}; or one that the model's "
-            "module registers."
+            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}, or one that the model's "
+            "module registers; with parameters in brackets, 'GammaFlat(0.1)'.",
+            autocompletion=composites_beginning,
         ),
     ] = AUTO,
     bias: Annotated[
@@ -129,13 +183,15 @@ def explain(
             "composite assumes."
         ),
     ] = None,
+    output: OutputName = None,
+    head: HeadChoice = Head.logits,
     labels: Annotated[
         Path | None, typer.Option(help="Names of the classes; line k (from 0) names class k.")
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(
-            min=7, help=f"Side of the model's input, for the ImageNet transform.  [default: {SIZE}]"
+            min=7, help=f"Side of the model's input, for the ImageNet transform (default: {SIZE})."
         ),
     ] = None,
     transform: Annotated[
@@ -145,9 +201,11 @@ def explain(
     device: Device = "cpu",
     debug: Debug = False,
 ) -> None:
-    """Explain a model's output for a picture: heatmaps, and which channels work together."""
+    """Explain a model's output for pictures: heatmaps, and which channels work together."""
     from nrm import io
     from nrm.cli import models, report
+    from nrm.cli import pictures as many
+    from nrm.cli.task import Run, Task
 
     with one_line_errors(debug):
         say = _say(quiet=as_json)
@@ -159,57 +217,63 @@ def explain(
             raise CommandError("--search-seconds: give a number of seconds, not nan")
         if transform != IMAGENET:
             refuse_unread({"--size": size}, f"beside --transform {transform}, which decides it")
+        _check_part(weights, weights_part)
         io.check_folder(out, "--out")
         if size is not None and size > io.LARGEST:
             raise CommandError(f"--size {size}: the largest is {io.LARGEST}")
         where = models.find_device(device)
-        opened = io.read_image(image, say)
-        if transform == IMAGENET:
-            picture = io.imagenet(opened, SIZE if size is None else size)
-        else:
-            picture = io.transformed(opened, models.find_attribute(transform), transform)
-        bounds = picture.bounds and (picture.bounds[0].to(where), picture.bounds[1].to(where))
-        models.find_attribute(model)  # whose module may give composites names
-        rules = models.find_composite(composite, bounds)
-        say(f"loading {model}")
-        network = models.load_model(model, weights, where)
-        if weights is None:
-            say("no --weights: the model is used with the weights that its factory gives it")
-        picture = io.Picture(picture.x.to(where), picture.shown, picture.bounds)
-        logits = models.logits_of(network, picture.x)
-        names = models.find_labels(labels, len(logits))
-        index = models.find_target(target, names, logits)
-        made_from = {
-            "image_sha256": report.file_digest(image),
-            "weights": report.weights_used(network, weights),
-            "transform": {"name": transform, "input": list(picture.x.shape)},
-            "device": str(where),
-            "versions": report.versions(model),
-            "command": ["nrm", "explain", *map(as_text, arguments(ctx))],
-        }
-        label = names[index] if names else None
-        subject = report.Subject(as_text(image), model, index, label, made_from)
-        explainer = nrm.Explainer(network, rules, bias=bias.value if bias else None)
-        result = report.report(
-            explainer,
-            picture,
-            subject,
-            named,
-            out,
+        jobs = many.find(pictures, out, say)
+        single = len(jobs) == 1 and jobs[0].folder == Path()
+        if single:
+            refuse_unread({"--again": again or None}, "for a single picture")
+        task = Task(
+            model=model,
+            weights=weights,
+            weights_part=weights_part,
+            targets=target or [TOP],
+            layers=named,
             top=TOP_FLOWS if top is None else top,
             seconds=SECONDS if search_seconds is None else search_seconds,
-            say=say,
+            composite=composite,
+            bias=bias.value if bias else None,
+            output=output,
+            head=head.value,
+            labels=labels,
+            size=SIZE if size is None else size,
+            transform=transform,
+            device=where,
+            command=["nrm", "explain", *map(as_text, arguments(ctx))],
         )
+        run = Run(task, say)
+        if single:
+            result = run.explain(jobs[0].picture, out)
+            if as_json:
+                typer.echo(report.to_json(result), nl=False)
+            else:
+                _summarise(result, out)
+            return
+        index = many.Index(model, task.command, out, jobs)
+        try:
+            run.explain_all(index, again, _told(out, as_json))
+        except BaseException:
+            if index.done:
+                typer.echo(f"{index.state()}; the same command goes on from there", err=True)
+            raise
         if as_json:
-            typer.echo(report.to_json(result), nl=False)
-        else:
-            _summarise(result, report.amounts(result), out)
+            typer.echo(report.to_json(index.as_json()), nl=False)
+        elif index.done:
+            typer.echo(f"{index.state()}; begin with {as_text(out / many.PAGE)}.")
+        if index.failed:
+            raise typer.Exit(REFUSED)
 
 
 @app.command("layers", cls=Command)
 def list_layers(
     model: ModelName,
     weights: Weights = None,
+    weights_part: WeightsPart = None,
+    output: OutputName = None,
+    head: HeadChoice = Head.logits,
     input_shape: Annotated[
         str, typer.Option(help="Shape of the input, batch axis first.")
     ] = "1,3,224,224",
@@ -224,8 +288,11 @@ def list_layers(
 
     with one_line_errors(debug):
         where = models.find_device(device)
-        x = torch.rand(_shape(input_shape), generator=torch.Generator().manual_seed(0))
-        listing = nrm.Explainer(models.load_model(model, weights, where)).layers(x.to(where))
+        _check_part(weights, weights_part)
+        x = torch.rand(_shape(input_shape), generator=torch.Generator().manual_seed(0)).to(where)
+        network, _ = models.loaded(model, weights, where, weights_part)
+        chosen, _ = models.output_of(network, x, output, "inputs")
+        listing = nrm.Explainer(network, output=chosen, head=head.value).layers(x)
         if as_json:
             rows = [
                 {
@@ -269,12 +336,32 @@ def run_demo(
             picture, subject = demo.example(trained, digit)
             folder = out / f"digit_{digit}"
             result = report.report(explainer, picture, subject, demo.LAYERS, folder, top=4, say=say)
-            _summarise(result, report.amounts(result), folder)
+            _summarise(result, folder)
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
     """Progress, on stderr."""
     return lambda text: None if quiet else typer.echo(f"{text} …", err=True)
+
+
+def _told(out: Path, quiet: bool) -> Callable[[Any, dict[str, Any] | str], None]:
+    """Shows what became of each of several pictures."""
+
+    def tell(job: Any, found: dict[str, Any] | str) -> None:
+        if isinstance(found, str):
+            typer.echo(f"error: {found}", err=True)
+        elif not quiet:
+            for line in _lines(found):
+                typer.echo(f"{line} → {as_text(out / job.folder)}")
+
+    return tell
+
+
+def _check_part(weights: Path | None, part: str | None) -> None:
+    if weights is None:
+        refuse_unread({"--weights-part": part}, "without --weights")
+    if part == "":
+        raise CommandError("--weights-part: name a part of the file, e.g. ema")
 
 
 def _layers(given: Sequence[str] | None) -> list[str]:
@@ -302,28 +389,43 @@ def _shape(text: str) -> list[int]:
     return shape
 
 
-def _summarise(result: dict[str, Any], amounts: str, out: Path) -> None:
+def _lines(result: dict[str, Any]) -> list[str]:
+    """What is said of each target in a line."""
+    from nrm.cli.report import amounts, explanations
+
+    found = []
+    for entry in explanations(result):
+        what = "" if result["outputs"] == 1 else f"class {entry['target']}"
+        if entry["label"] is not None:
+            what = f"{entry['label']} ({what})" if what else entry["label"]
+        found.append(f"{result['image']}: {', '.join(filter(None, (what, amounts(entry))))}")
+    return found
+
+
+def _summarise(result: dict[str, Any], out: Path) -> None:
     """The short result for people."""
-    what = f"class {result['target']}"
-    if result["label"] is not None:
-        what = f"{result['label']} ({what})"
-    typer.echo(f"{result['image']}: {what}, {amounts}")
-    if result["flows"]:
-        layers = result["layers"]
-        rows = [
-            (
-                str(k),
-                *(str(flow["sets"][layer][0]) for layer in layers),
-                f"{flow['relevance']:.4g}",
-                f"{flow['share']:.2%}",
-                flow["picture"],
-            )
-            for k, flow in enumerate(result["flows"], start=1)
-        ]
-        heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
-        print_table(heads, rows)
-    typer.echo(f"Worst cut deviation {result['worst_cut_deviation']:.1e}.")
-    typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / 'overview.png'}.")
+    from nrm.cli.report import explanations
+
+    layers = result["layers"]
+    heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
+    for entry, line in zip(explanations(result), _lines(result), strict=True):
+        typer.echo(line)
+        if entry["flows"]:
+            rows = [
+                (
+                    str(k),
+                    *(str(flow["sets"][layer][0]) for layer in layers),
+                    f"{flow['relevance']:.4g}",
+                    f"{flow['share']:.2%}",
+                    flow["picture"],
+                )
+                for k, flow in enumerate(entry["flows"], start=1)
+            ]
+            print_table(heads, rows)
+    worst = max(entry["worst_cut_deviation"] for entry in explanations(result))
+    typer.echo(f"Worst cut deviation {worst:.1e}.")
+    first = next(name for name in result["pictures"] if name.endswith("overview.png"))
+    typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / first}.")
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

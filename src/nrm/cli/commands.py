@@ -55,6 +55,8 @@ COMPOSITES = (
     "IntegratedGradients",
 )
 """Those of `nrm.composites` that the input and their names make, as `--help` lists them."""
+
+
 RESULT = "result.json"
 EPOCHS = 20
 """For which the network of the demo is trained."""
@@ -133,6 +135,11 @@ def _failing(entry: EntryPoint, error: Exception) -> Callable[[], None]:
 def arguments(ctx: typer.Context) -> list[str]:
     """What was typed after the name of the command."""
     return list(ctx.meta.get(_ARGUMENTS, ()))
+
+
+def composites_beginning(text: str) -> list[str]:
+    """Names of composites, for the shell to complete one."""
+    return [name for name in (AUTO, *COMPOSITES) if name.startswith(text)]
 
 
 def refuse_unread(given: Mapping[str, object], why: str) -> None:

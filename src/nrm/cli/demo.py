@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nrm.cli.commands import EPOCHS
-from nrm.cli.report import Subject, versions, weights_used
+from nrm.cli.report import Subject, Target, versions, weights_used
 from nrm.errors import InputError
 from nrm.io import Picture, shown
 from nrm.tensors import one_thread
@@ -154,5 +154,6 @@ def example(network: Trained, digit: int) -> tuple[Picture, Subject]:
     weights = weights_used(network.model, None) | {"source": "trained by the demo"}
     made_from = {"weights": weights, "versions": versions()}
     named = f"digit {best} of the held-out ones"
-    subject = Subject(named, "DigitNet", digit, str(digit), made_from)
+    labels = [str(k) for k in range(10)]
+    subject = Subject(named, "DigitNet", [Target(digit, labels[digit])], labels, made_from)
     return Picture(x[None], shown(x)), subject

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from nrm import __version__, plot
 from nrm.capture.digest import lasting
 from nrm.cli.commands import RESULT, CommandError, as_text
+from nrm.cli.weights import Read
 from nrm.explainer import Explainer
+from nrm.graph import Operation, Variable
+from nrm.heads import look_through
 from nrm.io import Picture, Say, check_folder, filled_at_once
 from nrm.measure import Measure
 from nrm.search import Flow, Flows
@@ -28,8 +31,32 @@ from nrm.sets import channels
 
 MOST_COLUMNS = 8
 """How many flows the overview shows; every flow has a picture of its own."""
-SIGMOID = "sigmoid of the logit"
+MOST_LARGEST = 5
+SOFTMAX = "softmax of the logits"
+INPUT, HEATMAP, OVERVIEW = "input.png", "heatmap.png", "overview.png"
+_OURS = re.compile(r"(target_\d+_)?(flow_\d+|heatmap|overview)\.png")
 _OTHERS = ("torchvision", "numpy", "PIL", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output that is explained.
+
+    Attributes:
+        index: among the model's outputs.
+        label: its name.
+        alone: it is the only one.
+    """
+
+    index: int
+    label: str | None = None
+    alone: bool = False
+
+    @property
+    def title(self) -> str:
+        if self.label is not None:
+            return self.label
+        return "the output" if self.alone else f"class {self.index}"
 
 
 @dataclass(frozen=True)
@@ -37,18 +64,16 @@ class Subject:
     """What is explained, by name.
 
     Attributes:
+        targets: an explanation each.
+        labels: names of all outputs.
         made_from: what else the result depends on, as it stands in `result.json`.
     """
 
     image: str
     model: str
-    target: int
-    label: str | None = None
+    targets: Sequence[Target]
+    labels: Sequence[str] | None = None
     made_from: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        return f"class {self.target}" if self.label is None else self.label
 
 
 def report(
@@ -64,28 +89,35 @@ def report(
 ) -> dict[str, Any]:
     """Explain one picture and write everything to a folder, complete or not at all.
 
+    Arguments:
+        layers: whose most relevant channel combinations are searched, if any are named.
+        top: how many of them.
+        seconds: when a search ends that is not over.
+
     Returns:
         what `result.json` holds.
     """
     check_folder(out, "--out")
-    say("capturing the model and passing the picture through it")
-    R = explainer(picture.x, target=subject.target)
+    graph = explainer.graph(picture.x)
     for layer in layers:
-        R.graph.variable(layer)  # unknown names are refused before the long steps
-    say("the heatmap of all relevance")
-    everything = R.heatmap()[0]
-    flows = None
-    if layers:
-        say(f"searching the most relevant channel combinations of {', '.join(layers)}")
-        flows = R.top(*layers, k=top, seconds=seconds)
-    say("checking the totals over all cuts")
-    checks = R.diagnostics()
-    result = _result(explainer, R, subject, layers, flows)
-    result["worst_cut_deviation"] = checks.worst_cut_deviation
-    result["total_variation"] = float(checks.total_variation[0])
+        graph.variable(layer)  # unknown names are refused before the long steps
+    entries: list[dict[str, Any]] = []
     with filled_at_once(out, RESULT, "--out") as folder:
-        say("drawing")
-        _draw(R, picture, everything, flows, subject, result, folder)
+        for target in subject.targets:
+            several = len(subject.targets) > 1
+            if several:
+                say(target.title)
+            R = explainer(picture.x, target=target.index)
+            flows = None
+            if layers:
+                say(f"searching the most relevant channel combinations of {', '.join(layers)}")
+                flows = R.top(*layers, k=top, seconds=seconds)
+            say("checking the totals over all cuts")
+            prefix = f"target_{target.index}_" if several else ""
+            entries.append(_entry(R, target, flows, prefix))
+            say("the heatmaps, and drawing them")
+            _draw(R, picture, target, flows, [subject.model, *layers], entries[-1], prefix, folder)
+        result = _result(R, subject, layers, entries)
         result["pictures"] = sorted(file.name for file in folder.iterdir())
         (folder / RESULT).write_text(to_json(result), encoding="utf-8")
         outdated = _outdated(out, result["pictures"])
@@ -94,75 +126,120 @@ def report(
     return result
 
 
+def explanations(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `result.json` says of each target."""
+    return list(result.get("explanations", [result]))
+
+
 def to_json(result: Any) -> str:
     """As it stands in `result.json` and on stdout."""
     return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
-def amounts(result: dict[str, Any]) -> str:
+def amounts(entry: dict[str, Any]) -> str:
     """The explained value and its probability, for people."""
-    value = result["logit"]
+    value = entry["logit"]
+    noun = _noun(entry)
     explained = f"logit {value:.2f}"
-    if result["explained"].startswith("values"):
-        explained = f"{result['explained'].replace('values', 'value')} {value:.4g}"
-    probability, source = result["probability"], result["probability_from"]
+    if noun != "logit":
+        named = entry["explained"].replace("values", "value").replace("output", noun)
+        explained = f"{named} {value:.4g}"
+    probability, source = entry["probability"], entry["probability_from"]
     if probability is None:
         return explained
     shown = f"{probability:.4f}" if probability >= 1e-3 else f"{probability:.1e}"
-    # One number may be anything; of several, the softmax is what classifiers are trained with.
-    named = source if source == SIGMOID else "probability"
-    return f"{named} {shown}, {explained}"
+    # The model does not say that its logits are those of classes of which one is right.
+    return f"{SOFTMAX if source == SOFTMAX else 'probability'} {shown}, {explained}"
 
 
-def probability(R: Measure) -> tuple[float, str] | tuple[None, None]:
-    """The probability of the explained class of one sample, and where it comes from.
+def _noun(entry: dict[str, Any]) -> str:
+    """What the explained number is."""
+    logits = entry["explained"].startswith("logits") or entry["probability_from"] == SOFTMAX
+    return "logit" if logits else "value"
 
-    From the model's own last function if it has one, else by the one that such logits are trained
-    with: `None` where the output is no probability.
+
+def probabilities(R: Measure) -> tuple[Tensor, str] | tuple[None, None]:
+    """`[classes]`, the probabilities of all outputs of one sample, and where they come from.
+
+    They are the model's own where its last function makes some, a softmax (they add up to one) or
+    sigmoids (each output is a label of its own). Several outputs that no function follows may be
+    the logits of a classifier, of which the softmax is taken. One number alone, and what an
+    activation made, is no logit: `None`, as where a last function makes no probabilities.
 
     Arguments:
-        R: of an output `[1, classes]`.
+        R: of an output with `classes` neurons.
     """
-    assert R.target is not None
-    output, target = R.output[0].double(), int(R.target[0])
-    head = R.graph.head
-    if head is None and len(output) == 1:
-        return float(torch.sigmoid(output[0])), SIGMOID
-    name = None if head is None else head.functions[0]
-    logarithm = name in ("log_softmax", "log_sigmoid")
+    output = R.output.double().reshape(-1)
+    functions = _last_functions(R)
+    first = functions[0] if functions else None
+    logarithm = first in ("log_softmax", "log_sigmoid")
     found = output.exp() if logarithm else output
+    own = "the exponential of the model's output" if logarithm else "the model's output"
     shares = bool((found >= 0).all()) and bool((found <= 1 + 1e-4).all())
-    whole = abs(float(found.sum()) - 1) < 1e-3
-    own = "the model's output" if not logarithm else "the exponential of the model's output"
-    if shares and (whole or name in ("sigmoid", "hardsigmoid", "log_sigmoid")):
-        return float(found[target]), own
-    if head is not None:
-        return None, None  # scaled, or no probability to begin with
-    return float(torch.softmax(output, 0)[target]), "softmax of the logits"
+    whole = len(found) > 1 and abs(float(found.sum()) - 1) < 1e-3
+    if shares and (whole or first in ("sigmoid", "hardsigmoid", "log_sigmoid")):
+        return found, own
+    if functions or len(output) == 1 or _is_activated(R.graph.output):
+        return None, None
+    return output.softmax(0), SOFTMAX
 
 
-def _result(
-    explainer: Explainer,
-    R: Measure,
-    subject: Subject,
-    layers: Sequence[str],
-    flows: Flows | None,
-) -> dict[str, Any]:
-    chance, source = probability(R)
+def _last_functions(R: Measure) -> tuple[str, ...]:
+    """The functions at the model's end, also where they are kept, the outermost first."""
+    if R.graph.head is not None:
+        return R.graph.head.functions
+    captured = R.graph.captured
+    copy, twins = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
+    copy.graph_copy(captured.graph, twins)
+    head = look_through(copy, [twins[x] for x in captured.inputs], twins[captured.output])
+    return () if head is None else head.functions
+
+
+def _is_activated(output: Variable) -> bool:
+    """Whether an activation made the output, but for views."""
+    producer = _made_by(output)
+    return producer is not None and producer.kind == "activation"
+
+
+def _made_by(output: Variable) -> Operation | None:
+    """The operation that computed an output, before views of it."""
+    producer = output.producer
+    while producer is not None and producer.operator.moves and len(producer.operands) == 1:
+        producer = producer.operands[0].producer
+    return producer
+
+
+def _ends(R: Measure, entry: dict[str, Any]) -> tuple[str, str]:
+    """What blue and red mean.
+
+    Shares are those of what is normalised: red is what has its sign. That is the sign of the
+    explained number, but where a bias that was left out turned it round.
+    """
+    value, shared, noun = entry["logit"], entry["logit"], _noun(entry)
+    last = _made_by(R.graph.output)
+    if last is not None and last.kind == "linear" and not R.graph.bias_is_input:
+        bias = R.graph.captured.constants.get(last.call.get("bias"))
+        if bias is not None and bias.numel() == R.output.numel():
+            shared = value - float(bias.reshape(-1)[entry["target"]])
+    if value >= 0 and shared >= 0:
+        return plot.ENDS
+    words = f"lowers the {noun}", f"raises the {noun}"
+    return words if shared >= 0 else words[::-1]
+
+
+def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict[str, Any]:
+    """What a result says of one target."""
+    found, source = probabilities(R)
+    checks = R.diagnostics()
     return {
-        "image": subject.image,
-        "model": subject.model,
-        "target": subject.target,
-        "label": subject.label,
+        "target": target.index,
+        "label": target.label,
         "explained": R.explained,
-        "probability": chance,
+        "probability": None if found is None else float(found[target.index]),
         "probability_from": source,
         "logit": float(R.scale[0]),
-        "layers": list(layers),
-        "composite": repr(R.graph.specification),
-        "bias": "input" if R.graph.bias_is_input else "drop",
-        "worst_cut_deviation": None,
-        "total_variation": None,
+        "worst_cut_deviation": checks.worst_cut_deviation,
+        "total_variation": float(checks.total_variation[0]),
         "search": None if flows is None else "exact" if flows.exact else "stopped",
         # How far beyond the last flow others may still be: null where nothing is known.
         "gap": flows.gap if flows is not None and math.isfinite(flows.gap) else None,
@@ -172,9 +249,36 @@ def _result(
                 "sets": {layer: [channel] for layer, channel in flow.parts.items()},
                 "relevance": flow.relevance,
                 "share": flow.share,
-                "picture": f"flow_{k}.png",
+                "picture": f"{prefix}flow_{k}.png",
             }
             for k, flow in enumerate(flows or (), start=1)
+        ],
+    }
+
+
+def _result(
+    R: Measure, subject: Subject, layers: Sequence[str], entries: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """All of a result: what is said of one target stands in it, of several in a list."""
+    output = R.output.double().reshape(-1)
+    found, _ = probabilities(R)
+    names = subject.labels
+    return {
+        "image": subject.image,
+        "model": subject.model,
+        "layers": list(layers),
+        "composite": repr(R.graph.specification),
+        "bias": "input" if R.graph.bias_is_input else "drop",
+        **(entries[0] if len(entries) == 1 else {"explanations": list(entries)}),
+        "outputs": len(output),
+        "largest": [
+            {
+                "target": k,
+                "label": names[k] if names else None,
+                "value": float(output[k]),
+                "probability": None if found is None else float(found[k]),
+            }
+            for k in output.topk(min(MOST_LARGEST, len(output))).indices.tolist()
         ],
         **subject.made_from,
         "pictures": [],
@@ -184,43 +288,52 @@ def _result(
 def _draw(
     R: Measure,
     picture: Picture,
-    everything: Tensor,
+    target: Target,
     flows: Flows | None,
-    subject: Subject,
-    result: dict[str, Any],
+    named: Sequence[str],
+    entry: dict[str, Any],
+    prefix: str,
     folder: Path,
 ) -> None:
-    """All pictures of one explanation."""
+    """All pictures of one explanation.
+
+    Arguments:
+        named: the model, and the layers.
+    """
+    everything = R.heatmap()[0]
     if everything.dim() != 3:
         raise CommandError(f"the input is no picture: its shape is {tuple(everything.shape)}")
-    seen = picture.shown
-    plot.save_photo(seen, folder / "input.png")
-    # Relevance is normalised by what is explained: where that is negative, red is what made it so.
-    value = "value" if result["explained"].startswith("values") else "logit"
-    ends = plot.ENDS if result["logit"] >= 0 else (f"raises the {value}", f"lowers the {value}")
-    title = f"relevance for “{subject.title}”"
+    seen, layers = picture.shown, named[1:]
+    plot.save_photo(seen, folder / INPUT)
+    ends = _ends(R, entry)
+    title = f"relevance for “{target.title}”"
     figure = plot.single(everything, picture=seen, title=title, ends=ends)
-    plot.save(figure, folder / "heatmap.png")
+    plot.save(figure, folder / f"{prefix}{HEATMAP}")
     singles = _Singles(R)
     columns: list[list[plot.Panel]] = []
-    for flow, entry in zip(flows or (), result["flows"], strict=True):
+    for flow, found in zip(flows or (), entry["flows"], strict=True):
         joint = R.heatmap(*flow.sets)[0]
-        named = " & ".join(f"{layer} channel {c}" for layer, c in flow.parts.items())
+        names = " & ".join(f"{layer} channel {c}" for layer, c in flow.parts.items())
         amount = _amount(flow.relevance, flow.share)
-        figure = plot.single(joint, picture=seen, title=f"{named}\n{amount}", ends=ends)
-        plot.save(figure, folder / entry["picture"])
+        figure = plot.single(joint, picture=seen, title=f"{names}\n{amount}", ends=ends)
+        plot.save(figure, folder / found["picture"])
         if len(columns) < MOST_COLUMNS:
             columns.append(_column(flow, joint, amount, singles))
-    rows = [*result["layers"], "jointly"] if len(result["layers"]) > 1 else result["layers"]
-    figure = plot.overview(
-        seen,
-        plot.Panel("LRP heatmap", everything),
-        columns,
-        rows,
-        _facts(result, subject),
-        ends,
-    )
-    plot.save(figure, folder / "overview.png")
+    rows = [*layers, "jointly"] if len(layers) > 1 else layers
+    facts = [
+        target.title,
+        amounts(entry) if target.alone else f"class {target.index}, {amounts(entry)}",
+        f"{named[0]}, {R.graph.specification!r}",
+        f"worst cut deviation {entry['worst_cut_deviation']:.1e}, "
+        f"total variation {entry['total_variation']:.4g}",
+    ]
+    if flows:
+        how = "most relevant" if flows.exact else "most relevant found (search stopped)"
+        of = "channels" if len(layers) == 1 else "channel combinations"
+        facts.append(f"below: the {len(columns)} {how} {of}")
+    total = plot.Panel("LRP heatmap", everything)
+    figure = plot.overview(seen, total, columns, rows, facts, ends)
+    plot.save(figure, folder / f"{prefix}{OVERVIEW}")
 
 
 def _column(flow: Flow, joint: Tensor, amount: str, singles: _Singles) -> list[plot.Panel]:
@@ -258,30 +371,11 @@ def _amount(relevance: float, share: float) -> str:
     return f"R = {relevance:#.3g}, share {share:.2%}"
 
 
-def _facts(result: dict[str, Any], subject: Subject) -> list[str]:
-    """What stands beside the pictures of the overview."""
-    facts = [
-        subject.title,
-        f"class {result['target']}, {amounts(result)}",
-        f"{result['model']}, {result['composite']}",
-        f"worst cut deviation {result['worst_cut_deviation']:.1e}, "
-        f"total variation {result['total_variation']:.4g}",
-    ]
-    if result["flows"]:
-        shown = min(len(result["flows"]), MOST_COLUMNS)
-        how = "most relevant"
-        if result["search"] != "exact":
-            how += " found (search stopped)"
-        of = "channels" if len(result["layers"]) == 1 else "channel combinations"
-        facts.append(f"below: the {shown} {how} {of}")
-    return facts
-
-
 def _outdated(out: Path, pictures: Sequence[str]) -> list[Path]:
-    """Pictures of flows that an earlier result in the folder had and this one has not."""
+    """Pictures that an earlier result in the folder had and this one has not."""
     try:
         earlier = json.loads((out / RESULT).read_text(encoding="utf-8"))["pictures"]
-        names = {name for name in earlier if re.fullmatch(r"flow_\d+\.png", name)}
+        names = {name for name in earlier if _OURS.fullmatch(name)}
     except (OSError, ValueError, KeyError, TypeError):
         return []  # no earlier result, or none of ours
     return [out / name for name in sorted(names.difference(pictures))]
@@ -290,10 +384,13 @@ def _outdated(out: Path, pictures: Sequence[str]) -> list[Path]:
 # -- what a result was made from -------------------------------------------------------------------
 
 
-def weights_used(model: nn.Module, file: Path | None) -> dict[str, Any]:
+def weights_used(model: nn.Module, file: Path | None, read: Read | None = None) -> dict[str, Any]:
     """Where a model's weights come from, and which they are.
 
     Without a file the factory gave them: random ones, or whatever it loaded.
+
+    Arguments:
+        read: how the file was.
 
     Returns:
         the file with its SHA-256, and that of the values that were used.
@@ -301,6 +398,8 @@ def weights_used(model: nn.Module, file: Path | None) -> dict[str, Any]:
     return {
         "source": "factory" if file is None else "file",
         "file": None if file is None else as_text(file),
+        "part": None if read is None else read.part,
+        "names": None if read is None else read.names,
         "sha256": None if file is None else file_digest(file),
         "values_sha256": _values_digest(model),
     }
