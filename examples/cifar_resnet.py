@@ -66,7 +66,7 @@ class ResNet(nn.Module):
 
 
 def resnet20() -> ResNet:
-    """For `nrm explain --model examples/cifar_resnet:resnet20`."""
+    """For `nrm explain --model cifar_resnet:resnet20`, run in this folder."""
     return ResNet(3)
 
 
