@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -171,6 +170,30 @@ def expand(graph: FxGraph) -> None:
     graph.lint()
 
 
+def _stand_ins(values: Sequence[Any]) -> list[Any]:
+    """What nodes hold as tensors without values, which can be computed with together.
+
+    An eager trace has real parameters, and activations each in a fake mode of its own.
+    """
+    tensors = [v for v in pytree.tree_leaves(list(values)) if isinstance(v, FakeTensor)]
+    modes = list(dict.fromkeys(tensor.fake_mode for tensor in tensors))
+    if not modes:
+        return list(values)
+    mode = modes[0] if len(modes) == 1 else FakeTensorMode(allow_fallback_kernels=True)
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, Tensor) or (isinstance(value, FakeTensor) and len(modes) == 1):
+            return value
+        if not isinstance(value, FakeTensor):
+            return mode.from_tensor(value)
+        with mode:
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
+
+    return [pytree.tree_map(stand_in, value) for value in values]
+
+
 def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
     """Trace `written` on the node's (fake) arguments, and put its operators in the node's place."""
     leaves, layout = pytree.tree_flatten((node.args, node.kwargs))
@@ -183,13 +206,7 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
         args, kwargs = pytree.tree_unflatten(filled, layout)
         return written(*args, **kwargs)
 
-    given = [leaves[place].meta["val"] for place in places]
-    mode = detect_fake_mode(given)
-    if mode is not None:  # an eager trace has real parameters among fake activations
-        given = [
-            mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
-            for v in given
-        ]
+    given = _stand_ins([leaves[place].meta["val"] for place in places])
     with torch.no_grad():
         traced = make_fx(on_tensors, pre_dispatch=True)(*given)
     outer: dict[Node, Any] = {}

@@ -20,9 +20,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall, as_rounded, wide, widen
+from nrm.capture.call import ModelCall, as_rounded, unify, wide, widen
 from nrm.capture.expand import StepsAlongBatchError, expand
-from nrm.capture.nodes import Captured, is_symbolic
+from nrm.capture.nodes import Captured, ancestors, carrying, is_symbolic
 from nrm.capture.rewrite import (
     ResultsApart,
     collapse,
@@ -243,6 +243,8 @@ def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = 
     inline(captured.graph)
     tell_apart(captured.graph)
     widen(captured.graph, captured.constants, copies)
+    real = carrying(captured.graph, captured.inputs, captured.names)
+    unify(captured.graph, real, ancestors([captured.output]))
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph)
@@ -307,11 +309,11 @@ def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) 
         return f"cannot be computed ({_first_line(failure)})"
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, the model's {tuple(expected.shape)}"
-    if found.dtype != wide(expected).dtype:
+    if found.dtype != wide(expected).dtype and not captured.mixed:
         return f"is of {found.dtype}, the model's of {expected.dtype}"
     if not bool(torch.isfinite(expected).all()):
         return "cannot be compared: the model's output holds NaN or infinite values"
-    tolerance = 1e-10 if expected.dtype is torch.float64 else 1e-4
+    tolerance = 1e-10 if expected.dtype is torch.float64 and not captured.mixed else 1e-4
     tolerance = 3e-2 if captured.rounds else tolerance
     error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not error <= tolerance:
@@ -382,7 +384,10 @@ class _Sizes:
 def _refuse_baked(captured: Captured, call: ModelCall) -> None:
     """Refuse a trace in which something that depends on the input is a constant."""
     if captured.rounds or not holds_numbers_of(
-        call.tensors, lambda x: call(*x), lambda x: evaluate(captured, x, change=as_rounded)
+        call.tensors,
+        lambda x: call(*x),
+        lambda x: evaluate(captured, x, change=as_rounded),
+        captured.mixed,
     ):
         return
     raise CaptureError(
