@@ -103,7 +103,7 @@ def _capture(
             why = _first_line(failure)
     try:
         with using(call) as once:
-            captured = _rewritten(trace_eagerly(once, batch_axis), copies)
+            captured = _rewritten(trace_eagerly(once, batch_axis), call.tensors, copies)
     except Exception as failure:
         if detail is None:
             raise CaptureError(
@@ -137,7 +137,8 @@ def _exported(
         if program is None:  # the model fixes its batch size
             continue
         try:
-            captured = _rewritten(_of_program(program, call, free, batch_axis), copies)
+            exported = _of_program(program, call, free, batch_axis)
+            captured = _rewritten(exported, call.tensors, copies)
         except StepsAlongBatchError:  # not samples, but time
             if not free:
                 raise
@@ -148,7 +149,8 @@ def _exported(
                 program = _export(once, batch_axis if free else None)
             assert program is not None
             program = program.run_decompositions({})
-            yield _rewritten(_of_program(program, call, free, batch_axis), copies)
+            exported = _of_program(program, call, free, batch_axis)
+            yield _rewritten(exported, call.tensors, copies)
 
 
 def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
@@ -238,7 +240,11 @@ def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
     )
 
 
-def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = None) -> Captured:
+def _rewritten(
+    captured: Captured,
+    inputs: Sequence[Tensor],
+    copies: MutableMapping[Any, Tensor] | None = None,
+) -> Captured:
     """The graph as rules see it: no writing in place, no operators that hide a network."""
     inline(captured.graph)
     tell_apart(captured.graph)
@@ -247,7 +253,7 @@ def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = 
     unify(captured.graph, real, ancestors([captured.output]))
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
-    expand(captured.graph)
+    expand(captured.graph, lambda node: evaluate(captured, inputs, at=node))
     collapse_complex(captured.graph, captured.inputs)
     fold_constants(captured.graph, captured.inputs)
     captured.output = _only_output(captured.graph)

@@ -164,7 +164,8 @@ def assign(nodes: Iterable[Node]) -> dict[Node, list[str]]:
         names[node] = [plain + (f"@{again}" if again else "")]
         label = node.meta.get("label")  # a hidden state of a recurrent layer
         if label is not None:
-            names[node].insert(0, f"{calls[-1][0]}.{label}" if calls else label)
+            within = calls[-1][0] if calls else ""
+            names[node].insert(0, f"{within}.{label}" if within else label)
     return names
 
 
