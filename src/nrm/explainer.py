@@ -411,7 +411,7 @@ def _check_model(model: nn.Module) -> None:
         if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
             raise InputError(
                 f"the model is quantised (its module {name!r} is a {kind.__module__}."
-                f"{kind.__qualname__}), and its whole numbers carry no relevance. Explain the model "
+                f"{kind.__qualname__}), and whole numbers carry no relevance. Explain the model "
                 "that it was made from, in floating point."
             )
         for attribute, held in (*vars(module).items(), *module._parameters.items(),

@@ -43,7 +43,7 @@ from nrm.operators.norms import (
     last_axes,
     single_channels,
 )
-from nrm.operators.products import MatrixProduct, Product, Quotient
+from nrm.operators.products import GroupedProduct, MatrixProduct, Product, Quotient
 from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import (
     Concatenation,
@@ -562,6 +562,8 @@ register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("add
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", ("mat", "vec"), addend="self"), *_names("addmv"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
+GROUPED_PRODUCT = "nrm.grouped_product"
+register(GroupedProduct("linear"), GROUPED_PRODUCT)
 
 _STANDARD = dict(_TABLE)
 
