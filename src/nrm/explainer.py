@@ -16,6 +16,7 @@ from nrm.build import build_graph
 from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
 from nrm.capture.digest import contents, refuse_changed
 from nrm.capture.export import capture, reproduces
+from nrm.capture.nodes import Captured, is_mask
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
@@ -231,7 +232,7 @@ class Explainer(Shown):
             with capturing():  # another thread may have captured it meanwhile
                 entry = self._known(call, along, samples) or self._new(call, along, samples)
         if along is not None and samples > 1 and not entry.apart:
-            _check_samples_are_apart(call, along, entry.program.graph.captured.rounds)
+            _check_samples_are_apart(call, along, entry.program.graph.captured)
             entry.apart = True
         if state is None:
             return entry.program, lambda: None
@@ -364,11 +365,11 @@ def _chooses(output: Any) -> bool:
     return all(isinstance(step, str) or _is_index(step) for step in output)
 
 
-def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
+def _check_samples_are_apart(call: ModelCall, axis: int, captured: Captured) -> None:
     """Refuse a batch whose samples depend on each other: its axis is something else.
 
     Arguments:
-        rounds: the model computes in half precision.
+        captured: the model, which says how precisely it computes.
 
     Raises:
         InputError: some samples' output is another beside other samples.
@@ -385,7 +386,7 @@ def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
             if not any(
                 length == size
                 and _alike(
-                    output.index_select(place, keep), other.index_select(place, keep), rounds
+                    output.index_select(place, keep), other.index_select(place, keep), captured
                 )
                 for place, length in enumerate(output.shape)
             ):
@@ -397,8 +398,9 @@ def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
                 )
 
 
-def _alike(a: Tensor, b: Tensor, rounds: bool) -> bool:
-    tolerance = 3e-2 if rounds else {torch.float64: 1e-9}.get(a.dtype, 1e-4)
+def _alike(a: Tensor, b: Tensor, captured: Captured) -> bool:
+    tolerance = 1e-9 if a.dtype is torch.float64 and not captured.mixed else 1e-4
+    tolerance = 3e-2 if captured.rounds else tolerance
     return float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) or 1.0)
 
 
@@ -408,6 +410,18 @@ def _without(shape: torch.Size, axis: int | None) -> tuple[int, ...]:
 
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        kind = type(module)
+        if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
+            raise InputError(
+                f"the model is quantised (its module {name!r} is a {kind.__module__}."
+                f"{kind.__qualname__}), and whole numbers carry no relevance. Explain the model "
+                "that it was made from, in floating point."
+            )
+        for attribute, held in (*vars(module).items(), *module._parameters.items(),
+                                *module._buffers.items()):  # fmt: skip
+            if isinstance(held, Tensor) and not is_lazy(held) and not held.is_meta:
+                place = f"{name}.{attribute}" if name else attribute
+                check_dense(held, f"the model's tensor {place!r}")
         if module.training:
             where = f"its module {name!r}" if name else "it"
             raise InputError(
@@ -449,7 +463,8 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
                 f"{what} is {x.dtype} but the model's parameters are {parameters[0].dtype}. "
                 f"Convert one of them, e.g. x.to({parameters[0].dtype})."
             )
-        if not bool(torch.isfinite(x).all()):
+        # A mask adds -inf where nothing is to be seen.
+        if not bool((torch.isfinite(x) | (is_mask(name) & (x == -torch.inf))).all()):
             raise InputError(f"{what} holds NaN or infinite values")
 
 

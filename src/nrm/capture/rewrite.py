@@ -10,7 +10,7 @@ network is written out in `nrm.capture.expand`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,24 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 from nrm.capture import nodes as addresses
-from nrm.capture.nodes import dependents, is_float_tensor
+from nrm.capture.nodes import dependents, is_complex, is_float_tensor
 from nrm.errors import CaptureError
-from nrm.operators import COMPLEX_LINEAR, Block, Call, Operator, has_row, lookup, picks, standard
+from nrm.operators import (
+    COMPLEX_LINEAR,
+    Block,
+    Call,
+    Operator,
+    functional,
+    has_row,
+    lookup,
+    picks,
+    standard,
+)
 from nrm.operators.call import ALIAS, Rescaling
-from nrm.operators.custom import is_linear
+from nrm.operators.custom import DIFFERENTIABLE, is_linear
 from nrm.operators.sums import scale_and_shift
+
+aten = torch.ops.aten
 
 # -- regions: parts of a model under `torch.autocast`, or with gradients switched on or off --------
 #
@@ -92,6 +104,74 @@ def _graph_of(node: Node) -> FxGraph | None:
     assert isinstance(node.target, str)
     found = getattr(node.graph.owning_module, node.target, None)
     return found.graph if isinstance(found, GraphModule) else None
+
+
+# -- what an eager trace writes in place -----------------------------------------------------------
+#
+# Export has no writing in place; an eager trace has what the model does. What is written into a
+# part of a tensor, or with `out=`, is a new tensor here, which is read in its place from there on.
+# That nothing else saw the memory is checked by values.
+
+_PARTS: dict[object, Callable[..., tuple[object, tuple[object, ...]]]] = {
+    aten.narrow.default: lambda dim, start, length: (
+        aten.slice_scatter.default,
+        (dim, start, start + length),
+    ),
+    aten.slice.Tensor: lambda dim=0, start=None, end=None, step=1: (
+        aten.slice_scatter.default,
+        (dim, start, end, step),
+    ),
+    aten.select.int: lambda dim, index: (aten.select_scatter.default, (dim, index)),
+}
+"""Of operators that take a part: what writes it back, and its arguments after the part."""
+
+
+def write_through(graph: FxGraph) -> None:
+    """Make what is written in place a tensor of its own."""
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        source, value = _written(graph, node)
+        if source is None:
+            continue
+        while source.op == "call_function" and source.target in _PARTS:
+            whole = source.args[0]
+            assert isinstance(whole, Node)
+            target, arguments = _PARTS[source.target](*source.args[1:], **source.kwargs)
+            with graph.inserting_after(value):
+                back = graph.call_function(target, (whole, value, *arguments))  # type: ignore[arg-type]
+            back.meta = dict(whole.meta)
+            _read_after(node, source, value, place)
+            source, value = whole, back
+        _read_after(node, source, value, place)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+
+
+def _written(graph: FxGraph, node: Node) -> tuple[Node | None, Node]:
+    """What a node writes into, and the node of what it writes."""
+    into = node.kwargs.get("out")
+    if into is None:
+        first = node.args[0] if node.args else None
+        in_place = str(node.target).split(".")[1].endswith("_")
+        return (first if in_place and isinstance(first, Node) else None), node
+    plain = functional(node.target)  # type: ignore[arg-type]
+    if not isinstance(into, Node) or plain is node.target:
+        return None, node
+    with graph.inserting_before(node):
+        value = graph.call_function(
+            plain, node.args, {name: given for name, given in node.kwargs.items() if name != "out"}
+        )
+    value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    return into, value
+
+
+def _read_after(writing: Node, source: Node, value: Node, place: dict[Node, int]) -> None:
+    """Whoever reads something after it was written reads what was written."""
+    late = {user for user in source.users if place.get(user, -1) > place[writing]}
+    source.replace_all_uses_with(value, delete_user_cb=late.__contains__)
 
 
 # -- modules that a user gave a row of their own -------------------------------------------------
@@ -212,7 +292,7 @@ def collapse_complex(graph: FxGraph, inputs: Sequence[Node]) -> None:
         inputs: the placeholders of the model's inputs.
     """
     varying = dependents(graph.nodes, inputs, sizes=False)
-    hidden = {node for node in varying if node.op == "call_function" and _is_complex(node)}
+    hidden = {node for node in varying if node.op == "call_function" and is_complex(node)}
     for node in list(graph.nodes):
         comes_back = node in varying and is_float_tensor(node)
         if comes_back and not hidden.isdisjoint(node.all_input_nodes):
@@ -234,20 +314,14 @@ def _part(result: Node, hidden: set[Node]) -> list[Node]:
     return [node for node in result.graph.nodes if node in found]
 
 
-def _is_complex(node: Node) -> bool:
-    value = node.meta.get("val")
-    parts = value if isinstance(value, tuple | list) else [value]
-    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
-
-
 def _is_linear(node: Node, varying: set[Node]) -> bool:
     """Whether a node is linear in what depends on the input, of which all is real or complex."""
     if picks(node):
         return True
     moving = [parent for parent in node.all_input_nodes if parent in varying]
-    if not all(is_float_tensor(parent) or _is_complex(parent) for parent in moving):
+    if not all(is_float_tensor(parent) or is_complex(parent) for parent in moving):
         return False  # an index or a number that depends on the input
-    if any(parent.op == "placeholder" and _is_complex(parent) for parent in moving):
+    if any(parent.op == "placeholder" and is_complex(parent) for parent in moving):
         return False  # a complex input
     return is_linear(node, moving)
 
@@ -259,6 +333,7 @@ def _replace_part(graph: FxGraph, result: Node, part: Sequence[Node]) -> None:
     within = {node: body.placeholder(f"argument_{i}") for i, node in enumerate(given)}
     for node in part:
         within[node] = body.node_copy(node, within.__getitem__)
+        within[node].target = DIFFERENTIABLE.get(node.target, node.target)
     body.output(within[result])
     names = [f"argument_{i}" for i in range(len(given))]
     block = Block.of(COMPLEX_LINEAR, GraphModule(torch.nn.Module(), body), names)
