@@ -164,7 +164,7 @@ def test_export_and_eager_trace_give_the_same(net, x):
     from nrm.composites import GammaFlat
     from nrm.prepare import Program
 
-    captured = _rewritten(trace_eagerly(ModelCall(net, [x], {}, None), 0))
+    captured = _rewritten(trace_eagerly(ModelCall(net, [x], {}, None), 0), [x])
     eager = Program(build_graph(captured, GammaFlat(), False), False).run([x])
     exported = nrm.Explainer(net)(x, target=0)
     assert [v.name for v in eager.graph.variables] == [v.name for v in exported.graph.variables]

@@ -14,14 +14,15 @@ from torch.utils import _pytree as pytree
 
 from nrm.build import build_graph
 from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
-from nrm.capture.digest import Digest, contents
+from nrm.capture.digest import contents, refuse_changed
 from nrm.capture.export import capture, reproduces
+from nrm.capture.nodes import Captured, is_mask
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
 from nrm.composites import Composite, Everywhere, suggested
 from nrm.display import Shown, Table
-from nrm.errors import InputError, QueryError, TargetError
+from nrm.errors import InputError, TargetError
 from nrm.explanation import Recipe, Target, explain_relevance, explain_target
 from nrm.graph import Graph
 from nrm.heads import Heads
@@ -228,7 +229,7 @@ class Explainer(Shown):
             with capturing():  # another thread may have captured it meanwhile
                 entry = self._known(call, along, samples) or self._new(call, along, samples)
         if along is not None and samples > 1 and not entry.apart:
-            _check_samples_are_apart(call, along, entry.program.graph.captured.rounds)
+            _check_samples_are_apart(call, along, entry.program.graph.captured)
             entry.apart = True
         if state is None:
             return entry.program, lambda: None
@@ -237,7 +238,7 @@ class Explainer(Shown):
         if len(read) < len(constants):  # copies of what is in half precision
             tensors = (*self.model.parameters(), *self.model.buffers())
             read += [t for t in tensors if wide(t) is not t]
-        return entry.program, partial(_refuse_changed, read, state.digests(read))
+        return entry.program, partial(refuse_changed, read, state.digests(read))
 
     def _known(self, call: ModelCall, along: int | None, samples: int) -> Entry | None:
         """What was captured before, if it still is the model."""
@@ -361,11 +362,11 @@ def _chooses(output: Any) -> bool:
     return all(isinstance(step, str) or _is_index(step) for step in output)
 
 
-def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
+def _check_samples_are_apart(call: ModelCall, axis: int, captured: Captured) -> None:
     """Refuse a batch whose samples depend on each other: its axis is something else.
 
     Arguments:
-        rounds: the model computes in half precision.
+        captured: the model, which says how precisely it computes.
 
     Raises:
         InputError: some samples' output is another beside other samples.
@@ -382,7 +383,7 @@ def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
             if not any(
                 length == size
                 and _alike(
-                    output.index_select(place, keep), other.index_select(place, keep), rounds
+                    output.index_select(place, keep), other.index_select(place, keep), captured
                 )
                 for place, length in enumerate(output.shape)
             ):
@@ -394,8 +395,9 @@ def _check_samples_are_apart(call: ModelCall, axis: int, rounds: bool) -> None:
                 )
 
 
-def _alike(a: Tensor, b: Tensor, rounds: bool) -> bool:
-    tolerance = 3e-2 if rounds else {torch.float64: 1e-9}.get(a.dtype, 1e-4)
+def _alike(a: Tensor, b: Tensor, captured: Captured) -> bool:
+    tolerance = 1e-9 if a.dtype is torch.float64 and not captured.mixed else 1e-4
+    tolerance = 3e-2 if captured.rounds else tolerance
     return float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) or 1.0)
 
 
@@ -446,7 +448,8 @@ def _check_inputs(call: ModelCall, model: nn.Module) -> None:
                 f"{what} is {x.dtype} but the model's parameters are {parameters[0].dtype}. "
                 f"Convert one of them, e.g. x.to({parameters[0].dtype})."
             )
-        if not bool(torch.isfinite(x).all()):
+        # A mask adds -inf where nothing is to be seen.
+        if not bool((torch.isfinite(x) | (is_mask(name) & (x == -torch.inf))).all()):
             raise InputError(f"{what} holds NaN or infinite values")
 
 
@@ -454,11 +457,3 @@ def _signature(call: ModelCall, along: int | None) -> tuple[Any, ...]:
     """What calls of any batch size have in common that one graph may serve."""
     shapes = ((_without(x.shape, along), x.dtype, x.device) for x in call.tensors)
     return (along, *call.key, *shapes)
-
-
-def _refuse_changed(read: Sequence[Tensor], held: Sequence[Digest]) -> None:
-    if contents(read) != held:
-        raise QueryError(
-            "the model's weights changed after this measure was made, and it reads them when it "
-            "is asked. Call the explainer again."
-        )

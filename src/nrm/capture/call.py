@@ -7,7 +7,7 @@ alone on both sides. Half precision ends here as well: what is captured of it ru
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import NoneType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.fx.passes.shape_prop import TensorMetadata
@@ -308,6 +308,85 @@ def _described(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_described, value))
     return value
+
+
+# -- single and double precision in one model ------------------------------------------------------
+#
+# A double model may compute a part in single precision (a norm, a rotation), a single one a part in
+# double. Messages are of one type, the wider one: what carries relevance is computed in double.
+
+_IN_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+_SINGLE = "single"
+"""Where a node's `meta` says that the model computes it in single precision, and we in double."""
+
+
+def unify(graph: FxGraph, carrying: Collection[Node], read: Collection[Node]) -> None:
+    """Give double precision to what carries relevance, where some of it has it, in place.
+
+    Constants keep their type, and are cast where they are read.
+
+    Arguments:
+        carrying: the nodes of real values that are computed from real-valued inputs or embeddings,
+            with those.
+        read: the nodes that the output is computed from.
+    """
+    kinds = {_kind(node) for node in carrying if node in read}
+    if kinds.isdisjoint(_IN_DOUBLE) or kinds.isdisjoint(_IN_DOUBLE.values()):
+        return
+    casts: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        if node not in carrying:
+            continue
+        if node.op == "placeholder":
+            if _kind(node) in _IN_DOUBLE:
+                cast = _cast_after(node)
+                node.replace_all_uses_with(cast, delete_user_cb=lambda user, c=cast: user is not c)
+            continue
+        for parent in node.all_input_nodes:
+            if parent not in carrying and _kind(parent) in _IN_DOUBLE:
+                if parent not in casts:
+                    casts[parent] = _cast_after(parent)
+                node.replace_input_with(parent, casts[parent])
+        node.args, node.kwargs = pytree.tree_map_only(
+            torch.dtype, lambda kind: _IN_DOUBLE.get(kind, kind), (node.args, node.kwargs)
+        )
+        if _kind(node) in _IN_DOUBLE:
+            node.meta["val"] = pytree.tree_map(_in_double, node.meta["val"])
+            node.meta[_SINGLE] = True
+
+
+def is_mixed(graph: FxGraph) -> bool:
+    """Whether the model computes in single precision what is computed in double here."""
+    return any(_SINGLE in node.meta for node in graph.nodes)
+
+
+def _kind(node: Node) -> torch.dtype | None:
+    """The type of a node's value, of the first where there are several."""
+    first = next(iter(pytree.tree_leaves(node.meta.get("val"))), None)
+    return getattr(first, "dtype", None)
+
+
+def _in_double(value: Any) -> Any:
+    """What a node's `meta` says of its value, of double precision; it holds no values."""
+    kind = _IN_DOUBLE.get(getattr(value, "dtype", None))  # type: ignore[arg-type]
+    if kind is None:
+        return value
+    if isinstance(value, FakeTensor):
+        return value.to(kind)
+    with FakeTensorMode(allow_fallback_kernels=True):
+        return torch.empty_strided(
+            tuple(value.shape), value.stride(), dtype=kind, device=getattr(value, "device", "cpu")
+        )
+
+
+def _cast_after(node: Node) -> Node:
+    value = node.meta["val"]
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_function(CAST, (node, _IN_DOUBLE[value.dtype]))
+    scopes = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
+    cast.meta = scopes | {"val": _in_double(value), _SINGLE: True}
+    return cast
 
 
 def _widen_default(node: Node, kind: torch.dtype) -> None:

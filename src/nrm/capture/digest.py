@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nrm.errors import QueryError
+
 Digest = tuple[object, ...]
 """Of one tensor: how it looks, and what it holds."""
 
@@ -63,6 +65,19 @@ def contents(tensors: Sequence[Tensor]) -> list[Digest]:
             tensor = tensors[place]
             found[place] = (*_looks(tensor), *(next(digests) for _ in group))
     return found
+
+
+def refuse_changed(tensors: Sequence[Tensor], before: Sequence[Digest]) -> None:
+    """Refuse to go on where tensors hold something else than before.
+
+    Raises:
+        QueryError: they do.
+    """
+    if contents(tensors) != before:
+        raise QueryError(
+            "the model's weights changed after this measure was made, and it reads them when it "
+            "is asked. Call the explainer again."
+        )
 
 
 def of_bytes(raw: np.ndarray) -> bytes:

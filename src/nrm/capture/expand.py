@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from nrm.errors import UnsupportedOperatorError
+from nrm.operators import Call
+
+
+aten = torch.ops.aten
 
 
 class StepsAlongBatchError(Exception):
@@ -38,6 +42,18 @@ def _lstm_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
     i, f, g, o = (torch.nn.functional.linear(hidden, weight, bias) + added).chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     return o.sigmoid() * cell.tanh(), cell
+
+
+def _projected(step: Step, projection: Tensor | None) -> Step:
+    """A step whose hidden state is projected (`proj_size`)."""
+    if projection is None:
+        return step
+
+    def projected(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
+        hidden, *others = step(added, state, weight, bias)
+        return (torch.nn.functional.linear(hidden, projection), *others)
+
+    return projected
 
 
 def _gru_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
@@ -70,6 +86,53 @@ def cell(step: Step) -> Callable[..., Any]:
     return one_step
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One direction of one layer: its step, with weights, and the states it starts with.
+
+    Attributes:
+        initial: `[samples, *state]` for each kind of state.
+    """
+
+    step: Step
+    initial: tuple[Tensor, ...]
+    weights: tuple[Tensor, Tensor]
+    biases: tuple[Any, Any]
+
+    def over(
+        self, x: Tensor, sizes: Sequence[int] | None, reverse: bool
+    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """The hidden state after each step, in the order of time, and the last states.
+
+        Arguments:
+            x: `[steps, samples, inputs]`, or packed: `[all samples of the first step, ...]`.
+            sizes: of packed sequences, how many are there at each step, the longest first.
+        """
+        (w_ih, w_hh), (b_ih, b_hh) = self.weights, self.biases
+        added = torch.nn.functional.linear(x, w_ih, b_ih)
+        each = added.unbind(0) if sizes is None else added.split(list(sizes))
+        state, hidden, ended = self.initial, [], list[tuple[Tensor, ...]]()
+        if sizes is not None and reverse:
+            state = tuple(kind[: sizes[-1]] for kind in state)
+        for place in reversed(range(len(each))) if reverse else range(len(each)):
+            if sizes is not None:
+                here, before = sizes[place], state[0].shape[0]
+                if here < before:  # the shortest end
+                    ended.append(tuple(kind[here:] for kind in state))
+                    state = tuple(kind[:here] for kind in state)
+                elif here > before:  # backwards, they begin
+                    state = tuple(
+                        torch.cat([kind, start[before:here]])
+                        for kind, start in zip(state, self.initial, strict=True)
+                    )
+            state = self.step(each[place], state, w_hh, b_hh)
+            hidden.append(state[0])
+        if ended:
+            ended.append(state)
+            state = tuple(torch.cat(kind[::-1]) for kind in zip(*ended, strict=True))
+        return hidden[::-1] if reverse else hidden, state
+
+
 def recurrent(step: Step) -> Callable[..., Any]:
     """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
 
@@ -84,36 +147,95 @@ def recurrent(step: Step) -> Callable[..., Any]:
         bidirectional: bool,
         batch_first: bool,
     ) -> tuple[Tensor, ...]:
-        kinds = initial if isinstance(initial, list | tuple) else [initial]
-        each = 4 if has_biases else 2
-        directions = 2 if bidirectional else 1
-        if len(weights) != each * directions * num_layers:
-            raise UnsupportedOperatorError(
-                "no rule covers recurrent layers with projections (proj_size)."
-            )
         x = x.transpose(0, 1) if batch_first else x
         if not isinstance(x.shape[0], int):
             raise StepsAlongBatchError
-        ends: list[Any] = []
-        for layer in range(num_layers):
-            outputs = []
-            for direction in range(directions):
-                run = layer * directions + direction
-                w_ih, w_hh, *biases = weights[run * each : (run + 1) * each]
-                b_ih, b_hh = biases or (None, None)
-                added = torch.nn.functional.linear(x, w_ih, b_ih).unbind(0)
-                state = tuple(kind[run] for kind in kinds)
-                hidden = []
-                for one in reversed(added) if direction else added:
-                    state = step(one, state, w_hh, b_hh)
-                    hidden.append(state[0])
-                outputs.append(torch.stack(hidden[::-1] if direction else hidden))
-                ends.append(state)
-            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-        x = x.transpose(0, 1) if batch_first else x
-        return (x, *(torch.stack(kind) for kind in zip(*ends, strict=True)))
+        x, *ends = _layers(step, x, None, initial, weights, has_biases, num_layers, bidirectional)
+        return (x.transpose(0, 1) if batch_first else x, *ends)
 
     return network
+
+
+def packed(step: Step) -> Callable[..., Any]:
+    """The same of packed sequences, as `aten.lstm.data` and the like take arguments."""
+
+    def network(
+        data: Tensor,
+        batch_sizes: Sequence[int],
+        initial: Any,
+        weights: list[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+    ) -> tuple[Tensor, ...]:
+        return _layers(
+            step, data, batch_sizes, initial, weights, has_biases, num_layers, bidirectional
+        )
+
+    return network
+
+
+def _layers(
+    step: Step,
+    x: Tensor,
+    sizes: Sequence[int] | None,
+    initial: Any,
+    weights: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+) -> tuple[Tensor, ...]:
+    kinds = initial if isinstance(initial, list | tuple) else [initial]
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (directions * num_layers)
+    ends: list[Any] = []
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            run = layer * directions + direction
+            w_ih, w_hh, *more = weights[run * each : (run + 1) * each]
+            b_ih, b_hh = more[:2] if has_biases else (None, None)
+            projection = more[-1] if each == (5 if has_biases else 3) else None
+            state = tuple(kind[run] for kind in kinds)
+            direct = _Run(_projected(step, projection), state, (w_ih, w_hh), (b_ih, b_hh))
+            hidden, state = direct.over(x, sizes, reverse=bool(direction))
+            # `name_steps` knows the outputs of a layer by what joins them.
+            outputs.append(torch.stack(hidden) if sizes is None else torch.concat(hidden))
+            ends.append(state)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+    return (x, *(torch.stack(kind) for kind in zip(*ends, strict=True)))
+
+
+def pack(
+    x: Tensor, lengths: Sequence[int], batch_first: bool
+) -> tuple[Tensor, None]:  # its sizes are those of the operator
+    """`torch.nn.utils.rnn.pack_padded_sequence`, of sequences the longest first."""
+    x = x.transpose(0, 1) if batch_first else x
+    sizes = [sum(length > step for length in lengths) for step in range(max(lengths))]
+    return torch.cat([x[step, :size] for step, size in enumerate(sizes)]), None
+
+
+def unpack(
+    data: Tensor,
+    batch_sizes: Sequence[int],
+    batch_first: bool,
+    padding_value: float,
+    total_length: int,
+) -> tuple[Tensor, None]:
+    """`torch.nn.utils.rnn.pad_packed_sequence`."""
+    inner = (0, 0) * (data.dim() - 1)
+    steps = [
+        torch.nn.functional.pad(each, (*inner, 0, batch_sizes[0] - size), value=padding_value)
+        for each, size in zip(data.split(list(batch_sizes)), batch_sizes, strict=True)
+    ]
+    x = torch.stack(steps)
+    if total_length > len(steps):
+        x = torch.nn.functional.pad(
+            x, (0, 0, *inner, 0, total_length - len(steps)), value=padding_value
+        )
+    return x.transpose(0, 1) if batch_first else x, None
 
 
 STEPS = {
@@ -127,7 +249,8 @@ STEPS = {
 def name_steps(node: Node, new: Sequence[Node]) -> None:
     """Name the hidden (and cell) state of each time step: `h_l0[3]`, `c_l1_reverse[0]`.
 
-    Every layer and direction ends by stacking its hidden states, in the order of time.
+    Every layer and direction ends by joining its hidden states, in the order of time. Those of
+    packed sequences hold the samples that are as long.
     """
     name = str(node.target).split(".")[1]
     if name.removesuffix("_cell") not in STEPS:
@@ -136,10 +259,10 @@ def name_steps(node: Node, new: Sequence[Node]) -> None:
         inner.meta["recurrent"] = True  # its constants are states
     if name not in STEPS:
         return
-    layers, bidirectional = node.args[4], node.args[7]
-    assert isinstance(layers, int)
-    directions = 2 if bidirectional else 1
-    stacks = [n for n in new if n.target is torch.ops.aten.stack.default]
+    arguments = Call.of(node)
+    layers, directions = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
+    joins = aten.concat.default if "batch_sizes" in arguments.arguments else aten.stack.default
+    stacks = [n for n in new if n.target is joins]
     for number, stack in enumerate(stacks[: layers * directions]):
         layer, reverse = divmod(number, directions)
         of = f"l{layer}" + ("_reverse" if reverse else "")
@@ -149,7 +272,11 @@ def name_steps(node: Node, new: Sequence[Node]) -> None:
             assert isinstance(hidden, Node)
             hidden.meta["label"] = f"h_{of}[{step}]"
             if name == "lstm":
-                squashed = hidden.args[1]
+                gated = hidden
+                if hidden.target is aten.linear.default:  # projected
+                    assert isinstance(hidden.args[0], Node)
+                    gated = hidden.args[0]
+                squashed = gated.args[1]
                 assert isinstance(squashed, Node)
                 cell = squashed.args[0]
                 assert isinstance(cell, Node)
@@ -158,22 +285,56 @@ def name_steps(node: Node, new: Sequence[Node]) -> None:
 
 # -- the rewrite ---------------------------------------------------------------------------------
 
-aten = torch.ops.aten
+def expand(graph: FxGraph, value: Callable[[Node], Tensor]) -> None:
+    """Write out every operator of the table, in place.
 
-
-def expand(graph: FxGraph) -> None:
-    """Write out every operator of the table, in place."""
+    Arguments:
+        value: what a node holds for the inputs at hand. Where sequences of several lengths are
+            packed it decides what is computed; `torch.export` refuses those, so that the graph is
+            for these inputs alone.
+    """
     for node in list(graph.nodes):
         written = _TABLE.get(node.target)
         if written is not None:
-            _replace(graph, node, written)
+            _replace(graph, node, written, value)
     graph.eliminate_dead_code()
     graph.lint()
 
 
-def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
+def _stand_ins(values: Sequence[Any]) -> list[Any]:
+    """What nodes hold as tensors without values, which can be computed with together.
+
+    An eager trace has real parameters, and activations each in a fake mode of its own.
+    """
+    tensors = [v for v in pytree.tree_leaves(list(values)) if isinstance(v, FakeTensor)]
+    modes = list(dict.fromkeys(tensor.fake_mode for tensor in tensors))
+    if not modes:
+        return list(values)
+    mode = modes[0] if len(modes) == 1 else FakeTensorMode(allow_fallback_kernels=True)
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, Tensor) or (isinstance(value, FakeTensor) and len(modes) == 1):
+            return value
+        if not isinstance(value, FakeTensor):
+            return mode.from_tensor(value)
+        with mode:
+            return torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
+
+    return [pytree.tree_map(stand_in, value) for value in values]
+
+
+def _replace(
+    graph: FxGraph, node: Node, written: Callable[..., Any], value: Callable[[Node], Tensor]
+) -> None:
     """Trace `written` on the node's (fake) arguments, and put its operators in the node's place."""
-    leaves, layout = pytree.tree_flatten((node.args, node.kwargs))
+    arguments = node.args
+    if node.target in _BY_SIZES:  # the second argument says how many there are at each step
+        assert isinstance(arguments[1], Node)
+        sizes = value(arguments[1]).tolist()
+        arguments = (arguments[0], sizes, *arguments[2:])
+    leaves, layout = pytree.tree_flatten((arguments, node.kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Node)]
 
     def on_tensors(*tensors: Any) -> Any:
@@ -183,13 +344,7 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
         args, kwargs = pytree.tree_unflatten(filled, layout)
         return written(*args, **kwargs)
 
-    given = [leaves[place].meta["val"] for place in places]
-    mode = detect_fake_mode(given)
-    if mode is not None:  # an eager trace has real parameters among fake activations
-        given = [
-            mode.from_tensor(v) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
-            for v in given
-        ]
+    given = _stand_ins([leaves[place].meta["val"] for place in places])
     with torch.no_grad():
         traced = make_fx(on_tensors, pre_dispatch=True)(*given)
     outer: dict[Node, Any] = {}
@@ -215,9 +370,12 @@ def _replace(graph: FxGraph, node: Node, written: Callable[..., Any]) -> None:
         assert user.target is operator.getitem
         assert isinstance(result, list | tuple)
         picked = result[user.args[1]]  # type: ignore[index]
+        if picked is None:  # it stays as it is
+            continue
         user.replace_all_uses_with(picked)
         graph.erase_node(user)
-    graph.erase_node(node)
+    if not node.users:
+        graph.erase_node(node)
 
 
 # -- what other operators stand for -------------------------------------------------------------
@@ -342,6 +500,18 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     aten.addcmul.default: lambda x, a, b, *, value=1: x + a * b * value,
     aten.lerp.Scalar: lambda a, b, weight: a * (1 - weight) + b * weight,
     aten.lerp.Tensor: lambda a, b, weight: a * (1 - weight) + b * weight,
+    aten._pack_padded_sequence.default: pack,
+    aten._pad_packed_sequence.default: unpack,
     **{getattr(aten, name).input: recurrent(step) for name, step in STEPS.items()},
+    **{getattr(aten, name).data: packed(step) for name, step in STEPS.items()},
     **{getattr(aten, f"{name}_cell").default: cell(step) for name, step in STEPS.items()},
 }
+
+_BY_SIZES = frozenset(
+    [
+        aten._pack_padded_sequence.default,
+        aten._pad_packed_sequence.default,
+        *(getattr(aten, name).data for name in STEPS),
+    ]
+)
+"""Operators that read sequences of several lengths."""

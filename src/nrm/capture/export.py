@@ -20,9 +20,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall, as_rounded, wide, widen
+from nrm.capture.call import ModelCall, as_rounded, unify, wide, widen
 from nrm.capture.expand import StepsAlongBatchError, expand
-from nrm.capture.nodes import Captured, is_symbolic
+from nrm.capture.nodes import Captured, ancestors, carrying, is_symbolic
 from nrm.capture.rewrite import (
     ResultsApart,
     collapse,
@@ -103,7 +103,7 @@ def _capture(
             why = _first_line(failure)
     try:
         with using(call) as once:
-            captured = _rewritten(trace_eagerly(once, batch_axis), copies)
+            captured = _rewritten(trace_eagerly(once, batch_axis), call.tensors, copies)
     except Exception as failure:
         if detail is None:
             raise CaptureError(
@@ -137,7 +137,8 @@ def _exported(
         if program is None:  # the model fixes its batch size
             continue
         try:
-            captured = _rewritten(_of_program(program, call, free, batch_axis), copies)
+            exported = _of_program(program, call, free, batch_axis)
+            captured = _rewritten(exported, call.tensors, copies)
         except StepsAlongBatchError:  # not samples, but time
             if not free:
                 raise
@@ -148,7 +149,8 @@ def _exported(
                 program = _export(once, batch_axis if free else None)
             assert program is not None
             program = program.run_decompositions({})
-            yield _rewritten(_of_program(program, call, free, batch_axis), copies)
+            exported = _of_program(program, call, free, batch_axis)
+            yield _rewritten(exported, call.tensors, copies)
 
 
 def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
@@ -238,14 +240,20 @@ def trace_eagerly(call: ModelCall, batch_axis: int | None) -> Captured:
     )
 
 
-def _rewritten(captured: Captured, copies: MutableMapping[Any, Tensor] | None = None) -> Captured:
+def _rewritten(
+    captured: Captured,
+    inputs: Sequence[Tensor],
+    copies: MutableMapping[Any, Tensor] | None = None,
+) -> Captured:
     """The graph as rules see it: no writing in place, no operators that hide a network."""
     inline(captured.graph)
     tell_apart(captured.graph)
     widen(captured.graph, captured.constants, copies)
+    real = carrying(captured.graph, captured.inputs, captured.names)
+    unify(captured.graph, real, ancestors([captured.output]))
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
-    expand(captured.graph)
+    expand(captured.graph, lambda node: evaluate(captured, inputs, at=node))
     collapse_complex(captured.graph, captured.inputs)
     fold_constants(captured.graph, captured.inputs)
     captured.output = _only_output(captured.graph)
@@ -307,11 +315,11 @@ def _difference(captured: Captured, inputs: Sequence[Tensor], expected: Tensor) 
         return f"cannot be computed ({_first_line(failure)})"
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)}, the model's {tuple(expected.shape)}"
-    if found.dtype != wide(expected).dtype:
+    if found.dtype != wide(expected).dtype and not captured.mixed:
         return f"is of {found.dtype}, the model's of {expected.dtype}"
     if not bool(torch.isfinite(expected).all()):
         return "cannot be compared: the model's output holds NaN or infinite values"
-    tolerance = 1e-10 if expected.dtype is torch.float64 else 1e-4
+    tolerance = 1e-10 if expected.dtype is torch.float64 and not captured.mixed else 1e-4
     tolerance = 3e-2 if captured.rounds else tolerance
     error = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
     if not error <= tolerance:
@@ -382,7 +390,10 @@ class _Sizes:
 def _refuse_baked(captured: Captured, call: ModelCall) -> None:
     """Refuse a trace in which something that depends on the input is a constant."""
     if captured.rounds or not holds_numbers_of(
-        call.tensors, lambda x: call(*x), lambda x: evaluate(captured, x, change=as_rounded)
+        call.tensors,
+        lambda x: call(*x),
+        lambda x: evaluate(captured, x, change=as_rounded),
+        captured.mixed,
     ):
         return
     raise CaptureError(

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
-from nrm.capture.call import ModelCall, is_rounded
-from nrm.operators import carries_none, picks, reads_sizes
+from nrm.capture.call import ModelCall, is_mixed, is_rounded
+from nrm.operators import carries_none, function_of, picks, reads_sizes
 
 _ROOT = "L__self__"
 
@@ -56,6 +56,11 @@ class Captured:
         """Whether the model computes anything in half precision."""
         return is_rounded(self.graph)
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the model computes in single precision what the graph computes in double."""
+        return is_mixed(self.graph)
+
 
 # -- what depends on what ------------------------------------------------------------------------
 
@@ -93,6 +98,24 @@ def dependents(order: Iterable[Node], nodes: Collection[Node], sizes: bool = Tru
     found = set(nodes)
     for node in order:
         if not found.isdisjoint(node.all_input_nodes) and (sizes or not reads_no_values(node)):
+            found.add(node)
+    return found
+
+
+def carrying(graph: FxGraph, inputs: Sequence[Node], names: Sequence[str]) -> set[Node]:
+    """What is computed, of real or complex values, from real-valued inputs or embeddings of what
+    inputs say; those too."""
+    varying = dependents(graph.nodes, inputs)
+    found = {
+        node
+        for node, name in zip(inputs, names, strict=True)
+        if is_float_tensor(node) and not is_mask(name)
+    }
+    for node in graph.nodes:
+        if node.op != "call_function" or node not in varying or unfollowed(node) == "steps":
+            continue
+        looked_up = function_of(node).role == "lookup" and is_float_tensor(node)
+        if looked_up or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 
@@ -141,7 +164,8 @@ def assign(nodes: Iterable[Node]) -> dict[Node, list[str]]:
         names[node] = [plain + (f"@{again}" if again else "")]
         label = node.meta.get("label")  # a hidden state of a recurrent layer
         if label is not None:
-            names[node].insert(0, f"{calls[-1][0]}.{label}" if calls else label)
+            within = calls[-1][0] if calls else ""
+            names[node].insert(0, f"{within}.{label}" if within else label)
     return names
 
 
