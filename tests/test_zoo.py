@@ -44,6 +44,10 @@ NAMES = (
     "GroupNorm and InstanceNorm",
     "einsum attention and GLU",
     "data-dependent control flow",
+    "Fourier neural operator, ReLU",
+    "DiT, with a time and a class",
+    "selective state space, by hand",
+    "Mixtral, experts",
 )
 SMALLER = {
     "ResNet18": {"blocks": 1, "size": 48},
@@ -58,6 +62,9 @@ SMALLER = {
     "T5": {"layers": 1},
     "CLIP": {"layers": 1},
     "nn.TransformerEncoder": {"layers": 1},
+    "DiT, with a time and a class": {"layers": 1},
+    "selective state space, by hand": {"steps": 3},
+    "Mixtral, experts": {"layers": 1},
 }
 """The benchmark's models are repetitions of their layers, or of a step, which take longest."""
 SINGLE = (
@@ -77,6 +84,14 @@ OTHER_COMPOSITES = (
     ("Llama, grouped queries", composites.AttnLRP()),
     ("GPT-2", composites.Everywhere(nrm.rules.Gamma(0.25))),
     ("GAT", composites.Everywhere(nrm.rules.Gamma(0.25))),
+)
+
+PIECEWISE_LINEAR = (
+    "1-d convnet",
+    "U-Net, bilinear interpolation",
+    "GraphSAGE",
+    "siamese network",
+    "Fourier neural operator, ReLU",
 )
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -141,6 +156,20 @@ def test_inputs_and_other_leaves_together_have_relevance_one(name: str) -> None:
     everywhere = reduce(or_, (as_set(leaf.name) for leaf in R.graph.leaves))
     size = max(1.0, float(R.diagnostics().total_variation))
     assert abs(float(R(everywhere)) - 1) <= 1e-10 * size
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_lrp_0_of_a_piecewise_linear_architecture_is_gradient_times_input(name: str) -> None:
+    case = double(name)
+    deviation = zoo.gradient_times_input(case, case.explainer())
+    assert deviation is not None
+    assert deviation <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["highway network"])
+def test_a_smooth_architecture_is_not_compared_with_gradient_times_input(name: str) -> None:
+    case = double(name)
+    assert zoo.gradient_times_input(case, case.explainer()) is None
 
 
 @pytest.mark.parametrize("name", ["data-dependent control flow"])
