@@ -348,11 +348,11 @@ def cube(given: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def asinh():
-    assert operators.lookup(aten.asinh.default) is None
-    register(Identity("activation", at_zero="zero", gate=SQUASHED), "aten.asinh")
-    yield torch.asinh
-    unregister("aten.asinh")
+def bessel():
+    assert operators.lookup(aten.special_i1.default) is None
+    register(Identity("activation", at_zero="zero", gate=SQUASHED), "aten.special_i1")
+    yield torch.special.i1
+    unregister("aten.special_i1")
 
 
 class Padded(nn.Module):
@@ -366,7 +366,7 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (1, 1)) if self.before else x
-        return self.conv(torch.asinh(padded)).flatten(1)
+        return self.conv(torch.special.i1(padded)).flatten(1)
 
 
 class Gated(nn.Module):
@@ -382,11 +382,11 @@ class Gated(nn.Module):
         return self.out(self.activation(self.gate(x)) * self.value(x))
 
 
-def test_a_new_activation_keeps_its_row_s_laws(asinh) -> None:
-    check_operator(aten.asinh, x(2, 3))
+def test_a_new_activation_keeps_its_row_s_laws(bessel) -> None:
+    check_operator(aten.special_i1, x(2, 3))
 
 
-def test_a_new_activation_keeps_explicit_zeros(asinh) -> None:
+def test_a_new_activation_keeps_explicit_zeros(bessel) -> None:
     given = positive(1, 1, 4)
     first, second = (
         nrm.Explainer(Padded(before).double().eval(), rules.Flat())(given, target=0).heatmap()
@@ -395,24 +395,24 @@ def test_a_new_activation_keeps_explicit_zeros(asinh) -> None:
     torch.testing.assert_close(first, second)
 
 
-def test_a_new_activation_is_a_gate(asinh) -> None:
-    model, given = Gated(torch.asinh).double().eval(), x(1, 3)
+def test_a_new_activation_is_a_gate(bessel) -> None:
+    model, given = Gated(torch.special.i1).double().eval(), x(1, 3)
     R = nrm.Explainer(model, nrm.composites.LRPZero())(given, target=0)
-    value, gate = model.value, torch.asinh(model.gate(given)).detach()
+    value, gate = model.value, torch.special.i1(model.gate(given)).detach()
     z = given * value.weight  # [hidden, inputs]: the value takes all
     hidden = model.out.weight[0] * gate[0] * value(given)[0]
     expected = (hidden / hidden.sum())[:, None] * z / z.sum(1, keepdim=True)
     torch.testing.assert_close(R.heatmap()[0], expected.sum(0).detach() * 1.0)
 
 
-def test_diagnostics_and_first_order_rules_take_a_new_activation(asinh) -> None:
+def test_diagnostics_and_first_order_rules_take_a_new_activation(bessel) -> None:
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(3, 4, bias=False), Calls(torch.asinh), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), Calls(torch.special.i1), nn.Linear(4, 2))
     model, given = model.double().eval(), x(1, 3)
     for composite in (nrm.composites.LocalLinear(), nrm.composites.LRPZero()):
         R = nrm.Explainer(model, composite, bias="drop")(given, target=1)
         z = given * model[0].weight
-        hidden = model[2].weight[1] * torch.asinh(z.sum(1))
+        hidden = model[2].weight[1] * torch.special.i1(z.sum(1))
         shares = hidden / hidden.sum()
         expected = (shares[:, None] * z / z.sum(1, keepdim=True)).detach()
         torch.testing.assert_close(R.heatmap()[0], expected.sum(0))

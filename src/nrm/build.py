@@ -73,6 +73,14 @@ class Draft:
         for node in nodes:
             if node.op == "call_function" and not reads_no_values(node):
                 self._follow(node)
+        if self.explained in self.steps:
+            begun = self.steps[self.explained]
+            where = addresses.operator_name(begun) if begun.op == "call_function" else "it"
+            raise CaptureError(
+                "no walk leads from the output to an input: the output depends on them in steps "
+                f"alone ({where} is constant around these values, as comparisons, indices, whole "
+                "numbers and what rounds are), and steps take no relevance."
+            )
         if self.explained not in self.by_node:
             raise CaptureError(
                 "no walk leads from the output to an input: the output does not depend on any "

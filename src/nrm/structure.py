@@ -14,7 +14,14 @@ from collections.abc import Callable, Container, Sequence
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.capture.nodes import Captured, is_float_tensor, is_mask, is_symbolic, reads_no_values
+from nrm.capture.nodes import (
+    Captured,
+    is_float_tensor,
+    is_mask,
+    is_symbolic,
+    reads_no_values,
+    unfollowed,
+)
 from nrm.operators import carries_none, function_of, picks, row_of
 from nrm.rules.base import STRUCTURE
 
@@ -157,7 +164,7 @@ def reached_by_inputs(captured: Captured) -> set[Node]:
         if reads_no_values(node):
             continue
         varying.add(node)
-        if not _has_values(node):
+        if not _has_values(node) or unfollowed(node) == "steps":
             continue
         if is_embedding(node) or not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)

@@ -69,21 +69,27 @@ add_all(
     "relu leaky_relu abs relu6 selu celu hardshrink softshrink erf sin atan elu gelu silu mish "
     "hardswish tanh expm1 square sigmoid special_expit hardsigmoid log_sigmoid softplus exp "
     "nan_to_num hardtanh cos reciprocal clone alias contiguous _to_copy "
-    "lift_fresh_copy positive neg detach",
+    "lift_fresh_copy positive neg detach "
+    "special_erf arctan tan sinh asinh arcsinh absolute exp2 special_exp2 cosh erfc sinc "
+    "special_sinc negative rad2deg deg2rad",
     x(2, 3),
 )
+add_all("asin arcsin acos arccos atanh arctanh erfinv special_erfinv", positive(2, 3))
+add_all("acosh arccosh", 1 + positive(2, 3))
 add_all("log1p sqrt log log2 log10 logit special_logit rsqrt", positive(2, 3))
 add("prelu", x(2, 3), whole(0.1, 0.2, 0.3).double(), carries=("self",))
 add("rrelu", x(2, 3))
 add_all("dropout feature_dropout alpha_dropout feature_alpha_dropout", x(2, 3), 0.5, False)
 add("clamp_min", x(2, 3), -0.2)
 add("clamp_max", x(2, 3), 0.2)
-add("clamp", x(2, 3), -0.2, 0.3)
+add_all("clamp clip", x(2, 3), -0.2, 0.3)
 add("clamp", x(2, 3), x(2, 3, seed=7) - 3, None, overload="Tensor", carries=("self",))
 add("threshold", x(2, 3), 0.1, 0.4)
 add("pow.Scalar", 2.0, x(2, 3))
 for _exponent in (0.5, -0.5, 2, 3.0):
     add("pow.Tensor_Scalar", positive(2, 3), _exponent)
+add("pow.Tensor_Tensor", positive(2, 3), x(3), carries=("self",))
+add("pow.Tensor_Tensor", positive(3), x(2, 3), carries=("exponent",))
 add("to", x(2, 3), torch.float64, overload="dtype")
 add("type_as", x(2, 3), x(2, 3, seed=1), carries=("self",))
 add("rms_norm", x(2, 3), [3], None, 0.5)
@@ -129,8 +135,13 @@ add("index", x(2, 3), [None, whole(2, 0, 0)], overload="Tensor", carries=("self"
 add("index_select", x(2, 3), 1, whole(2, 0, 0))
 add_all("gather", x(2, 3), 1, INDEX)
 add("take_along_dim", x(2, 3), INDEX, 1)
+add_all("ravel fliplr flipud", x(2, 3))
+add("take", x(2, 3), whole(2, 0, 5, 2))
+add("masked_select", x(2, 3), MASK)
 add_all("cat concat concatenate", [x(2, 3), x(2, 2)], 1)
 add("stack", [x(2, 3), x(2, 3, seed=1)], 1)
+add("broadcast_tensors", [x(2, 3), x(2, 3, seed=1)])
+add_all("dstack column_stack", [x(2, 3), x(2, 3, seed=1)])
 add_all("hstack vstack", [x(2, 3), x(2, 3, seed=1)])
 add("select_scatter", x(2, 3), x(2, seed=1), 1, 1)
 add("slice_scatter", x(2, 3), x(2, 2, seed=1), 1, 0, 2)
@@ -138,6 +149,17 @@ add("diagonal_scatter", x(3, 3), x(3, seed=1))
 add("scatter.src", x(2, 3), 1, INDEX, x(2, 3, seed=1))
 add("index_put", x(2, 3), [whole(0, 1), whole(1, 1)], x(2, seed=1))
 add("index_put", x(2, 3), [whole(0, 0), whole(1, 1)], x(2, seed=1), True)
+add("masked_scatter", x(2, 3), MASK, x(4, seed=1))
+add("index_copy", x(2, 3), 1, whole(2, 0), x(2, 2, seed=1))
+add("max_unpool2d", x(1, 1, 1, 2), whole(2, 5).view(1, 1, 1, 2), [2, 4])
+add(
+    "max_unpool3d",
+    x(1, 1, 1, 1, 2),
+    whole(2, 5).view(1, 1, 1, 1, 2),
+    [1, 2, 4],
+    [1, 2, 2],
+    [0, 0, 0],
+)
 add("where.self", MASK, x(2, 3), x(2, 3, seed=1))
 add("where.ScalarOther", MASK, x(2, 3), 0.0)
 add("where.ScalarOther", MASK, x(2, 3), 2.0)
@@ -167,7 +189,9 @@ add_all("max min", x(2, 3))
 add_all("amax amin", x(2, 3), [1])
 add("topk", x(2, 4), 2, 1)
 add("sort", x(2, 3), 1)
-add("cummax", x(2, 3), 1)
+add_all("cummax cummin median.dim nanmedian.dim mode", x(2, 3), 1)
+add("kthvalue", x(2, 3), 2, 1)
+add_all("msort median nanmedian aminmax", x(3, 2))
 add_all("maximum fmax max.other minimum fmin min.other", x(2, 3), x(2, 3, seed=1))
 
 # Weighted sums.
@@ -202,6 +226,10 @@ for _name in ("upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubi
     add(f"{_name}.vec", x(1, 1, 2, 3), [3, 4], False, None)
 add("upsample_trilinear3d.default", x(1, 1, 2, 1, 2), [3, 1, 3], False)
 add("upsample_trilinear3d.vec", x(1, 1, 2, 1, 2), [3, 1, 3], False, None)
+for _mode, _padding in ((0, 0), (0, 1), (1, 0), (2, 2)):
+    add_all("grid_sampler grid_sampler_2d", x(2, 2, 3, 3), 1.2 * x(2, 2, 2, 2, seed=3) / 2, _mode,
+            _padding, False, carries=("input",))  # fmt: skip
+add("grid_sampler_3d", x(1, 1, 2, 2, 3), x(1, 1, 2, 1, 3) / 2, 0, 0, False, carries=("input",))
 add_all("batch_norm", x(2, 3, 2), positive(3), x(3), x(3, seed=1), positive(3), False, 0.1, 1e-5,
         False)  # fmt: skip
 add("_native_batch_norm_legit_no_training", x(2, 3, 2), positive(3), x(3), x(3, seed=1),
@@ -216,6 +244,16 @@ add("_softmax", x(2, 3), 1, False)
 add("log_softmax", x(2, 3), 1, overload="int")
 add("special_log_softmax", x(2, 3), 1)
 add("_log_softmax", x(2, 3), 1, False)
+add_all("logsumexp special_logsumexp", x(2, 3), [1])
+add("linalg_vector_norm", x(2, 3), 2, [1])
+add("linalg_vector_norm", x(2, 3), 3, [0], True)
+add("norm", x(2, 3), 1, [1], overload="ScalarOpt_dim")
+add("frobenius_norm", x(2, 3), [1], overload="dim")
+add_all("std std_mean var var_mean", x(2, 3), [1], overload="correction", correction=1)
+add("prod", x(2, 3), 1, overload="dim_int")
+add("cumprod", x(2, 3), 1)
+add("hypot", x(2, 3), x(2, 3, seed=1))
+add_all("quantile nanquantile", x(2, 3), 0.3, 1, overload="scalar")
 
 
 class Fourier(nn.Module):
@@ -251,5 +289,6 @@ add("mv", x(2, 3), x(3))
 add("dot", x(3), x(3, seed=1))
 add("addmm", x(2), x(2, 3), x(3, 2), beta=0.5, alpha=2.0, carries=("mat1",))
 add("addmm", x(2), x(2, 3), x(3, 2), carries=("mat1", "mat2"))
+add("addmv", x(2), x(2, 3), x(3), carries=("mat",))
 add("baddbmm", x(2, 2, 1), x(2, 2, 3), x(2, 3, 1), carries=("batch1", "batch2"))
 add("einsum", "bik,bkj->bij", [x(2, 2, 3), x(2, 3, 1)])

@@ -6,8 +6,10 @@ gates are variables of the graph like any other. A rewrite of the captured graph
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,11 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from nrm.capture.nodes import is_complex
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators import Call
-
+from nrm.operators import Call, function_of, lookup
+from nrm.operators.call import UNKNOWN
+from nrm.operators.connections import for_each_axis
 
 aten = torch.ops.aten
 
@@ -110,7 +114,7 @@ class _Run:
         """
         (w_ih, w_hh), (b_ih, b_hh) = self.weights, self.biases
         added = torch.nn.functional.linear(x, w_ih, b_ih)
-        each = added.unbind(0) if sizes is None else added.split(list(sizes))
+        each = added.unbind(0) if sizes is None else added.split(list(sizes))  # type: ignore[no-untyped-call]
         state, hidden, ended = self.initial, [], list[tuple[Tensor, ...]]()
         if sizes is not None and reverse:
             state = tuple(kind[: sizes[-1]] for kind in state)
@@ -226,9 +230,10 @@ def unpack(
 ) -> tuple[Tensor, None]:
     """`torch.nn.utils.rnn.pad_packed_sequence`."""
     inner = (0, 0) * (data.dim() - 1)
+    parts = data.split(list(batch_sizes))  # type: ignore[no-untyped-call]
     steps = [
         torch.nn.functional.pad(each, (*inner, 0, batch_sizes[0] - size), value=padding_value)
-        for each, size in zip(data.split(list(batch_sizes)), batch_sizes, strict=True)
+        for each, size in zip(parts, batch_sizes, strict=True)
     ]
     x = torch.stack(steps)
     if total_length > len(steps):
@@ -285,10 +290,12 @@ def name_steps(node: Node, new: Sequence[Node]) -> None:
 
 # -- the rewrite ---------------------------------------------------------------------------------
 
-def expand(graph: FxGraph, value: Callable[[Node], Tensor]) -> None:
-    """Write out every operator of the table, in place.
+
+def expand(graph: FxGraph, carrying: Container[Node], value: Callable[[Node], Tensor]) -> None:
+    """Write out every operator of the table, in place, and what torch itself composes of others.
 
     Arguments:
+        carrying: the nodes that may carry relevance.
         value: what a node holds for the inputs at hand. Where sequences of several lengths are
             packed it decides what is computed; `torch.export` refuses those, so that the graph is
             for these inputs alone.
@@ -297,8 +304,32 @@ def expand(graph: FxGraph, value: Callable[[Node], Tensor]) -> None:
         written = _TABLE.get(node.target)
         if written is not None:
             _replace(graph, node, written, value)
+            continue
+        written = _composed(node, carrying)
+        if written is not None:
+            with suppress(RuntimeError, NotImplementedError):  # it is refused by name
+                _replace(graph, node, written, value, whole=written is convolution)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _composed(node: Node, carrying: Container[Node]) -> Callable[..., Any] | None:
+    """How torch composes an operator of others, where it has no row and carries relevance."""
+    target = node.target
+    if node not in carrying or not isinstance(target, torch._ops.OpOverload):
+        return None
+    if any(map(is_complex, (node, *node.all_input_nodes))):  # see `rewrite.collapse_complex`
+        return None
+    if target is aten.einsum.default:
+        several = node.args[1]
+        assert isinstance(several, list | tuple)
+        return None if len(several) == 2 else target
+    weight = node.args[1] if len(node.args) > 1 else None
+    if target in _CONVOLUTIONS and weight in carrying:
+        return convolution
+    if lookup(target) is not None or function_of(node) is not UNKNOWN:
+        return None
+    return target if target.namespace == "aten" and target._can_decompose() else None
 
 
 def _stand_ins(values: Sequence[Any]) -> list[Any]:
@@ -326,15 +357,22 @@ def _stand_ins(values: Sequence[Any]) -> list[Any]:
 
 
 def _replace(
-    graph: FxGraph, node: Node, written: Callable[..., Any], value: Callable[[Node], Tensor]
+    graph: FxGraph,
+    node: Node,
+    written: Callable[..., Any],
+    value: Callable[[Node], Tensor],
+    whole: bool = True,
 ) -> None:
-    """Trace `written` on the node's (fake) arguments, and put its operators in the node's place."""
-    arguments = node.args
+    """Trace `written` on the node's (fake) arguments, and put its operators in the node's place.
+
+    Arguments:
+        whole: operators that torch composes of others are recorded as they are.
+    """
+    given: Any = node.args
     if node.target in _BY_SIZES:  # the second argument says how many there are at each step
-        assert isinstance(arguments[1], Node)
-        sizes = value(arguments[1]).tolist()
-        arguments = (arguments[0], sizes, *arguments[2:])
-    leaves, layout = pytree.tree_flatten((arguments, node.kwargs))
+        assert isinstance(given[1], Node)
+        given = (given[0], value(given[1]).tolist(), *given[2:])
+    leaves, layout = pytree.tree_flatten((given, node.kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Node)]
 
     def on_tensors(*tensors: Any) -> Any:
@@ -346,7 +384,7 @@ def _replace(
 
     given = _stand_ins([leaves[place].meta["val"] for place in places])
     with torch.no_grad():
-        traced = make_fx(on_tensors, pre_dispatch=True)(*given)
+        traced = make_fx(on_tensors, pre_dispatch=whole)(*given)
     outer: dict[Node, Any] = {}
     arguments = iter(leaves[p] for p in places)
     new: list[Node] = []
@@ -490,6 +528,61 @@ def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None)
     return output if bias is None else output + bias
 
 
+def distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    """`torch.cdist`: the norms of all differences."""
+    apart = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    found: Tensor = torch.linalg.vector_norm(apart, p, -1)
+    return found
+
+
+def log_of_sum(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.logaddexp`."""
+    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    return torch.stack([a, b]).logsumexp(0)
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] | str = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Tensor:
+    """A convolution whose weight is computed from the input: a product with patches."""
+    axes = weight.dim() - 2
+    kernel = weight.shape[2:]
+    strides, steps = (for_each_axis(given, axes) for given in (stride, dilation))
+    reach = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
+    if padding == "same":
+        sides = [(r // 2, r - r // 2) for r in reach]
+    else:
+        given = (0,) if isinstance(padding, str) else padding
+        sides = [(side, side) for side in for_each_axis(given, axes)]
+    single = x.dim() == weight.dim() - 1
+    x = x.unsqueeze(0) if single else x
+    if any(map(any, sides)):
+        x = torch.nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
+    for axis in range(axes):
+        x = x.unfold(2 + axis, reach[axis] + 1, strides[axis])[..., :: steps[axis]]
+    batch, positions = x.shape[0], x.shape[2 : 2 + axes]
+    # [batch, groups, inputs of one and kernel, positions]
+    order = [0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes)]
+    patches = x.permute(order).reshape(batch, groups, -1, math.prod(positions))
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+    output = torch.matmul(rows, patches).reshape(batch, weight.shape[0], *positions)
+    if bias is not None:
+        output = output + bias.view(-1, *(1,) * axes)
+    return output.squeeze(0) if single else output
+
+
+_CONVOLUTIONS = frozenset(
+    getattr(getattr(aten, f"conv{axes}d"), kind)
+    for axes in (1, 2, 3)
+    for kind in ("default", "padding")
+)
+
 _TABLE: dict[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.glu.default: gated_linear_unit,
@@ -497,6 +590,11 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     aten.embedding_bag.default: bags,
     aten.cosine_similarity.default: cosine_similarity,
     aten.bilinear.default: bilinear,
+    aten.cdist.default: distances,
+    aten.dist.default: lambda a, b, p=2: torch.linalg.vector_norm(a - b, p),
+    aten.trace.default: lambda x: x.diagonal().sum(),
+    aten.logaddexp.default: log_of_sum,
+    aten.addcdiv.default: lambda x, a, b, *, value=1: x + a / b * value,
     aten.addcmul.default: lambda x, a, b, *, value=1: x + a * b * value,
     aten.lerp.Scalar: lambda a, b, weight: a * (1 - weight) + b * weight,
     aten.lerp.Tensor: lambda a, b, weight: a * (1 - weight) + b * weight,

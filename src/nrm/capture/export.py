@@ -253,7 +253,7 @@ def _rewritten(
     unify(captured.graph, real, ancestors([captured.output]))
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
-    expand(captured.graph, lambda node: evaluate(captured, inputs, at=node))
+    expand(captured.graph, real, lambda node: evaluate(captured, inputs, at=node))
     collapse_complex(captured.graph, captured.inputs)
     fold_constants(captured.graph, captured.inputs)
     captured.output = _only_output(captured.graph)

@@ -212,6 +212,13 @@ def is_float_tensor(node: Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def is_complex(node: Node) -> bool:
+    """Whether a node holds complex numbers."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
+
+
 def reads_no_values(node: Node) -> bool:
     """Whether a node reads nothing of a tensor but how it looks: its sizes, or zeros like it."""
     if reads_sizes(node.target):
@@ -225,9 +232,11 @@ def reads_no_values(node: Node) -> bool:
 def unfollowed(node: Node) -> Follows | None:
     """What becomes of relevance at a node that depends on an input; `None`: real values.
 
-    Comparisons, indices and whole numbers are constant but for steps, and pass none on. Complex
-    or quantised numbers, and numbers taken out of tensors, are not constant.
+    Comparisons, indices, whole numbers and what rounds are constant but for steps, and pass none
+    on. Complex or quantised numbers, and numbers taken out of tensors, are not constant.
     """
+    if node.op == "call_function" and function_of(node).steps:
+        return "steps"
     value: Any = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else [value]
     found: set[Follows | None] = set()

@@ -22,11 +22,11 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
 from nrm.capture import nodes as addresses
-from nrm.capture.nodes import dependents, is_float_tensor
+from nrm.capture.nodes import dependents, is_complex, is_float_tensor
 from nrm.errors import CaptureError
 from nrm.operators import COMPLEX_LINEAR, Block, Call, Operator, has_row, lookup, picks, standard
 from nrm.operators.call import ALIAS, Rescaling
-from nrm.operators.custom import is_linear
+from nrm.operators.custom import DIFFERENTIABLE, is_linear
 from nrm.operators.sums import scale_and_shift
 
 # -- regions: parts of a model under `torch.autocast`, or with gradients switched on or off --------
@@ -212,7 +212,7 @@ def collapse_complex(graph: FxGraph, inputs: Sequence[Node]) -> None:
         inputs: the placeholders of the model's inputs.
     """
     varying = dependents(graph.nodes, inputs, sizes=False)
-    hidden = {node for node in varying if node.op == "call_function" and _is_complex(node)}
+    hidden = {node for node in varying if node.op == "call_function" and is_complex(node)}
     for node in list(graph.nodes):
         comes_back = node in varying and is_float_tensor(node)
         if comes_back and not hidden.isdisjoint(node.all_input_nodes):
@@ -234,20 +234,14 @@ def _part(result: Node, hidden: set[Node]) -> list[Node]:
     return [node for node in result.graph.nodes if node in found]
 
 
-def _is_complex(node: Node) -> bool:
-    value = node.meta.get("val")
-    parts = value if isinstance(value, tuple | list) else [value]
-    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
-
-
 def _is_linear(node: Node, varying: set[Node]) -> bool:
     """Whether a node is linear in what depends on the input, of which all is real or complex."""
     if picks(node):
         return True
     moving = [parent for parent in node.all_input_nodes if parent in varying]
-    if not all(is_float_tensor(parent) or _is_complex(parent) for parent in moving):
+    if not all(is_float_tensor(parent) or is_complex(parent) for parent in moving):
         return False  # an index or a number that depends on the input
-    if any(parent.op == "placeholder" and _is_complex(parent) for parent in moving):
+    if any(parent.op == "placeholder" and is_complex(parent) for parent in moving):
         return False  # a complex input
     return is_linear(node, moving)
 
@@ -259,6 +253,7 @@ def _replace_part(graph: FxGraph, result: Node, part: Sequence[Node]) -> None:
     within = {node: body.placeholder(f"argument_{i}") for i, node in enumerate(given)}
     for node in part:
         within[node] = body.node_copy(node, within.__getitem__)
+        within[node].target = DIFFERENTIABLE.get(node.target, node.target)
     body.output(within[result])
     names = [f"argument_{i}" for i in range(len(given))]
     block = Block.of(COMPLEX_LINEAR, GraphModule(torch.nn.Module(), body), names)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.nn import functional as F
 
 from nrm.operators.call import UNKNOWN, Call, Function
@@ -196,6 +197,43 @@ class Interpolation(Averaging):
         ]
 
 
+class Sampling(Interpolation):
+    """`grid_sample` at constant places; what lies outside is padded."""
+
+    def __init__(self) -> None:
+        super().__init__("interpolation", "input", keeps_channels=True)
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "outside"
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        x = values[0]
+        places = Positions.at_places(call, x)
+        native = places.weight
+
+        def apply(factor: Tensor, weight: Tensor) -> Tensor:
+            if weight is native:
+                output: Tensor = call(input=factor)
+                return output
+            return places.apply(factor.transpose(0, 1), weight).transpose(0, 1)
+
+        return [
+            Contribution(
+                Activation(x),
+                setting.weight("places", native),
+                apply,
+                lambda factor: apply(factor, places.every),
+                lambda message, weight: places.transpose(message.transpose(1, 2), weight).transpose(
+                    1, 2
+                ),
+                keeps_sign=True,
+                every=places.every,
+            )
+        ]
+
+
 @dataclass(frozen=True, eq=False)
 class Positions:
     """A linear map of positions, the same for all channels, by its connections.
@@ -233,6 +271,37 @@ class Positions:
         weight = weight.to(x.dtype)
         by_column = columns.argsort(stable=True)
         return cls(operand, output, rows, columns, weight, torch.ones_like(weight), by_column)
+
+    @classmethod
+    def at_places(cls, call: Call, x: Tensor) -> Positions:
+        """The map of `grid_sample`, for `x` `[batch, channels, *positions]`.
+
+        Other places are read in every sample, so that its positions are those of the batch.
+        """
+        # The parents of a place are neighbours: coloured in turn, no two have one colour, and a
+        # picture of one colour tells the weight of one parent, and times its index who it is.
+        sizes, axes = tuple(x.shape[2:]), x.dim() - 2
+        turn = 4 if call["interpolation_mode"] == 2 else 2
+        index = torch.meshgrid(*(torch.arange(n, device=x.device) for n in sizes), indexing="ij")
+        colour = torch.stack([i % turn * turn**axis for axis, i in enumerate(index)]).sum(0)
+        each = [torch.nn.functional.one_hot(colour, turn**axes).movedim(-1, 0)]
+        each += [each[0] * i for i in index]
+        pictures = torch.cat(each).to(x.dtype).expand(len(x), -1, *sizes)
+        weight, *found = call(input=pictures).split(turn**axes, 1)
+        there = weight.abs() > 4 * torch.finfo(x.dtype).eps
+        batch, _, *place = there.nonzero(as_tuple=True)
+        output = tuple(weight.shape[2:])
+        rows, columns, weight_of = batch, batch, weight[there]
+        for axis in range(axes):
+            rows = rows * output[axis] + place[axis]
+            parent = (found[axis][there] / weight_of).round().long()
+            columns = columns * sizes[axis] + parent.clamp(0, sizes[axis] - 1)
+        order = rows.argsort(stable=True)
+        rows, columns, weight_of = rows[order], columns[order], weight_of[order]
+        return cls(
+            (len(x), *sizes), (len(x), *output), rows, columns, weight_of,
+            torch.ones_like(weight_of), columns.argsort(stable=True),
+        )  # fmt: skip
 
     def apply(self, factor: Tensor, weight: Tensor) -> Tensor:
         """`[..., *operand]` to `[..., *output]`, the connections with any weight."""

@@ -187,6 +187,7 @@ class Function:
         chooses: it returns what it chose along an axis, and beside it where that was.
         carries_none: its result says nothing of its operand's values (`zeros_like`).
         fills: it makes a constant tensor, of this value or of that in the argument of this name.
+        steps: it is constant but for steps, as rounding is: a gate that takes no relevance.
     """
 
     role: str = ""
@@ -200,6 +201,7 @@ class Function:
     chooses: bool = False
     carries_none: bool = False
     fills: float | str | None = None
+    steps: bool = False
 
 
 UNKNOWN = Function()

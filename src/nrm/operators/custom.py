@@ -12,10 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from nrm.operators.call import Call
+from nrm.operators.routing import Filling
 from nrm.operators.row import Operator
-from nrm.operators.table import lookup, register
+from nrm.operators.table import function_of, register, row_of
 
 _LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -112,10 +115,37 @@ def is_linear(node: Node, moving: Sequence[Node]) -> bool:
         return list(moving) == [node.args[0]] and not node.kwargs
     if name in ("constant_pad_nd", "pad"):
         return not any(node.args[3:] if name == "pad" else node.args[2:])
-    row = lookup(node.target)
-    if row is not None and row.moves and row.kind == "view":
-        return len(moving) == len(node.all_input_nodes)
-    return name in _ALONE or name.startswith("fft_")
+    found = row_of(node)
+    if found is not None and found[1].moves and found[1].kind in ("view", "where"):
+        return _fills_with_zero(*found) and all(
+            parent in moving or _picks_out(parent) or _is_zero(parent)
+            for parent in node.all_input_nodes
+        )
+    if name == "copy":  # of what it writes over, nothing is read but its shape
+        return node.args[1] in moving
+    return name in _ALONE or name.startswith(("fft_", "_fft_"))
+
+
+def _fills_with_zero(call: Call, row: Operator) -> bool:
+    """Whether what takes the place of numbers, if anything does, is zero."""
+    filler = row.filler if isinstance(row, Filling) else None
+    return filler is None or (isinstance(call[filler], int | float) and call[filler] == 0)
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether a node is a tensor of zeros, or a part of one."""
+    if node.op != "call_function":
+        return False
+    if function_of(node).fills == 0:
+        return True
+    found = row_of(node)
+    return found is not None and found[1].moves and all(map(_is_zero, node.all_input_nodes))
+
+
+def _picks_out(node: Node) -> bool:
+    """Whether a node holds indices or a mask."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _times_read(node: Node, parent: Node) -> int:
@@ -123,3 +153,28 @@ def _times_read(node: Node, parent: Node) -> int:
     places: list[bool] = []
     torch.fx.node.map_arg((node.args, node.kwargs), lambda leaf: places.append(leaf is parent))
     return sum(places)
+
+
+def written_over(
+    base: Tensor,
+    src: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    """`aten.slice_scatter`, of which torch has no derivative for complex numbers."""
+    places = torch.arange(base.shape[dim], device=base.device)[start:end:step]
+    return base.index_copy(dim, places, src)
+
+
+def written(base: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten.copy`, of which torch has none."""
+    return src.to(base.dtype).expand_as(base)
+
+
+DIFFERENTIABLE: dict[object, Callable[..., Tensor]] = {
+    torch.ops.aten.slice_scatter.default: written_over,
+    torch.ops.aten.copy.default: written,
+}
+"""What computes the same on complex numbers, with derivatives."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators.call import Call, fill
+from nrm.operators.call import UNKNOWN, Call, Function, fill
 from nrm.operators.propagation import Columns, Propagation, Setting, pull_back, refuse_failing
 from nrm.operators.row import Operator
 from nrm.rules import Rule
@@ -25,12 +25,22 @@ class LocalLinear(Operator):
 
     Along a path (`rules.PathIntegrated`), the sum of `dx_i df_j/dx_i` over its steps. Columns that
     sum to (nearly) zero, where the function is constant to first order, end in a leaf.
+
+    Arguments:
+        function: what else is known of it.
+        passes: the arguments that relevance may pass to; `None`: every tensor.
     """
 
     by_derivatives = True
 
-    def __init__(self, kind: str = "local linear") -> None:
+    def __init__(
+        self,
+        kind: str = "local linear",
+        function: Function = UNKNOWN,
+        passes: tuple[str, ...] | None = None,
+    ) -> None:
         super().__init__(kind)
+        self.function, self.passes = function, passes
 
     def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
         return "flat"

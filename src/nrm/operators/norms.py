@@ -318,3 +318,54 @@ class LogSoftmax(Elementwise):
         shift = self.bias(call, values, setting.output_dim)
         assert shift is not None
         return values[0] + shift
+
+
+class LogSumExp(WeightedSum):
+    """`y = sum_i s_i x_i + H`, with the softmax `s` held constant, its entropy `H` for a bias.
+
+    That is the plane which touches it at the input.
+    """
+
+    passes = ("self",)
+    function = Function("logsumexp")
+
+    def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
+        return False
+
+    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
+        return not rule.first_order
+
+    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
+        return True
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        x = values[0]
+
+        def add_up(factor: Tensor) -> Tensor:
+            return factor.sum(call["dim"], call["keepdim"])
+
+        return [
+            Contribution(
+                Activation(x.masked_fill(x == -torch.inf, 0.0)),
+                setting.weight("share", self._shares(call, x)),
+                lambda factor, weight: add_up(factor * weight),
+                add_up,
+                keeps_sign=True,
+            )
+        ]
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        x = values[0].detach()
+        entropy: Tensor = torch.special.entr(self._shares(call, x))
+        return entropy.sum(call["dim"], call["keepdim"])
+
+    def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
+        output: Tensor = fill(call, values)()  # its derivatives are the shares
+        return output
+
+    @staticmethod
+    def _shares(call: Call, x: Tensor) -> Tensor:
+        shares: Tensor = (x - x.logsumexp(call["dim"], True)).exp()
+        return shares.nan_to_num(0.0)

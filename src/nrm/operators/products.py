@@ -116,6 +116,10 @@ class Quotient(Product):
     is_product: ClassVar[bool] = False
     function = Function("over")
 
+    def function_of(self, call: Call) -> Function:
+        rounded = call.get("rounding_mode") is not None
+        return Function(steps=True) if rounded else self.function
+
     def order(self, call: Call, name: str) -> Order | None:
         if call.get("rounding_mode") is not None:
             return None

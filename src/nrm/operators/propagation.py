@@ -257,17 +257,18 @@ def pull_back(output: Tensor, leaves: Sequence[Tensor], message: Tensor) -> list
             materialize_grads=True,
         )
         return [gradient.unsqueeze(0) for gradient in gradients]
-    return list(
-        torch.autograd.grad(
-            output,
-            leaves,
-            message,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-            is_grads_batched=True,
-        )
+    found = torch.autograd.grad(
+        output,
+        leaves,
+        message,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=True,
     )
+    return [
+        message.new_zeros((len(message), *leaf.shape)) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
 
 
 def refuse_failing(message: Tensor, failing: Tensor, address: str, cause: str, hint: str) -> None:

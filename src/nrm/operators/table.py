@@ -17,7 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
-from nrm.operators.averages import Averaging, Interpolation
+from nrm.operators.averages import Averaging, Interpolation, Sampling
 from nrm.operators.call import (
     GATE,
     INVERSE,
@@ -36,6 +36,7 @@ from nrm.operators.derivatives import LocalLinear
 from nrm.operators.layers import Layer, TransposedConvolution
 from nrm.operators.norms import (
     LogSoftmax,
+    LogSumExp,
     Normalization,
     Softmax,
     channel_groups,
@@ -242,10 +243,13 @@ _READS_LAYOUT = frozenset(_names("as_strided as_strided_copy as_strided_scatter"
 register(
     Identity("activation", at_zero="ramp", in_place=torch.ops.aten.relu_.default), *_names("relu")
 )
-register(Identity("activation", at_zero="ramp"), *_names("leaky_relu abs"))
+register(Identity("activation", at_zero="ramp"), *_names("leaky_relu abs absolute"))
 register(
     Identity("activation", at_zero="zero"),
-    *_names("relu6 prelu rrelu selu celu hardshrink softshrink erf sin atan"),
+    *_names(
+        "relu6 prelu rrelu selu celu hardshrink softshrink erf special_erf sin atan arctan tan "
+        "asin arcsin erfinv special_erfinv"
+    ),
 )
 register(
     Identity("activation", at_zero="zero", gate=SQUASHED),
@@ -255,7 +259,10 @@ register(
     Identity("activation", at_zero="zero", function=Function("tanh", SQUASHED, order=1)),
     *_names("tanh"),
 )
-register(Identity("activation", at_zero="zero", function=Function(order=1)), *_names("expm1 log1p"))
+register(
+    Identity("activation", at_zero="zero", function=Function(order=1)),
+    *_names("expm1 log1p sinh asinh arcsinh atanh arctanh"),
+)
 register(
     Identity("activation", at_zero="zero", function=Function(order=1, among_positive=True)),
     *_names("square"),
@@ -300,21 +307,24 @@ register(
 register(Identity("activation", function=Function("log", order=1)), *_names("log"))
 register(
     Identity("activation", function=Function(order=1)),
-    *_names("log2 log10 logit special_logit nan_to_num"),
+    *_names("log2 log10 logit special_logit nan_to_num exp2 special_exp2"),
 )
 register(
     Identity("activation", function=Function("clamp", order=1, keeps_positive=True)),
     *_names("clamp_min"),
 )
-register(Identity("activation", function=Function("clamp", order=1)), *_names("clamp"))
+register(Identity("activation", function=Function("clamp", order=1)), *_names("clamp clip"))
 register(Identity("activation", function=Function(order=1)), *_names("clamp_max"))
 register(Identity("activation", gate=SQUASHED), *_names("hardtanh"))
-register(Identity("activation"), *_names("threshold cos pow.Scalar"))
+register(
+    Identity("activation"),
+    *_names("threshold cos pow.Scalar acos arccos cosh acosh arccosh erfc sinc special_sinc"),
+)
 register(Identity("activation", function=INVERSE_ROOT), *_names("rsqrt"))
 register(Identity("activation", function=INVERSE), *_names("reciprocal"))
 register(
     Power("activation", function=Function("power", keeps_positive=True)),
-    *_names("pow.Tensor_Scalar"),
+    *_names("pow.Tensor_Scalar pow.Tensor_Tensor"),
 )
 register(
     Identity("scaling", at_zero="linear", function=replace(SAME, role="dropout")),
@@ -325,8 +335,10 @@ register(
     *_names("clone alias contiguous to _to_copy type_as lift_fresh_copy positive"),
 )
 register(
-    Identity("scaling", at_zero="linear", function=Function("negative", order=-1)), *_names("neg")
+    Identity("scaling", at_zero="linear", function=Function("negative", order=-1)),
+    *_names("neg negative"),
 )
+register(Identity("scaling", at_zero="linear"), *_names("rad2deg deg2rad"))
 register(
     Identity("scaling", at_zero="zero", function=replace(SAME, role="detach")), *_names("detach")
 )
@@ -347,7 +359,8 @@ register(
     *_names(
         "view reshape flatten unflatten squeeze unsqueeze permute transpose t numpy_T swapaxes "
         "swapdims movedim moveaxis view_as reshape_as select unbind broadcast_to "
-        "diagonal unfold as_strided _unsafe_view mT mH adjoint"
+        "diagonal unfold as_strided _unsafe_view mT mH adjoint ravel fliplr flipud take "
+        "masked_select"
     ),
 )
 register(
@@ -363,13 +376,17 @@ register(
     *_names("index index_select gather"),
 )
 register(Concatenation("view"), *_names("cat concat concatenate"))
-register(Routing("view", ("tensors",)), *_names("stack hstack vstack"))
+register(
+    Routing("view", ("tensors",)),
+    *_names("broadcast_tensors stack hstack vstack dstack column_stack"),
+)
 register(
     Routing("view", ("self", "src"), keeps_channels=True),
     *_names("select_scatter slice_scatter diagonal_scatter"),
 )
 register(Copy("view"), *_names("copy"))
 register(Overwriting("view", ("self", "src")), *_names("scatter.src"))
+register(Overwriting("view", ("self", "source")), *_names("masked_scatter index_copy"))
 register(
     OneOf(
         (lambda call: bool(call["accumulate"]), ScatterSum("scatter", "values")),
@@ -386,7 +403,7 @@ register(
     Routing("where", ("self", "value"), keeps_channels=True, function=VIEW),
     *_names("masked_fill.Tensor"),
 )
-register(Filling("where", ("self",)), *_names("tril triu"))
+register(Filling("where", ("self",)), *_names("tril triu max_unpool2d max_unpool3d"))
 register(Filling("view", ("self",)), *_names("im2col"))
 register(Filling("pad", ("self",), "value"), *_names("constant_pad_nd"))
 register(
@@ -420,8 +437,9 @@ register(
 register(Routing("maxpool", ("self",), least=True), *_names("amin"))
 register(
     Routing("maxpool", ("self",), by_rank=True, function=Function(chooses=True)),
-    *_names("topk sort cummax"),
+    *_names("topk sort cummax cummin msort median.dim nanmedian.dim kthvalue mode"),
 )
+register(Routing("maxpool", ("self",), by_rank=True), *_names("median nanmedian aminmax"))
 register(
     Routing("maxpool", ("self", "other"), keeps_channels=True),
     *_names("maximum fmax max.other"),
@@ -472,6 +490,7 @@ for _overload, _argument in (("vec", "input"), ("default", "self")):
             Interpolation("interpolation", _argument, positions=_axes),
             *(f"aten.{name}.{_overload}" for name in _kinds.split()),
         )
+register(Sampling(), *_names("grid_sampler grid_sampler_2d grid_sampler_3d"))
 register(BatchNorm("batchnorm"), *_names("batch_norm _native_batch_norm_legit_no_training"))
 register(Normalization("layernorm", last_axes, by_channel=False), *_names("layer_norm"))
 register(Normalization("groupnorm", channel_groups, by_channel=True), *_names("group_norm"))
@@ -487,6 +506,20 @@ register(
 )
 register(Softmax("softmax"), *_names("softmax _softmax special_softmax"))
 register(LogSoftmax("activation"), *_names("log_softmax _log_softmax special_log_softmax"))
+register(LogSumExp("logsumexp"), *_names("logsumexp special_logsumexp"))
+
+# Homogeneous functions: f(x) is made of what each parent adds to first order, x_i df/dx_i.
+register(
+    LocalLinear("norm", Function("norm", gate=SCALE), ("self",)),
+    *_names("linalg_vector_norm norm frobenius_norm"),
+)
+register(LocalLinear("spread", Function("spread", gate=SCALE), ("self",)), *_names("std"))
+register(LocalLinear("spread", Function("spread"), ("self",)), *_names("std_mean"))
+register(LocalLinear("spread", Function("mean", gate=SCALE), ("self",)), *_names("var"))
+register(LocalLinear("spread", Function("mean"), ("self",)), *_names("var_mean"))
+register(LocalLinear("product"), *_names("prod cumprod"))
+register(LocalLinear("norm"), *_names("hypot"))
+register(LocalLinear("quantile", passes=("self",)), *_names("quantile nanquantile"))
 
 # Linear maps that go through complex numbers: their derivatives say all of them.
 COMPLEX_LINEAR = "nrm.complex_linear"
@@ -523,18 +556,17 @@ register(MatrixProduct("product", ("self", "vec")), *_names("mv"))
 register(MatrixProduct("product", ("self", "tensor")), *_names("dot"))
 register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("addmm"))
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
+register(MatrixProduct("product", ("mat", "vec"), addend="self"), *_names("addmv"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
 
 _STANDARD = dict(_TABLE)
 
 # -- Operators without a row, of which something is known all the same.
 
-describe(Function("spread", gate=SCALE), *_names("std"))
-describe(Function("spread"), *_names("std_mean"))
-describe(Function("mean", gate=SCALE), *_names("var"))
-describe(Function("mean"), *_names("var_mean"))
-describe(Function("norm", gate=SCALE), *_names("linalg_vector_norm norm"))
-describe(Function("logsumexp"), *_names("logsumexp"))
+describe(
+    Function(steps=True),
+    *_names("sign sgn round floor ceil trunc fix floor_divide heaviside bernoulli histc"),
+)
 describe(Function("lookup"), *_names("embedding"))
 describe(Function("normalization"), *_names("native_layer_norm native_group_norm _fused_rms_norm"))
 describe(Function(fills=0.0), *_names("zeros"))
