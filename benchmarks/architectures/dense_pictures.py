@@ -212,7 +212,7 @@ class DiffusionUNet(nn.Module):
 @case("diffusion U-Net, with the time")
 def _diffusion() -> Case:
     args = (torch.randn(1, 3, 16, 16), torch.tensor([7.0]))
-    return Case(DiffusionUNet(), args, target=(None, 8, 8))
+    return Case(DiffusionUNet(), args, target=(0, 8, None))
 
 
 class DiTBlock(nn.Module):
@@ -260,7 +260,7 @@ class DiT(nn.Module):
 @case("DiT, with a time and a class")
 def _dit(layers: int = 2) -> Case:
     args = (torch.randn(1, 3, 16, 16), torch.tensor([7.0]), torch.tensor([3]))
-    return Case(DiT(layers=layers), args, target=(None, 8, 8), leaves=("x",))
+    return Case(DiT(layers=layers), args, target=(0, 8, None), leaves=("x",))
 
 
 # fields -------------------------------------------------------------------------------------------
@@ -280,7 +280,8 @@ class SpectralConvolution(nn.Module):
         filtered = torch.einsum("bixy,ioxy->boxy", low, torch.view_as_complex(self.weight))
         made = torch.zeros_like(spectrum)
         made[..., : self.modes, : self.modes] = filtered
-        return torch.fft.irfft2(made, s=x.shape[-2:])
+        field: Tensor = torch.fft.irfft2(made, s=x.shape[-2:])
+        return field
 
 
 class FourierOperator(nn.Module):
@@ -307,8 +308,9 @@ def _fourier() -> Case:
 
 
 @case("Fourier neural operator, ReLU")
-def _fourier_relu() -> Case:
-    return pictured(FourierOperator(nn.ReLU()), 16, target=(0, 8, None))
+def _fourier_relu(layers: int = 3, size: int = 16) -> Case:
+    model = FourierOperator(nn.ReLU(), layers=layers)
+    return pictured(model, size, target=(0, size // 2, None))
 
 
 class DeepONet(nn.Module):
@@ -320,7 +322,8 @@ class DeepONet(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 16))
 
     def forward(self, samples: Tensor, place: Tensor) -> Tensor:
-        return (self.branch(samples) * self.trunk(place)).sum(-1, keepdim=True)
+        asked: Tensor = (self.branch(samples) * self.trunk(place)).sum(-1, keepdim=True)
+        return asked
 
 
 @case("DeepONet")

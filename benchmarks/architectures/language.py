@@ -200,7 +200,8 @@ def _with_experts(name: str, products: str = "batched_mm", **config: Any) -> Cas
             (`batched_mm`), one product of groups (`grouped_mm`), or expert by expert (`eager`).
     """
     built = _decoder(name, **{**_EXPERTS, **config})
-    built.model.set_experts_implementation(products)
+    model: Any = built.model
+    model.set_experts_implementation(products)
     return built
 
 
@@ -222,7 +223,7 @@ def _mixtral_grouped() -> Case:
 
 @case("Qwen2-MoE, experts", "transformers")
 def _qwen2_moe() -> Case:
-    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    sizes: dict[str, Any] = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     return _with_experts("Qwen2Moe", **sizes, num_experts=4)
 
 

@@ -275,7 +275,8 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         said = torch.stack([expert(x) for expert in self.experts], -1)
-        return (said * self.gate(x).softmax(-1)[:, None]).sum(-1)
+        mixed: Tensor = (said * self.gate(x).softmax(-1)[:, None]).sum(-1)
+        return mixed
 
 
 @case("mixture of experts, dense")
@@ -291,7 +292,8 @@ class Maxout(nn.Module):
         self.linear, self.pieces = nn.Linear(width, out * pieces), pieces
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x).unflatten(-1, (-1, self.pieces)).amax(-1)
+        found: Tensor = self.linear(x).unflatten(-1, (-1, self.pieces)).amax(-1)
+        return found
 
 
 @case("maxout network")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -142,7 +144,8 @@ class QuasiRecurrent(nn.Module):
         for step in range(x.shape[-1]):
             state = keep[..., step] * state + (1 - keep[..., step]) * value[..., step]
             states.append(state)
-        return torch.stack(states, -1) * show
+        shown: Tensor = torch.stack(states, -1) * show
+        return shown
 
 
 @case("QRNN")
@@ -255,7 +258,7 @@ def _recurrent_gemma() -> Case:
 
 @case("Jamba, attention, states and experts", "transformers")
 def _jamba() -> Case:
-    return _stateful(
+    built = _stateful(
         "Jamba",
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -266,3 +269,6 @@ def _jamba() -> Case:
         mamba_d_state=4,
         use_mamba_kernels=False,
     )
+    model: Any = built.model
+    model.set_experts_implementation("batched_mm")
+    return built

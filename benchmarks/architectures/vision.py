@@ -123,7 +123,7 @@ def _swin_v2() -> Case:
     return pictured(model, 32)
 
 
-_PATCHES = {
+_PATCHES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -180,7 +180,12 @@ def _convnext_v2() -> Case:
 
 @case("Swin (transformers)", "transformers")
 def _swin_transformers() -> Case:
-    sizes = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    sizes: dict[str, Any] = {
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    }
     return _seen("Swin", image_size=32, patch_size=4, num_labels=5, **sizes)
 
 
