@@ -407,6 +407,18 @@ def _without(shape: torch.Size, axis: int | None) -> tuple[int, ...]:
 
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        kind = type(module)
+        if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
+            raise InputError(
+                f"the model is quantised (its module {name!r} is a {kind.__module__}."
+                f"{kind.__qualname__}), and whole numbers carry no relevance. Explain the model "
+                "that it was made from, in floating point."
+            )
+        for attribute, held in (*vars(module).items(), *module._parameters.items(),
+                                *module._buffers.items()):  # fmt: skip
+            if isinstance(held, Tensor) and not is_lazy(held) and not held.is_meta:
+                place = f"{name}.{attribute}" if name else attribute
+                check_dense(held, f"the model's tensor {place!r}")
         if module.training:
             where = f"its module {name!r}" if name else "it"
             raise InputError(

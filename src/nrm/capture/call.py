@@ -188,6 +188,13 @@ def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the type.
     """
+    for given in (*args, *kwargs.values()):
+        if hasattr(given, "get_seq_length"):  # of transformers
+            raise InputError(
+                f"a {type(given).__name__} holds what earlier calls computed, and the model writes "
+                "into it: tokens seen before could take no relevance. Leave the cache out "
+                "(past_key_values=None, use_cache=False), and give all tokens."
+            )
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, Tensor | nn.Module):
             continue

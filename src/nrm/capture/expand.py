@@ -26,6 +26,7 @@ from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Call, function_of, lookup
 from nrm.operators.call import UNKNOWN
 from nrm.operators.connections import for_each_axis
+from nrm.operators.custom import GROUPED
 
 aten = torch.ops.aten
 
@@ -301,6 +302,8 @@ def expand(graph: FxGraph, carrying: Container[Node], value: Callable[[Node], Te
             for these inputs alone.
     """
     for node in list(graph.nodes):
+        if str(node.target) in _GROUPED:
+            _in_groups(node)
         written = _TABLE.get(node.target)
         if written is not None:
             _replace(graph, node, written, value)
@@ -311,6 +314,22 @@ def expand(graph: FxGraph, carrying: Container[Node], value: Callable[[Node], Te
                 _replace(graph, node, written, value, whole=written is convolution)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+
+
+def _in_groups(node: Node) -> None:
+    """Make a product of rows with a matrix for each group one that any precision has.
+
+    Others of the same operator stay, and are refused by name.
+    """
+    rows, matrices, *more = Call.of(node).arguments.values()
+    ends, *options = more
+    plain = isinstance(ends, Node) and all(option is None for option in options)
+    if plain and [given.meta["val"].dim() for given in (rows, matrices)] == [2, 3]:
+        node.meta.setdefault("spelled", node.target)
+        node.target, node.args, node.kwargs = GROUPED, (rows, matrices, ends), {}
 
 
 def _composed(node: Node, carrying: Container[Node]) -> Callable[..., Any] | None:

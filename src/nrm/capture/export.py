@@ -30,6 +30,7 @@ from nrm.capture.rewrite import (
     fold_constants,
     inline,
     tell_apart,
+    write_through,
 )
 from nrm.capture.run import evaluate
 from nrm.capture.tracing import capturing, holds_numbers_of, restored, shadow, trace
@@ -62,7 +63,19 @@ def capture(
             try:
                 return _capture(call, _itself, batch_axis, expected, exports, copies)
             except CaptureError as again:
+                _refuse_scripts(call)
                 raise again from failure
+
+
+def _refuse_scripts(call: ModelCall) -> None:
+    """Say of TorchScript that it is what cannot be captured."""
+    for name, module in call.model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"its module {name!r}" if name else "the model"
+            raise CaptureError(
+                f"{what} is TorchScript, which runs where Python cannot follow it. Explain the "
+                "model in Python that it was made from."
+            )
 
 
 Using = Callable[[ModelCall], AbstractContextManager[ModelCall]]
@@ -251,6 +264,8 @@ def _rewritten(
     widen(captured.graph, captured.constants, copies)
     real = carrying(captured.graph, captured.inputs, captured.names)
     unify(captured.graph, real, ancestors([captured.output]))
+    if captured.method == "eager":
+        write_through(captured.graph)
     _use_functional_operators(captured.graph)
     collapse(captured.graph)
     expand(captured.graph, real, lambda node: evaluate(captured, inputs, at=node))

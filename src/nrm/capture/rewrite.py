@@ -10,7 +10,7 @@ network is written out in `nrm.capture.expand`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,22 @@ from torch.overrides import TorchFunctionMode
 from nrm.capture import nodes as addresses
 from nrm.capture.nodes import dependents, is_complex, is_float_tensor
 from nrm.errors import CaptureError
-from nrm.operators import COMPLEX_LINEAR, Block, Call, Operator, has_row, lookup, picks, standard
+from nrm.operators import (
+    COMPLEX_LINEAR,
+    Block,
+    Call,
+    Operator,
+    functional,
+    has_row,
+    lookup,
+    picks,
+    standard,
+)
 from nrm.operators.call import ALIAS, Rescaling
 from nrm.operators.custom import DIFFERENTIABLE, is_linear
 from nrm.operators.sums import scale_and_shift
+
+aten = torch.ops.aten
 
 # -- regions: parts of a model under `torch.autocast`, or with gradients switched on or off --------
 #
@@ -92,6 +104,74 @@ def _graph_of(node: Node) -> FxGraph | None:
     assert isinstance(node.target, str)
     found = getattr(node.graph.owning_module, node.target, None)
     return found.graph if isinstance(found, GraphModule) else None
+
+
+# -- what an eager trace writes in place -----------------------------------------------------------
+#
+# Export has no writing in place; an eager trace has what the model does. What is written into a
+# part of a tensor, or with `out=`, is a new tensor here, which is read in its place from there on.
+# That nothing else saw the memory is checked by values.
+
+_PARTS: dict[object, Callable[..., tuple[object, tuple[object, ...]]]] = {
+    aten.narrow.default: lambda dim, start, length: (
+        aten.slice_scatter.default,
+        (dim, start, start + length),
+    ),
+    aten.slice.Tensor: lambda dim=0, start=None, end=None, step=1: (
+        aten.slice_scatter.default,
+        (dim, start, end, step),
+    ),
+    aten.select.int: lambda dim, index: (aten.select_scatter.default, (dim, index)),
+}
+"""Of operators that take a part: what writes it back, and its arguments after the part."""
+
+
+def write_through(graph: FxGraph) -> None:
+    """Make what is written in place a tensor of its own."""
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        source, value = _written(graph, node)
+        if source is None:
+            continue
+        while source.op == "call_function" and source.target in _PARTS:
+            whole = source.args[0]
+            assert isinstance(whole, Node)
+            target, arguments = _PARTS[source.target](*source.args[1:], **source.kwargs)
+            with graph.inserting_after(value):
+                back = graph.call_function(target, (whole, value, *arguments))  # type: ignore[arg-type]
+            back.meta = dict(whole.meta)
+            _read_after(node, source, value, place)
+            source, value = whole, back
+        _read_after(node, source, value, place)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+
+
+def _written(graph: FxGraph, node: Node) -> tuple[Node | None, Node]:
+    """What a node writes into, and the node of what it writes."""
+    into = node.kwargs.get("out")
+    if into is None:
+        first = node.args[0] if node.args else None
+        in_place = str(node.target).split(".")[1].endswith("_")
+        return (first if in_place and isinstance(first, Node) else None), node
+    plain = functional(node.target)  # type: ignore[arg-type]
+    if not isinstance(into, Node) or plain is node.target:
+        return None, node
+    with graph.inserting_before(node):
+        value = graph.call_function(
+            plain, node.args, {name: given for name, given in node.kwargs.items() if name != "out"}
+        )
+    value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    return into, value
+
+
+def _read_after(writing: Node, source: Node, value: Node, place: dict[Node, int]) -> None:
+    """Whoever reads something after it was written reads what was written."""
+    late = {user for user in source.users if place.get(user, -1) > place[writing]}
+    source.replace_all_uses_with(value, delete_user_cb=late.__contains__)
 
 
 # -- modules that a user gave a row of their own -------------------------------------------------

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.operators.call import Call
+from nrm.operators.products import by_groups
 from nrm.operators.routing import Filling
 from nrm.operators.row import Operator
-from nrm.operators.table import function_of, register, row_of
+from nrm.operators.table import GROUPED_PRODUCT, function_of, register, row_of
 
 _LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -51,6 +52,10 @@ class Block:
     @property
     def __name__(self) -> str:
         return self.kind.rpartition(".")[2]
+
+
+GROUPED = Block.of(GROUPED_PRODUCT, by_groups, ["input", "weight", "offs"])
+"""The product of rows with the matrix of their group, in any precision."""
 
 
 def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

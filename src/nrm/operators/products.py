@@ -325,6 +325,66 @@ class MatrixProduct(WeightedSum):
         return aligned(constant, dim)
 
 
+class GroupedProduct(WeightedSum):
+    """Rows in groups, each group times a matrix of its own, as experts have one each.
+
+    Its call has `input` `[rows, inputs]`, `weight` `[groups, inputs, outputs]`, and `offs`, which
+    says where each group ends.
+    """
+
+    affine = True
+    passes = ("input",)
+    applies_weights = True
+
+    def channel_axis(self, call: Call, inherited: int | None) -> int | None:
+        return -1
+
+    def acts_on_last_axis(self, call: Call) -> bool:
+        return True
+
+    def mixed_axes(self, call: Call, dim: int) -> list[int] | None:
+        return [1]
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "rest"  # rows after the last group
+
+    def contributions(
+        self, call: Call, values: Sequence[Tensor], setting: Setting
+    ) -> list[Contribution]:
+        x, weight, ends = values[0], call["weight"], call["offs"]
+
+        def uniform(factor: Tensor) -> Tensor:
+            return by_groups(factor, weight.new_ones(()).expand(weight.shape), ends)
+
+        def transpose(message: Tensor, weight: Tensor) -> Tensor:
+            return by_groups(message, weight.mT, ends)
+
+        return [
+            Contribution(
+                Activation(x),
+                setting.weight("matrices", weight),
+                lambda factor, weight: by_groups(factor, weight, ends),
+                uniform,
+                transpose,
+                transposes_anew=True,
+                keeps_sign=True,
+            )
+        ]
+
+    def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
+        return None
+
+
+def by_groups(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """`[..., rows, inputs]` times the matrix of each row's group; zero after the last group."""
+    begin, parts = 0, []
+    for end, matrix in zip(ends.tolist(), matrices, strict=True):
+        parts.append(rows[..., begin:end, :] @ matrix)
+        begin = end
+    rest = rows.new_zeros((*rows.shape[:-2], rows.shape[-2] - begin, matrices.shape[-1]))
+    return torch.cat([*parts, rest], -2)
+
+
 def _shared(factors: Sequence[Tensor], alphas: Sequence[float]) -> Sequence[Tensor]:
     """The factors as they are, with derivatives times alpha."""
     if len(factors) == 1:

@@ -43,7 +43,7 @@ from nrm.operators.norms import (
     last_axes,
     single_channels,
 )
-from nrm.operators.products import MatrixProduct, Product, Quotient
+from nrm.operators.products import GroupedProduct, MatrixProduct, Product, Quotient
 from nrm.operators.propagation import Propagation, Setting
 from nrm.operators.routing import (
     Concatenation,
@@ -176,7 +176,8 @@ def reads_layout(target: object) -> bool:
 
 
 def functional(target: OpOverload) -> OpOverload:
-    """The plain operator for one that minds memory: `relu` for `relu_`, `reshape` for `view`.
+    """The plain operator for one that minds memory: `relu` for `relu_`, `reshape` for `view`, and
+    without `out=` for one with it.
 
     Others as they are.
     """
@@ -184,14 +185,17 @@ def functional(target: OpOverload) -> OpOverload:
         return torch.ops.aten.reshape.default
     packet, _, overload = str(target).rpartition(".")
     namespace, _, name = packet.partition(".")
-    if not name.endswith("_") or name.endswith("__"):
+    in_place = name.endswith("_") and not name.endswith("__")
+    if not in_place and not any(argument.is_out for argument in target._schema.arguments):
         return target
-    plain = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    plain = getattr(getattr(torch.ops, namespace), name[:-1] if in_place else name, None)
     wanted = _types(target)
     # Overloads of one name may differ: `pow_.Scalar` raises a tensor, `pow.Scalar` a number.
     for candidate in (overload, *(plain.overloads() if plain is not None else ())):
         found = getattr(plain, candidate, None)
-        if found is not None and _types(found) == wanted:
+        if found in (None, target) or found._schema.is_mutable:
+            continue
+        if _types(found) == wanted:
             return found  # type: ignore[no-any-return]
     return target
 
@@ -558,6 +562,8 @@ register(MatrixProduct("product", ("mat1", "mat2"), addend="self"), *_names("add
 register(MatrixProduct("product", ("batch1", "batch2"), addend="self"), *_names("baddbmm"))
 register(MatrixProduct("product", ("mat", "vec"), addend="self"), *_names("addmv"))
 register(MatrixProduct("product", "tensors"), *_names("einsum"))
+GROUPED_PRODUCT = "nrm.grouped_product"
+register(GroupedProduct("linear"), GROUPED_PRODUCT)
 
 _STANDARD = dict(_TABLE)
 
