@@ -35,6 +35,7 @@ class Case:
             tokens, or the first input.
         note: what to know about the row.
         refused: words of the reason for which it is refused; empty: it is explained.
+        to_double: what else has to be done to a model for it to run in double precision.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Case:
     leaves: tuple[str | None, ...] = (None,)
     note: str = ""
     refused: str = ""
+    to_double: Callable[[Any], None] | None = None
 
     @property
     def index(self) -> tuple[int, ...]:
@@ -55,7 +57,10 @@ class Case:
     def double(self) -> Case:
         """The same in double precision."""
         args, kwargs = _double(self.args), _double(self.kwargs)
-        return replace(self, model=copy.deepcopy(self.model).double(), args=args, kwargs=kwargs)
+        model = copy.deepcopy(self.model).double()
+        if self.to_double is not None:
+            self.to_double(model)
+        return replace(self, model=model, args=args, kwargs=kwargs)
 
     def explainer(self, composite: nrm.composites.Composite | None = None) -> nrm.Explainer:
         return nrm.Explainer(self.model, composite, **self.options)
@@ -185,3 +190,8 @@ def transformers_package() -> Any:
 def ids_of(length: int = 12, vocabulary: int = 100) -> Tensor:
     """Random words, none of them special."""
     return torch.randint(3, vocabulary, (1, length))
+
+
+def words_apart(model: Any) -> None:
+    """Multiply each word by a matrix of its own: that of its expert."""
+    model.set_experts_implementation("batched_mm")

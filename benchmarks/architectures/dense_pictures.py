@@ -329,3 +329,48 @@ class DeepONet(nn.Module):
 @case("DeepONet")
 def _deeponet() -> Case:
     return Case(DeepONet(), (torch.randn(1, 20), torch.randn(1, 2)))
+
+
+# what moves pixels --------------------------------------------------------------------------------
+
+
+class SegNet(nn.Module):
+    """An autoencoder that puts the largest back where they were (Badrinarayanan et al. 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+        self.middle, self.unpool = nn.Conv2d(8, 8, 3, padding=1), nn.MaxUnpool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, places = self.pool(F.relu(self.down(x)))
+        scores: Tensor = self.up(self.unpool(F.relu(self.middle(h)), places))
+        return scores
+
+
+@case("SegNet, max-unpooling")
+def _segnet() -> Case:
+    return pictured(SegNet(), 16, target=(None, 8, 8))
+
+
+class SpatialTransformer(nn.Module):
+    """A picture looked at through a window that the network chooses (Jaderberg et al. 2015)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 6))
+        self.classify = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.window(x).unflatten(1, (2, 3))
+        grid = F.affine_grid(theta, [x.shape[0], 3, 16, 16], align_corners=False)
+        scores: Tensor = self.classify(F.grid_sample(x, grid, align_corners=False))
+        return scores
+
+
+@case("spatial transformer")
+def _spatial_transformer() -> Case:
+    return pictured(SpatialTransformer(), 16, refused="its argument 'grid' depends on the input")

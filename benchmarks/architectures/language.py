@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.architectures.cases import IDS, SMALL, Case, case, ids_of, transformers_package
+from benchmarks.architectures.cases import (
+    IDS,
+    SMALL,
+    Case,
+    case,
+    ids_of,
+    transformers_package,
+    words_apart,
+)
 
 
 def _encoder(name: str, **config: Any) -> Case:
@@ -192,17 +200,18 @@ def _olmo2() -> Case:
 _EXPERTS = {**_TINY, "num_key_value_heads": 2, "num_experts_per_tok": 2}
 
 
-def _with_experts(name: str, products: str = "batched_mm", **config: Any) -> Case:
+def _with_experts(name: str, products: str = "grouped_mm", **config: Any) -> Case:
     """A language model with experts, two of four for every word.
 
     Arguments:
-        products: how transformers multiplies by their weights: a matrix for each word
-            (`batched_mm`), one product of groups (`grouped_mm`), or expert by expert (`eager`).
+        products: how transformers multiplies by their weights: one product of groups of words
+            (`grouped_mm`), a matrix for each word (`batched_mm`), or expert by expert (`eager`).
+            torch has the first in single precision only.
     """
     built = _decoder(name, **{**_EXPERTS, **config})
     model: Any = built.model
     model.set_experts_implementation(products)
-    return built
+    return replace(built, to_double=words_apart if products == "grouped_mm" else None)
 
 
 @case("Mixtral, experts", "transformers")
@@ -215,10 +224,9 @@ def _mixtral_eager() -> Case:
     return _with_experts("Mixtral", "eager", num_local_experts=4)
 
 
-@case("Mixtral, grouped products of experts", "transformers")
-def _mixtral_grouped() -> Case:
-    built = _with_experts("Mixtral", "grouped_mm", num_local_experts=4)
-    return replace(built, refused="grouped_mm")
+@case("Mixtral, a matrix for each word", "transformers")
+def _mixtral_batched() -> Case:
+    return _with_experts("Mixtral", "batched_mm", num_local_experts=4)
 
 
 @case("Qwen2-MoE, experts", "transformers")

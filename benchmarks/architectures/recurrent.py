@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.architectures.cases import IDS, Case, case, ids_of, transformers_package
+from benchmarks.architectures.cases import (
+    IDS,
+    Case,
+    case,
+    ids_of,
+    transformers_package,
+    words_apart,
+)
 
 _BOTH = {"num_layers": 2, "bidirectional": True}
 
@@ -269,6 +276,4 @@ def _jamba() -> Case:
         mamba_d_state=4,
         use_mamba_kernels=False,
     )
-    model: Any = built.model
-    model.set_experts_implementation("batched_mm")
-    return built
+    return replace(built, to_double=words_apart)
