@@ -44,6 +44,7 @@ NAMES = (
     "GroupNorm and InstanceNorm",
     "einsum attention and GLU",
     "data-dependent control flow",
+    "Fourier neural operator, ReLU",
 )
 SMALLER = {
     "ResNet18": {"blocks": 1, "size": 48},
@@ -58,6 +59,9 @@ SMALLER = {
     "T5": {"layers": 1},
     "CLIP": {"layers": 1},
     "nn.TransformerEncoder": {"layers": 1},
+    "DiT, with a time and a class": {"layers": 1},
+    "selective state space, by hand": {"steps": 2},
+    "Fourier neural operator, ReLU": {"layers": 1, "size": 8},
 }
 """The benchmark's models are repetitions of their layers, or of a step, which take longest."""
 SINGLE = (
@@ -77,6 +81,14 @@ OTHER_COMPOSITES = (
     ("Llama, grouped queries", composites.AttnLRP()),
     ("GPT-2", composites.Everywhere(nrm.rules.Gamma(0.25))),
     ("GAT", composites.Everywhere(nrm.rules.Gamma(0.25))),
+)
+
+CUTS = ("DiT, with a time and a class", "selective state space, by hand")
+"""Of operators that are in the others too, otherwise put together."""
+PIECEWISE_LINEAR = (
+    "1-d convnet",
+    "siamese network",
+    "Fourier neural operator, ReLU",
 )
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -118,6 +130,11 @@ def test_every_cut_of_an_architecture_adds_up_to_one(name: str) -> None:
     check_cuts(case, None, 1e-10)
 
 
+@pytest.mark.parametrize("name", CUTS)
+def test_every_cut_of_a_composed_architecture_adds_up_to_one(name: str) -> None:
+    check_cuts(double(name), None, 1e-10)
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_cut_adds_up_to_one_in_single_precision(name: str) -> None:
     check_cuts(single(name), None, 1e-5)
@@ -141,6 +158,20 @@ def test_inputs_and_other_leaves_together_have_relevance_one(name: str) -> None:
     everywhere = reduce(or_, (as_set(leaf.name) for leaf in R.graph.leaves))
     size = max(1.0, float(R.diagnostics().total_variation))
     assert abs(float(R(everywhere)) - 1) <= 1e-10 * size
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_lrp_0_of_a_piecewise_linear_architecture_is_gradient_times_input(name: str) -> None:
+    case = double(name)
+    deviation = zoo.gradient_times_input(case, case.explainer())
+    assert deviation is not None
+    assert deviation <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["highway network"])
+def test_a_smooth_architecture_is_not_compared_with_gradient_times_input(name: str) -> None:
+    case = double(name)
+    assert zoo.gradient_times_input(case, case.explainer()) is None
 
 
 @pytest.mark.parametrize("name", ["data-dependent control flow"])

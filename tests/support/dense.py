@@ -106,7 +106,9 @@ class Formula:
         connected = [g.flatten().nonzero().flatten() for g in gradients]
         if sum(map(len, connected)) == 1 and not late:
             return [(g != 0).to(g) for g in gradients]
-        if type(self.operation.rule) not in FORMULAS or len(self.operation.alphas) > 1:
+        # What passes by its derivatives does so as under LRP-0, whatever the rule.
+        rule = rules.Zero() if self.operation.operator.by_derivatives else self.operation.rule
+        if type(rule) not in FORMULAS or len(self.operation.alphas) > 1:
             return None
         parents = [
             o.Parent((str(k), i), a, w)
@@ -122,7 +124,7 @@ class Formula:
             added = sum(p.value * p.weight for p in parents)
             rest = float(self.computed.flatten()[neuron]) - added
             parents.append(o.Parent(("late", 0), 1.0, rest, constant=True))
-        contributions = FORMULAS[type(self.operation.rule)](self.operation.rule)(parents)
+        contributions = FORMULAS[type(rule)](rule)(parents)
         total = sum(contributions)
         if abs(total) <= 1e-3 * sum(abs(c) for c in contributions):
             return None  # such columns are asked for elsewhere, by hand

@@ -454,7 +454,7 @@ def attention(
         value = value.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scores = _products(query, key, scale, enable_gqa)
     if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        allowed = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()  # fake as they are
         scores = scores.masked_fill(~allowed, -torch.inf)
     if attn_mask is not None:
         if attn_mask.dtype is torch.bool:
