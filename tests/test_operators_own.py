@@ -152,8 +152,9 @@ class _Calls(nn.Module):
     [
         lambda x: torch.linalg.cross(x, torch.arange(1, 4).to(x).expand_as(x))[..., :1],
         lambda x: torch.special.i0(x)[..., :1],
+        lambda x: torch.logcumsumexp(x, -1)[..., 2:],  # its derivative goes by way of logarithms
     ],
-    ids=["cross", "i0"],
+    ids=["cross", "i0", "logcumsumexp"],
 )
 def test_the_fallback_is_local_linear_and_only_by_request(function):
     torch.manual_seed(0)

@@ -125,7 +125,8 @@ class Step:
     def columns(self) -> Tensor:
         """`sum_i move_i df_j/dx_i`: the product of the Jacobian and moves."""
         with torch.enable_grad():  # by two transposed products
-            probe = torch.zeros_like(self.output, requires_grad=True)
+            # Ones: some derivatives are computed by way of logarithms of what is passed back.
+            probe = torch.ones_like(self.output, requires_grad=True)
             gradients = torch.autograd.grad(
                 self.output, self.leaves, probe, create_graph=True, materialize_grads=True
             )
