@@ -1,7 +1,8 @@
-"""Operators that hide a network, written out: recurrent layers, attention, gated units.
+"""Operators that hide a network, written out: attention, gated units, and what torch composes.
 
-Each is replaced by the operators it stands for, so that its hidden states, attention weights and
-gates are variables of the graph like any other. A rewrite of the captured graph only.
+Each is replaced by the operators it stands for, so that attention weights and gates are variables
+of the graph like any other, and so are the states of recurrent layers (`nrm.capture.recurrent`). A
+rewrite of the captured graph only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 import operator
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from nrm.capture.nodes import is_complex
+from nrm.capture.recurrent import STEPS, cell, name_steps, pack, packed, recurrent, unpack
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Call, function_of, lookup
 from nrm.operators.call import UNKNOWN
@@ -29,267 +30,6 @@ from nrm.operators.connections import for_each_axis
 from nrm.operators.custom import GROUPED
 
 aten = torch.ops.aten
-
-
-class StepsAlongBatchError(Exception):
-    """What was taken for the batch axis is time: it cannot have any size."""
-
-
-# -- recurrent layers and cells, step by step ----------------------------------------------------
-
-Step = Callable[[Tensor, Any, Tensor, Any], Any]
-"""From what the input adds to the gates, the state before, and the recurrent weight and bias, to
-the state after."""
-
-
-def _lstm_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-    hidden, cell = state
-    i, f, g, o = (torch.nn.functional.linear(hidden, weight, bias) + added).chunk(4, -1)
-    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-    return o.sigmoid() * cell.tanh(), cell
-
-
-def _projected(step: Step, projection: Tensor | None) -> Step:
-    """A step whose hidden state is projected (`proj_size`)."""
-    if projection is None:
-        return step
-
-    def projected(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-        hidden, *others = step(added, state, weight, bias)
-        return (torch.nn.functional.linear(hidden, projection), *others)
-
-    return projected
-
-
-def _gru_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-    (hidden,) = state
-    xr, xz, xn = added.chunk(3, -1)
-    hr, hz, hn = torch.nn.functional.linear(hidden, weight, bias).chunk(3, -1)
-    update = (xz + hz).sigmoid()
-    new = (xn + (xr + hr).sigmoid() * hn).tanh()
-    return (new * (1 - update) + hidden * update,)
-
-
-def _rnn_step(activation: Callable[[Tensor], Tensor]) -> Step:
-    def step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-        (hidden,) = state
-        return (activation(torch.nn.functional.linear(hidden, weight, bias) + added),)
-
-    return step
-
-
-def cell(step: Step) -> Callable[..., Any]:
-    """One step, as `aten.lstm_cell` and the like take their arguments."""
-
-    def one_step(
-        x: Tensor, state: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None
-    ) -> Any:
-        before = state if isinstance(state, list | tuple) else (state,)
-        after = step(torch.nn.functional.linear(x, w_ih, b_ih), before, w_hh, b_hh)
-        return after if isinstance(state, list | tuple) else after[0]
-
-    return one_step
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One direction of one layer: its step, with weights, and the states it starts with.
-
-    Attributes:
-        initial: `[samples, *state]` for each kind of state.
-    """
-
-    step: Step
-    initial: tuple[Tensor, ...]
-    weights: tuple[Tensor, Tensor]
-    biases: tuple[Any, Any]
-
-    def over(
-        self, x: Tensor, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """The hidden state after each step, in the order of time, and the last states.
-
-        Arguments:
-            x: `[steps, samples, inputs]`, or packed: `[all samples of the first step, ...]`.
-            sizes: of packed sequences, how many are there at each step, the longest first.
-        """
-        (w_ih, w_hh), (b_ih, b_hh) = self.weights, self.biases
-        added = torch.nn.functional.linear(x, w_ih, b_ih)
-        each = added.unbind(0) if sizes is None else added.split(list(sizes))  # type: ignore[no-untyped-call]
-        state, hidden, ended = self.initial, [], list[tuple[Tensor, ...]]()
-        if sizes is not None and reverse:
-            state = tuple(kind[: sizes[-1]] for kind in state)
-        for place in reversed(range(len(each))) if reverse else range(len(each)):
-            if sizes is not None:
-                here, before = sizes[place], state[0].shape[0]
-                if here < before:  # the shortest end
-                    ended.append(tuple(kind[here:] for kind in state))
-                    state = tuple(kind[:here] for kind in state)
-                elif here > before:  # backwards, they begin
-                    state = tuple(
-                        torch.cat([kind, start[before:here]])
-                        for kind, start in zip(state, self.initial, strict=True)
-                    )
-            state = self.step(each[place], state, w_hh, b_hh)
-            hidden.append(state[0])
-        if ended:
-            ended.append(state)
-            state = tuple(torch.cat(kind[::-1]) for kind in zip(*ended, strict=True))
-        return hidden[::-1] if reverse else hidden, state
-
-
-def recurrent(step: Step) -> Callable[..., Any]:
-    """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
-
-    def network(
-        x: Tensor,
-        initial: Any,
-        weights: list[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, ...]:
-        x = x.transpose(0, 1) if batch_first else x
-        if not isinstance(x.shape[0], int):
-            raise StepsAlongBatchError
-        x, *ends = _layers(step, x, None, initial, weights, has_biases, num_layers, bidirectional)
-        return (x.transpose(0, 1) if batch_first else x, *ends)
-
-    return network
-
-
-def packed(step: Step) -> Callable[..., Any]:
-    """The same of packed sequences, as `aten.lstm.data` and the like take arguments."""
-
-    def network(
-        data: Tensor,
-        batch_sizes: Sequence[int],
-        initial: Any,
-        weights: list[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-    ) -> tuple[Tensor, ...]:
-        return _layers(
-            step, data, batch_sizes, initial, weights, has_biases, num_layers, bidirectional
-        )
-
-    return network
-
-
-def _layers(
-    step: Step,
-    x: Tensor,
-    sizes: Sequence[int] | None,
-    initial: Any,
-    weights: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-) -> tuple[Tensor, ...]:
-    kinds = initial if isinstance(initial, list | tuple) else [initial]
-    directions = 2 if bidirectional else 1
-    each = len(weights) // (directions * num_layers)
-    ends: list[Any] = []
-    for layer in range(num_layers):
-        outputs = []
-        for direction in range(directions):
-            run = layer * directions + direction
-            w_ih, w_hh, *more = weights[run * each : (run + 1) * each]
-            b_ih, b_hh = more[:2] if has_biases else (None, None)
-            projection = more[-1] if each == (5 if has_biases else 3) else None
-            state = tuple(kind[run] for kind in kinds)
-            direct = _Run(_projected(step, projection), state, (w_ih, w_hh), (b_ih, b_hh))
-            hidden, state = direct.over(x, sizes, reverse=bool(direction))
-            # `name_steps` knows the outputs of a layer by what joins them.
-            outputs.append(torch.stack(hidden) if sizes is None else torch.concat(hidden))
-            ends.append(state)
-        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    return (x, *(torch.stack(kind) for kind in zip(*ends, strict=True)))
-
-
-def pack(
-    x: Tensor, lengths: Sequence[int], batch_first: bool
-) -> tuple[Tensor, None]:  # its sizes are those of the operator
-    """`torch.nn.utils.rnn.pack_padded_sequence`, of sequences the longest first."""
-    x = x.transpose(0, 1) if batch_first else x
-    sizes = [sum(length > step for length in lengths) for step in range(max(lengths))]
-    return torch.cat([x[step, :size] for step, size in enumerate(sizes)]), None
-
-
-def unpack(
-    data: Tensor,
-    batch_sizes: Sequence[int],
-    batch_first: bool,
-    padding_value: float,
-    total_length: int,
-) -> tuple[Tensor, None]:
-    """`torch.nn.utils.rnn.pad_packed_sequence`."""
-    inner = (0, 0) * (data.dim() - 1)
-    parts = data.split(list(batch_sizes))  # type: ignore[no-untyped-call]
-    steps = [
-        torch.nn.functional.pad(each, (*inner, 0, batch_sizes[0] - size), value=padding_value)
-        for each, size in zip(parts, batch_sizes, strict=True)
-    ]
-    x = torch.stack(steps)
-    if total_length > len(steps):
-        x = torch.nn.functional.pad(
-            x, (0, 0, *inner, 0, total_length - len(steps)), value=padding_value
-        )
-    return x.transpose(0, 1) if batch_first else x, None
-
-
-STEPS = {
-    "lstm": _lstm_step,
-    "gru": _gru_step,
-    "rnn_tanh": _rnn_step(torch.tanh),
-    "rnn_relu": _rnn_step(torch.relu),
-}
-
-
-def name_steps(node: Node, new: Sequence[Node]) -> None:
-    """Name the hidden (and cell) state of each time step: `h_l0[3]`, `c_l1_reverse[0]`.
-
-    Every layer and direction ends by joining its hidden states, in the order of time. Those of
-    packed sequences hold the samples that are as long.
-    """
-    name = str(node.target).split(".")[1]
-    if name.removesuffix("_cell") not in STEPS:
-        return
-    for inner in new:
-        inner.meta["recurrent"] = True  # its constants are states
-    if name not in STEPS:
-        return
-    arguments = Call.of(node)
-    layers, directions = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
-    joins = aten.concat.default if "batch_sizes" in arguments.arguments else aten.stack.default
-    stacks = [n for n in new if n.target is joins]
-    for number, stack in enumerate(stacks[: layers * directions]):
-        layer, reverse = divmod(number, directions)
-        of = f"l{layer}" + ("_reverse" if reverse else "")
-        states = stack.args[0]
-        assert isinstance(states, list | tuple)
-        for step, hidden in enumerate(states):
-            assert isinstance(hidden, Node)
-            hidden.meta["label"] = f"h_{of}[{step}]"
-            if name == "lstm":
-                gated = hidden
-                if hidden.target is aten.linear.default:  # projected
-                    assert isinstance(hidden.args[0], Node)
-                    gated = hidden.args[0]
-                squashed = gated.args[1]
-                assert isinstance(squashed, Node)
-                cell = squashed.args[0]
-                assert isinstance(cell, Node)
-                cell.meta["label"] = f"c_{of}[{step}]"
-
-
-# -- the rewrite ---------------------------------------------------------------------------------
 
 
 def expand(graph: FxGraph, carrying: Container[Node], value: Callable[[Node], Tensor]) -> None:

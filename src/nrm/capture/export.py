@@ -21,8 +21,9 @@ from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
 from nrm.capture.call import ModelCall, as_rounded, unify, wide, widen
-from nrm.capture.expand import StepsAlongBatchError, expand
+from nrm.capture.expand import expand
 from nrm.capture.nodes import Captured, ancestors, carrying, is_symbolic
+from nrm.capture.recurrent import StepsAlongBatchError
 from nrm.capture.rewrite import (
     ResultsApart,
     collapse,
