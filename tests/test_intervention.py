@@ -913,7 +913,8 @@ def test_division_that_rounds_is_not_affine(monkeypatch: pytest.MonkeyPatch) -> 
             self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.c(torch.div(self.b(self.a(x)), 1.0, rounding_mode="floor"))
+            h = self.b(self.a(x))
+            return self.c(h + torch.div(h, 0.1, rounding_mode="floor"))
 
     model, x = Rounded().double().eval(), torch.randn(1, 3).double()
     interventions = Interventions(nrm.Explainer(model), x, target=0)
