@@ -36,7 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(item, "callspec", None)
         network = parameters.params.get("network") if parameters is not None else None
-        if _is_quick(item.path) and network in (None, *QUICK_NETWORKS):
+        # torchvision alone takes seconds to import
+        heavy = "torchvision_models" in getattr(item, "fixturenames", ())
+        if _is_quick(item.path) and network in (None, *QUICK_NETWORKS) and not heavy:
             item.add_marker(pytest.mark.quick)
 
 
