@@ -12,7 +12,7 @@ demo: .venv/demo
 
 # The oracle, formulas, the measure, rules: those of their tests that take three networks.
 quick: .venv/dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m quick
+	$(BIN)/python -m pytest -n auto --dist worksteal -m quick
 
 test: .venv/dev versions
 	$(BIN)/ruff check .
