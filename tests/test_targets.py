@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import nrm
 from nrm import composites, rules
-from nrm.errors import PositiveSumError, RelevanceWarning, TargetError
+from nrm.errors import PositiveSumError, QueryError, RelevanceWarning, TargetError
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +144,6 @@ def test_many_targets_in_one_run(classes, maps) -> None:
     explainer, x = maps
     found = explainer(x, target=(0, 0, 0)).by_target([(1, 2, 3), nrm.Average(1)], at="1")
     torch.testing.assert_close(found[1], explainer(x, target=nrm.Average(1)).marginal("1"))
+    for more in ({"given": a}, {"within": a}, {"weights": {"1": torch.ones(7)}}):
+        with pytest.raises(QueryError, match="sets and formulas alone"):
+            R.by_target([1], nrm.Condition(a, **more))

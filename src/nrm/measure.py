@@ -330,6 +330,8 @@ class Measure(Explanation):
             `[targets, *input]`, in the order given; each is a share of its own target.
         """
         condition = as_condition(sets, None, None, normalized)
+        if condition.given or condition.within is not None or condition.weights:
+            raise QueryError("by_target takes sets and formulas alone: ask R.of(target) for more.")
         variable = self.graph.variable(self._input(at))
         each = range(self.output.shape[-1]) if targets is None else targets
         with naming(condition.said), counted(progress, "targets", len(each)) as advance:
