@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from contextlib import suppress
+from types import NoneType
 from typing import Any
 
 import torch
@@ -41,17 +42,18 @@ def expand(graph: FxGraph, carrying: Container[Node], value: Callable[[Node], Te
             packed it decides what is computed; `torch.export` refuses those, so that the graph is
             for these inputs alone.
     """
+    traces: _Traces = {}
     for node in list(graph.nodes):
         if str(node.target) in _GROUPED:
             _in_groups(node)
         written = _TABLE.get(node.target)
         if written is not None:
-            _replace(graph, node, written, value)
+            _replace(graph, node, written, value, traces)
             continue
         written = _composed(node, carrying)
         if written is not None:
             with suppress(RuntimeError, NotImplementedError):  # it is refused by name
-                _replace(graph, node, written, value, whole=written is convolution)
+                _replace(graph, node, written, value, traces, whole=written is convolution)
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -115,49 +117,41 @@ def _stand_ins(values: Sequence[Any]) -> list[Any]:
     return [pytree.tree_map(stand_in, value) for value in values]
 
 
+def _apart(values: Sequence[Any]) -> list[Any]:
+    """With a tensor of its own for each: nodes written from one trace have one in common."""
+    seen: set[int] = set()
+    found = []
+    for value in values:
+        met = isinstance(value, Tensor) and id(value) in seen
+        found.append(value.detach() if met else value)
+        seen.add(id(value))
+    return found
+
+
 def _replace(
     graph: FxGraph,
     node: Node,
     written: Callable[..., Any],
     value: Callable[[Node], Tensor],
+    traces: _Traces,
     whole: bool = True,
 ) -> None:
-    """Trace `written` on the node's (fake) arguments, and put its operators in the node's place.
+    """Put the operators of `written` in a node's place, traced on its (fake) arguments.
 
     Arguments:
+        traces: those of the graph so far.
         whole: operators that torch composes of others are recorded as they are.
     """
     given: Any = node.args
     if node.target in _BY_SIZES:  # the second argument says how many there are at each step
         assert isinstance(given[1], Node)
         given = (given[0], value(given[1]).tolist(), *given[2:])
-    leaves, layout = pytree.tree_flatten((given, node.kwargs))
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Node)]
-
-    def on_tensors(*tensors: Any) -> Any:
-        filled = list(leaves)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        args, kwargs = pytree.tree_unflatten(filled, layout)
-        return written(*args, **kwargs)
-
-    given = _stand_ins([leaves[place].meta["val"] for place in places])
-    with torch.no_grad():
-        traced = make_fx(on_tensors, pre_dispatch=whole)(*given)
-    outer: dict[Node, Any] = {}
-    arguments = iter(leaves[p] for p in places)
-    new: list[Node] = []
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                outer[inner] = next(arguments)
-            elif inner.op == "output":
-                result = torch.fx.node.map_arg(inner.args[0], outer.__getitem__)
-            else:
-                outer[inner] = graph.node_copy(inner, outer.__getitem__)
-                outer[inner].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                new.append(outer[inner])
-    name_steps(node, new)
+    writing = _Writing(graph, node, traces, whole)
+    if node.target in _BY_STEPS:
+        result = written(writing, *given, **node.kwargs)
+    else:
+        result = writing(written, *given, **node.kwargs)
+    name_steps(node, writing.new)
     if node.target is aten.scaled_dot_product_attention.default:
         # What it was, for those who need only its result and its derivative.
         result.meta["fused"] = (node.target, node.args, node.kwargs)
@@ -173,6 +167,105 @@ def _replace(
         graph.erase_node(user)
     if not node.users:
         graph.erase_node(node)
+
+
+_Traces = dict[Hashable, FxGraph]
+"""What functions compute, by the function and how its arguments look."""
+
+
+class _Writing:
+    """Writes what functions of tensors compute into a graph, in the place of one of its nodes.
+
+    A function is traced once for all arguments that look the same: tracing with free sizes takes
+    long, and the layers of a network, and the steps of a recurrence, mostly differ in nothing else.
+
+    Attributes:
+        new: the nodes written.
+    """
+
+    def __init__(self, graph: FxGraph, node: Node, traces: _Traces, whole: bool) -> None:
+        self.graph, self.node, self.traces, self.whole = graph, node, traces, whole
+        self.new: list[Node] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The nodes of what a function gives for nodes and constants."""
+        leaves, layout = pytree.tree_flatten((args, kwargs))
+        given = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Node)))
+        key = self._key(function, leaves, given, str(layout))
+        traced = self.traces.get(key)
+        if traced is None:
+            traced = self._trace(function, leaves, given, layout)
+            if key is not None:
+                self.traces[key] = traced
+        outer = dict(zip(traced.find_nodes(op="placeholder"), given, strict=True))
+        with self.graph.inserting_before(self.node):
+            for inner in traced.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    written = self.graph.node_copy(inner, outer.__getitem__)
+                    written.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack", {})
+                    outer[inner] = written
+                    self.new.append(written)
+        return torch.fx.node.map_arg(traced.output_node().args[0], outer.__getitem__)
+
+    def _trace(
+        self, function: Callable[..., Any], leaves: list[Any], given: list[Node], layout: Any
+    ) -> FxGraph:
+        places = [given.index(leaf) if isinstance(leaf, Node) else None for leaf in leaves]
+
+        def on_tensors(*tensors: Any) -> Any:
+            filled = [
+                leaf if place is None else tensors[place]
+                for leaf, place in zip(leaves, places, strict=True)
+            ]
+            args, kwargs = pytree.tree_unflatten(filled, layout)
+            return function(*args, **kwargs)
+
+        stand_ins = _apart(_stand_ins([node.meta["val"] for node in given]))
+        with torch.no_grad():
+            return make_fx(on_tensors, pre_dispatch=self.whole)(*stand_ins).graph
+
+    def _key(
+        self, function: Callable[..., Any], leaves: list[Any], given: list[Node], layout: str
+    ) -> Hashable:
+        """What decides the operators; `None` where that cannot be told."""
+        values = [node.meta["val"] for node in given]
+        if not any(isinstance(value, FakeTensor) for value in values):
+            return None  # real ones are traced as they are
+        try:
+            looks = tuple(map(_looks, values))
+            places = tuple(
+                ("at", given.index(leaf)) if isinstance(leaf, Node) else _constant(leaf)
+                for leaf in leaves
+            )
+        except TypeError:
+            return None
+        return (function, self.whole, layout, looks, places)
+
+
+def _looks(value: Any) -> Hashable:
+    """What an operator knows of a value without its contents.
+
+    Raises:
+        TypeError: it may know more.
+    """
+    if isinstance(value, torch.SymInt):
+        return ("size", value.node.expr)
+    if not isinstance(value, Tensor):
+        return _constant(value)
+    if value.layout is not torch.strided:
+        raise TypeError
+    sizes = (
+        s.node.expr if isinstance(s, torch.SymInt) else s for s in (*value.shape, *value.stride())
+    )
+    return (value.dtype, value.device, value.is_conj(), value.is_neg(), value.dim(), *sizes)
+
+
+def _constant(value: Any) -> Hashable:
+    if isinstance(value, bool | int | float | str | NoneType) or callable(value):
+        return (type(value), value if callable(value) else repr(value))
+    if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format):
+        return value
+    raise TypeError
 
 
 # -- what other operators stand for -------------------------------------------------------------
@@ -372,3 +465,8 @@ _BY_SIZES = frozenset(
     ]
 )
 """Operators that read sequences of several lengths."""
+
+_BY_STEPS = frozenset(
+    getattr(getattr(aten, name), kind) for name in STEPS for kind in ("input", "data")
+)
+"""Operators that are written function by function, because their steps look the same."""

@@ -34,7 +34,15 @@ from nrm.capture.rewrite import (
     write_through,
 )
 from nrm.capture.run import evaluate
-from nrm.capture.tracing import capturing, holds_numbers_of, restored, shadow, trace
+from nrm.capture.shapes import shapes_at_once
+from nrm.capture.tracing import (
+    capturing,
+    holds_numbers_of,
+    restored,
+    shadow,
+    trace,
+    without_stack_traces,
+)
 from nrm.errors import CaptureError, InputError, NrmError
 from nrm.operators import functional
 
@@ -186,7 +194,7 @@ def _export(call: ModelCall, batch_axis: int | None) -> ExportedProgram | None:
     """The exported program for any size along an axis; `None` where the model fixes it."""
     inputs = tuple(call.tensors)
     if batch_axis is None:
-        with ResultsApart():
+        with ResultsApart(), shapes_at_once(), without_stack_traces():
             return export(call, inputs, strict=False)
     # At least two samples, so that export does not take a batch of one for a constant.
     examples = tuple(
@@ -194,7 +202,7 @@ def _export(call: ModelCall, batch_axis: int | None) -> ExportedProgram | None:
     )
     dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
     try:
-        with ResultsApart():
+        with ResultsApart(), shapes_at_once(), without_stack_traces():
             program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
     except Exception:  # of many kinds
         return None

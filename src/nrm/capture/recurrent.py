@@ -36,16 +36,14 @@ def _lstm_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
     return o.sigmoid() * cell.tanh(), cell
 
 
-def _projected(step: Step, projection: Tensor | None) -> Step:
-    """A step whose hidden state is projected (`proj_size`)."""
-    if projection is None:
-        return step
-
-    def projected(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
-        hidden, *others = step(added, state, weight, bias)
-        return (torch.nn.functional.linear(hidden, projection), *others)
-
-    return projected
+def _take_step(
+    step: Step, added: Tensor, state: Any, weight: Tensor, bias: Any, projection: Tensor | None
+) -> Any:
+    """A step, whose hidden state may be projected (`proj_size`)."""
+    hidden, *others = step(added, state, weight, bias)
+    if projection is not None:
+        hidden = torch.nn.functional.linear(hidden, projection)
+    return (hidden, *others)
 
 
 def _gru_step(added: Tensor, state: Any, weight: Tensor, bias: Any) -> Any:
@@ -78,6 +76,10 @@ def cell(step: Step) -> Callable[..., Any]:
     return one_step
 
 
+Write = Callable[..., Any]
+"""Writes what a function gives for nodes, `write(function, *arguments)`, and gives its nodes."""
+
+
 @dataclass(frozen=True)
 class _Run:
     """One direction of one layer: its step, with weights, and the states it starts with.
@@ -87,13 +89,14 @@ class _Run:
     """
 
     step: Step
-    initial: tuple[Tensor, ...]
-    weights: tuple[Tensor, Tensor]
+    initial: tuple[Node, ...]
+    weights: tuple[Node, Node]
     biases: tuple[Any, Any]
+    projection: Node | None
 
     def over(
-        self, x: Tensor, sizes: Sequence[int] | None, reverse: bool
-    ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        self, write: Write, x: Node, sizes: Sequence[int] | None, reverse: bool
+    ) -> tuple[list[Node], tuple[Node, ...]]:
         """The hidden state after each step, in the order of time, and the last states.
 
         Arguments:
@@ -101,49 +104,68 @@ class _Run:
             sizes: of packed sequences, how many are there at each step, the longest first.
         """
         (w_ih, w_hh), (b_ih, b_hh) = self.weights, self.biases
-        added = torch.nn.functional.linear(x, w_ih, b_ih)
-        each = added.unbind(0) if sizes is None else added.split(list(sizes))  # type: ignore[no-untyped-call]
-        state, hidden, ended = self.initial, [], list[tuple[Tensor, ...]]()
+        each = write(_added, x, w_ih, b_ih, None if sizes is None else list(sizes))
+        state, hidden, ended = self.initial, [], list[tuple[Node, ...]]()
         if sizes is not None and reverse:
-            state = tuple(kind[: sizes[-1]] for kind in state)
+            state = tuple(write(_rows, kind, 0, sizes[-1]) for kind in state)
+        before = 0 if sizes is None else sizes[-1 if reverse else 0]
         for place in reversed(range(len(each))) if reverse else range(len(each)):
             if sizes is not None:
-                here, before = sizes[place], state[0].shape[0]
+                here = sizes[place]
                 if here < before:  # the shortest end
-                    ended.append(tuple(kind[here:] for kind in state))
-                    state = tuple(kind[:here] for kind in state)
+                    ended.append(tuple(write(_rows, kind, here, before) for kind in state))
+                    state = tuple(write(_rows, kind, 0, here) for kind in state)
                 elif here > before:  # backwards, they begin
                     state = tuple(
-                        torch.cat([kind, start[before:here]])
+                        write(torch.cat, [kind, write(_rows, start, before, here)])
                         for kind, start in zip(state, self.initial, strict=True)
                     )
-            state = self.step(each[place], state, w_hh, b_hh)
+                before = here
+            state = write(_take_step, self.step, each[place], state, w_hh, b_hh, self.projection)
             hidden.append(state[0])
         if ended:
             ended.append(state)
-            state = tuple(torch.cat(kind[::-1]) for kind in zip(*ended, strict=True))
+            state = tuple(write(torch.cat, list(kind[::-1])) for kind in zip(*ended, strict=True))
         return hidden[::-1] if reverse else hidden, state
+
+
+def _added(x: Tensor, weight: Tensor, bias: Any, sizes: list[int] | None) -> Sequence[Tensor]:
+    """What the input adds to the gates at each step."""
+    if sizes is None and not isinstance(x.shape[0], int):
+        raise StepsAlongBatchError
+    added = torch.nn.functional.linear(x, weight, bias)
+    return added.unbind(0) if sizes is None else added.split(sizes)  # type: ignore[no-untyped-call]
+
+
+def _rows(x: Tensor, start: int, end: int) -> Tensor:
+    return x[start:end]
+
+
+def _steps_first(x: Tensor) -> Tensor:
+    """Also back again."""
+    return x.transpose(0, 1)
 
 
 def recurrent(step: Step) -> Callable[..., Any]:
     """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
 
     def network(
-        x: Tensor,
+        write: Write,
+        x: Node,
         initial: Any,
-        weights: list[Tensor],
+        weights: list[Node],
         has_biases: bool,
         num_layers: int,
         dropout: float,
         train: bool,
         bidirectional: bool,
         batch_first: bool,
-    ) -> tuple[Tensor, ...]:
-        x = x.transpose(0, 1) if batch_first else x
-        if not isinstance(x.shape[0], int):
-            raise StepsAlongBatchError
-        x, *ends = _layers(step, x, None, initial, weights, has_biases, num_layers, bidirectional)
-        return (x.transpose(0, 1) if batch_first else x, *ends)
+    ) -> tuple[Node, ...]:
+        x = write(_steps_first, x) if batch_first else x
+        x, *ends = _layers(
+            write, step, x, None, initial, weights, has_biases, num_layers, bidirectional
+        )
+        return (write(_steps_first, x) if batch_first else x, *ends)
 
     return network
 
@@ -152,33 +174,35 @@ def packed(step: Step) -> Callable[..., Any]:
     """The same of packed sequences, as `aten.lstm.data` and the like take arguments."""
 
     def network(
-        data: Tensor,
+        write: Write,
+        data: Node,
         batch_sizes: Sequence[int],
         initial: Any,
-        weights: list[Tensor],
+        weights: list[Node],
         has_biases: bool,
         num_layers: int,
         dropout: float,
         train: bool,
         bidirectional: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Node, ...]:
         return _layers(
-            step, data, batch_sizes, initial, weights, has_biases, num_layers, bidirectional
+            write, step, data, batch_sizes, initial, weights, has_biases, num_layers, bidirectional
         )
 
     return network
 
 
 def _layers(
+    write: Write,
     step: Step,
-    x: Tensor,
+    x: Node,
     sizes: Sequence[int] | None,
     initial: Any,
-    weights: list[Tensor],
+    weights: list[Node],
     has_biases: bool,
     num_layers: int,
     bidirectional: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Node, ...]:
     kinds = initial if isinstance(initial, list | tuple) else [initial]
     directions = 2 if bidirectional else 1
     each = len(weights) // (directions * num_layers)
@@ -190,14 +214,14 @@ def _layers(
             w_ih, w_hh, *more = weights[run * each : (run + 1) * each]
             b_ih, b_hh = more[:2] if has_biases else (None, None)
             projection = more[-1] if each == (5 if has_biases else 3) else None
-            state = tuple(kind[run] for kind in kinds)
-            direct = _Run(_projected(step, projection), state, (w_ih, w_hh), (b_ih, b_hh))
-            hidden, state = direct.over(x, sizes, reverse=bool(direction))
+            state = tuple(write(torch.select, kind, 0, run) for kind in kinds)
+            direct = _Run(step, state, (w_ih, w_hh), (b_ih, b_hh), projection)
+            hidden, state = direct.over(write, x, sizes, reverse=bool(direction))
             # `name_steps` knows the outputs of a layer by what joins them.
-            outputs.append(torch.stack(hidden) if sizes is None else torch.concat(hidden))
+            outputs.append(write(torch.stack if sizes is None else torch.concat, hidden))
             ends.append(state)
-        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-    return (x, *(torch.stack(kind) for kind in zip(*ends, strict=True)))
+        x = write(torch.cat, outputs, -1) if bidirectional else outputs[0]
+    return (x, *(write(torch.stack, list(kind)) for kind in zip(*ends, strict=True)))
 
 
 def pack(
