@@ -269,7 +269,7 @@ class Explainer(Shown):
         this_batch = (samples, *any_batch)
         exports = not self._captures.is_refused(this_batch)
         shared = self._captures.shared
-        captured = capture(call, along, exports, shared.widened)
+        captured = capture(call, along, exports, shared)
         if not captured.batched and samples > 1:
             raise InputError(
                 f"{type(self.model).__name__} can only be captured for one batch at a time (its "

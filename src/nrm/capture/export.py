@@ -8,7 +8,7 @@ output's values are the model's, and every value has the shape that the graph sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
 
+from nrm.capture import lengths
 from nrm.capture.call import ModelCall, as_rounded, unify, wide, widen
 from nrm.capture.expand import expand
 from nrm.capture.nodes import Captured, ancestors, carrying, is_symbolic
@@ -35,6 +36,7 @@ from nrm.capture.rewrite import (
 )
 from nrm.capture.run import evaluate
 from nrm.capture.shapes import shapes_at_once
+from nrm.capture.store import Shared
 from nrm.capture.tracing import (
     capturing,
     holds_numbers_of,
@@ -51,26 +53,27 @@ def capture(
     call: ModelCall,
     batch_axis: int | None,
     exports: bool = True,
-    copies: MutableMapping[Any, Tensor] | None = None,
+    shared: Shared | None = None,
 ) -> Captured:
     """Capture a model as called.
 
     Arguments:
         exports: whether torch.export is tried. It takes long to fail, and fails again.
-        copies: of weights in half precision, that other captures of the model made (`widen`).
+        shared: what other captures of the model left for this one, which adds to it.
 
     Raises:
         InputError: the model itself refuses the inputs.
         CaptureError: no graph reproduces the model's output.
     """
+    shared = shared or Shared()
     with capturing():
         expected = _run_model(call, call.tensors)
         try:
-            return _capture(call, _shadowed, batch_axis, expected, exports, copies)
+            return _capture(call, _shadowed, batch_axis, expected, exports, shared)
         except (CaptureError, TypeError) as failure:
             # Some classes bear no second module; some functions enclose the model itself.
             try:
-                return _capture(call, _itself, batch_axis, expected, exports, copies)
+                return _capture(call, _itself, batch_axis, expected, exports, shared)
             except CaptureError as again:
                 _refuse_scripts(call)
                 raise again from failure
@@ -108,13 +111,13 @@ def _capture(
     batch_axis: int | None,
     expected: Tensor,
     exports: bool,
-    copies: MutableMapping[Any, Tensor] | None,
+    shared: Shared,
 ) -> Captured:
     name = type(call.model).__name__
     why, detail = "it failed before", None
     if exports:
         try:
-            for captured in _exported(call, using, batch_axis, copies):
+            for captured in _exported(call, using, batch_axis, shared):
                 with using(call) as once:
                     detail = _unlike(captured, once, expected)
                 if detail is None:
@@ -125,7 +128,7 @@ def _capture(
             why = _first_line(failure)
     try:
         with using(call) as once:
-            captured = _rewritten(trace_eagerly(once, batch_axis), call.tensors, copies)
+            captured = _rewritten(trace_eagerly(once, batch_axis), call.tensors, shared.widened)
     except Exception as failure:
         if detail is None:
             raise CaptureError(
@@ -145,12 +148,21 @@ def _capture(
 
 
 def _exported(
-    call: ModelCall,
-    using: Using,
-    batch_axis: int | None,
-    copies: MutableMapping[Any, Tensor] | None,
+    call: ModelCall, using: Using, batch_axis: int | None, shared: Shared
 ) -> Iterator[Captured]:
     """Exported graphs, the most general first; the next where one fails to be the model."""
+    of_any = lengths.family(call, batch_axis)
+    kept = shared.of_any_length.get(of_any)
+    if kept is not None:
+        captured = _at_length(kept, call, shared)
+        if captured is not None:
+            yield captured
+        shared.of_any_length.pop(of_any, None)
+    if of_any is not None:
+        captured = _of_any_length(call, using, of_any, shared)
+        if captured is not None:
+            yield captured
+            shared.of_any_length.pop(of_any, None)
     for free in (True, False):
         if free and batch_axis is None:
             continue
@@ -160,7 +172,7 @@ def _exported(
             continue
         try:
             exported = _of_program(program, call, free, batch_axis)
-            captured = _rewritten(exported, call.tensors, copies)
+            captured = _rewritten(exported, call.tensors, shared.widened)
         except StepsAlongBatchError:  # not samples, but time
             if not free:
                 raise
@@ -172,7 +184,33 @@ def _exported(
             assert program is not None
             program = program.run_decompositions({})
             exported = _of_program(program, call, free, batch_axis)
-            yield _rewritten(exported, call.tensors, copies)
+            yield _rewritten(exported, call.tensors, shared.widened)
+
+
+def _of_any_length(
+    call: ModelCall, using: Using, of_any: Hashable, shared: Shared
+) -> Captured | None:
+    """The graph at this length, of an export for any, which is kept; `None`: there is none."""
+    with using(call) as once:
+        program = _export(once, 0, lengths.AXIS)
+    if program is None:
+        return None
+    exported = _of_program(program, call, True, 0)
+    if not lengths.is_free(exported):  # as good as any other
+        return _rewritten(exported, call.tensors, shared.widened)
+    inline(exported.graph)
+    shared.of_any_length[of_any] = exported
+    return _at_length(exported, call, shared)
+
+
+def _at_length(exported: Captured, call: ModelCall, shared: Shared) -> Captured | None:
+    """A graph for any length at that of a call; `None` where it is captured for itself."""
+    try:
+        return _rewritten(lengths.at_length(exported, call.tensors), call.tensors, shared.widened)
+    except NrmError:
+        raise
+    except Exception:  # of many kinds, of an export that was not made for this length
+        return None
 
 
 def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
@@ -190,8 +228,10 @@ def _run_model(call: ModelCall, inputs: Sequence[Tensor]) -> Tensor:
     return output
 
 
-def _export(call: ModelCall, batch_axis: int | None) -> ExportedProgram | None:
-    """The exported program for any size along an axis; `None` where the model fixes it."""
+def _export(
+    call: ModelCall, batch_axis: int | None, length_axis: int | None = None
+) -> ExportedProgram | None:
+    """The exported program for any size along some axes; `None` where the model fixes the batch."""
     inputs = tuple(call.tensors)
     if batch_axis is None:
         with ResultsApart(), shapes_at_once(), without_stack_traces():
@@ -200,7 +240,8 @@ def _export(call: ModelCall, batch_axis: int | None) -> ExportedProgram | None:
     examples = tuple(
         torch.cat([x, x], batch_axis) if x.shape[batch_axis] == 1 else x for x in inputs
     )
-    dynamic = tuple({batch_axis: Dim.AUTO} for _ in examples)
+    axes = [axis for axis in (batch_axis, length_axis) if axis is not None]
+    dynamic = tuple(dict.fromkeys(axes, Dim.AUTO) for _ in examples)
     try:
         with ResultsApart(), shapes_at_once(), without_stack_traces():
             program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
@@ -371,10 +412,12 @@ class _Sizes:
                 if is_symbolic(size) and size.node.expr.is_Symbol:
                     self._known[size.node.expr] = sympy.Integer(actual)
                     conditions = [guard.expr for guard in size.node.shape_env.guards]
+        decided = dict(lengths.known_length(captured))
         if any(size > 1 for size in self._known.values()):  # those for one were never asked
-            for condition in conditions:
-                if condition.xreplace(self._known) == sympy.false:
-                    self.other = f"holds only where {condition}"
+            decided |= self._known
+        for condition in conditions if decided else ():
+            if condition.xreplace(decided) == sympy.false:
+                self.other = f"holds only where {condition}"
 
     @property
     def hold(self) -> bool:

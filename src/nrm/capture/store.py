@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,6 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from nrm.capture.digest import Digest, contents, place_of
 from nrm.capture.witness import Place, State
 from nrm.rules import Rule, Weight
+
+if TYPE_CHECKING:
+    from nrm.capture.nodes import Captured
 
 LIMIT = 64
 """How many captures an explainer keeps; of more, the least recently used goes."""
@@ -110,12 +113,18 @@ class Captures:
 
 
 class Shared:
-    """Constants, and what rules make of them, that several captures of one model use.
+    """What several captures of one model use: constants, and what rules make of them.
 
-    Nothing is kept here: what no capture uses any more is gone.
+    Of those nothing is kept here: what no capture uses any more is gone.
+
+    Attributes:
+        widened: copies of weights in half precision (`nrm.capture.call.widen`).
+        of_any_length: graphs of sequences of any length, not rewritten yet, by what calls of them
+            have in common (`nrm.capture.lengths`).
     """
 
     def __init__(self) -> None:
+        self.of_any_length: dict[Hashable, Captured] = {}
         self.widened: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
         self._tensors: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
         self._weights: WeakValueDictionary[Hashable, Weight] = WeakValueDictionary()
