@@ -42,7 +42,8 @@ class Explainer(Shown):
     """Explains a PyTorch model by the normalized relevance measure.
 
     The model is captured at the first call and the capture is used again for inputs of the same
-    shape, in batches of any size. The model is never changed. When anything that lies in it was
+    shape, in batches of any size, and of sequences of token ids `[batch, length]` at other lengths
+    too (`nrm.capture.lengths`). The model is never changed. When anything that lies in it was
     (the contents of its tensors, however written; hooks, forwards, attributes of modules and of
     their classes), it is captured again. Several threads may use one explainer.
 
