@@ -196,20 +196,19 @@ def _of_any_length(
     if program is None:
         return None
     exported = _of_program(program, call, True, 0)
-    if not lengths.is_free(exported):  # as good as any other
-        return _rewritten(exported, call.tensors, shared.widened)
-    inline(exported.graph)
-    shared.of_any_length[of_any] = exported
+    if lengths.is_free(exported):
+        inline(exported.graph)
+        shared.of_any_length[of_any] = exported
     return _at_length(exported, call, shared)
 
 
 def _at_length(exported: Captured, call: ModelCall, shared: Shared) -> Captured | None:
-    """A graph for any length at that of a call; `None` where it is captured for itself."""
+    """A graph for any length at that of a call; `None` where it is to be captured for itself."""
     try:
-        return _rewritten(lengths.at_length(exported, call.tensors), call.tensors, shared.widened)
-    except NrmError:
-        raise
-    except Exception:  # of many kinds, of an export that was not made for this length
+        if lengths.is_free(exported):  # else as good as any other
+            exported = lengths.at_length(exported, call.tensors)
+        return _rewritten(exported, call.tensors, shared.widened)
+    except Exception:  # of many kinds; what is to be refused, the capture for itself refuses
         return None
 
 
