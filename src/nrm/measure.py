@@ -335,9 +335,14 @@ class Measure(Explanation):
         variable = self.graph.variable(self._input(at))
         each = range(self.output.shape[-1]) if targets is None else targets
         with naming(condition.said), counted(progress, "targets", len(each)) as advance:
-            starts = [self.of(target)._starts for target in each]
             return marginals_of_targets(
-                self.forward_pass, starts, condition, variable, checked(memory), advance
+                self.forward_pass,
+                each,
+                lambda target: self.of(target)._starts,
+                condition,
+                variable,
+                checked(memory),
+                advance,
             )
 
     def tokens(
