@@ -191,10 +191,10 @@ def test_what_is_refused(tiny: Tiny, options: dict[str, Any], kind: Any, message
 
 def test_several_texts_are_another_question(tiny: Tiny) -> None:
     explainer = nrm.Explainer(tiny)
-    with pytest.raises(InputError, match="nrm.generations"):
+    with pytest.raises(InputError, match=r"nrm\.generations"):
         nrm.generation(explainer, IDS.repeat(2, 1), 3)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
     with pytest.raises(InputError, match="lies in several pieces"):
-        mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
         nrm.generations(explainer, IDS, [3], attention_mask=mask)
     with pytest.raises(InputError, match="integer ids"):
         nrm.generation(explainer, torch.rand(1, 4), 3)

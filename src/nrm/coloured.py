@@ -1,7 +1,8 @@
 """Words coloured by their relevance: as a page (HTML), on a terminal (rich), as a picture (plot).
 
-Orange is positive relevance, for what is explained, blue negative, against it; the stronger the
-colour the more. These two are told apart by the colour-blind. All lines share one scale.
+Orange is a positive value, blue a negative one; the stronger the colour the more. These two are
+told apart by the colour-blind. All lines share one scale, so give values in one unit: relevance
+times the explained logit (`R.scale`), of which orange is what raises the logit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from nrm.errors import printable
 
 FOR, AGAINST = (230, 97, 1), (33, 102, 172)
-"""Red, green and blue of the most relevance there is, and of the most against."""
+"""Red, green and blue of the largest value there is, and of the least."""
 
 _DARK = 110  # mean brightness of what white letters are read better on
 _STYLE = "font-family: monospace; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere"
@@ -27,7 +28,7 @@ class Line:
     Attributes:
         title: what stands before it.
         words: as they are written, with their blanks.
-        values: the relevance of each.
+        values: of each.
         mark: which of the words is explained, if one of them is; it is drawn in a frame.
     """
 
@@ -64,7 +65,8 @@ def shown(word: str) -> str:
 
 
 def html(lines: Sequence[Line], title: str = "", notes: Sequence[str] = ()) -> str:
-    """A part of a page; nothing in it is read as markup. The number of a word shows above it."""
+    """A part of a page; nothing in it is read as markup. The value of a word shows where the
+    pointer rests on it."""
     limit = limit_of(lines)
     head = f"<p><b>{escape(title)}</b></p>" if title else ""
     body = "".join(

@@ -274,6 +274,8 @@ def overview(
 def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure:
     """Words coloured by their relevance (`nrm.coloured`): `Generation.lines()`, or lines of yours.
 
+    Orange is positive, blue negative.
+
     Arguments:
         columns: letters in a row, after which a line goes on below.
     """
@@ -309,12 +311,18 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
         style = {"family": "monospace", "fontsize": 9, "va": "center_baseline", "color": letters}
         ax.text(x, y + 0.5, part, zorder=4, parse_math=False, **style)
     if title:
-        figure.text(0.1 / wide, 1 - 0.2 / high, _plain(title), fontsize=9, weight="bold", va="center")
-    ends = figure.add_axes((0.1 / wide, 0.22 / high, min(0.5, 2.2 / wide), 0.1 / high))
+        figure.text(
+            0.1 / wide, 1 - 0.2 / high, _plain(title), fontsize=9, weight="bold", va="center"
+        )
+    ends = figure.add_axes((0.35 / wide, 0.22 / high, min(0.5, 2.2 / wide), 0.1 / high))
     shades = np.linspace(-1, 1, 101)
-    ends.imshow([[colour(part, 1.0) for part in shades]], aspect="auto", extent=(-limit, limit, 0, 1))
+    ends.imshow(
+        [[colour(part, 1.0) for part in shades]], aspect="auto", extent=(-limit, limit, 0, 1)
+    )
     ends.set_yticks([])
-    ends.set_xticks([-limit, 0, limit], [f"{-limit:.2g}, {ENDS[0]}", "0", f"{limit:.2g}, {ENDS[1]}"])
+    ends.set_xticks(
+        [-limit, 0, limit], [f"{-limit:.2g}, {ENDS[0]}", "0", f"{limit:.2g}, {ENDS[1]}"]
+    )
     ends.tick_params(labelsize=7, length=2)
     return figure
 

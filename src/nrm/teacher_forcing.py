@@ -90,12 +90,15 @@ class Generation(Shown):
         return Step(place, self.words[place], other, row, float(self.scale[step]))
 
     def lines(self) -> list[Line]:
-        """The steps as coloured text: what stood there before each token, and the token."""
+        """The steps as coloured text: what stood there before each token, and the token.
+
+        In units of the logits, so that a step of next to no difference shows next to no colour.
+        """
         return [
             Line(
                 f"{step.scale:+.2f}{_than(step)}",
                 self.words[: step.place + 1],
-                step.relevance[: step.place + 1].tolist(),
+                (step.relevance[: step.place + 1] * step.scale).tolist(),
                 step.place,
             )
             for step in self
@@ -153,7 +156,9 @@ class Generation(Shown):
 
 
 _MOST = 5
-NOTE = "Orange: for the token in the frame (underlined on a terminal); blue: against it."
+NOTE = (
+    "Orange raises the logit of the token in the frame (on a terminal underlined), blue lowers it."
+)
 
 
 def _than(step: Step) -> str:
@@ -405,7 +410,9 @@ def _others(
         length = end - begin - prompts[text]
         if isinstance(other, str):
             if other != "next":
-                raise TargetError(f"against is a token, one for each step, or 'next', not {other!r}")
+                raise TargetError(
+                    f"against is a token, one for each step, or 'next', not {other!r}"
+                )
             at = logits[text, places[text] - 1].clone()
             at[torch.arange(count), tokens[text]] = -torch.inf
             found[text] = at.argmax(-1)

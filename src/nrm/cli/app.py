@@ -1,4 +1,4 @@
-"""The commands explain, layers and demo, and those of other packages (`nrm.cli.commands`).
+"""The commands explain, layers, tokens and demo, and those of other packages (`nrm.cli.commands`).
 
 Torch and matplotlib are imported when a command runs, not before: `nrm --help` needs neither. They
 are imported outside of `one_line_errors`, where Ctrl-C ends the process at once.
@@ -25,6 +25,7 @@ from nrm.cli.commands import (
     IMAGENET,
     REFUSED,
     RESULT,
+    SECOND,
     TOP,
     Command,
     CommandError,
@@ -310,6 +311,112 @@ def list_layers(
             return
         heads = ("layer", "kind", "module", "shape", "cut", "also called")
         print_table(heads, listing.rows())
+
+
+@app.command("tokens", cls=Command)
+def explain_tokens(
+    ctx: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(help="Folder with a model of transformers, or with a .gguf file.")
+    ],
+    text: Annotated[str, typer.Argument(help="The text, or the prompt.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Token to explain (its text, or id:5), or class (name or index), or {TOP}, the "
+            f"likeliest (default: {TOP})."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain the difference to the logit of another token or class, or to "
+            f"{SECOND}, the likeliest other one."
+        ),
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            help="Of which token the output is explained, from 0, or from -1 at the end (default: "
+            "the last one, or the mask)."
+        ),
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Go on for so many tokens, each the likeliest, and explain all of them."
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers, with commas between, whose most relevant channel combinations to find, "
+            "and the tokens that these come from."
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help=f"How many combinations (default: {TOP_FLOWS}).")
+    ] = None,
+    composite: Annotated[
+        str,
+        typer.Option(
+            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}; with parameters in "
+            "brackets, 'AttnLRP()'.",
+            autocompletion=composites_beginning,
+        ),
+    ] = AUTO,
+    bias: Annotated[
+        Bias | None,
+        typer.Option(help="Biases neither emit nor take relevance, or are inputs."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for all numbers, in JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="File for the text in colour, a page.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="File for the text in colour, a picture.")
+    ] = None,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Explain a language model's output for a text: which tokens it comes from."""
+    from nrm.cli import models, report, tokens
+
+    with one_line_errors(debug):
+        named = _layers(layers)
+        if not named:
+            refuse_unread({"--top": top}, "without --layers: there is nothing to search")
+        if generate is not None:
+            given = {"--target": target, "--position": position, "--layers": named or None}
+            refuse_unread(given, "beside --generate, which explains every token it makes")
+        for file in (json_file, html_file, picture):
+            if file is not None and file.is_dir():
+                raise CommandError(f"{as_text(file)} is a folder: name a file")
+        where, say = models.find_device(device), _say(quiet=False)
+        rules = models.find_composite(composite, None)
+        loaded = tokens.load(model, where, say)
+        explainer = nrm.Explainer(
+            loaded.model, rules, bias=bias.value if bias else None, output="logits"
+        )
+        found: Any
+        if generate is not None:
+            found = tokens.generate(loaded, explainer, text, generate, against, say)
+        else:
+            found = tokens.explain(
+                loaded, explainer, text, target or TOP, against, position, named,
+                TOP_FLOWS if top is None else top, SECONDS, say,
+            )  # fmt: skip
+        about = {
+            "model": loaded.name,
+            "text": text,
+            "rules": composite,
+            "command": ["nrm", "tokens", *map(as_text, arguments(ctx))],
+            "versions": report.versions() | tokens.versions(),
+        }
+        tokens.write(found, about, json_file, html_file, picture)
+        Console(highlight=False).print(tokens.drawn(found))
 
 
 @app.command("demo", cls=Command)
