@@ -301,15 +301,15 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
     ax.set_xlim(0, before + columns)
     ax.set_ylim(max(row, 1), 0)
     ax.set_axis_off()
-    for x, y, part, value, marked in placed:
-        background = (255, 255, 255) if value is None else colour(value, limit)
+    for x, y, part, size, marked in placed:
+        background = (255, 255, 255) if size is None else colour(size, limit)
         frame = {"edgecolor": "black", "linewidth": 1.0} if marked else {"linewidth": 0.0}
         fill = tuple(channel / 255 for channel in background)
         box = Rectangle((x, y + 0.06), len(part), 0.88, facecolor=fill, zorder=2 + marked, **frame)
         ax.add_patch(box)
         letters = tuple(channel / 255 for channel in letters_on(background))
-        style = {"family": "monospace", "fontsize": 9, "va": "center_baseline", "color": letters}
-        ax.text(x, y + 0.5, part, zorder=4, parse_math=False, **style)
+        drawn = ax.text(x, y + 0.5, part, zorder=4, parse_math=False, color=letters)
+        drawn.set(family="monospace", fontsize=9, va="center_baseline")
     if title:
         figure.text(
             0.1 / wide, 1 - 0.2 / high, _plain(title), fontsize=9, weight="bold", va="center"

@@ -137,6 +137,13 @@ def explain(
             f"explanation of each (default: {TOP})."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain the difference to the logit of another class, by name or index, or to "
+            f"{SECOND}, the likeliest other one."
+        ),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -232,6 +239,7 @@ def explain(
             weights=weights,
             weights_part=weights_part,
             targets=target or [TOP],
+            against=against,
             layers=named,
             top=TOP_FLOWS if top is None else top,
             seconds=SECONDS if search_seconds is None else search_seconds,

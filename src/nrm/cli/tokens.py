@@ -449,10 +449,8 @@ def _token(loaded: Loaded, wanted: str, outputs: Tensor | None) -> int:
         if index >= size:
             raise CommandError(f"token {index} is out of range: there are {size} (from 0)")
         return index
-    if loaded.tokenizer.convert_tokens_to_ids(wanted) in loaded.tokenizer.all_special_ids:
-        special = loaded.tokenizer.convert_tokens_to_ids(wanted)
-        if wanted in loaded.tokenizer.all_special_tokens:
-            return int(special)
+    if wanted in loaded.tokenizer.all_special_tokens:
+        return int(loaded.tokenizer.convert_tokens_to_ids(wanted))
     ways = [wanted] if wanted[:1].isspace() else [wanted, f" {wanted}"]
     split = [loaded.tokenizer.encode(way, add_special_tokens=False) for way in ways]
     single = {ids[0] for ids in split if len(ids) == 1}
@@ -463,9 +461,10 @@ def _token(loaded: Loaded, wanted: str, outputs: Tensor | None) -> int:
             f"{wanted!r} is no single token: it is split into {parts or 'nothing'}; give one of "
             "them, or a number as id:5"
         )
-    if len(single) == 1 or outputs is None:
-        return min(single) if len(single) == 1 else split[-1][0]
-    return max(single, key=lambda token: float(outputs[token]))
+    if outputs is None:  # every step has its own: the word after a blank
+        return int(split[-1][0]) if len(split[-1]) == 1 else min(single)
+    likeliest: int = max(single, key=lambda token: float(outputs[token]))
+    return likeliest
 
 
 # -- what is written -------------------------------------------------------------------------------
