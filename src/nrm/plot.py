@@ -320,9 +320,7 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
         [[colour(part, 1.0) for part in shades]], aspect="auto", extent=(-limit, limit, 0, 1)
     )
     ends.set_yticks([])
-    ends.set_xticks(
-        [-limit, 0, limit], [f"{-limit:.2g}, {ENDS[0]}", "0", f"{limit:.2g}, {ENDS[1]}"]
-    )
+    ends.set_xticks([-limit, 0, limit], [f"{-limit:+.2g}", "0", f"{limit:+.2g}"])
     ends.tick_params(labelsize=7, length=2)
     return figure
 

@@ -461,12 +461,13 @@ def _say(quiet: bool) -> Callable[[str], None]:
 
 def _told(out: Path, quiet: bool) -> Callable[[Any, dict[str, Any] | str], None]:
     """Shows what became of each of several pictures."""
+    from nrm.cli import report
 
     def tell(job: Any, found: dict[str, Any] | str) -> None:
         if isinstance(found, str):
             typer.echo(f"error: {found}", err=True)
         elif not quiet:
-            for line in _lines(found):
+            for line in report.lines(found):
                 typer.echo(f"{line} → {as_text(out / job.folder)}")
 
     return tell
@@ -504,26 +505,13 @@ def _shape(text: str) -> list[int]:
     return shape
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
-    """What is said of each target in a line."""
-    from nrm.cli.report import amounts, explanations
-
-    found = []
-    for entry in explanations(result):
-        what = "" if result["outputs"] == 1 else f"class {entry['target']}"
-        if entry["label"] is not None:
-            what = f"{entry['label']} ({what})" if what else entry["label"]
-        found.append(f"{result['image']}: {', '.join(filter(None, (what, amounts(entry))))}")
-    return found
-
-
 def _summarise(result: dict[str, Any], out: Path) -> None:
     """The short result for people."""
-    from nrm.cli.report import explanations
+    from nrm.cli.report import explanations, lines
 
     layers = result["layers"]
     heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
-    for entry, line in zip(explanations(result), _lines(result), strict=True):
+    for entry, line in zip(explanations(result), lines(result), strict=True):
         typer.echo(line)
         if entry["flows"]:
             rows = [

@@ -66,6 +66,13 @@ class Target:
         return f"{title} rather than {self.against_label or f'class {self.against}'}"
 
     @property
+    def rather_than(self) -> dict[str, Any]:
+        """What a result says of the output that it is explained against, if it is."""
+        if self.against is None:
+            return {}
+        return {"against": self.against, "against_label": self.against_label}
+
+    @property
     def asked(self) -> int | Contrast:
         """What an explainer is given."""
         return self.index if self.against is None else Contrast(self.index, self.against)
@@ -148,12 +155,25 @@ def to_json(result: Any) -> str:
     return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
+def lines(result: dict[str, Any]) -> list[str]:
+    """What is said of each target in a line."""
+    found = []
+    for entry in explanations(result):
+        what = "" if result["outputs"] == 1 else f"class {entry['target']}"
+        if entry["label"] is not None:
+            what = f"{entry['label']} ({what})" if what else entry["label"]
+        if "against" in entry:
+            what += f" rather than {entry['against_label'] or f'class {entry["against"]}'}"
+        found.append(f"{result['image']}: {', '.join(filter(None, (what, amounts(entry))))}")
+    return found
+
+
 def amounts(entry: dict[str, Any]) -> str:
     """The explained value and its probability, for people."""
     value = entry["logit"]
     noun = _noun(entry)
     explained = f"logit {value:.2f}"
-    if entry["against"] is not None:
+    if "against" in entry:
         return f"difference of {noun}s {value:.4g}"
     if noun != "logit":
         named = entry["explained"].replace("values", "value").replace("output", noun)
@@ -236,7 +256,7 @@ def _ends(R: Measure, entry: dict[str, Any]) -> tuple[str, str]:
         if bias is not None and bias.numel() == R.output.numel():
             biases = bias.reshape(-1)
             shared = value - float(biases[entry["target"]])
-            if entry["against"] is not None:
+            if "against" in entry:
                 shared += float(biases[entry["against"]])
     if value >= 0 and shared >= 0:
         return plot.ENDS
@@ -251,8 +271,7 @@ def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict
     return {
         "target": target.index,
         "label": target.label,
-        "against": target.against,
-        "against_label": target.against_label,
+        **target.rather_than,
         "explained": R.explained,
         "probability": None if found is None else float(found[target.index]),
         "probability_from": source,
