@@ -311,14 +311,12 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
         drawn = ax.text(x, y + 0.5, part, zorder=4, parse_math=False, color=letters)
         drawn.set(family="monospace", fontsize=9, va="center_baseline")
     if title:
-        figure.text(
-            0.1 / wide, 1 - 0.2 / high, _plain(title), fontsize=9, weight="bold", va="center"
-        )
+        head = figure.text(0.1 / wide, 1 - 0.2 / high, _plain(title), parse_math=False)
+        head.set(fontsize=9, weight="bold", va="center")
     ends = figure.add_axes((0.35 / wide, 0.22 / high, min(0.5, 2.2 / wide), 0.1 / high))
     shades = np.linspace(-1, 1, 101)
-    ends.imshow(
-        [[colour(part, 1.0) for part in shades]], aspect="auto", extent=(-limit, limit, 0, 1)
-    )
+    bar = [[colour(part, 1.0) for part in shades]]
+    ends.imshow(bar, aspect="auto", extent=(-limit, limit, 0, 1))
     ends.set_yticks([])
     ends.set_xticks([-limit, 0, limit], [f"{-limit:+.2g}", "0", f"{limit:+.2g}"])
     ends.tick_params(labelsize=7, length=2)

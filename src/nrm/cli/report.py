@@ -163,7 +163,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         if entry["label"] is not None:
             what = f"{entry['label']} ({what})" if what else entry["label"]
         if "against" in entry:
-            what += f" rather than {entry['against_label'] or f'class {entry["against"]}'}"
+            other = entry["against_label"] or f"class {entry['against']}"
+            what += f" rather than {other}"
         found.append(f"{result['image']}: {', '.join(filter(None, (what, amounts(entry))))}")
     return found
 
