@@ -289,6 +289,29 @@ def test_several_targets_in_one_folder(here: Path) -> None:
     assert {p.name for p in Path("out").iterdir()} == {*one["pictures"], "result.json"}
 
 
+def test_a_class_against_another(here: Path) -> None:
+    order = tiny()(x())[0].argsort(descending=True).tolist()
+    for model, name in (("plain", "output"), ("softmax", "logits behind softmax")):
+        told = found(model, "--against", "top2", "--layers", "0", "--top", "1")
+        assert (told["target"], told["against"]) == (order[0], order[1])
+        assert told["explained"] == name
+        R = nrm.Explainer(tiny().eval())(x(), target=nrm.Contrast(order[0], order[1]))
+        assert told["logit"] == pytest.approx(float(R.scale[0]), rel=1e-4)
+        (flow,) = R.top("0", k=1)
+        assert told["flows"][0]["relevance"] == pytest.approx(flow.relevance, rel=1e-4)
+    said = explain("plain", "--target", order[2], "--against", order[0]).stdout
+    assert f"class {order[2]} rather than class {order[0]}" in said
+    assert "difference of logits -" in said
+    for model, given, message in (
+        ("plain", ["--target", "1", "--against", "1"], "is the target itself"),
+        ("plain", ["--against", "7"], "target 7 is out of range"),
+        ("squeezed", ["--against", "0"], "the model has one output"),
+    ):
+        refused = explain(model, *given)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+
+
 # -- composites with parameters --------------------------------------------------------------------
 
 

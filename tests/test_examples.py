@@ -60,3 +60,87 @@ def test_letters_of_phonemes(g2p, monkeypatch) -> None:
     before = torch.tensor([[g2p.START, *said[:-1]]])
     alone = nrm.Explainer(model)(letters, before, target=(1, said[1]))
     torch.testing.assert_close(shares[1], alone.tokens(at="letters")[0])
+
+
+# -- one denoising step ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generative(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import generative_models
+
+    yield generative_models
+    sys.modules.pop("generative_models")
+
+
+def frozen_norm(x, dims, weight, bias, eps):
+    mean, scale = x.mean(dims, keepdim=True), x.var(dims, keepdim=True, unbiased=False).add(eps)
+    shape = [1, -1, *[1] * (x.dim() - 2)] if len(dims) > 1 else [-1]
+    normed = (x - mean) * scale.rsqrt().detach()
+    return normed, weight.view(shape), bias.view(shape)
+
+
+def freeze(monkeypatch, functional) -> None:
+    """Attention weights, scales and slopes without derivatives, as the default takes them."""
+
+    def group_norm(x, groups, weight, bias, eps=1e-5):
+        grouped = x.unflatten(1, (groups, -1))
+        normed, weight, bias = frozen_norm(grouped, (2, 3, 4), weight, bias, eps)
+        return normed.flatten(1, 2) * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+    def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+        normed, weight, bias = frozen_norm(x, (-1,), weight, bias, eps)
+        return normed * weight + bias
+
+    def attention(q, k, v, attn_mask=None):
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        return scores.softmax(-1).detach() @ v
+
+    monkeypatch.setattr(functional, "group_norm", group_norm)
+    monkeypatch.setattr(functional, "layer_norm", layer_norm)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(functional, "silu", lambda x: x * x.sigmoid().detach())
+
+
+def test_a_denoising_step_is_gradient_times_input(generative, monkeypatch) -> None:
+    """Of a U-Net, with all that takes no relevance frozen by hand; padding takes nothing."""
+    torch.manual_seed(0)
+    model, given = generative.UNet().eval().double(), generative.inputs(torch.float64)
+    window = (slice(None), slice(None), *generative.WINDOW)
+    patches, words, time, rest = generative.step(model, *given)
+    assert patches.shape == (4, 4)
+    assert words[-1] == 0
+    assert float(patches.sum() + words.sum()) + time + rest == pytest.approx(1)
+    freeze(monkeypatch, torch.nn.functional)
+    latent, t = (x.clone().requires_grad_() for x in given[:2])
+    embedded = model.words(given[2]).detach().requires_grad_()
+    monkeypatch.setattr(model.words, "forward", lambda ids: embedded)
+    explained = model(latent, t, *given[2:])[window].mean()
+    leaves = torch.autograd.grad(explained, (latent, embedded))
+    shares = [(x * g / explained).detach() for x, g in zip((latent, embedded), leaves, strict=True)]
+    torch.testing.assert_close(patches, generative.by_patch(shares[0][0]))
+    torch.testing.assert_close(words, shares[1][0].sum(-1))
+
+
+@pytest.mark.parametrize("name", ["UNet", "DiT", "Decoder"])
+def test_denoising_adds_up_over_every_cut(generative, name: str) -> None:
+    torch.manual_seed(0)
+    model, given = getattr(generative, name)().eval().double(), generative.inputs(torch.float64)
+    given = given[:1] if name == "Decoder" else given
+    target = nrm.Average(slice(None), *generative.WINDOW)
+    R = nrm.Explainer(model)(*given, target=target)
+    assert R.diagnostics().worst_cut_deviation < 1e-10
+    if name == "DiT":
+        assert R.tokens(at="words")[0, -1] == 0
+    if name == "Decoder":  # the window of the picture lies over the second patch
+        assert int(generative.by_patch(R.heatmap()[0]).abs().argmax()) == 1
+
+
+def test_denoising_is_drawn(generative, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [("U-Net", torch.randn(4, 4), torch.randn(8)), ("decoder", torch.randn(4, 4), None)]
+    generative.draw(rows, tmp_path / "step.png")
+    assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"

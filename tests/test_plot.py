@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from nrm import plot
+from nrm.coloured import FOR, Line
 from nrm.errors import InputError
 
 
@@ -215,3 +216,22 @@ def test_tiny_pictures_are_enlarged(tmp_path: Path) -> None:
 def test_a_line_of_pixels_is_not_enlarged_without_end(tmp_path: Path) -> None:
     plot.save_photo(np.zeros((1, 60_000)), tmp_path / "line.png")
     assert imread(tmp_path / "line.png").shape[:2] == (8, 480_000)
+
+
+def test_words_in_colour() -> None:
+    """Each has its place and its colour; what is too long goes on in the next row."""
+    words = ["one", " $two", "\n", " three"]
+    lines = [Line("+1.5", words, [1.0, -0.5, 0.0, 0.25], mark=3), Line("", words[:1], [0.0])]
+    figure = plot.text(lines, title="of $ words", columns=10)
+    FigureCanvasAgg(figure).draw()
+    ax = figure.axes[0]
+    drawn = [text for text in ax.texts if text.get_text()]
+    assert [text.get_text() for text in drawn] == ["+1.5", "one", " $two", "⏎", " three", "one"]
+    assert [text.get_position()[1] for text in drawn] == [0.5, 0.5, 0.5, 0.5, 1.5, 2.5]
+    colours = [box.get_facecolor()[:3] for box in ax.patches]
+    assert colours[1] == pytest.approx([channel / 255 for channel in FOR])
+    assert colours[2][2] > colours[2][0]
+    assert colours[3] == pytest.approx((1, 1, 1))
+    framed = [box for box in ax.patches if box.get_linewidth() > 0]
+    assert len(framed) == 1
+    assert plot.text([]) is not None

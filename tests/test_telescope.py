@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import nrm
-from nrm import composites, rules
+from nrm import composites, rules, telescope
 from nrm.telescope import telescopes
 
 
@@ -120,3 +120,52 @@ def test_many_messages_at_once(case):
         pairs = R.joint("down", "words")
         one = torch.stack([R.channels("words", nrm.channels("down", c)) for c in range(8)], 1)
         torch.testing.assert_close(pairs, one)
+
+
+class Vocabulary(nn.Module):
+    """A last layer over all positions, whose rows are alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.mix = nn.Embedding(11, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 9)
+
+    def forward(self, ids):
+        h = self.words(ids)
+        return self.head(h + torch.tanh(self.mix(h)).cumsum(1))
+
+
+def test_few_rows_of_the_last_layer(monkeypatch):
+    """From the others no derivative comes; where relevance is in many, all rows are taken."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        model = Vocabulary().double().eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5], [5, 6, 7, 0, 9]])
+    taken = []
+    itself = telescope.LastLayer.derivatives
+
+    def told(*given):
+        taken.append(itself(*given))
+        return taken[-1]
+
+    monkeypatch.setattr(telescope.LastLayer, "derivatives", told)
+    explainer = nrm.Explainer(model)
+    targets = [(-1, 3), nrm.Contrast((2, 3), (0, 1)), nrm.Average(0)]
+    every = torch.ones_like(model(ids))
+    asked = [{"target": target} for target in targets] + [{"output_relevance": every}]
+    for given, few in zip(asked, (True, True, True, False), strict=True):
+        fast, slow = explainer(ids, **given), explainer(ids, **given)
+        slow.forward_pass.telescope = None
+        taken.clear()
+        for query in (
+            lambda R: R.tokens(),
+            lambda R: R.tokens(nrm.channels("mix", 1, 2)),
+            lambda R: R.marginal("head"),
+        ):
+            torch.testing.assert_close(query(fast), query(slow), rtol=1e-10, atol=1e-12)
+        assert [found is not None for found in taken] == [few, few]
+    fast = explainer(ids, target=(1, 2))
+    many = fast.by_target([(k, 5) for k in range(5)], at="words")
+    assert taken[-1] is not None
+    for k in range(5):
+        torch.testing.assert_close(many[k], fast.of((k, 5)).marginal("words"))

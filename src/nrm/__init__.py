@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nrm.search import Flow, Flows
     from nrm.sets import channels, mask, neurons, patch
     from nrm.targets import AgainstRest, Average, Contrast
+    from nrm.teacher_forcing import Generation, generation, generations
     from nrm.views import Listing, ProperForm
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "Flow",
     "Flows",
     "Formula",
+    "Generation",
     "Interventions",
     "Listing",
     "Measure",
@@ -63,6 +65,8 @@ __all__ = [
     "errors",
     "evaluate",
     "evaluation",
+    "generation",
+    "generations",
     "graph_networks",
     "mask",
     "methods",
@@ -85,6 +89,7 @@ _HOMES = {
     "search": ("Flow", "Flows"),
     "sets": ("channels", "mask", "neurons", "patch"),
     "targets": ("AgainstRest", "Average", "Contrast"),
+    "teacher_forcing": ("Generation", "generation", "generations"),
     "views": ("Listing", "ProperForm"),
 }
 """The modules of all public names that are no modules themselves."""

@@ -377,6 +377,10 @@ class Explanation(Shown):
             recipe = recipe.of(target if explained.target is None else explained.target)
         return type(self)(forward, explained, recipe, self._strict)
 
+    def _starts_of(self, target: Target) -> Starts:
+        """The messages at the output of another target."""
+        return self.of(target)._starts
+
     def activations(self, layer: str) -> Tensor:
         """The values of a layer's neurons, shaped like the layer, batch axis included."""
         return self.forward_pass.value(self.graph.variable(layer)).clone()

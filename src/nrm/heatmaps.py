@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from nrm.prepare import Pass
 from nrm.query import Query, Starts, along, look_for_cancelling
 from nrm.sets import Stops, resolve, variables_of
 
+E = TypeVar("E")
 Chain = tuple[NeuronSet, ...]
 """Neuron sets in the order in which walks meet them."""
 
@@ -74,7 +76,8 @@ def marginals_of_many(
 
 def marginals_of_targets(
     forward: Pass,
-    starts: Sequence[Starts],
+    explained: Sequence[E],
+    starts: Callable[[E], Starts],
     condition: Condition,
     variable: Variable,
     memory: int,
@@ -82,25 +85,28 @@ def marginals_of_targets(
 ) -> Tensor:
     """Every neuron's relevance jointly with a condition, for each of many explained outputs.
 
-    Their messages travel together.
+    Their messages travel together. Those at the output, which may be as long as a vocabulary for
+    every token, are made when they set out.
 
     Arguments:
-        starts: the messages at the output, of each.
+        explained: what each is.
+        starts: the messages at the output, of one of them.
 
     Returns:
         `[explained, *shape]`.
     """
-    found = forward.output.new_zeros((len(starts), *forward.shape(variable)))
+    found = forward.output.new_zeros((len(explained), *forward.shape(variable)))
     normalized, output = condition.normalized, forward.graph.output
 
     def travelled(chosen: Sequence[int]) -> None:
-        messages = torch.cat([starts[place][normalized is True][output] for place in chosen])
+        each = (starts(explained[place]) for place in chosen)
+        messages = torch.cat([start[normalized is True][output] for start in each])
         query = Query(forward, {output: messages}, [condition.formula], normalized)
         arrived = query.marginals([variable])[variable]
         found[list(chosen)] = finite(arrived).expand(len(chosen), *arrived.shape[1:])
         advance(len(chosen))
 
-    in_chunks(range(len(starts)), memory, message_size(forward, output, variable), travelled)
+    in_chunks(range(len(explained)), memory, message_size(forward, output, variable), travelled)
     return found
 
 

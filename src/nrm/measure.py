@@ -332,12 +332,12 @@ class Measure(Explanation):
         condition = as_condition(sets, None, None, normalized)
         if condition.given or condition.within is not None or condition.weights:
             raise QueryError("by_target takes sets and formulas alone: ask R.of(target) for more.")
+        forward, memory = self.forward_pass, checked(memory)
         variable = self.graph.variable(self._input(at))
         each = range(self.output.shape[-1]) if targets is None else targets
         with naming(condition.said), counted(progress, "targets", len(each)) as advance:
-            starts = [self.of(target)._starts for target in each]
             return marginals_of_targets(
-                self.forward_pass, starts, condition, variable, checked(memory), advance
+                forward, each, self._starts_of, condition, variable, memory, advance
             )
 
     def tokens(

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from nrm.coloured import Line, colour, letters_on, limit_of, shown
 from nrm.errors import InputError
 
 try:
@@ -30,6 +31,7 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"nrm.plot needs {error.name}, which is not installed: pip install 'nrm[cli]'",
@@ -266,6 +268,58 @@ def overview(
             heatmap(panel.relevance, ax, picture=picture, title=panel.title)
             if column == 0:
                 ax.set_ylabel(_plain(rows[row - 1]), fontsize=9, parse_math=False)
+    return figure
+
+
+def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure:
+    """Words coloured by their relevance (`nrm.coloured`): `Generation.lines()`, or lines of yours.
+
+    Orange is positive, blue negative.
+
+    Arguments:
+        columns: letters in a row, after which a line goes on below.
+    """
+    limit = limit_of(lines)
+    before = max((len(_plain(line.title)) for line in lines), default=0)
+    before = before + 2 if before else 0
+    placed: list[tuple[float, int, str, float | None, bool]] = []
+    row = 0
+    for line in lines:
+        placed.append((0, row, _plain(line.title), None, False))
+        at = 0
+        for place, (word, value) in enumerate(zip(line.words, line.values, strict=True)):
+            for begin in range(0, len(shown(word)), columns):
+                part = shown(word)[begin : begin + columns]
+                if at + len(part) > columns:
+                    at, row = 0, row + 1
+                placed.append((before + at, row, part, value, place == line.mark))
+                at += len(part)
+        row += 1
+    wide, high = 0.0775 * (before + columns) + 0.2, 0.23 * max(row, 1) + (0.75 if title else 0.5)
+    figure = Figure(figsize=(wide, high), dpi=150)
+    ax = figure.add_axes((0.1 / wide, 0.4 / high, 1 - 0.2 / wide, 0.23 * max(row, 1) / high))
+    ax.set_xlim(0, before + columns)
+    ax.set_ylim(max(row, 1), 0)
+    ax.set_axis_off()
+    for x, y, part, size, marked in placed:
+        background = (255, 255, 255) if size is None else colour(size, limit)
+        frame = {"edgecolor": "black", "linewidth": 1.0} if marked else {"linewidth": 0.0}
+        fill = tuple(channel / 255 for channel in background)
+        box = Rectangle((x, y + 0.06), len(part), 0.88, facecolor=fill, zorder=2 + marked, **frame)
+        ax.add_patch(box)
+        letters = tuple(channel / 255 for channel in letters_on(background))
+        drawn = ax.text(x, y + 0.5, part, zorder=4, parse_math=False, color=letters)
+        drawn.set(family="monospace", fontsize=9, va="center_baseline")
+    if title:
+        head = figure.text(0.1 / wide, 1 - 0.2 / high, _plain(title), parse_math=False)
+        head.set(fontsize=9, weight="bold", va="center")
+    ends = figure.add_axes((0.35 / wide, 0.22 / high, min(0.5, 2.2 / wide), 0.1 / high))
+    shades = np.linspace(-1, 1, 101)
+    bar = [[colour(part, 1.0) for part in shades]]
+    ends.imshow(bar, aspect="auto", extent=(-limit, limit, 0, 1))
+    ends.set_yticks([])
+    ends.set_xticks([-limit, 0, limit], [f"{-limit:+.2g}", "0", f"{limit:+.2g}"])
+    ends.tick_params(labelsize=7, length=2)
     return figure
 
 

@@ -26,6 +26,7 @@ from nrm.capture.expand import attention, attention_scores
 from nrm.capture.run import Interpreter, Plan, Values
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Setting
+from nrm.operators.call import Call
 from nrm.operators.columns import column_floor, smaller_than, without_vanished
 from nrm.tensors import gradient_share
 
@@ -189,6 +190,7 @@ class Differentiating(Interpreter):
         self.variables, self.settings, self.fused = graph, settings, fused
         self.found: dict[Variable, Tensor] = {}
         self.small: dict[Variable, Tensor] = {}
+        self.last: LastLayer | None = None
         for leaf in graph.leaves:
             if leaf.node in given:
                 self.found[leaf] = given[leaf.node].detach().requires_grad_()
@@ -200,7 +202,7 @@ class Differentiating(Interpreter):
         if small:  # asked of the device once
             known = torch.stack([somewhere.any() for somewhere in small.values()]).tolist()
             small = {v: small[v] for v, any_there in zip(small, known, strict=True) if any_there}
-        return Telescope(self.variables, self.found, small)
+        return Telescope(self.variables, self.found, small, self.last)
 
     def run_node(self, n: Node) -> Any:
         variable = self.variables.by_node.get(n)
@@ -228,6 +230,8 @@ class Differentiating(Interpreter):
             output = operation.operator.frozen(call, operands, self.settings[operation])
             if any(output is operand for operand in operands):  # as dropout returns it
                 output = output.view_as(output)  # whose derivative is its own
+            if variable is self.variables.output and _has_rows(operation, operands[0], output):
+                self.last = LastLayer(operation, call, self.settings[operation])
             return self._summed(variable, output) if operation.operator.adds_up else output
 
     def _summed(self, variable: Variable, output: Tensor) -> Tensor:
@@ -241,6 +245,59 @@ class Differentiating(Interpreter):
         return _detached(self.env[node])
 
 
+@dataclass
+class LastLayer:
+    """A linear layer that computes the output, row by row alike, such as that of a vocabulary.
+
+    Relevance starts at one neuron, or a few, of few rows. From the others no derivative comes, and
+    by far the most of what the layer computes is left out.
+    """
+
+    operation: Operation
+    call: Call
+    setting: Setting
+
+    @property
+    def operand(self) -> Variable:
+        return self.operation.operands[0]
+
+    def derivatives(self, message: Tensor, output: Tensor, operand: Tensor) -> Tensor | None:
+        """`[K, *operand]`, of messages `[K, *output]`; `None` where it is not worth it.
+
+        It is neither where relevance has to be scaled, or cannot be divided by values: there all
+        rows are looked at.
+        """
+        rows = message.flatten(0, -2)
+        chosen = (rows != 0).any(-1).nonzero()[:, 0]
+        if 2 * len(chosen) > len(rows) or not len(chosen):
+            return None
+        places = chosen % operand.shape[:-1].numel()
+        gradient = _over_values(rows[chosen], output.flatten(0, -2)[places])
+        if gradient is None or _scale(float(gradient.abs().amax()), gradient.dtype) != 1:
+            return None
+        with torch.enable_grad():
+            given = operand.flatten(0, -2)[places].detach().requires_grad_()
+            made = self.operation.operator.frozen(self.call, [given], self.setting)
+            made, _ = without_vanished(made)
+        (found,) = torch.autograd.grad(made, given, gradient)
+        all_rows = found.new_zeros((len(rows), operand.shape[-1]))
+        all_rows[chosen] = found
+        return all_rows.view(len(message), *operand.shape)
+
+
+def _has_rows(operation: Operation, operand: Tensor, output: Tensor) -> bool:
+    """Whether an operation is a layer that does the same to every row of its operand."""
+    operator = operation.operator
+    return (
+        operator.is_layer
+        and operator.adds_up
+        and len(operation.slots) == 1
+        and operand.dim() > 1
+        and operator.acts_on_last_axis(operation.call)
+        and output.shape[:-1] == operand.shape[:-1]
+    )
+
+
 class Telescope:
     """A forward pass whose derivatives are the relevances divided by the values.
 
@@ -251,6 +308,7 @@ class Telescope:
     Arguments:
         values: every variable but late leaves, connected by autograd.
         small: of sums, where they count as zero and are not.
+        last: the layer that computes the output, if its rows are alike.
     """
 
     def __init__(
@@ -258,8 +316,9 @@ class Telescope:
         graph: Graph,
         values: Mapping[Variable, Tensor],
         small: Mapping[Variable, Tensor] | None = None,
+        last: LastLayer | None = None,
     ) -> None:
-        self.graph, self.values, self.small = graph, values, small or {}
+        self.graph, self.values, self.small, self.last = graph, values, small or {}, last
 
     def send(self, messages: Messages, stops: Mapping[Variable, Tensor | None]) -> Messages | None:
         """What arrives at the stops (see `nrm.engine.send`); `None`: it cannot say."""
@@ -271,7 +330,8 @@ class Telescope:
             return {}  # nothing arrived where they were to start: no walk passes there
         if not all(self.values[variable].requires_grad for variable in messages):
             return None
-        begun = {v: _over_values(m, self.values[v].detach()) for v, m in messages.items()}
+        below = self._below_the_output(messages, stops)
+        begun = below or {v: _over_values(m, self.values[v].detach()) for v, m in messages.items()}
         gradients = [gradient for gradient in begun.values() if gradient is not None]
         if len(gradients) < len(begun):
             return None
@@ -283,7 +343,7 @@ class Telescope:
         ends = [*stops, *(v for v in self.small if v in leading and v not in stops)]
         single = all(len(gradient) == 1 for gradient in gradients)
         found = torch.autograd.grad(
-            [self.values[variable] for variable in messages],
+            [self.values[variable] for variable in begun],
             [self.values[variable] for variable in ends],
             [gradient[0] for gradient in gradients] if single else gradients,
             retain_graph=True,
@@ -307,6 +367,19 @@ class Telescope:
                 mask = stops[variable]
                 arrived[variable] = message if mask is None else message * mask
         return arrived
+
+    def _below_the_output(
+        self, messages: Messages, stops: Mapping[Variable, Tensor | None]
+    ) -> dict[Variable, Tensor | None] | None:
+        """The derivatives below the last layer, where only those of few of its rows are asked."""
+        output, last = self.graph.output, self.last
+        if last is None or set(messages) != {output} or output in stops or output in self.small:
+            return None
+        operand = self.values[last.operand]
+        if not operand.requires_grad:
+            return None
+        found = last.derivatives(messages[output], self.values[output].detach(), operand.detach())
+        return None if found is None else {last.operand: found}
 
 
 def _over_values(message: Tensor, value: Tensor) -> Tensor | None:

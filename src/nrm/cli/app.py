@@ -1,4 +1,4 @@
-"""The commands explain, layers and demo, and those of other packages (`nrm.cli.commands`).
+"""The commands explain, layers, tokens and demo, and those of other packages (`nrm.cli.commands`).
 
 Torch and matplotlib are imported when a command runs, not before: `nrm --help` needs neither. They
 are imported outside of `one_line_errors`, where Ctrl-C ends the process at once.
@@ -25,6 +25,7 @@ from nrm.cli.commands import (
     IMAGENET,
     REFUSED,
     RESULT,
+    SECOND,
     TOP,
     Command,
     CommandError,
@@ -136,6 +137,13 @@ def explain(
             f"explanation of each (default: {TOP})."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain the difference to the logit of another class, by name or index, or to "
+            f"{SECOND}, the likeliest other one."
+        ),
+    ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -231,6 +239,7 @@ def explain(
             weights=weights,
             weights_part=weights_part,
             targets=target or [TOP],
+            against=against,
             layers=named,
             top=TOP_FLOWS if top is None else top,
             seconds=SECONDS if search_seconds is None else search_seconds,
@@ -312,6 +321,112 @@ def list_layers(
         print_table(heads, listing.rows())
 
 
+@app.command("tokens", cls=Command)
+def explain_tokens(
+    ctx: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(help="Folder with a model of transformers, or with a .gguf file.")
+    ],
+    text: Annotated[str, typer.Argument(help="The text, or the prompt.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Token to explain (its text, or id:5), or class (name or index), or {TOP}, the "
+            f"likeliest (default: {TOP})."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain the difference to the logit of another token or class, or to "
+            f"{SECOND}, the likeliest other one."
+        ),
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            help="Of which token the output is explained, from 0, or from -1 at the end (default: "
+            "the last one, or the mask)."
+        ),
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Go on for so many tokens, each the likeliest, and explain all of them."
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers, with commas between, whose most relevant channel combinations to find, "
+            "and the tokens that these come from."
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help=f"How many combinations (default: {TOP_FLOWS}).")
+    ] = None,
+    composite: Annotated[
+        str,
+        typer.Option(
+            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}; with parameters in "
+            "brackets, 'AttnLRP()'.",
+            autocompletion=composites_beginning,
+        ),
+    ] = AUTO,
+    bias: Annotated[
+        Bias | None,
+        typer.Option(help="Biases neither emit nor take relevance, or are inputs."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for all numbers, in JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="File for the text in colour, a page.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--png", help="File for the text in colour, a picture.")
+    ] = None,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Explain a language model's output for a text: which tokens it comes from."""
+    from nrm.cli import models, report, tokens
+
+    with one_line_errors(debug):
+        named = _layers(layers)
+        if not named:
+            refuse_unread({"--top": top}, "without --layers: there is nothing to search")
+        if generate is not None:
+            given = {"--target": target, "--position": position, "--layers": named or None}
+            refuse_unread(given, "beside --generate, which explains every token it makes")
+        for file in (json_file, html_file, picture):
+            if file is not None and file.is_dir():
+                raise CommandError(f"{as_text(file)} is a folder: name a file")
+        where, say = models.find_device(device), _say(quiet=False)
+        rules = models.find_composite(composite, None)
+        loaded = tokens.load(model, where, say)
+        explainer = nrm.Explainer(
+            loaded.model, rules, bias=bias.value if bias else None, output="logits"
+        )
+        found: Any
+        if generate is not None:
+            found = tokens.generate(loaded, explainer, text, generate, against, say)
+        else:
+            found = tokens.explain(
+                loaded, explainer, text, target or TOP, against, position, named,
+                TOP_FLOWS if top is None else top, SECONDS, say,
+            )  # fmt: skip
+        about = {
+            "model": loaded.name,
+            "text": text,
+            "rules": composite,
+            "command": ["nrm", "tokens", *map(as_text, arguments(ctx))],
+            "versions": report.versions() | tokens.versions(),
+        }
+        tokens.write(found, about, json_file, html_file, picture)
+        Console(highlight=False).print(tokens.drawn(found))
+
+
 @app.command("demo", cls=Command)
 def run_demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("demo"),
@@ -346,12 +461,13 @@ def _say(quiet: bool) -> Callable[[str], None]:
 
 def _told(out: Path, quiet: bool) -> Callable[[Any, dict[str, Any] | str], None]:
     """Shows what became of each of several pictures."""
+    from nrm.cli import report
 
     def tell(job: Any, found: dict[str, Any] | str) -> None:
         if isinstance(found, str):
             typer.echo(f"error: {found}", err=True)
         elif not quiet:
-            for line in _lines(found):
+            for line in report.lines(found):
                 typer.echo(f"{line} → {as_text(out / job.folder)}")
 
     return tell
@@ -389,26 +505,13 @@ def _shape(text: str) -> list[int]:
     return shape
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
-    """What is said of each target in a line."""
-    from nrm.cli.report import amounts, explanations
-
-    found = []
-    for entry in explanations(result):
-        what = "" if result["outputs"] == 1 else f"class {entry['target']}"
-        if entry["label"] is not None:
-            what = f"{entry['label']} ({what})" if what else entry["label"]
-        found.append(f"{result['image']}: {', '.join(filter(None, (what, amounts(entry))))}")
-    return found
-
-
 def _summarise(result: dict[str, Any], out: Path) -> None:
     """The short result for people."""
-    from nrm.cli.report import explanations
+    from nrm.cli.report import explanations, lines
 
     layers = result["layers"]
     heads = ("flow", *(f"{layer} channel" for layer in layers), "relevance", "share", "picture")
-    for entry, line in zip(explanations(result), _lines(result), strict=True):
+    for entry, line in zip(explanations(result), lines(result), strict=True):
         typer.echo(line)
         if entry["flows"]:
             rows = [

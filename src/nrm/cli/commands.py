@@ -35,6 +35,8 @@ from nrm.errors import NrmError, one_line, printable
 
 TOP = "top1"
 """The target that is the largest output."""
+SECOND = "top2"
+"""What a target is explained against that is the largest of the others."""
 IMAGENET = "imagenet"
 """The transform of pictures that is built in."""
 AUTO = "auto"

@@ -28,6 +28,7 @@ from nrm.io import Picture, Say, check_folder, filled_at_once
 from nrm.measure import Measure
 from nrm.search import Flow, Flows
 from nrm.sets import channels
+from nrm.targets import Contrast
 
 MOST_COLUMNS = 8
 """How many flows the overview shows; every flow has a picture of its own."""
@@ -46,17 +47,35 @@ class Target:
         index: among the model's outputs.
         label: its name.
         alone: it is the only one.
+        against: the output that it is explained against, if it is, and its name.
     """
 
     index: int
     label: str | None = None
     alone: bool = False
+    against: int | None = None
+    against_label: str | None = None
 
     @property
     def title(self) -> str:
-        if self.label is not None:
-            return self.label
-        return "the output" if self.alone else f"class {self.index}"
+        title = self.label
+        if title is None:
+            title = "the output" if self.alone else f"class {self.index}"
+        if self.against is None:
+            return title
+        return f"{title} rather than {self.against_label or f'class {self.against}'}"
+
+    @property
+    def rather_than(self) -> dict[str, Any]:
+        """What a result says of the output that it is explained against, if it is."""
+        if self.against is None:
+            return {}
+        return {"against": self.against, "against_label": self.against_label}
+
+    @property
+    def asked(self) -> int | Contrast:
+        """What an explainer is given."""
+        return self.index if self.against is None else Contrast(self.index, self.against)
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ def report(
             several = len(subject.targets) > 1
             if several:
                 say(target.title)
-            R = explainer(picture.x, target=target.index)
+            R = explainer(picture.x, target=target.asked)
             flows = None
             if layers:
                 say(f"searching the most relevant channel combinations of {', '.join(layers)}")
@@ -136,11 +155,27 @@ def to_json(result: Any) -> str:
     return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
 
 
+def lines(result: dict[str, Any]) -> list[str]:
+    """What is said of each target in a line."""
+    found = []
+    for entry in explanations(result):
+        what = "" if result["outputs"] == 1 else f"class {entry['target']}"
+        if entry["label"] is not None:
+            what = f"{entry['label']} ({what})" if what else entry["label"]
+        if "against" in entry:
+            other = entry["against_label"] or f"class {entry['against']}"
+            what += f" rather than {other}"
+        found.append(f"{result['image']}: {', '.join(filter(None, (what, amounts(entry))))}")
+    return found
+
+
 def amounts(entry: dict[str, Any]) -> str:
     """The explained value and its probability, for people."""
     value = entry["logit"]
     noun = _noun(entry)
     explained = f"logit {value:.2f}"
+    if "against" in entry:
+        return f"difference of {noun}s {value:.4g}"
     if noun != "logit":
         named = entry["explained"].replace("values", "value").replace("output", noun)
         explained = f"{named} {value:.4g}"
@@ -220,7 +255,10 @@ def _ends(R: Measure, entry: dict[str, Any]) -> tuple[str, str]:
     if last is not None and last.kind == "linear" and not R.graph.bias_is_input:
         bias = R.graph.captured.constants.get(last.call.get("bias"))
         if bias is not None and bias.numel() == R.output.numel():
-            shared = value - float(bias.reshape(-1)[entry["target"]])
+            biases = bias.reshape(-1)
+            shared = value - float(biases[entry["target"]])
+            if "against" in entry:
+                shared += float(biases[entry["against"]])
     if value >= 0 and shared >= 0:
         return plot.ENDS
     words = f"lowers the {noun}", f"raises the {noun}"
@@ -234,6 +272,7 @@ def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict
     return {
         "target": target.index,
         "label": target.label,
+        **target.rather_than,
         "explained": R.explained,
         "probability": None if found is None else float(found[target.index]),
         "probability_from": source,
@@ -322,7 +361,9 @@ def _draw(
     rows = [*layers, "jointly"] if len(layers) > 1 else layers
     facts = [
         target.title,
-        amounts(entry) if target.alone else f"class {target.index}, {amounts(entry)}",
+        amounts(entry)
+        if target.alone or target.against is not None
+        else f"class {target.index}, {amounts(entry)}",
         f"{named[0]}, {R.graph.specification!r}",
         f"worst cut deviation {entry['worst_cut_deviation']:.1e}, "
         f"total variation {entry['total_variation']:.4g}",

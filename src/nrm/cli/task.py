@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nrm.capture.call import Output
 from nrm.capture.digest import lasting
 from nrm.cli import models, report
-from nrm.cli.commands import IMAGENET, TOP, CommandError, as_text
+from nrm.cli.commands import IMAGENET, SECOND, TOP, CommandError, as_text
 from nrm.cli.pictures import Index, Job, fingerprint, finished
 from nrm.cli.report import Subject, Target
 from nrm.composites import Composite
@@ -35,6 +35,7 @@ class Task:
     weights: Path | None
     weights_part: str | None
     targets: Sequence[str]
+    against: str | None
     layers: Sequence[str]
     top: int
     seconds: float
@@ -218,8 +219,26 @@ class Run:
                 assert target is not None
                 index = int(target[0])
             label = names[index] if names else None
-            found.setdefault(index, Target(index, label, alone=len(values) == 1))
+            other = self._against(index, values, names)
+            named = names[other] if names and other is not None else None
+            found.setdefault(index, Target(index, label, len(values) == 1, other, named))
         return list(found.values())
+
+    def _against(self, target: int, values: Tensor, names: list[str] | None) -> int | None:
+        """The output that a target is explained against, if it is."""
+        wanted = self.task.against
+        if wanted is None:
+            return None
+        if len(values) == 1:
+            raise CommandError("--against has no effect: the model has one output; leave it out")
+        if wanted.casefold() == SECOND:
+            others = values.clone()
+            others[target] = -torch.inf
+            return int(others.argmax())
+        index = models.find_target(wanted, names, values)
+        if index == target:
+            raise CommandError(f"--against {wanted!r} is the target itself")
+        return index
 
     def _rules(self, graph: Graph) -> str:
         """Which rule every operation has."""

@@ -1,0 +1,240 @@
+"""Generated texts, all steps at once: equal to step by step, padded either side, shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nrm
+from nrm import coloured
+from nrm.coloured import Line
+from nrm.errors import InputError, TargetError
+
+VOCABULARY = 31
+
+
+class Tiny(nn.Module):
+    """A causal transformer by hand: no other package is needed."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 16), nn.Linear(16, width)
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        x = x + self.down(nn.functional.gelu(self.up(x)))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny().double().eval()
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from nrm.torchvision_mismatch import import_torchvision
+
+    with warnings.catch_warnings(), suppress(ModuleNotFoundError):
+        warnings.filterwarnings("ignore", "torchvision's compiled operators", RuntimeWarning)
+        import_torchvision()
+    import transformers
+
+    return transformers
+
+
+def llama(transformers: Any, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, initializer_range=0.3, **options,
+    )  # fmt: skip
+    model: nn.Module = transformers.LlamaForCausalLM(config).double().eval()
+    return model
+
+
+def gpt2(transformers: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    model: nn.Module = transformers.GPT2LMHeadModel(config).double().eval()
+    return model
+
+
+IDS = torch.tensor([[5, 9, 3, 17, 8, 22, 11]])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_all_steps_equal_step_by_step(transformers: Any, name: str) -> None:
+    model = {"llama": llama, "gpt2": gpt2}[name](transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    found = nrm.generation(explainer, IDS, prompt=4)
+    contrast = nrm.generation(explainer, IDS, prompt=4, against="next")
+    assert found.relevance.shape == (3, 7)
+    assert len(explainer._captures) == 1
+    tokens = "model.embed_tokens" if name == "llama" else "transformer.wte"
+    for step in range(3):
+        place = 4 + step
+        grown = IDS[:, :place]  # as the model read it when it said the token
+        alone = explainer(grown, target=(-1, int(IDS[0, place])))
+        expected = alone.tokens(at=tokens)[0]
+        torch.testing.assert_close(found.relevance[step, :place], expected, rtol=0, atol=1e-10)
+        assert not found.relevance[step, place:].any()
+        torch.testing.assert_close(found.scale[step], alone.scale[0])
+        logits = alone.output[0, -1].clone()
+        logits[IDS[0, place]] = -torch.inf
+        other = int(logits.argmax())
+        assert contrast.against is not None
+        assert int(contrast.against[step]) == other
+        alone = alone.of(nrm.Contrast((-1, int(IDS[0, place])), (-1, other)))
+        expected = alone.tokens(at=tokens)[0]
+        torch.testing.assert_close(
+            contrast.relevance[step, :place], expected, rtol=1e-10, atol=1e-10
+        )
+        assert not contrast.relevance[step, place:].any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(transformers: Any, name: str, side: str) -> None:
+    model = {"llama": llama, "gpt2": gpt2}[name](transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    short = IDS[0, :5]
+    padding = torch.zeros(2, dtype=torch.long)
+    row = torch.cat([padding, short] if side == "left" else [short, padding])
+    mask = torch.cat([padding, torch.ones_like(short)])
+    ids = torch.stack([IDS[0], row])
+    mask = torch.stack([torch.ones(7, dtype=torch.long), mask if side == "left" else mask.flip(0)])
+    both = nrm.generations(explainer, ids, [4, 2], attention_mask=mask)
+    for found, text, prompt in zip(both, (IDS[0], short), (4, 2), strict=True):
+        alone = nrm.generation(explainer, text, prompt)
+        assert found.ids.tolist() == text.tolist()
+        assert found.relevance.shape == alone.relevance.shape
+        torch.testing.assert_close(found.relevance, alone.relevance, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.scale, alone.scale)
+    chosen = nrm.generations(explainer, ids, [4, 2], attention_mask=mask, against=[7, "next"])
+    alone = nrm.generation(explainer, short, 2, against="next")
+    torch.testing.assert_close(chosen[1].relevance, alone.relevance, rtol=1e-10, atol=1e-10)
+    assert chosen[0].against is not None
+    assert chosen[0].against.tolist() == [7, 7, 7]
+
+
+def test_caches_of_the_model_do_not_matter(transformers: Any) -> None:
+    """What it keeps for later calls is no output; what earlier calls left is refused."""
+    model = llama(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    found = [nrm.generation(explainer, IDS, 5, use_cache=use) for use in (True, False)]
+    torch.testing.assert_close(found[0].relevance, found[1].relevance, rtol=0, atol=1e-12)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model(IDS[:, :4], past_key_values=cache)
+    with pytest.raises(InputError, match="Leave the cache out"):
+        nrm.generation(explainer, IDS[:, 4:], 1, past_key_values=cache)
+
+
+def test_in_pieces_and_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    explainer, told = nrm.Explainer(tiny), []
+    whole = nrm.generation(explainer, IDS, 1)
+    monkeypatch.setattr("nrm.teacher_forcing._TOGETHER", 4)
+    pieces = nrm.generation(explainer, IDS, 1, memory=1, progress=told.append)
+    torch.testing.assert_close(whole.relevance, pieces.relevance)
+    assert told == [1] * 6
+    other = nrm.generation(explainer, IDS, 1, against=[1, 2, 3, 4, 5, 6], at="embed")
+    assert other.against is not None
+    expected = explainer(IDS, target=nrm.Contrast((2, 17), (2, 3))).tokens()[0]
+    torch.testing.assert_close(other.relevance[2], expected)
+    logits = tiny(IDS)[0, 2]
+    torch.testing.assert_close(other.scale[2], logits[17] - logits[3])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"prompt": 7}, InputError, "the prompt of text 0 is 7 tokens"),
+        ({"prompt": 0}, InputError, "at least one is given"),
+        ({"against": 22}, TargetError, "step 1 is explained against token 22"),
+        ({"against": [1]}, TargetError, "1 tokens to explain against, for 3 steps"),
+        ({"against": 40}, TargetError, "token 40 is out of range"),
+        ({"against": "best"}, TargetError, "or 'next'"),
+        ({"words": ["a"]}, InputError, "1 words for 7 tokens"),
+        ({"at": "head"}, None, ""),
+    ],
+)
+def test_what_is_refused(tiny: Tiny, options: dict[str, Any], kind: Any, message: str) -> None:
+    explainer = nrm.Explainer(tiny)
+    options = {"prompt": 4} | options
+    if kind is None:  # any layer of a vector for each token does
+        assert nrm.generation(explainer, IDS, **options).relevance.shape == (3, 7)
+        return
+    with pytest.raises(kind, match=message):
+        nrm.generation(explainer, IDS, **options)
+
+
+def test_several_texts_are_another_question(tiny: Tiny) -> None:
+    explainer = nrm.Explainer(tiny)
+    with pytest.raises(InputError, match=r"nrm\.generations"):
+        nrm.generation(explainer, IDS.repeat(2, 1), 3)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
+    with pytest.raises(InputError, match="lies in several pieces"):
+        nrm.generations(explainer, IDS, [3], attention_mask=mask)
+    with pytest.raises(InputError, match="integer ids"):
+        nrm.generation(explainer, torch.rand(1, 4), 3)
+    classes = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Flatten(), nn.Linear(28, 3)).eval()
+    with pytest.raises((InputError, TargetError)):
+        nrm.generation(nrm.Explainer(classes), IDS, 3)
+
+
+def test_shown(tiny: Tiny) -> None:
+    words = ["The", " <b>", "\n", " [red]", " d", " e", " f"]
+    found = nrm.generation(nrm.Explainer(tiny), IDS, 4, words=words, against="next")
+    assert len(found) == 3
+    assert [step.word for step in found] == words[4:]
+    assert found[-1].place == 6
+    with pytest.raises(IndexError):
+        found[3]
+    text = str(found)
+    assert "rather than" in text
+    assert "⏎" in text
+    page = found.html()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page.split("</b>", 1)[1]
+    assert page.count("outline: 2px solid") == 3
+    kept = json.loads(json.dumps(found.as_json()))
+    assert kept["steps"][1]["relevance"] == found.relevance[1].tolist()
+    assert kept["tokens"] == words
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=80, file=io.StringIO(), color_system="truecolor")
+    console.print(found)
+    printed = console.file.getvalue()
+    assert "[red]" in printed
+    assert "48;2;" in printed  # the background of a word
+
+
+def test_colours_are_signed_and_end_at_the_limit() -> None:
+    assert coloured.colour(0.0, 1.0) == (255, 255, 255)
+    assert coloured.colour(2.0, 1.0) == coloured.FOR
+    assert coloured.colour(-1.0, 1.0) == coloured.AGAINST
+    half = coloured.colour(0.5, 1.0)
+    assert half[0] > half[2]
+    assert coloured.letters_on(coloured.AGAINST) == (255, 255, 255)
+    assert coloured.letters_on((255, 255, 255)) == (0, 0, 0)
+    assert coloured.limit_of([Line("", ["a"], [0.0])]) == 1
