@@ -85,7 +85,7 @@ class Walks:
         may[places.rows] = allowed.cpu()
         steps = Steps(places, self.start, {}, may.to(self.forward.output.device))
         bundles = [
-            tuple(number for number in bundle if bool(may[number].any()))
+            tuple(n for n in bundle if bool(may[n].any()) or (n and bool(places.ends[n - 1])))
             for bundle in places.bundles
         ]
         bundles = [bundle for bundle in bundles if bundle]

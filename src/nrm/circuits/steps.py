@@ -173,17 +173,22 @@ class Places:
             known = torch.full((1, *shape), -1, device=self.forward.output.device)
         labels[leaf] = torch.where(known < 0, self.senders.index(name), known)
 
-    def only_below(self, variable: Variable) -> int | None:
-        """The one sender that all walks on from a variable come to, and stay at, if there is one.
+    def only_below(self, variable: Variable, ends: bool) -> int | None:
+        """The one sender that all walks on from a variable come to, if there is one.
 
         Columns sum to one: what comes to it is known without sending it there.
+
+        Arguments:
+            ends: whether walks are to end there.
         """
         below = self.below[variable]
         if isinstance(self.forward, Absolute) or len(below) > 1 or not variable.tells_samples(self.forward.batch):
             return None
         (sender,) = below
-        alone = sender >= len(self.names) or len(self.lies[sender]) == 1
-        return sender if alone else None
+        lies = () if sender >= len(self.names) else self.lies[sender]
+        # What comes down to several layers of a component is told apart there.
+        stays = len(lies) > 1 or (ends and not all(v.is_leaf for v in lies))
+        return None if stays else sender
 
     @cached_property
     def below(self) -> dict[Variable, frozenset[int]]:
@@ -337,7 +342,7 @@ class Steps:
     def visit(self, variable: Variable, messages: dict[Group, Tensor]) -> dict[Group, Tensor]:
         parts = self.places.at.get(variable)
         if parts is None:
-            sender = self.places.only_below(variable)
+            sender = self.places.only_below(variable, self.allowed is not None)
             if sender is None:
                 return messages
             self._end(variable, messages, sender)
