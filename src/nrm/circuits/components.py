@@ -27,7 +27,7 @@ from nrm.errors import NeuronSetError, QueryError
 from nrm.explanation import Explanation
 from nrm.formulas import Member, NeuronSet
 from nrm.graph import Graph, Variable
-from nrm.operators import lookup
+from nrm.operators import lookup, standard
 from nrm.prepare import Pass
 from nrm.sets import neurons
 
@@ -355,7 +355,8 @@ def _indices(shape: Sequence[int], axes: Sequence[int]) -> Iterator[tuple[Any, .
 def _attention(variable: Variable, graph: Graph) -> _Attention | None:
     """What a variable is of an attention, if it is what one adds up."""
     producer, node = variable.producer, variable.node
-    if producer is None or node is None or not producer.operator.is_product:
+    row = None if producer is None else standard(producer.call)  # whatever the rule is
+    if producer is None or node is None or row is None or not (row.is_product and row.adds_up):
         return None
     nodes = [operand for _, operand in producer.call.nodes()]
     if len(nodes) != 2:
@@ -366,9 +367,7 @@ def _attention(variable: Variable, graph: Graph) -> _Attention | None:
         return None
     (place,) = chosen
     pattern = patterns[place]
-    weights, value, result = (n.meta["val"] for n in (nodes[place], nodes[1 - place], node))
-    if weights.dim() < 2 or value.dim() < 2 or not producer.operator.adds_up:
-        return None  # a gate: each neuron of the value times a weight
+    result = node.meta["val"]
     assert pattern is not None
     axes = [axis for axis in _head_axes(node, place) if axis != variable.batch_axis]
     batch = result.dim() if variable.batch_axis is None else variable.batch_axis
