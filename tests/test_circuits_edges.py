@@ -92,8 +92,6 @@ def test_edges_equal_the_steps_of_all_walks(network, rule, bias, layout):
             )
             assert not expected
             near(edges.relevance[sample], table, walks[sample])
-            ended = {"c": 0.0}
-            del ended
         # any set of edges keeps what it keeps
         chosen = torch.from_numpy(rng.random(edges.relevance.shape[1:]) < 0.7)
         allowed = {
@@ -103,3 +101,214 @@ def test_edges_equal_the_steps_of_all_walks(network, rule, bias, layout):
         for sample in range(2):
             near(found[sample], steps.kept(walks[sample], allowed, *known), walks[sample])
         near(edges.walks.kept(torch.ones_like(chosen)), np.ones(2), walks[0])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_edges_are_the_formula_where_no_walk_comes_back(network):
+    case = make(network, "gamma", True, seed=2)
+    R = nrm.Explainer(case.model, case.composite, bias="input")(*case.inputs, target=0)
+    rng = np.random.default_rng(3)
+    sets, _ = drawn(rng, R, case.oracles[0], "alone")
+    edges = R.edges(sets)
+    for receiver in edges.receivers[1:]:
+        for sender in sets:
+            if sender == receiver:
+                continue
+            formula = sets[sender] & sets[receiver]
+            for other in set(sets) - {sender, receiver}:
+                if lies_between(R, sets, sender, other, receiver):
+                    formula = formula & ~sets[other]
+            (row,) = sets[receiver].layers
+            (column,) = sets[sender].layers
+            above = R.graph.variable(column) in R.graph.upstream(R.graph.variable(row))
+            expected = R(formula) if above else torch.zeros(2, dtype=torch.float64)
+            torch.testing.assert_close(edges(sender, receiver), expected, atol=1e-9, rtol=1e-9)
+
+
+def lies_between(R, sets, low, middle, high):
+    """Whether a set's layer is between those of two others."""
+    low, middle, high = (R.graph.variable(*sets[name].layers) for name in (low, middle, high))
+    return low in R.graph.upstream(middle) and middle in R.graph.upstream(high)
+
+
+@in_pairs("network, layout", NETWORKS, LAYOUTS)
+def test_what_enters_a_component_leaves_it(network, layout):
+    case = make(network, "zero", True, seed=4)
+    R = nrm.Explainer(case.model, case.composite, bias="input")(*case.inputs, target=0)
+    sets, _ = drawn(np.random.default_rng(5), R, case.oracles[0], layout)
+    edges = R.edges(sets)
+    size = float(edges.relevance.abs().sum())
+    assert torch.allclose(edges.entered[:, 0], torch.ones(2, dtype=torch.float64))
+    for row, name in enumerate(edges.receivers[1:], 1):
+        leaves = any(R.graph.variable(layer).is_leaf for layer in sets[name].layers)
+        coming = edges.relevance[:, :, edges.senders.index(name)].sum(1)
+        near_enough = dict(atol=1e-10 * max(1, size), rtol=0)
+        torch.testing.assert_close(coming, edges.entered[:, row], **near_enough)
+        if not leaves:
+            into = edges.relevance[:, row].sum(1)
+            torch.testing.assert_close(into, edges.entered[:, row], **near_enough)
+        if layout in ("alone", "shared"):
+            torch.testing.assert_close(edges.entered[:, row], R(sets[name]), **near_enough)
+
+
+class Wide(nn.Module):
+    """Convolutions with a skip, whose channels are components."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        h = torch.relu(h + self.block(h))
+        return self.head(h.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    torch.manual_seed(0)
+    model, x = Wide().double().eval(), torch.rand(2, 1, 5, 5).double()
+    return model, x
+
+
+def test_channels_of_several_layers_are_components(wide):
+    model, x = wide
+    R = nrm.Explainer(model, nrm.composites.GammaFlat(0.25))(x, target=1)
+    sets = {f"stem.{c}": nrm.channels("stem", c) for c in range(4)}
+    sets |= {f"block.{c}": nrm.channels("block.2", c) for c in range(4)}
+    edges = R.edges(sets)
+    for b in range(4):
+        for a in range(4):
+            expected = R(sets[f"stem.{a}"], sets[f"block.{b}"])
+            torch.testing.assert_close(edges(f"stem.{a}", f"block.{b}"), expected)
+    past = sum(edges(f"stem.{c}", "output") for c in range(4))
+    torch.testing.assert_close(past, R(~nrm.neurons("block.2")))
+    torch.testing.assert_close(edges.relevance.sum(2), edges.entered)
+
+
+def test_steps_of_a_recurrent_layer_are_components():
+    torch.manual_seed(0)
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1])
+
+    model = Steps().double().eval()
+    R = nrm.Explainer(model)(torch.randn(1, 4, 3).double(), target=0)
+    hidden = [nrm.neurons(f"lstm.h_l0[{t}]") for t in range(4)]
+    edges = R.edges({f"h{t}": one for t, one in enumerate(hidden)})
+    expected = {
+        ("h2", "h3"): hidden[2] & hidden[3],
+        ("h1", "h3"): hidden[1] & hidden[3] & ~hidden[2],
+        ("h0", "h3"): hidden[0] & hidden[3] & ~(hidden[1] | hidden[2]),
+    }
+    for edge, formula in expected.items():
+        torch.testing.assert_close(edges(*edge), R(formula), atol=1e-9, rtol=1e-9)
+    # with its cell a step is a cut: all relevance enters each
+    cells = [nrm.neurons(f"lstm.c_l0[{t}]") for t in range(4)]
+    whole = R.edges({f"step{t}": hidden[t] | cells[t] for t in range(4)})
+    torch.testing.assert_close(whole.entered, torch.ones(1, 5).double())
+    torch.testing.assert_close(whole("step1", "step2"), torch.ones(1).double())
+    assert whole("step1", "step3") == 0
+
+
+def test_layers_of_a_graph_network_are_components():
+    torch.manual_seed(0)
+
+    class Convolution(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            h = torch.relu(adjacency @ self.first(x))
+            h = torch.relu(adjacency @ self.second(h))
+            return self.head(h.sum(0, keepdim=True))
+
+    adjacency = torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 1, 1]]).double()
+    model = Convolution().double().eval()
+    explainer = nrm.Explainer(model, batch_axis=None)
+    R = explainer(torch.rand(3, 3).double(), adjacency, target=(0, 0))
+    layers = {"low": ":relu", "high": ":relu@1"}
+    sets = {
+        f"{name}.{node}": nrm.channels(layer, node, axis=0)
+        for name, layer in layers.items()
+        for node in range(3)
+    }
+    edges = R.edges(sets)
+    for a in range(3):
+        for b in range(3):
+            found = edges(f"low.{a}", f"high.{b}")
+            expected = R(sets[f"low.{a}"], sets[f"high.{b}"])
+            torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    assert edges("low.0", "high.2") == 0  # not neighbours
+
+
+def test_messages_stop_where_nothing_of_interest_lies_below(wide, monkeypatch):
+    model, x = wide
+    R = nrm.Explainer(model, nrm.composites.GammaFlat(0.25))(x, target=1)
+    edges = R.edges({"block": "block.2", "skip": ":relu"})
+    visited = []
+    propagations = R.forward_pass.propagations
+    for operation, propagation in propagations.items():
+        itself = propagation.send_on
+
+        def send_on(message, *rest, itself=itself, name=operation.address):
+            visited.append((name, len(message)))
+            return itself(message, *rest)
+
+        monkeypatch.setattr(propagation, "send_on", send_on)
+    again = R.edges({"block": "block.2", "skip": ":relu"})
+    torch.testing.assert_close(again.relevance, edges.relevance)
+    assert "stem" not in dict(visited)  # below there is only the input
+
+
+def test_what_are_no_components_is_refused(wide):
+    model, x = wide
+    R = nrm.Explainer(model, nrm.composites.GammaFlat(0.25))(x, target=1)
+    with pytest.raises(NeuronSetError, match=r"'a' and 'b' have neurons of 'stem' in common"):
+        R.edges({"a": nrm.channels("stem", 0, 1), "b": nrm.channels("stem", 1, 2)})
+    with pytest.raises(QueryError, match="cannot be called 'output'"):
+        R.edges({"output": "stem"})
+    with pytest.raises(QueryError, match="at least one component"):
+        R.edges({})
+    with pytest.raises(QueryError, match="a list of one"):
+        R.edges("stem")
+    with pytest.raises(QueryError, match="named twice"):
+        R.edges(["stem", "stem"])
+    with pytest.raises(UnknownLayerError):
+        R.edges(["stemm"])
+    with pytest.raises(NeuronSetError, match="empty"):
+        R.edges({"none": nrm.mask("stem", torch.zeros(4, 5, 5, dtype=torch.bool))})
+    edges = R.edges(["stem", "block.2"])
+    with pytest.raises(QueryError, match="no receiver 'input'"):
+        edges("stem", "input")
+    with pytest.raises(QueryError, match="no sender 'output'"):
+        edges("output", "stem")
+
+
+def test_edges_by_sample_are_those_of_each_sample_alone(wide):
+    model, x = wide
+    explainer = nrm.Explainer(model)
+    both = explainer(x, target=1).edges(["stem", "block.2"])
+    for sample in range(2):
+        alone = explainer(x[sample : sample + 1], target=1).edges(["stem", "block.2"])
+        torch.testing.assert_close(both.relevance[sample], alone.relevance[0])
+    top = both.top(2)
+    assert abs(top[0].relevance) >= abs(top[1].relevance)
+    assert top[0].relevance == float(both(top[0].sender, top[0].receiver).mean())
+    known = both.of()[both.of() != 0]
+    assert both.top(3, order="smallest")[0].relevance == float(known.min())
+    assert both.top(3, order="largest")[0].relevance == float(known.max())
+    again = pickle.loads(pickle.dumps(both))
+    torch.testing.assert_close(again.relevance, both.relevance)
+    with pytest.raises(QueryError, match="anew"):
+        again.circuit()
+    assert "direct edges between 2 components, mean of 2 samples" in str(both)

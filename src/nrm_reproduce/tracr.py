@@ -233,7 +233,7 @@ Method = Callable[[Program, Example, Example], Scores]
 """Scores the edges of a program for an example; the second one is what it may be compared with."""
 
 
-def by_relevance(composite: Composite | str | None, uses_reference: bool = False) -> Method:
+def by_relevance(composite: Composite | None, uses_reference: bool = False) -> Method:
     """The absolute relevance of direct edges, times what is explained, added up over outputs.
 
     Arguments:
@@ -246,8 +246,7 @@ def by_relevance(composite: Composite | str | None, uses_reference: bool = False
         if program.name not in explainers:
             explainers[program.name] = nrm.Explainer(program.model, composite)
         explainer = explainers[program.name]
-        options: dict[str, Any] = {"reference": other.ids} if uses_reference else {}
-        copies = example.ids.repeat(len(example.outputs), 1)
+        copies, options = example.ids.repeat(len(example.outputs), 1), {}
         if uses_reference:
             options = {"reference": other.ids.repeat(len(example.outputs), 1)}
         R = explainer(copies, target=list(example.outputs), **options)

@@ -220,7 +220,7 @@ class Edges(Shown):
             raise QueryError(f"the order is one of {tuple(keys)}, not {order!r}")
         scores = self.of(sample).flatten()
         ranks = keys[order](scores).argsort(descending=True, stable=True)
-        chosen = [place for place in ranks[: max(k, 0)].tolist() if float(scores[place]) != 0]
+        chosen = ranks[scores[ranks] != 0][: max(k, 0)].tolist()
         return [self._edge(place, float(scores[place])) for place in chosen]
 
     def of(self, sample: int | None = None) -> Tensor:
