@@ -210,7 +210,8 @@ def test_steps_of_a_recurrent_layer_are_components():
     }
     for edge, formula in expected.items():
         torch.testing.assert_close(edges(*edge), R(formula), atol=1e-9, rtol=1e-9)
-    # with its cell a step is a cut: all relevance enters each
+    # with its cell a step is a cut, where walks end at no bias: all relevance enters each
+    R = nrm.Explainer(model, bias="drop")(torch.randn(1, 4, 3).double(), target=0)
     cells = [nrm.neurons(f"lstm.c_l0[{t}]") for t in range(4)]
     whole = R.edges({f"step{t}": hidden[t] | cells[t] for t in range(4)})
     torch.testing.assert_close(whole.entered, torch.ones(1, 5).double())
