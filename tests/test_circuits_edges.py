@@ -210,13 +210,13 @@ def test_steps_of_a_recurrent_layer_are_components():
     }
     for edge, formula in expected.items():
         torch.testing.assert_close(edges(*edge), R(formula), atol=1e-9, rtol=1e-9)
-    # with its cell a step is a cut, where walks end at no bias: all relevance enters each
-    R = nrm.Explainer(model, bias="drop")(torch.randn(1, 4, 3).double(), target=0)
+    # hidden state and cell of a step together: a component of two layers, one above the other
     cells = [nrm.neurons(f"lstm.c_l0[{t}]") for t in range(4)]
-    whole = R.edges({f"step{t}": hidden[t] | cells[t] for t in range(4)})
-    torch.testing.assert_close(whole.entered, torch.ones(1, 5).double())
-    torch.testing.assert_close(whole("step1", "step2"), torch.ones(1).double())
-    assert whole("step1", "step3") == 0
+    steps_ = [a | b for a, b in zip(hidden, cells, strict=True)]
+    whole = R.edges({f"step{t}": one for t, one in enumerate(steps_)})
+    torch.testing.assert_close(whole.entered[:, 1:], R.relevances(*steps_).T)
+    torch.testing.assert_close(whole("step1", "step2"), R(steps_[1], steps_[2]))
+    assert whole("step1", "step3") == 0  # walks go through every step between
 
 
 def test_layers_of_a_graph_network_are_components():
