@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -46,7 +47,7 @@ def model_of(transformers, name):
     return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
 
 
-@pytest.mark.parametrize("name, heads", [("gpt2", 2), ("llama", 4), ("neox", 4), ("bert", 4)])
+@pytest.mark.parametrize(("name", "heads"), [("gpt2", 2), ("llama", 4), ("neox", 4), ("bert", 4)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_heads_mlps_and_embeddings_of_language_models(transformers, name, heads, attention):
     model = model_of(transformers, name).double().eval()
@@ -56,7 +57,7 @@ def test_heads_mlps_and_embeddings_of_language_models(transformers, name, heads,
     found = nrm.components(R)
     names = [n for n in found if not n.startswith("embed")]
     layers = [[*(f"a{k}.h{h}" for h in range(heads)), f"m{k}"] for k in range(2)]
-    assert sorted(names) == sorted(sum(layers, []))
+    assert sorted(names) == sorted(itertools.chain(*layers))
     assert "embed" in found
     for kind in names:  # heads write the attention's, each its own part
         assert R(found[kind]).isfinite().all()

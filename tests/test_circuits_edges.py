@@ -94,9 +94,7 @@ def test_edges_equal_the_steps_of_all_walks(network, rule, bias, layout):
             near(edges.relevance[sample], table, walks[sample])
         # any set of edges keeps what it keeps
         chosen = torch.from_numpy(rng.random(edges.relevance.shape[1:]) < 0.7)
-        allowed = {
-            (edges.senders[j], edges.receivers[i]) for i, j in chosen.nonzero().tolist()
-        }
+        allowed = {(edges.senders[j], edges.receivers[i]) for i, j in chosen.nonzero().tolist()}
         found = edges.walks.kept(chosen)
         for sample in range(2):
             near(found[sample], steps.kept(walks[sample], allowed, *known), walks[sample])
@@ -142,7 +140,7 @@ def test_what_enters_a_component_leaves_it(network, layout):
     for row, name in enumerate(edges.receivers[1:], 1):
         leaves = any(R.graph.variable(layer).is_leaf for layer in sets[name].layers)
         coming = edges.relevance[:, :, edges.senders.index(name)].sum(1)
-        near_enough = dict(atol=1e-10 * max(1, size), rtol=0)
+        near_enough = {"atol": 1e-10 * max(1, size), "rtol": 0}
         torch.testing.assert_close(coming, edges.entered[:, row], **near_enough)
         if not leaves:
             into = edges.relevance[:, row].sum(1)

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from nrm.circuits.components import by_token
-from nrm.circuits.edges import Edges, Named, Walks
+from nrm.circuits.edges import Edges, Walks
+from nrm.circuits.steps import Named
 from nrm.condition import (
     Answers,
     Condition,

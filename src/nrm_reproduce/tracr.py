@@ -1,6 +1,6 @@
 """`tracr`: direct edges of transformers whose circuits are known, beside attribution patching.
 
-Four programs that tracr compiled (Lindner et al. 2023): a transformer in which it is known what each
+Four programs that tracr compiled (Lindner et al. 2023): transformers of which it is known what each
 component reads and writes. For every example, each candidate edge gets the absolute relevance of
 its walks; EAP, edge attribution patching (Syed et al. 2023), is written out beside in plain torch.
 The AUROC says how well a score tells true edges from others.
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class Transformer(nn.Module):
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], layers: int, heads: int) -> None:
         super().__init__()
         tokens, positions = weights["token_embed.embeddings"], weights["pos_embed.embeddings"]
-        self.embed = nn.Embedding.from_pretrained(tokens.double())
+        self.embed = nn.Embedding(*tokens.shape, _weight=tokens.double(), _freeze=True)
         self.positions = nn.Parameter(positions.double(), requires_grad=False)
         self.layers = nn.ModuleList(
             Block(_within(weights, f"layers.{layer}."), heads) for layer in range(layers)
@@ -86,15 +86,14 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids) + self.positions[: ids.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        found: Tensor = nn.Sequential(*self.layers)(x)
+        return found
 
 
 def _linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
     """A layer of matrices that are applied as `x @ w + b`."""
     matrix = weights[f"{name}.w"].double()
-    layer = nn.Linear(*matrix.shape, dtype=torch.float64)
+    layer = nn.Linear(matrix.shape[0], matrix.shape[1], dtype=torch.float64)
     layer.weight = nn.Parameter(matrix.T.contiguous(), requires_grad=False)
     layer.bias = nn.Parameter(weights[f"{name}.b"].double(), requires_grad=False)
     return layer
@@ -201,9 +200,7 @@ def _program(name: str, known: Mapping[str, Any], weights: Mapping[str, Tensor])
     }
     reads[OUTPUT] = of_output
     program = Program(name, model, true, frozenset(), tuple(examples))
-    everywhere = frozenset(
-        (a, b) for a, b in program.candidates_everywhere if writes[a] & reads[b]
-    )
+    everywhere = frozenset((a, b) for a, b in program.candidates_everywhere if writes[a] & reads[b])
     return replace(program, true_everywhere=everywhere)
 
 

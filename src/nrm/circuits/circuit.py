@@ -1,10 +1,10 @@
 """Circuits: sets of direct edges that keep a share of the relevance, found, saved and loaded.
 
-A set of edges *keeps* the share s of the relevance if what it keeps differs from all of it, which is
-one, by at most 1 - s; relevance is signed, so that too much may be kept as well. What it keeps is the relevance of the walks all of whose steps are in it: from the
-output through components to a leaf. That is no function of the edges' relevances alone (what comes
-to a component by one edge may go on otherwise than what comes by another), so it is worked out by
-messages (`Walks.kept`), for any set exactly.
+What a set of edges keeps is the relevance of the walks all of whose steps are in it: from the
+output through components to a leaf. That is no function of the edges' relevances alone (what comes to a
+component by one edge may go on otherwise than what comes by another), so it is worked out by
+messages (`Walks.kept`), for any set exactly. It *keeps the share s* if that differs from one, the
+relevance of all walks, by at most 1 - s: relevance is signed, so that too much may be kept as well.
 
 The smallest set is looked for greedily. How far it may be from the smallest of all is said by a
 bound: the last steps of walks, to leaves, have to carry the share, whatever comes before.
@@ -173,7 +173,9 @@ class Circuit(Shown):
         """Nodes and edges as EAP-IG names them."""
         known = [_Node.of(name) for name in (*self.receivers, *self.senders)]
         heads = [node.place for node in known if node.kind == "head"]
-        layers = 1 + max((node.place[0] for node in known if node.kind in ("head", "mlp")), default=0)
+        layers = 1 + max(
+            (node.place[0] for node in known if node.kind in ("head", "mlp")), default=0
+        )
         nodes: dict[str, dict[str, Any]] = {"input": {"in_graph": False}}
         per_layer = 1 + max((head for _, head in heads), default=0)
         for layer in range(layers):

@@ -215,11 +215,11 @@ class Edges(Shown):
             order: by what.
             sample: of which sample; `None`: by the mean over all.
         """
-        keys = {"absolute": torch.abs, "largest": torch.clone, "smallest": torch.neg}
+        scores = self.of(sample).flatten()
+        keys = {"absolute": scores.abs(), "largest": scores, "smallest": -scores}
         if order not in keys:
             raise QueryError(f"the order is one of {tuple(keys)}, not {order!r}")
-        scores = self.of(sample).flatten()
-        ranks = keys[order](scores).argsort(descending=True, stable=True)
+        ranks = keys[order].argsort(descending=True, stable=True)
         chosen = ranks[scores[ranks] != 0][: max(k, 0)].tolist()
         return [self._edge(place, float(scores[place])) for place in chosen]
 
@@ -231,9 +231,7 @@ class Edges(Shown):
             raise QueryError(f"there is no sample {sample}, of {len(self.relevance)}.")
         return self.relevance[sample]
 
-    def circuit(
-        self, share: float = 0.9, sample: int | None = None, work: int = 64
-    ) -> Circuit:
+    def circuit(self, share: float = 0.9, sample: int | None = None, work: int = 64) -> Circuit:
         """A smallest set of edges that keeps a share of the relevance (`nrm.circuits.circuit`).
 
         Arguments:
@@ -244,7 +242,9 @@ class Edges(Shown):
         """
         walks = self.walks
         if walks is None:
-            raise QueryError("what a set of edges keeps is asked of the measure: R.edges(...) anew.")
+            raise QueryError(
+                "what a set of edges keeps is asked of the measure: R.edges(...) anew."
+            )
 
         def kept(chosen: Tensor) -> float:
             shares = walks.kept(chosen)

@@ -2,8 +2,8 @@
 
 A walk from the output to a leaf visits some of the named components, one after the other. A *step*
 goes from the component visited last (the receiver; first the output) to the next one further down
-(the sender; at last the leaf where the walk ends). One message for each receiver: what starts at its
-neurons travels down, and what comes to another component is counted there and goes no further.
+(the sender; at last the leaf where the walk ends). One message for each receiver: what starts at
+its neurons travels down, and what comes to another component is counted there and goes no further.
 """
 
 from __future__ import annotations
@@ -182,7 +182,11 @@ class Places:
             ends: whether walks are to end there.
         """
         below = self.below[variable]
-        if isinstance(self.forward, Absolute) or len(below) > 1 or not variable.tells_samples(self.forward.batch):
+        if (
+            isinstance(self.forward, Absolute)
+            or len(below) > 1
+            or not variable.tells_samples(self.forward.batch)
+        ):
             return None
         (sender,) = below
         lies = () if sender >= len(self.names) else self.lies[sender]

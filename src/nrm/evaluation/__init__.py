@@ -19,7 +19,6 @@ from nrm.evaluation.metrics import (
     pearson,
     spearman,
 )
-
 from nrm.evaluation.patching import Patching
 
 __all__ = [

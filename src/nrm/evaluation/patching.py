@@ -1,7 +1,7 @@
 """Patching: what an output becomes with other values of components, or of what one hands another.
 
-The yardstick of what direct edges say. *Component patching*: a component's neurons take other values
-(zero, a mean, those of a reference run), and all that is computed from them follows. *Path
+The yardstick of what direct edges say. *Component patching*: a component's neurons take other
+values (zero, a mean, those of a reference run), and all that is computed from them follows. *Path
 patching*: one component, the receiver, is computed with the sender's other values, every other
 component held at its own; then the receiver alone takes what it became, and all that lies above
 follows. So a receiver sees the change of its sender by the ways between them on which no other
@@ -280,7 +280,8 @@ class Patching:
         output = self._rerun.values[self.graph.explained]
         if isinstance(target, Combination):
             view = self.graph.output.canonical(output.unsqueeze(0))[0]
-            return target.weights(view).reshape(-1)
+            combined: Tensor = target.weights(view).reshape(-1)
+            return combined
         weights = torch.zeros_like(output).view(self.graph.output.neuron_shape(output.shape))
         assert index is not None
         weights[tuple(index[0].reshape(-1).tolist()) if weights.dim() else ()] = 1
