@@ -349,12 +349,14 @@ def circuit(
 def _levels(found: Edged, edges: Sequence[tuple[str, str]]) -> dict[str, tuple[float, float]]:
     """Where nodes are drawn: above all that hands them relevance, side by side in their order."""
     drawn = dict.fromkeys(name for edge in edges for name in edge)
-    order = [name for name in (*found.senders, "output") if name in drawn]
+    order = [*found.senders, "output"]
     level = dict.fromkeys(order, 0)
-    for _ in order:  # the longest way from below; no more steps than there are nodes
-        for sender, receiver in edges:
-            level[receiver] = min(max(level[receiver], level[sender] + 1), len(order))
+    most = len(dict.fromkeys(name for edge in found.edges for name in edge))
+    for _ in range(most):  # the longest way from below, by edges that are not drawn too
+        for sender, receiver in found.edges:
+            level[receiver] = min(max(level[receiver], level[sender] + 1), most)
     level["output"] = max(level.values())
+    order = [name for name in order if name in drawn]
     rows: dict[int, list[str]] = {}
     for name in order:
         rows.setdefault(level[name], []).append(name)

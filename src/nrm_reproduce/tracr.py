@@ -78,7 +78,7 @@ class Transformer(nn.Module):
     def __init__(self, weights: Mapping[str, Tensor], layers: int, heads: int) -> None:
         super().__init__()
         tokens, positions = weights["token_embed.embeddings"], weights["pos_embed.embeddings"]
-        self.embed = nn.Embedding(*tokens.shape, _weight=tokens.double(), _freeze=True)
+        self.embed = nn.Embedding(tokens.shape[0], tokens.shape[1], _weight=tokens.double())
         self.positions = nn.Parameter(positions.double(), requires_grad=False)
         self.layers = nn.ModuleList(
             Block(_within(weights, f"layers.{layer}."), heads) for layer in range(layers)

@@ -1,8 +1,8 @@
 """Circuits: sets of direct edges that keep a share of the relevance, found, saved and loaded.
 
 What a set of edges keeps is the relevance of the walks all of whose steps are in it: from the
-output through components to a leaf. That is no function of the edges' relevances alone (what comes to a
-component by one edge may go on otherwise than what comes by another), so it is worked out by
+output through components to a leaf. That is no function of the edges' relevances alone (what comes
+to a component by one edge may go on otherwise than what comes by another), so it is worked out by
 messages (`Walks.kept`), for any set exactly. It *keeps the share s* if that differs from one, the
 relevance of all walks, by at most 1 - s: relevance is signed, so that too much may be kept as well.
 

@@ -288,13 +288,13 @@ class Patching:
         return weights.reshape(-1)
 
     def _explained(self) -> Tensor:
-        return self._rerun.values[self.graph.explained].reshape(1, -1)
+        explained: Tensor = self._rerun.values[self.graph.explained].reshape(1, -1)
+        return explained
 
     def _told(self, rows: Tensor) -> Tensor:
         """What is explained of outputs `[copies, neurons]`."""
         there = self._weights != 0  # others may be infinite
-        told: Tensor = rows[:, there] @ self._weights[there]
-        return told
+        return torch.mv(rows[:, there], self._weights[there])
 
 
 def _finite(values: Tensor) -> Tensor:
