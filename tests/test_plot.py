@@ -235,3 +235,23 @@ def test_words_in_colour() -> None:
     framed = [box for box in ax.patches if box.get_linewidth() > 0]
     assert len(framed) == 1
     assert plot.text([]) is not None
+
+
+def test_circuits_are_drawn_with_their_nodes_by_level(tmp_path: Path) -> None:
+    from nrm import Circuit
+
+    senders, receivers = ("embed", "a0.h0", "m0"), ("output", "a0.h0", "m0")
+    scores = torch.tensor([[0.5, 0.3, -0.2], [0.3, 0.0, 0.0], [0.1, 0.2, 0.0]])
+    found = Circuit(receivers, senders, scores, scores != 0, 1.0, 0.9, 2)
+    ax = Figure().add_subplot()
+    plot.circuit(found, ax)
+    height = {text.get_text(): text.get_position()[1] for text in ax.texts if text.get_text()}
+    assert height == {"embed": 0, "a0.h0": 1, "m0": 2, "output": 3}
+    arrows = [text for text in ax.texts if not text.get_text()]
+    assert len(arrows) == 6
+    assert ax.get_title() == "6 edges, which keep 1.00 of the relevance"
+    plot.circuit(found, ax := Figure().add_subplot(), most=2, title="$two$")
+    assert sum(not text.get_text() for text in ax.texts) == 2
+    none = Circuit(receivers, senders, scores, scores > 9, 0.0, 0.9, None)
+    with pytest.raises(InputError, match="no edges to draw"):
+        plot.circuit(none, ax)

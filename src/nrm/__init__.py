@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nrm import (
+        circuits,
         composites,
         errors,
         evaluation,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         rules,
         testing,
     )
+    from nrm.circuits import Circuit, Components, Edges, components
     from nrm.condition import Condition
     from nrm.diagnostics import Diagnostics
     from nrm.errors import NrmError, RelevanceWarning
@@ -41,10 +43,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AgainstRest",
     "Average",
+    "Circuit",
     "Clusters",
+    "Components",
     "Condition",
     "Contrast",
     "Diagnostics",
+    "Edges",
     "Evaluation",
     "Explainer",
     "Flow",
@@ -60,7 +65,9 @@ __all__ = [
     "ProperForm",
     "RelevanceWarning",
     "channels",
+    "circuits",
     "clusters",
+    "components",
     "composites",
     "errors",
     "evaluate",
@@ -77,6 +84,7 @@ __all__ = [
     "testing",
 ]
 _HOMES = {
+    "circuits": ("Circuit", "Components", "Edges", "components"),
     "condition": ("Condition",),
     "diagnostics": ("Diagnostics",),
     "errors": ("NrmError", "RelevanceWarning"),

@@ -10,6 +10,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from nrm.circuits.components import by_token
+from nrm.circuits.edges import Edges, Walks
+from nrm.circuits.steps import Named
 from nrm.condition import (
     Answers,
     Condition,
@@ -477,6 +480,36 @@ class Measure(Explanation):
             return asked.top(
                 divided, k, by, order, method, sample, budget, checked(memory), advance
             )
+
+    def edges(
+        self,
+        components: Named,
+        tokens: bool = False,
+        memory: int = 2**28,
+        progress: bool | Callable[[int], None] = False,
+    ) -> Edges:
+        """The direct edges between components: walks that visit one, then the other, none between.
+
+        One message for each component, and one for the output.
+
+        Arguments:
+            components: neuron sets by name (`nrm.components(R)`), or a list of them; no two have
+                a neuron in common. Each may span several layers, and share layers with others.
+            tokens: each component split by position (`nrm.circuits.by_token`): a message for each.
+            memory: bytes that the messages travelling at once may take, roughly.
+            progress: whether to show a progress bar; or a function to call instead, with the
+                number of components just done.
+
+        Example:
+            >>> edges = R.edges(nrm.components(R))
+            >>> edges.top(5), edges("a3.h5", "m7"), edges.circuit(share=0.9)
+            >>> R.edges({"stem": "conv1", "block": nrm.channels("layer1", 3, 4)})  # any network
+        """
+        forward = self.forward_pass
+        parts = by_token(components, forward) if tokens else components
+        walks = Walks(forward, self._starts[True], parts, checked(memory))
+        with counted(progress, "edges", len(walks.places.receivers)) as advance:
+            return walks.edges(advance)
 
     # -- how a condition reaches what answers it -------------------------------------------------
 

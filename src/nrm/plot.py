@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,28 @@ _GREY = "0.35"
 _LONGEST_LINE = 200  # of a text in a picture; a longer one would widen the picture by itself
 _NUMBERS = ("1", "L", "RGB", "RGBA", "F", "I", "I;16", "I;16B", "I;16L")  # as arrays
 _MOST_ENLARGED = 2**22  # pixels
+
+
+class Edged(Protocol):
+    """Edges between named nodes: a `nrm.Circuit`."""
+
+    @property
+    def kept(self) -> float:
+        """Which share of the relevance they keep."""
+
+    @property
+    def senders(self) -> tuple[str, ...]:
+        """Names in the order of computation."""
+
+    @property
+    def edges(self) -> list[tuple[str, str]]:
+        """Sender and receiver of each, the most relevant first."""
+
+    def score(self, sender: str, receiver: str) -> float:
+        """The relevance of one."""
+
+    def __len__(self) -> int:
+        """How many edges there are."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +343,83 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
     ends.set_xticks([-limit, 0, limit], [f"{-limit:+.2g}", "0", f"{limit:+.2g}"])
     ends.tick_params(labelsize=7, length=2)
     return figure
+
+
+def circuit(
+    found: Edged,
+    ax: Axes,
+    *,
+    most: int = 40,
+    title: str | None = None,
+) -> None:
+    """Draw the edges of a circuit, from the leaves below to the output above.
+
+    Red edges are positive, blue negative; the wider, the more relevant. Components of one layer lie
+    side by side.
+
+    Arguments:
+        most: edges to draw, the most relevant ones.
+        title: by default how many edges keep how much.
+    """
+    edges = found.edges[:most]
+    if not edges:
+        raise InputError("the circuit has no edges to draw")
+    places = _levels(found, edges)
+    largest = max(abs(found.score(*edge)) for edge in edges)
+    colours = matplotlib.colormaps[COLOURS]
+    for sender, receiver in reversed(edges):  # the most relevant on top
+        size = found.score(sender, receiver) / largest
+        low, high = places[sender], places[receiver]
+        # Edges that skip layers pass beside what lies between.
+        bend = 0.0 if high[1] - low[1] <= 1 else 0.12 * (1 if low[0] <= high[0] else -1)
+        ax.annotate(
+            "",
+            xy=high,
+            xytext=low,
+            zorder=1 + abs(size),
+            arrowprops={
+                "arrowstyle": "-",
+                "connectionstyle": f"arc3,rad={bend}",
+                "color": colours(0.5 + 0.5 * max(abs(size), 0.3) * (1 if size > 0 else -1)),
+                "linewidth": 0.6 + 4.4 * abs(size),
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
+    for name, (x, y) in places.items():
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _GREY}
+        ax.text(x, y, _plain(name), ha="center", va="center", fontsize=8, zorder=3, bbox=box)
+    rows = [y for _, y in places.values()]
+    columns = [x for x, _ in places.values()]
+    ax.set_xlim(min(columns) - 0.8, max(columns) + 0.8)
+    ax.set_ylim(min(rows) - 0.7, max(rows) + 0.7)
+    ax.set_axis_off()
+    if title is None:
+        shown = "" if len(edges) == len(found) else f"{len(edges)} of "
+        title = f"{shown}{len(found)} edges, which keep {found.kept:.2f} of the relevance"
+    ax.set_title(_plain(title), fontsize=9)
+
+
+def _levels(found: Edged, edges: Sequence[tuple[str, str]]) -> dict[str, tuple[float, float]]:
+    """Where nodes are drawn: above all that hands them relevance, side by side in their order."""
+    drawn = dict.fromkeys(name for edge in edges for name in edge)
+    order = [*found.senders, "output"]
+    level = dict.fromkeys(order, 0)
+    most = len(dict.fromkeys(name for edge in found.edges for name in edge))
+    for _ in range(most):  # the longest way from below, by edges that are not drawn too
+        for sender, receiver in found.edges:
+            level[receiver] = min(max(level[receiver], level[sender] + 1), most)
+    level["output"] = max(level.values())
+    order = [name for name in order if name in drawn]
+    rows: dict[int, list[str]] = {}
+    for name in order:
+        rows.setdefault(level[name], []).append(name)
+    numbers = {row: place for place, row in enumerate(sorted(rows))}
+    return {
+        name: (1.3 * (place - (len(names) - 1) / 2), float(numbers[row]))
+        for row, names in rows.items()
+        for place, name in enumerate(names)
+    }
 
 
 def _describe(

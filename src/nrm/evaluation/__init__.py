@@ -3,6 +3,7 @@
 rerun          the captured graph again from some node on, for many copies of a sample
 combinations   all combinations of sets of several families, removed in turn
 intervention   outputs without sets, and joint contributions (eqs. 34, 57)
+patching       outputs with other values of components, and of what one hands another
 metrics        correlations, contribution of the k best (eq. 58), bootstrap intervals
 faithfulness   scores of combinations, and `evaluate`: beside their contributions, over samples
 store          a folder of finished samples, from which an interrupted run goes on, for one setting
@@ -18,12 +19,14 @@ from nrm.evaluation.metrics import (
     pearson,
     spearman,
 )
+from nrm.evaluation.patching import Patching
 
 __all__ = [
     "Evaluation",
     "Families",
     "Interventions",
     "Mean",
+    "Patching",
     "bootstrap",
     "bootstrap_difference",
     "contribution_of_top",

@@ -1,0 +1,80 @@
+"""`tracr`: the compiled transformers, their true edges, and how well they are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import nrm
+from nrm.errors import InputError
+from nrm_reproduce import tracr
+
+
+@pytest.fixture(scope="module")
+def folder(shared: Path) -> Path:
+    if not (shared / "tracr" / "hist.json").is_file():
+        pytest.skip("the compiled transformers are not there")
+    return shared
+
+
+@pytest.mark.parametrize("name", tracr.PROGRAMS)
+def test_programs_compute_what_they_say(folder: Path, name: str) -> None:
+    program = tracr.read_program(folder, name)
+    known = json.loads((folder / "tracr" / f"{name}.json").read_text())
+    assert len(program.examples) == len(known["examples"]) == 30
+    assert len(program.true) == len(known["edges"])
+    assert program.true <= set(program.candidates)
+    # what was derived from what is written and read agrees with what the compiler said
+    within = {edge for edge in program.true_everywhere if edge in program.candidates}
+    assert within == program.true
+    numeric = name == "frac_prevs"
+    for example, given in zip(program.examples, known["examples"], strict=True):
+        with torch.no_grad():
+            stream = program.model(example.ids)[0]
+        for position, dimension in example.outputs:
+            right = given["output"][position] if numeric else 1.0
+            assert float(stream[position, dimension]) == pytest.approx(right, abs=1e-4)
+
+
+def test_auroc() -> None:
+    assert tracr.auroc([3, 2, 1], [True, False, False]) == 1
+    assert tracr.auroc([3, 2, 1], [False, True, False]) == 0.5
+    assert tracr.auroc([1, 1, 1], [True, False, False]) == 0.5
+    assert tracr.auroc([1, 1], [True, True]) is None
+
+
+def test_attribution_is_exact_where_all_is_linear(folder: Path) -> None:
+    """What the output has of components directly: no gradient is needed."""
+    program = tracr.read_program(folder, "reverse")
+    example, other = program.examples[:2]
+    scores = tracr.by_attribution()(program, example, other)
+    written, _ = tracr._patched(program.model, example)
+    for sender in program.order:
+        direct = sum(abs(float(written[sender][0, p, d])) for p, d in example.outputs)
+        assert scores[sender, "output"] == pytest.approx(direct)
+    # and relevance says the same of them
+    by_relevance = tracr.by_relevance(nrm.composites.LocalLinear())(program, example, other)
+    for sender in program.order:
+        direct = scores[sender, "output"]
+        assert by_relevance.get((sender, "output"), 0.0) == pytest.approx(direct, abs=1e-9)
+
+
+def test_the_command_says_how_well_edges_are_told(folder: Path, tmp_path: Path, command) -> None:
+    found = command("tracr", "--data", folder, "--out", tmp_path / "out", "--samples", 2)
+    assert found.exit_code == 0, found.output
+    table = json.loads((tmp_path / "out" / "result.json").read_text())["tables"][0]
+    lines = {(line[0], line[1]): line for line in table["lines"]}
+    assert set(lines) == {(p, m) for p in tracr.PROGRAMS for m in tracr.METHODS}
+    assert lines["frac_prevs", "nrm, LocalLinear"][2] == 1
+    assert lines["hist", "EAP, zero"][2] is None  # one pair alone
+    for program in ("reverse", "sort"):
+        mine, eap = lines[program, "nrm, LocalLinear"][2], lines[program, "EAP, zero"][2]
+        assert mine >= eap > 0.5
+
+
+def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no program 'hist' of tracr there"):
+        tracr.read_program(tmp_path, "hist")
