@@ -25,7 +25,7 @@ from nrm.capture.nodes import (
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
-from nrm.operators import Call, Operator, ToFirstOrder, carries_none, lookup, picks
+from nrm.operators import Call, Operator, Secants, ToFirstOrder, carries_none, lookup, picks
 from nrm.rules import Identity as IdentityRule
 from nrm.rules import PathIntegrated, Rule
 from nrm.structure import Structure, gate_ranks, is_embedding
@@ -291,6 +291,7 @@ def build_graph(
     bias_is_input: bool,
     fallback: Operator | None = None,
     heads: Heads = "keep",
+    differences: bool = False,
 ) -> Graph:
     """The variables and operations between the leaves and the explained output.
 
@@ -301,6 +302,7 @@ def build_graph(
         bias_is_input: biases are leaves.
         fallback: the row of operators that have none.
         heads: whether a last softmax or sigmoid is looked through (`nrm.heads`).
+        differences: walks are those of the differences from a reference; biases contribute none.
 
     Raises:
         CaptureError: no walk leads to an input.
@@ -314,8 +316,12 @@ def build_graph(
     )
     draft = Draft(captured, fallback, head)
     by_node = draft.by_node | draft.constants
+    bias_is_input = bias_is_input and not differences
     graph = Graph(captured, specification, bias_is_input, head, draft.variables, by_node)
-    rules = _take_to_first_order(graph)
+    graph.differences = differences
+    rules = {} if differences else _take_to_first_order(graph)
+    if differences:
+        _take_between(graph)
     _share_products(graph)
     _drop_unvisited(graph, draft)
     _choose_rules(graph, rules)
@@ -347,6 +353,39 @@ def _take_to_first_order(graph: Graph) -> dict[Operation, Rule]:
             operation.arguments = places(operation.call, slots)
             operation.operands = tuple(graph.by_node[slot] for slot in operation.slots)
     return rules
+
+
+def _take_between(graph: Graph) -> None:
+    """Give operations that are neither linear nor elementwise their slopes between two inputs.
+
+    All that they depend on are operands then.
+
+    Raises:
+        QueryError: the composite chooses a rule that says nothing of differences.
+    """
+    for operation in graph.operations:
+        rule = graph.specification.rule(operation, graph)
+        row = operation.operator
+        if rule.first_order or rule.reads_ahead or rule.bounds_inputs:
+            raise QueryError(
+                f"the composite gives {operation.address!r} {rule}, which reads values and says "
+                "nothing of their differences from a reference. Leave the composite out, or "
+                "choose rules such as Zero or Gamma; IntegratedGradients has a baseline of its own."
+            )
+        slots = Operator.operands(row, operation.call, graph.carries, operation.address)
+        curved = row.curves(slots, along_path=True) or row.by_derivatives
+        if not curved:
+            continue
+        if not row.has_secant:
+            raise UnsupportedOperatorError(
+                f"{operation.call.target} at {operation.address!r} has no exact slope between two "
+                "inputs. Explain it without a reference, or along a path, "
+                "composites.IntegratedGradients(baseline)."
+            )
+        operation.operator = Secants(row)
+        operation.slots = tuple(slot for _, slot in slots)
+        operation.arguments = places(operation.call, slots)
+        operation.operands = tuple(graph.by_node[slot] for slot in operation.slots)
 
 
 def _share_products(graph: Graph) -> None:

@@ -223,6 +223,7 @@ class Graph:
 
     Attributes:
         explained: the node that walks begin at: the model's output, or the logits behind it.
+        differences: walks are those of the differences from a reference.
         silent: names of what no walk visits, since it enters products whose other factor takes all.
     """
 
@@ -243,6 +244,7 @@ class Graph:
         self.by_node: dict[Node, Variable] = dict(by_node)
         self.output = self.by_node[self.explained]
         self.silent: set[str] = set()
+        self.differences = False
         self.set_variables(variables)
 
     def set_variables(self, variables: Sequence[Variable]) -> None:

@@ -67,6 +67,50 @@ class LocalLinear(Operator):
         return output, Linearised([step], output, added, setting)
 
 
+class LinearMap(LocalLinear):
+    """A linear map that goes by what has no row."""
+
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        output: Tensor = fill(call, moves)()
+        return output
+
+
+class RootOfSquares(LocalLinear):
+    """Norms and standard deviations, roots of a quadratic form `q`; and the form itself.
+
+    Between two inputs a quadratic form has its derivative half way for a slope, and its root
+    `Dq / (y + y')`.
+    """
+
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        name = str(call.target).partition(".")[2].partition(".")[0]
+        order = call.get("ord", call.get("p", 2))
+        if order not in (None, 2) or call.item not in (None, 0):
+            return super().secant(call, before, after, moves, setting)
+        middle = [(a.detach() + b.detach()) / 2 for a, b in zip(before, after, strict=True)]
+        points = [m + (d - d.detach()) for m, d in zip(middle, moves, strict=True)]
+        output: Tensor = fill(call, points)()
+        if name.startswith("var"):
+            return output
+        ends = [fill(call, [x.detach() for x in point])() for point in (before, after)]
+        scale = 2 * output.detach() / (ends[0] + ends[1])
+        return output * torch.where(scale.isfinite(), scale, 0.0)
+
+
 class ToFirstOrder(LocalLinear):
     """The operator of another row, by its own derivatives.
 

@@ -31,6 +31,7 @@ from nrm.operators.call import (
 )
 from nrm.operators.propagation import Propagation, Setting, pull_back
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
+from nrm.operators.secants import chord, moved, winners
 from nrm.rules import Normalized, Rule
 from nrm.tensors import with_slope
 
@@ -130,6 +131,21 @@ class Identity(Operator):
             slope = torch.where(x == 0, 0.0, output / x)
         return with_slope(values[0], output, slope)
 
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        if not self.elementwise:
+            return super().secant(call, before, after, moves, setting)
+        if self.at_zero == "linear":
+            output: Tensor = fill(call, [moved(after[0], moves[0])])()
+            return output
+        return chord(call, before[0], after[0], moves[0])
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -189,6 +205,16 @@ class Copy(Identity):
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         like: Tensor = call["self"]
         return values[0].to(like.dtype).expand(like.shape)
+
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        return self.frozen(call, moves, setting)
 
 
 class Unchanged(Propagation):
@@ -318,6 +344,19 @@ class Routing(Operator):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True
 
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        if self.kind == "maxpool":
+            return winners(call, before, after, moves, setting, self.by_rank)
+        output: Tensor = fill(call, [moved(x, m) for x, m in zip(after, moves, strict=True)])()
+        return output
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -443,6 +482,8 @@ class Overwriting(Routing):
     def __init__(self, kind: str, passes: tuple[str, str]) -> None:
         super().__init__(kind, passes, keeps_channels=True)
 
+    secant = Operator.secant
+
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return False
 
@@ -494,6 +535,7 @@ class ScatterMaximum(Routing):
     """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
 
     scatters = True
+    secant = Operator.secant
 
     def _takes_least(self, call: Call) -> bool:
         return bool(call["reduce"] == "amin")

@@ -264,6 +264,37 @@ class Operator(ABC):
         output: Tensor = fill(call, values)()
         return output
 
+    @property
+    def has_secant(self) -> bool:
+        """Whether the row says how a change of its operands changes the result (`secant`)."""
+        return type(self).secant is not Operator.secant
+
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        """Something linear in how far operands move, `S moves`, whose derivatives by them are `S`.
+
+        `S` is a slope between two points: `S (after - before) = f(after) - f(before)` exactly. Only
+        its derivatives are read, never its value.
+
+        Arguments:
+            call: with slots for the operands; all else is the same at both points.
+            before, after: the operands' values at the reference and at the input.
+            moves: their differences, `[*operand]` each.
+
+        Raises:
+            UnsupportedOperatorError: no exact slope is known for this call.
+        """
+        raise UnsupportedOperatorError(
+            f"{call.target} at {setting.address!r} has no exact slope between two inputs. Explain "
+            "it without a reference, or along a path, composites.IntegratedGradients(baseline)."
+        )
+
     @abstractmethod
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

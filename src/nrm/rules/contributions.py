@@ -182,6 +182,7 @@ class ZBox(Rule):
     low: Tensor | float
     high: Tensor | float
     nonnegative: ClassVar[bool] = True
+    bounds_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         low, high = (_bound(name, getattr(self, name)) for name in ("low", "high"))
