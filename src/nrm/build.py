@@ -349,9 +349,7 @@ def _take_to_first_order(graph: Graph) -> dict[Operation, Rule]:
             slots = operation.named_slots
         if operation.operator.curves(slots, isinstance(rule, PathIntegrated)):
             operation.operator = row
-            operation.slots = tuple(slot for _, slot in slots)
-            operation.arguments = places(operation.call, slots)
-            operation.operands = tuple(graph.by_node[slot] for slot in operation.slots)
+            _set_slots(operation, slots, graph)
     return rules
 
 
@@ -373,8 +371,9 @@ def _take_between(graph: Graph) -> None:
                 "choose rules such as Zero or Gamma; IntegratedGradients has a baseline of its own."
             )
         slots = Operator.operands(row, operation.call, graph.carries, operation.address)
-        curved = row.curves(slots, along_path=True) or row.by_derivatives
-        if not curved:
+        if row.is_product:  # whatever else is a factor is constant
+            _set_slots(operation, slots, graph)
+        if not (row.curves(slots, along_path=True) or row.by_derivatives):
             continue
         if not row.has_secant:
             raise UnsupportedOperatorError(
@@ -383,9 +382,13 @@ def _take_between(graph: Graph) -> None:
                 "composites.IntegratedGradients(baseline)."
             )
         operation.operator = Secants(row)
-        operation.slots = tuple(slot for _, slot in slots)
-        operation.arguments = places(operation.call, slots)
-        operation.operands = tuple(graph.by_node[slot] for slot in operation.slots)
+        _set_slots(operation, slots, graph)
+
+
+def _set_slots(operation: Operation, slots: Sequence[tuple[str, Node]], graph: Graph) -> None:
+    operation.slots = tuple(slot for _, slot in slots)
+    operation.arguments = places(operation.call, slots)
+    operation.operands = tuple(graph.by_node[slot] for slot in operation.slots)
 
 
 def _share_products(graph: Graph) -> None:

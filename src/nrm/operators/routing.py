@@ -353,7 +353,7 @@ class Routing(Operator):
         setting: Setting,
     ) -> Tensor:
         if self.kind == "maxpool":
-            return winners(call, before, after, moves, setting, self.by_rank)
+            return winners((call, call), before, after, moves, setting, self.by_rank)
         output: Tensor = fill(call, [moved(x, m) for x, m in zip(after, moves, strict=True)])()
         return output
 
@@ -535,25 +535,38 @@ class ScatterMaximum(Routing):
     """The largest (or smallest) of what is scattered to a neuron takes all; ties share evenly."""
 
     scatters = True
-    secant = Operator.secant
 
     def _takes_least(self, call: Call) -> bool:
         return bool(call["reduce"] == "amin")
 
+    def secant(
+        self,
+        call: Call,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        setting: Setting,
+    ) -> Tensor:
+        then, now = _without_ties(call, before), _without_ties(call, after)
+        return winners((then[0], now[0]), then[1], now[1], moves, setting)
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
-        if not call["include_self"]:
-            # `self` counts only where nothing arrives; elsewhere it must not tie with a winner.
-            base, src = fill(call, values)["self"], fill(call, values)["src"]
-            least = -torch.inf if call["reduce"] == "amax" else torch.inf
-            arrived = torch.zeros_like(base).scatter_add(
-                call["dim"], call["index"], torch.ones_like(src)
-            )
-            replaced = torch.where(arrived > 0, least, base)
-            index = call["self"].index if isinstance(call["self"], Slot) else None
-            if index is not None:
-                values = [replaced if i == index else v for i, v in enumerate(values)]
-            changed = {"include_self": True} | ({} if index is not None else {"self": replaced})
-            call = Call(call.target, call.arguments | changed, call.item)
-        return super().prepare(call, values, setting)
+        return super().prepare(*_without_ties(call, values), setting)
+
+
+def _without_ties(call: Call, values: Sequence[Tensor]) -> tuple[Call, Sequence[Tensor]]:
+    """The call with `self` only where nothing arrives, if so it counts: it must not tie with a
+    winner."""
+    if call["include_self"]:
+        return call, values
+    base, src = fill(call, values)["self"], fill(call, values)["src"]
+    least = -torch.inf if call["reduce"] == "amax" else torch.inf
+    arrived = torch.zeros_like(base).scatter_add(call["dim"], call["index"], torch.ones_like(src))
+    replaced = torch.where(arrived > 0, least, base)
+    index = call["self"].index if isinstance(call["self"], Slot) else None
+    if index is not None:
+        values = [replaced if i == index else v for i, v in enumerate(values)]
+    changed = {"include_self": True} | ({} if index is not None else {"self": replaced})
+    return Call(call.target, call.arguments | changed, call.item), values

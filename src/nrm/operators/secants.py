@@ -102,9 +102,13 @@ def power_mean_root(before: Tensor, after: Tensor) -> Tensor:
 
 
 def winners(
-    call: Call, before: Sequence[Tensor], after: Sequence[Tensor], moves: Sequence[Tensor],
-    setting: Setting, by_rank: bool,
-) -> Tensor:  # fmt: skip
+    calls: tuple[Call, Call],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    setting: Setting,
+    by_rank: bool = False,
+) -> Tensor:
     """Maxima and minima: the winners at both points share, by where they change places.
 
     On the straight way from one to the other the winner at the reference, of value `b'`, gives way
@@ -113,15 +117,16 @@ def winners(
     counts as far as that, the second from there on: `(1 - t)(a - a') + t (b - b') = a - b'`.
 
     Arguments:
+        calls: that at the reference, and that at the input.
         by_rank: who comes where depends on all, of which nothing is known but where it is the same.
     """
-    now, then = Step.of(call, after, before), Step.of(call, before, after)
+    then, now = Step.of(calls[0], before, after), Step.of(calls[1], after, before)
     a, b_then = now.output.detach(), then.output.detach()
     a_then, b = now.columns(), then.columns()
     if by_rank:
         if not torch.equal(a_then, b_then):
             raise UnsupportedOperatorError(
-                f"{call.target} at {setting.address!r} puts its operand in another order at the "
+                f"{calls[0].target} at {setting.address!r} puts its operand in another order at the "
                 "reference, and no exact slope between two orders is known."
             )
         share: Tensor | float = 0.0
@@ -131,9 +136,9 @@ def winners(
         share = torch.where(share.isfinite(), share.clamp(0, 1), 0.0)
     ends = [
         fill(call, [moved(x, m) for x, m in zip(point, moves, strict=True)])()
-        for point in (after, before)
+        for call, point in zip(calls, (before, after), strict=True)
     ]
-    result: Tensor = (1 - share) * ends[0] + share * ends[1]
+    result: Tensor = share * ends[0] + (1 - share) * ends[1]
     return result
 
 
