@@ -27,7 +27,7 @@ from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
 from nrm.operators import Call, Operator, Secants, ToFirstOrder, carries_none, lookup, picks
 from nrm.rules import Identity as IdentityRule
-from nrm.rules import PathIntegrated, Rule
+from nrm.rules import FromUniform, PathIntegrated, Rule
 from nrm.structure import Structure, gate_ranks, is_embedding
 
 
@@ -322,6 +322,8 @@ def build_graph(
     rules = {} if differences else _take_to_first_order(graph)
     if differences:
         _take_between(graph)
+    else:
+        _follow_weights(graph)
     _share_products(graph)
     _drop_unvisited(graph, draft)
     _choose_rules(graph, rules)
@@ -385,6 +387,49 @@ def _take_between(graph: Graph) -> None:
         _set_slots(operation, slots, graph)
 
 
+def _follow_weights(graph: Graph) -> None:
+    """Compare the weights that a softmax makes with uniform ones, to where products use them.
+
+    Where `FromUniform` is chosen for it.
+
+    Raises:
+        QueryError: the weights are used in another way.
+    """
+    weights: dict[Variable, Operation] = {}
+    shares: dict[Operation, float] = {}
+    for operation in graph.operations:
+        row, call = operation.operator, operation.call
+        rule = graph.specification.rule(operation, graph)
+        read = [v for v in operation.operands if v in weights]
+        if isinstance(rule, FromUniform) and row.function_of(call).role == "softmax":
+            operation.weights, operation.operator = "made", Secants(row)
+            weights[operation.output], shares[operation] = operation, rule.share
+        elif read and len(operation.operands) == 1 and _moves(operation):
+            operation.weights = "moved"
+            weights[operation.output] = weights[read[0]]
+        elif len(read) == 1 and len(operation.operands) == 2 and row.is_product:
+            operation.weights, operation.operator = "used", Secants(row)
+            share = shares[weights[read[0]]]
+            operation.alphas = tuple(share if v in weights else 1 - share for v in operation.operands)
+        elif read:
+            raise QueryError(
+                f"the composite compares the weights of {weights[read[0]].address!r} with uniform "
+                f"ones (FromUniform), and {operation.address!r} ({operation.kind}) reads them, "
+                "which is no product with values. Choose another rule for that softmax."
+            )
+    if graph.output in weights:
+        raise QueryError(
+            f"the composite chooses FromUniform for {graph.output.name!r}, the explained output "
+            "itself. It is for weights that values are multiplied with."
+        )
+
+
+def _moves(operation: Operation) -> bool:
+    """Whether each result is one of the operand's values."""
+    row, name = operation.operator, operation.arguments[0][0]
+    return (row.moves or row.one_parent) and row.affine_in(operation.call, [name])
+
+
 def _set_slots(operation: Operation, slots: Sequence[tuple[str, Node]], graph: Graph) -> None:
     operation.slots = tuple(slot for _, slot in slots)
     operation.arguments = places(operation.call, slots)
@@ -438,6 +483,11 @@ def _choose_rules(graph: Graph, rules: dict[Operation, Rule]) -> None:
     """Choose the rule of every operation that has none yet."""
     for operation in graph.operations:
         rule = rules.get(operation) or graph.specification.rule(operation, graph)
+        if isinstance(rule, FromUniform) and operation.weights != "made":
+            raise QueryError(
+                f"the composite gives {operation.address!r} ({operation.kind}) the FromUniform "
+                "rule, which is for a softmax alone, and not between two inputs. Choose another."
+            )
         if isinstance(rule, IdentityRule) and not operation.operator.accepts_identity:
             raise QueryError(
                 f"the composite gives {operation.address!r} the Identity rule, but "

@@ -7,7 +7,7 @@ is left. For with `m_j = g_j (y_j - y'_j)` every operation passes `g` by its own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from nrm.capture.nodes import is_mask
 from nrm.capture.run import Interpreter, Plan, Values
 from nrm.errors import InputError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
-from nrm.operators import Setting, fill
+from nrm.operators import Call, Setting, fill
 from nrm.operators.propagation import Before
 from nrm.operators.secants import change, difference
 from nrm.telescope import Telescope, is_precise
@@ -65,6 +65,41 @@ class Reference:
             [self.values[slot] for slot in operation.slots], self.values[operation.output.node]
         )
         return replace(setting, before=before)
+
+
+class Uniform:
+    """Weights that prefer nothing, beside those that a softmax makes (`rules.FromUniform`)."""
+
+    def __init__(self) -> None:
+        self.values: Values = {}
+
+    def setting(
+        self, operation: Operation, setting: Setting, call: Call, values: Sequence[Tensor]
+    ) -> Setting:
+        """How an operation that makes, moves or uses weights propagates.
+
+        Arguments:
+            call, values: as for `Operator.prepare`.
+        """
+        output = operation.output.node
+        assert output is not None
+        if operation.weights == "used":
+            nothing = [torch.zeros_like(x) for x in values]
+            begun = [
+                self.values.get(slot, zero)
+                for slot, zero in zip(operation.slots, nothing, strict=True)
+            ]
+            with torch.no_grad():
+                return replace(setting, before=Before(begun, fill(call, nothing)()))
+        begun = operation.operator.indifferent(call, values) or [self.values[operation.slots[0]]]
+        with torch.no_grad():
+            self.values[output] = fill(call, begun)()
+        if operation.weights == "moved":
+            return setting
+        return replace(setting, before=Before(begun, self.values[output]))
+
+    def release(self, node: Node) -> None:
+        self.values.pop(node, None)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -164,6 +164,7 @@ class Operation:
         gates: how much each factor of a product is a gate.
         alphas: what each factor of a product takes.
         rule: how a weighted sum is shared out.
+        weights: what it does with weights that are compared with uniform ones (`FromUniform`).
     """
 
     address: str
@@ -178,6 +179,7 @@ class Operation:
     alphas: tuple[float, ...] = ()
     rule: Rule = field(init=False)
     late_leaf: str | None = None
+    weights: Literal["made", "moved", "used"] | None = None
     output: Variable = field(init=False)
 
     @property

@@ -19,7 +19,7 @@ from torch.fx import Node
 from nrm.capture.nodes import ancestors, dependents
 from nrm.capture.run import Folding, Interpreter, Plan, Values
 from nrm.capture.store import Shared
-from nrm.differences import Differencing, Reference
+from nrm.differences import Differencing, Reference, Uniform
 from nrm.differences import telescopes as differences_telescope
 from nrm.errors import Cautions, InputError, NrmError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
@@ -422,6 +422,7 @@ class _Preparing(Interpreter):
     ) -> None:
         super().__init__(program.plan, given)
         self.program, self.along, self.reference = program, along, reference
+        self.uniform = Uniform()
         self.propagations: dict[Operation, Propagation] = {}
         self.shapes = {v: given[v.node].shape for v in program.graph.leaves if v.node in given}
         self.free: set[Node] = set()  # values that nothing keeps: their memory may be used again
@@ -450,6 +451,7 @@ class _Preparing(Interpreter):
     def release(self, node: Node) -> None:
         super().release(node)
         self.real.pop(node, None)
+        self.uniform.release(node)
 
     def _prepare(self, node: Node, operation: Operation) -> Tensor:
         call = operation.call.with_values(operation.arguments, self.env.__getitem__)
@@ -459,7 +461,10 @@ class _Preparing(Interpreter):
         if overwrites:
             call = replace(call, target=in_place(call.target))
         operands = [self.env[slot] for slot in operation.slots]
-        output, propagation = operation.operator.prepare(call, operands, self._setting(operation))
+        setting = self._setting(operation)
+        if operation.weights is not None:
+            setting = self.uniform.setting(operation, setting, call, operands)
+        output, propagation = operation.operator.prepare(call, operands, setting)
         seen = [self.env.get(parent) for parent in node.all_input_nodes]
         if overwrites or (propagation.output_is_free and _is_new(output, seen)):
             self.free.add(node)

@@ -323,6 +323,11 @@ class Softmax(Centring):
         means, shift = _log_means(low, high, before[0], after[0], moves[0], call["dim"])
         return means * (moves[0] - shift)
 
+    def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
+        x = values[0].detach()
+        masked = x <= torch.finfo(x.dtype).min / 2  # with -inf, or the least number there is
+        return [torch.where(masked, x, 0.0)]
+
     def values(self, x: Tensor) -> Tensor:
         # Logits masked with -inf have no share, whatever they are.
         return x.masked_fill(x == -torch.inf, 0.0)

@@ -89,7 +89,8 @@ class Product(Operator):
         setting: Setting,
     ) -> Tensor:
         pairs = [_both(call[name], before, after, moves) for name in self.passes]
-        return factors(*zip(*pairs, strict=True))
+        low, high, move = zip(*pairs, strict=True)
+        return factors(low, high, move, setting.alphas)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -295,6 +295,14 @@ class Operator(ABC):
             "it without a reference, or along a path, composites.IntegratedGradients(baseline)."
         )
 
+    def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
+        """Operands of which none is preferred, as scores of zero; `None`: that means nothing here.
+
+        Arguments:
+            call, values: as for `prepare`.
+        """
+        return None
+
     @abstractmethod
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

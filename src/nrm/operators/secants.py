@@ -85,13 +85,30 @@ def chord(call: Call, before: Tensor, after: Tensor, move: Tensor) -> Tensor:
     return move.to(rise.dtype) * slope
 
 
+def weights(
+    before: Sequence[Tensor], after: Sequence[Tensor], alphas: Sequence[float]
+) -> list[Tensor]:
+    """What each operand is for the other one of a product: `a b - a' b' = w_b Da + w_a Db`.
+
+    The mean of both points. Where alphas are given, each factor takes that much of what both bring
+    about together, `Da Db`: `w_a = a' + (1 - alpha_a) Da`.
+    """
+    if len(alphas) < len(before):
+        return [midpoint(x, y) for x, y in zip(before, after, strict=True)]
+    return [
+        torch.lerp(x.detach(), y.detach(), 1 - alpha)
+        for x, y, alpha in zip(before, after, alphas, strict=True)
+    ]
+
+
 def factors(
-    before: tuple[Tensor, Tensor],
-    after: tuple[Tensor, Tensor],
-    moves: tuple[Tensor | float, Tensor | float],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    alphas: Sequence[float] = (),
 ) -> Tensor:
-    """`a b`: `mean(b) Da + mean(a) Db`, which is `a b - a' b'`."""
-    (a, b), (da, db) = (midpoint(p, q) for p, q in zip(before, after, strict=True)), moves
+    """`a b`: `w_b Da + w_a Db`, with weights half way between the two."""
+    (a, b), (da, db) = weights(before, after, alphas), moves
     return b * da + a * db
 
 
@@ -174,6 +191,9 @@ class Secants(Operator):
         setting: Setting,
     ) -> Tensor:
         return self.row.secant(call, before, after, moves, setting)
+
+    def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
+        return self.row.indifferent(call, values)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

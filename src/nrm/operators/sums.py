@@ -24,7 +24,7 @@ from nrm.operators.occlusion import Occluded
 from nrm.operators.propagation import Contribution, Propagation, Setting, add_up
 from nrm.operators.routing import Unchanged
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
-from nrm.operators.secants import change, midpoint
+from nrm.operators.secants import change, weights
 from nrm.rules import Activation, LocalLinear, Rule, Zero
 from nrm.tensors import aligned, like, per_channel
 
@@ -68,9 +68,9 @@ class WeightedSum(Operator):
         moves: Sequence[Tensor],
         setting: Setting,
     ) -> Tensor:
-        # A weight that is another operand's value is the mean of both points: the product rule.
-        middle = [midpoint(a, b) for a, b in zip(before, after, strict=True)]
-        parts = self.contributions(call, middle, setting)
+        # A weight that is another operand's value lies between the points: the product rule.
+        middle = weights(before, after, setting.alphas)
+        parts = self.contributions(call, middle, replace(setting, alphas=()))
         return add_up(part.apply(moves[part.operand], part.w.value) for part in parts)
 
     def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:

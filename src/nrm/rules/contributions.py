@@ -316,6 +316,26 @@ class LocalLinear(Zero):
     first_order: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class FromUniform(Rule):
+    """For a softmax whose weights are multiplied with values: between no preference and its own.
+
+    Its scores `s` are compared with scores of zero, for which the weights are uniform over all that
+    is not masked, `P'`. With the slope between the two (`nrm.operators.secants`) scores contribute
+    `S s`, which adds up to `P - P'`. In the product with values, `P v`, weights contribute
+    `share (P - P') v`, and values all the rest of it. So every column sums to what there is, as
+    under LRP-0, and no share is larger for weights near zero or one, where derivatives vanish.
+
+    Arguments:
+        share: how much the weights take of what their preference changes.
+    """
+
+    share: float = number(0.1, least=0, most=1)
+
+    def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
+        return [[(x.value, w.value)]]
+
+
 @dataclass(frozen=True, eq=False)
 class PathIntegrated(Rule):
     """Contributions added up on the way from a baseline x' to the input x.
