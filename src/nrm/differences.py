@@ -1,8 +1,10 @@
-"""Walks of differences: a forward pass at the input beside one at a reference (`nrm.operators.secants`).
+"""Walks of differences: a forward pass at the input beside one at a reference.
 
-Every operation reads the values of both, and its contributions are those of the differences. What
-is left to say here: what may be different at all, and the way by derivatives, on which no division
-is left. For with `m_j = g_j (y_j - y'_j)` every operation passes `g` by its own slopes.
+Every operation reads the values of both, and its contributions are those of the differences, by its
+slope between the two (`nrm.operators.secants`). What is left to say here: what may be different at
+all, and the way by derivatives, on which no division is left. For with `m_j = g_j (y_j - y'_j)`
+every operation passes `g` by its own slopes. Uniform weights beside those of a softmax
+(`rules.FromUniform`) are a reference of its own, in one place.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Reference:
         plan = Plan.of(graph.captured.graph, wanted | {graph.explained}, known)
         self.values = Interpreter(plan, known).compute()
 
-    def setting(self, operation: Operation, setting: Setting, values: Mapping[Node, Any]) -> Setting:
+    def setting(
+        self, operation: Operation, setting: Setting, values: Mapping[Node, Any]
+    ) -> Setting:
         """How an operation propagates differences.
 
         Arguments:
@@ -165,9 +169,7 @@ class Differencing(Interpreter):
         assert setting.before is not None
         moves = [self.found[operand] for operand in operation.operands[: len(operands)]]
         rise = change(setting.before.output, value)
-        self.found[variable] = difference(
-            operation.operator, call, operands, moves, rise, setting
-        )
+        self.found[variable] = difference(operation.operator, call, operands, moves, rise, setting)
         return value
 
 

@@ -295,9 +295,7 @@ class Explainer(Shown):
                 self._captures.drop(key)
         return None
 
-    def _new(
-        self, call: ModelCall, along: int | None, samples: int, differences: bool
-    ) -> Entry:
+    def _new(self, call: ModelCall, along: int | None, samples: int, differences: bool) -> Entry:
         any_batch = (differences, *_signature(call, along))
         this_batch = (samples, *any_batch)
         exports = not self._captures.is_refused(this_batch)

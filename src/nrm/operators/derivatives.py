@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.operators.call import UNKNOWN, Call, Function, fill
-from nrm.operators.propagation import Columns, Propagation, Setting, pull_back, refuse_failing
+from nrm.operators.propagation import Columns, Ends, Propagation, Setting, pull_back, refuse_failing
 from nrm.operators.row import Operator
 from nrm.rules import Normalized, Rule
 
@@ -70,15 +70,8 @@ class LocalLinear(Operator):
 class LinearMap(LocalLinear):
     """A linear map that goes by what has no row."""
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        output: Tensor = fill(call, moves)()
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        output: Tensor = fill(call, ends.moves)()
         return output
 
 
@@ -89,25 +82,21 @@ class RootOfSquares(LocalLinear):
     `Dq / (y + y')`.
     """
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         name = str(call.target).partition(".")[2].partition(".")[0]
         order = call.get("ord", call.get("p", 2))
         if order not in (None, 2) or call.item not in (None, 0):
-            return super().secant(call, before, after, moves, setting)
-        middle = [(a.detach() + b.detach()) / 2 for a, b in zip(before, after, strict=True)]
-        points = [m + (d - d.detach()) for m, d in zip(middle, moves, strict=True)]
+            return super().secant(call, ends, setting)
+        pairs = zip(ends.before, ends.after, strict=True)
+        middle = [(a.detach() + b.detach()) / 2 for a, b in pairs]
+        points = [m + (d - d.detach()) for m, d in zip(middle, ends.moves, strict=True)]
         output: Tensor = fill(call, points)()
         if name.startswith("var"):
             return output
-        ends = [fill(call, [x.detach() for x in point])() for point in (before, after)]
-        scale = 2 * output.detach() / (ends[0] + ends[1])
+        low, high = (
+            fill(call, [x.detach() for x in point])() for point in (ends.before, ends.after)
+        )
+        scale = 2 * output.detach() / (low + high)
         return output * torch.where(scale.isfinite(), scale, 0.0)
 
 

@@ -20,9 +20,9 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import WEIGHTS, Call, Function, fill
 from nrm.operators.connections import OneParent
-from nrm.operators.propagation import Contribution, Propagation, Setting
+from nrm.operators.propagation import Contribution, Ends, Propagation, Setting
 from nrm.operators.routing import Identity, Unchanged
-from nrm.operators.secants import factors, power_mean_root
+from nrm.operators.secants import factors, inverse_root
 from nrm.operators.sums import Elementwise, WeightedSum
 from nrm.rules import Activation, Rule, Weight
 from nrm.rules import Identity as IdentityRule
@@ -213,18 +213,11 @@ class Normalization(Centring):
 
         return with_transpose(values[0], output, transpose)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         """`(x - mean) r gain`, `r = v ** -1/2`: the product rule, `Dv` by its mean as well."""
-        low, high, move = (self.groups(call, t) for t in (before[0], after[0], moves[0]))
-        low, high, move = (t - t.mean(-1, keepdim=True) for t in (low, high, move))
-        scaled = _over_root(low, high, move, call["eps"]).reshape(after[0].shape)
+        grouped = [self.groups(call, t) for t in (ends.before[0], ends.after[0], ends.moves[0])]
+        centred = [t - t.mean(-1, keepdim=True) for t in grouped]
+        scaled = _over_root(centred, call["eps"]).reshape(ends.after[0].shape)
         gain = call["weight"]
         return scaled if gain is None else scaled * self._aligned(gain, scaled.dim())
 
@@ -240,13 +233,17 @@ class Normalization(Centring):
         return per_channel(value, dim) if self.by_channel else aligned(value, dim)
 
 
-def _over_root(low: Tensor, high: Tensor, move: Tensor, eps: float) -> Tensor:
-    """`c / sqrt(mean c^2 + eps)` along the last axis, between two points."""
-    low, high = low.detach(), high.detach()
+def _over_root(points: Sequence[Tensor], eps: float) -> Tensor:
+    """`c / sqrt(mean c^2 + eps)` along the last axis, between two points.
+
+    Arguments:
+        points: both, and how far it moves.
+    """
+    low, high, move = points[0].detach(), points[1].detach(), points[2]
     squares = [c.square().mean(-1, keepdim=True) + eps for c in (low, high)]
     grown = ((low + high) * move).mean(-1, keepdim=True)
-    roots = (squares[0].rsqrt(), squares[1].rsqrt(), power_mean_root(*squares) * grown)
-    return factors(*zip((low, high, move), roots, strict=True))
+    first, last = (square.rsqrt() for square in squares)
+    return factors(Ends((low, first), (high, last), (move, inverse_root(*squares) * grown)))
 
 
 class RootMeanSquare(Identity):
@@ -256,18 +253,12 @@ class RootMeanSquare(Identity):
         function = Function("normalization")
         super().__init__(kind, at_zero="zero", elementwise=False, function=function)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        x, sizes = after[0], call["normalized_shape"]
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        x, sizes = ends.after[0], call["normalized_shape"]
         eps = torch.finfo(x.dtype).eps if call["eps"] is None else call["eps"]
-        grouped = (t.flatten(t.dim() - len(sizes)) for t in (before[0], x, moves[0]))
-        scaled = _over_root(*grouped, eps).reshape(x.shape)
+        points = (ends.before[0], x, ends.moves[0])
+        grouped = [t.flatten(t.dim() - len(sizes)) for t in points]
+        scaled = _over_root(grouped, eps).reshape(x.shape)
         return scaled if call["weight"] is None else scaled * call["weight"]
 
 
@@ -311,17 +302,10 @@ class Softmax(Centring):
         output: Tensor = fill(call, values)()  # its derivative is the Taylor expansion
         return output
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        low, high = call(self=before[0].detach()), call(self=after[0].detach())
-        means, shift = _log_means(low, high, before[0], after[0], moves[0], call["dim"])
-        return means * (moves[0] - shift)
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        shares = [call(self=x.detach()) for x in (ends.before[0], ends.after[0])]
+        means, shift = _log_means(shares, ends, call["dim"])
+        return means * (ends.moves[0] - shift)
 
     def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
         x = values[0].detach()
@@ -346,18 +330,20 @@ class Softmax(Centring):
         return rest
 
 
-def _log_means(
-    low: Tensor, high: Tensor, before: Tensor, after: Tensor, move: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
+def _log_means(shares: Sequence[Tensor], ends: Ends, dim: int) -> tuple[Tensor, Tensor]:
     """A softmax between two points: `Ds_i = L_i (Dx_i - Dz)`, where `z = log sum_k exp x_k`.
 
     `L_i = (s_i - s'_i) / (log s_i - log s'_i)`, the logarithmic mean, makes that exact; and as all
     `Ds_i` add up to zero, `Dz = sum_k L_k Dx_k / sum_k L_k`.
 
+    Arguments:
+        shares: the softmax at both.
+
     Returns:
         `L`, and `Dz`, linear in the move.
     """
-    grown = [t.detach().logsumexp(dim, keepdim=True) for t in (before, after)]
+    (low, high), move = shares, ends.moves[0]
+    grown = [x.detach().logsumexp(dim, keepdim=True) for x in (ends.before[0], ends.after[0])]
     apart = move.detach() - (grown[1] - grown[0])
     half = apart / 2
     near = (low * high).sqrt() * torch.where(
@@ -399,17 +385,10 @@ class LogSoftmax(Elementwise):
             )
         ]
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        low, high = (call(self=t.detach()).exp() for t in (before[0], after[0]))
-        _, shift = _log_means(low, high, before[0], after[0], moves[0], call["dim"])
-        return moves[0] - shift
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        shares = [call(self=x.detach()).exp() for x in (ends.before[0], ends.after[0])]
+        _, shift = _log_means(shares, ends, call["dim"])
+        return ends.moves[0] - shift
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         return -values[0].detach().logsumexp(call["dim"], keepdim=True)
@@ -465,18 +444,10 @@ class LogSumExp(WeightedSum):
         output: Tensor = fill(call, values)()  # its derivatives are the shares
         return output
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        dim, low, high = call["dim"], before[0].detach(), after[0].detach()
-        parts = (self._shares(call, t) for t in (low, high))
-        _, grown = _log_means(*parts, low, high, moves[0], dim)
-        output: Tensor = grown.sum(dim, keepdim=call["keepdim"])  # of size one
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        shares = [self._shares(call, x.detach()) for x in (ends.before[0], ends.after[0])]
+        _, grown = _log_means(shares, ends, call["dim"])
+        output: Tensor = grown.sum(call["dim"], keepdim=call["keepdim"])  # of size one
         return output
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, Function, Order, Rescaling, Slot, fill, only_operand
 from nrm.operators.connections import Connections, Dense
-from nrm.operators.propagation import Contribution, Propagation, Setting, through_matrix
+from nrm.operators.propagation import Contribution, Ends, Propagation, Setting, through_matrix
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.secants import factors
@@ -80,17 +80,9 @@ class Product(Operator):
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         return super().frozen(call, _shared(values, setting.alphas), setting)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        pairs = [_both(call[name], before, after, moves) for name in self.passes]
-        low, high, move = zip(*pairs, strict=True)
-        return factors(low, high, move, setting.alphas)
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        sides = [_both(call[name], ends) for name in self.passes]
+        return factors(Ends(*zip(*sides, strict=True)), setting.alphas)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -159,19 +151,12 @@ class Quotient(Product):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return call.get("rounding_mode") is None
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         if call.get("rounding_mode") is not None:
-            return Operator.secant(self, call, before, after, moves, setting)
-        numerator, (low, high, move) = (_both(call[n], before, after, moves) for n in self.passes)
+            return Operator.secant(self, call, ends, setting)
+        numerator, (low, high, move) = (_both(call[name], ends) for name in self.passes)
         inverse = (1 / low, 1 / high, -move / (low * high))
-        return factors(*zip(numerator, inverse, strict=True))
+        return factors(Ends(*zip(numerator, inverse, strict=True)))
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         if isinstance(call["self"], Slot):
@@ -187,14 +172,12 @@ class Quotient(Product):
         return super().operands(call, carries, address)[:1]
 
 
-def _both(
-    factor: Any, before: Sequence[Tensor], after: Sequence[Tensor], moves: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _both(factor: Any, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
     """A factor at the reference and at the input, and how far it moves: a constant does not."""
     if isinstance(factor, Slot):
         k = factor.index
-        return before[k].detach(), after[k].detach(), moves[k]
-    value = like(factor, after[0]) if not isinstance(factor, Tensor) else factor
+        return ends.before[k].detach(), ends.after[k].detach(), ends.moves[k]
+    value = like(factor, ends.after[0]) if not isinstance(factor, Tensor) else factor
     return value, value, torch.zeros_like(value)
 
 

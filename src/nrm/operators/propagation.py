@@ -38,6 +38,20 @@ class Before:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class Ends:
+    """An operation's operands at two points, `[*operand]` each.
+
+    Attributes:
+        before, after: their values at the reference and at the input.
+        moves: `after - before`, of which something linear is made (`Operator.secant`).
+    """
+
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+    moves: Sequence[Tensor]
+
+
 @dataclass
 class Setting:
     """How one operation propagates: its rule, and the model-wide choices it needs.

@@ -29,7 +29,7 @@ from nrm.operators.call import (
     fill,
     only_operand,
 )
-from nrm.operators.propagation import Propagation, Setting, pull_back
+from nrm.operators.propagation import Ends, Propagation, Setting, pull_back
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.secants import chord, moved, winners
 from nrm.rules import Normalized, Rule
@@ -131,20 +131,13 @@ class Identity(Operator):
             slope = torch.where(x == 0, 0.0, output / x)
         return with_slope(values[0], output, slope)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         if not self.elementwise:
-            return super().secant(call, before, after, moves, setting)
+            return super().secant(call, ends, setting)
         if self.at_zero == "linear":
-            output: Tensor = fill(call, [moved(after[0], moves[0])])()
+            output: Tensor = fill(call, [moved(ends.after[0], ends.moves[0])])()
             return output
-        return chord(call, before[0], after[0], moves[0])
+        return chord(call, ends.before[0], ends.after[0], ends.moves[0])
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -206,15 +199,8 @@ class Copy(Identity):
         like: Tensor = call["self"]
         return values[0].to(like.dtype).expand(like.shape)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        return self.frozen(call, moves, setting)
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        return self.frozen(call, ends.moves, setting)
 
 
 class Unchanged(Propagation):
@@ -344,17 +330,11 @@ class Routing(Operator):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         if self.kind == "maxpool":
-            return winners((call, call), before, after, moves, setting, self.by_rank)
-        output: Tensor = fill(call, [moved(x, m) for x, m in zip(after, moves, strict=True)])()
+            return winners((call, call), ends, setting, self.by_rank)
+        points = [moved(x, m) for x, m in zip(ends.after, ends.moves, strict=True)]
+        output: Tensor = fill(call, points)()
         return output
 
     def prepare(
@@ -539,16 +519,9 @@ class ScatterMaximum(Routing):
     def _takes_least(self, call: Call) -> bool:
         return bool(call["reduce"] == "amin")
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        then, now = _without_ties(call, before), _without_ties(call, after)
-        return winners((then[0], now[0]), then[1], now[1], moves, setting)
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        then, now = _without_ties(call, ends.before), _without_ties(call, ends.after)
+        return winners((then[0], now[0]), Ends(then[1], now[1], ends.moves), setting)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting

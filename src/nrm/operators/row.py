@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, fill
-from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.propagation import Ends, Propagation, Setting
 from nrm.rules import Rule
 
 
@@ -269,14 +269,7 @@ class Operator(ABC):
         """Whether the row says how a change of its operands changes the result (`secant`)."""
         return type(self).secant is not Operator.secant
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         """Something linear in how far operands move, `S moves`, whose derivatives by them are `S`.
 
         `S` is a slope between two points: `S (after - before) = f(after) - f(before)` exactly. Only
@@ -284,8 +277,6 @@ class Operator(ABC):
 
         Arguments:
             call: with slots for the operands; all else is the same at both points.
-            before, after: the operands' values at the reference and at the input.
-            moves: their differences, `[*operand]` each.
 
         Raises:
             UnsupportedOperatorError: no exact slope is known for this call.

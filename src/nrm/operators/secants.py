@@ -1,10 +1,10 @@
 """Operators between two inputs: how a change of their operands changes what they compute.
 
-With a reference x', what an operand contributes is `S_ji (a_i - a'_i)`, where `S` is a slope between
-the two points: `sum_i S_ji (a_i - a'_i) = y_j - y'_j`, exactly (`Operator.secant`). Linear maps have
+With a reference x', an operand contributes `S_ji (a_i - a'_i)`, where `S` is a slope between the
+two points: `sum_i S_ji (a_i - a'_i) = y_j - y'_j`, exactly (`Operator.secant`). Linear maps have
 their weights for it, elementwise functions the slope of the chord, products the mean of the other
-factor, softmax and norms what is said in their rows. So every column sums to a difference, and
-differences of what follows are divided by the very same numbers.
+factor, softmax and norms what is said in their rows. So every column sums to a difference, and what
+follows divides by the very same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import Node
 from nrm.errors import InputError, UnsupportedOperatorError
 from nrm.operators.call import Call, fill
 from nrm.operators.derivatives import Step
-from nrm.operators.propagation import Propagation, Setting, pull_back
+from nrm.operators.propagation import Ends, Propagation, Setting, pull_back
 from nrm.operators.row import Operator
 from nrm.rules import Normalized
 from nrm.tensors import with_slope
@@ -48,7 +48,7 @@ def midpoint(before: Tensor, after: Tensor) -> Tensor:
 
 
 def moved(point: Tensor, move: Tensor) -> Tensor:
-    """A point that depends on a move with slope one: `f(moved)` has the derivatives of `f` there."""
+    """The point, which depends on a move with slope one."""
     return point.detach() + (move - move.detach())
 
 
@@ -101,28 +101,21 @@ def weights(
     ]
 
 
-def factors(
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    moves: Sequence[Tensor],
-    alphas: Sequence[float] = (),
-) -> Tensor:
-    """`a b`: `w_b Da + w_a Db`, with weights half way between the two."""
-    (a, b), (da, db) = weights(before, after, alphas), moves
+def factors(ends: Ends, alphas: Sequence[float] = ()) -> Tensor:
+    """The product of two, `a b`, between two points: `w_b Da + w_a Db`."""
+    (a, b), (da, db) = weights(ends.before, ends.after, alphas), ends.moves
     return b * da + a * db
 
 
-def power_mean_root(before: Tensor, after: Tensor) -> Tensor:
-    """The slope of `v ** -1/2` between two positive numbers: `-1 / (s s' (s + s'))`, `s = sqrt v`."""
+def inverse_root(before: Tensor, after: Tensor) -> Tensor:
+    """The slope of `1 / s` by `v = s ** 2` between two positive numbers: `-1 / (s s' (s + s'))`."""
     low, high = before.detach().sqrt(), after.detach().sqrt()
     return -1 / (low * high * (low + high))
 
 
 def winners(
     calls: tuple[Call, Call],
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    moves: Sequence[Tensor],
+    ends: Ends,
     setting: Setting,
     by_rank: bool = False,
 ) -> Tensor:
@@ -137,25 +130,28 @@ def winners(
         calls: that at the reference, and that at the input.
         by_rank: who comes where depends on all, of which nothing is known but where it is the same.
     """
-    then, now = Step.of(calls[0], before, after), Step.of(calls[1], after, before)
+    then, now = (
+        Step.of(calls[0], ends.before, ends.after),
+        Step.of(calls[1], ends.after, ends.before),
+    )
     a, b_then = now.output.detach(), then.output.detach()
     a_then, b = now.columns(), then.columns()
     if by_rank:
         if not torch.equal(a_then, b_then):
             raise UnsupportedOperatorError(
-                f"{calls[0].target} at {setting.address!r} puts its operand in another order at the "
-                "reference, and no exact slope between two orders is known."
+                f"{calls[0].target} at {setting.address!r} puts its operand in another order at "
+                "the reference, and no exact slope between two orders is known."
             )
         share: Tensor | float = 0.0
     else:
         gap = (a - b) + (b_then - a_then)
         share = torch.where(gap == 0, 0.0, (b_then - a_then) / gap)
         share = torch.where(share.isfinite(), share.clamp(0, 1), 0.0)
-    ends = [
-        fill(call, [moved(x, m) for x, m in zip(point, moves, strict=True)])()
-        for call, point in zip(calls, (before, after), strict=True)
+    results = [
+        fill(call, [moved(x, m) for x, m in zip(point, ends.moves, strict=True)])()
+        for call, point in zip(calls, (ends.before, ends.after), strict=True)
     ]
-    result: Tensor = share * ends[0] + (1 - share) * ends[1]
+    result: Tensor = share * results[0] + (1 - share) * results[1]
     return result
 
 
@@ -182,15 +178,8 @@ class Secants(Operator):
     def check(self, call: Call, operands: Sequence[tuple[str, Node]], address: str) -> None:
         self.row.check(call, operands, address)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
-        return self.row.secant(call, before, after, moves, setting)
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        return self.row.secant(call, ends, setting)
 
     def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
         return self.row.indifferent(call, values)
@@ -226,7 +215,7 @@ def difference(
     assert setting.before is not None
     after = [value.detach() for value in after]
     with torch.enable_grad():
-        linear = row.secant(call, setting.before.operands, after, moves, setting)
+        linear = row.secant(call, Ends(setting.before.operands, after, moves), setting)
         if not linear.requires_grad:
             linear = linear + 0 * moves[0].sum()
         return with_slope(linear.expand(rise.shape), rise, 1.0)

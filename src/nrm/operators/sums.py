@@ -21,7 +21,7 @@ from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, Slot, 
 from nrm.operators.columns import SharedOut
 from nrm.operators.connections import OneParent
 from nrm.operators.occlusion import Occluded
-from nrm.operators.propagation import Contribution, Propagation, Setting, add_up
+from nrm.operators.propagation import Contribution, Ends, Propagation, Setting, add_up
 from nrm.operators.routing import Unchanged
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
 from nrm.operators.secants import change, weights
@@ -60,18 +60,11 @@ class WeightedSum(Operator):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return type(rule) in (Zero, LocalLinear)
 
-    def secant(
-        self,
-        call: Call,
-        before: Sequence[Tensor],
-        after: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        setting: Setting,
-    ) -> Tensor:
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
         # A weight that is another operand's value lies between the points: the product rule.
-        middle = weights(before, after, setting.alphas)
+        middle = weights(ends.before, ends.after, setting.alphas)
         parts = self.contributions(call, middle, replace(setting, alphas=()))
-        return add_up(part.apply(moves[part.operand], part.w.value) for part in parts)
+        return add_up(part.apply(ends.moves[part.operand], part.w.value) for part in parts)
 
     def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
         return True
