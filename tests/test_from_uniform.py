@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 import nrm
 from nrm import composites, rules
 from nrm.errors import QueryError
+
+TRACR = Path(__file__).parents[2] / "shared" / "data" / "tracr"
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
@@ -50,22 +55,12 @@ def test_shares_are_those_by_hand(share: float, sharpness: float) -> None:
     logs = logs - torch.where(seen == 1, -seen.sum(-1, keepdim=True).log(), 0.0)
     means = torch.where(logs.abs() > 1e-12, (P - P0) / logs, P)
     on_scores = means * (on_weights - (means * on_weights).sum(-1, True) / means.sum(-1, True))
-    passed = on_scores * s / 2  # both factors of a score take half
-    contributed = (
-        sharpness
-        * torch.stack(
-            [
-                on_scores[:, :, None] * q[:, None] * k[None],
-                on_scores[:, :, None] * q[:, None] * k[None],
-            ]
-        )
-        / 2
-    )
+    passed = on_scores[:, :, None] * sharpness * q[:, None] * k[None] / 2  # each factor takes half
     total = (P @ v)[:, 1].sum()
     assert torch.isclose(by_value.sum() + 2 * passed.sum(), total)
     assert torch.allclose(R.heatmap(at="v")[0], by_value / total, atol=1e-12)
-    assert torch.allclose(R.heatmap(at="q")[0], contributed[0].sum(1) / total, atol=1e-12)
-    assert torch.allclose(R.heatmap(at="k")[0], contributed[1].sum(0) / total, atol=1e-12)
+    assert torch.allclose(R.heatmap(at="q")[0], passed.sum(1) / total, atol=1e-12)
+    assert torch.allclose(R.heatmap(at="k")[0], passed.sum(0) / total, atol=1e-12)
 
 
 def encoder() -> tuple[nn.Module, Tensor]:
@@ -122,3 +117,52 @@ def test_other_uses_of_the_rule_are_refused_by_name() -> None:
         nrm.Explainer(last, rules.FromUniform())(x, target=0)
     with pytest.raises(ValueError, match="share"):
         rules.FromUniform(1.5)
+
+
+class Sort(nn.Module):
+    """The program `sort`, compiled into a transformer of three layers, by tracr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from safetensors.torch import load_file
+
+        self.told = json.loads((TRACR / "sort.json").read_text())
+        w = load_file(TRACR / "sort.safetensors")
+        self.words = nn.Embedding.from_pretrained(w["token_embed.embeddings"])
+        self.places = nn.Embedding.from_pretrained(w["pos_embed.embeddings"])
+        self.layers = nn.ModuleDict()
+        for name in [name.removesuffix(".w") for name in w if name.endswith(".w")]:
+            linear = nn.Linear(*w[name + ".w"].shape)
+            linear.weight = nn.Parameter(w[name + ".w"].mT.contiguous())
+            linear.bias = nn.Parameter(w[name + ".b"])
+            self.layers[name.removeprefix("layers.").replace(".", "_")] = linear
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places.weight[: ids.shape[1]]
+        for i in range(3):
+            q, k, v = (self.layers[f"{i}_attn_{part}"](x) for part in ("query", "key", "value"))
+            weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+            x = x + self.layers[f"{i}_attn_linear"](weights @ v)
+            hidden = torch.relu(self.layers[f"{i}_mlp_linear_1"](x))
+            x = x + self.layers[f"{i}_mlp_linear_2"](hidden)
+        return x
+
+
+@pytest.mark.skipif(not TRACR.exists(), reason="needs the tracr programs in ../shared/data")
+def test_a_compiled_program_shows_its_edge_through_queries_and_keys() -> None:
+    pytest.importorskip("safetensors")
+    model = Sort().double().eval()
+    example, known = model.told["examples"][0], model.told["token_ids"]
+    ids = torch.tensor([[known[token] for token in example["tokens"]]])
+    place = model.told["residual_labels"].index(f"sort_12:{int(example['output'][3])}")
+    shares = {}
+    for composite in (composites.CPLRP(), composites.AttnLRP(), composites.Circuits(0.5)):
+        R = nrm.Explainer(model, composite)(ids, target=(3, place))
+        width = range(len(model.told["residual_labels"]))
+        sender = nrm.channels("layers.1_mlp_linear_2", *width)
+        receiver = nrm.channels("layers.2_attn_linear", *width)
+        through = R(sender, receiver) - R(sender, nrm.channels("layers.2_attn_value", *width[:17]))
+        shares[str(composite)] = abs(float(through))
+    assert shares["CPLRP()"] < 1e-12
+    assert shares["AttnLRP()"] < 1e-3
+    assert shares["Circuits(0.5)"] > 0.1

@@ -370,10 +370,11 @@ def _choose_rules(graph: Graph, rules: dict[Operation, Rule]) -> None:
     """Choose the rule of every operation that has none yet."""
     for operation in graph.operations:
         rule = rules.get(operation) or graph.specification.rule(operation, graph)
-        if isinstance(rule, FromUniform) and operation.weights != "made":
+        summed = operation.operator.adds_up or not graph.differences
+        if isinstance(rule, FromUniform) and operation.weights != "made" and summed:
             raise QueryError(
                 f"the composite gives {operation.address!r} ({operation.kind}) the FromUniform "
-                "rule, which is for a softmax alone, and not between two inputs. Choose another."
+                "rule, which is for a softmax alone. Choose another."
             )
         if isinstance(rule, IdentityRule) and not operation.operator.accepts_identity:
             raise QueryError(
