@@ -37,6 +37,7 @@ RULES = [
     rules.AlphaBeta(2.0, 1.0),
     rules.Epsilon(1e-2),
     rules.Flat(),
+    rules.FromUniform(),
     rules.Gamma(0.25),
     rules.Gamma(0.0),
     rules.Identity(),

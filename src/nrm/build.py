@@ -25,9 +25,10 @@ from nrm.capture.nodes import (
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
-from nrm.operators import Call, Operator, ToFirstOrder, carries_none, lookup, picks
+from nrm.operators import Call, Operator, carries_none, lookup, picks
+from nrm.rules import FromUniform, Rule
 from nrm.rules import Identity as IdentityRule
-from nrm.rules import PathIntegrated, Rule
+from nrm.slopes import follow_weights, places, take_between, take_to_first_order
 from nrm.structure import Structure, gate_ranks, is_embedding
 
 
@@ -257,15 +258,6 @@ def _with_state(call: Call) -> list[tuple[str, Node]]:
     return [(name, node) for name, node in call.nodes() if is_float_tensor(node)]
 
 
-def places(call: Call, slots: Sequence[tuple[str, Node]]) -> tuple[tuple[str, int], ...]:
-    """Where in a call its operands are, which may be the same node twice."""
-    remaining = iter(call.places())
-    found = []
-    for slot in slots:
-        found.append(next((n, place) for n, place, node in remaining if (n, node) == slot))
-    return tuple(found)
-
-
 def _call(node: Node, address: str) -> Call:
     try:
         return Call.of(node)
@@ -291,6 +283,7 @@ def build_graph(
     bias_is_input: bool,
     fallback: Operator | None = None,
     heads: Heads = "keep",
+    differences: bool = False,
 ) -> Graph:
     """The variables and operations between the leaves and the explained output.
 
@@ -301,6 +294,7 @@ def build_graph(
         bias_is_input: biases are leaves.
         fallback: the row of operators that have none.
         heads: whether a last softmax or sigmoid is looked through (`nrm.heads`).
+        differences: walks are those of the differences from a reference; biases contribute none.
 
     Raises:
         CaptureError: no walk leads to an input.
@@ -314,39 +308,19 @@ def build_graph(
     )
     draft = Draft(captured, fallback, head)
     by_node = draft.by_node | draft.constants
+    bias_is_input = bias_is_input and not differences
     graph = Graph(captured, specification, bias_is_input, head, draft.variables, by_node)
-    rules = _take_to_first_order(graph)
+    graph.differences = differences
+    rules = {} if differences else take_to_first_order(graph)
+    if differences:
+        take_between(graph)
+    else:
+        follow_weights(graph)
     _share_products(graph)
     _drop_unvisited(graph, draft)
     _choose_rules(graph, rules)
     _add_late_leaves(graph, draft.steps)
     return graph
-
-
-def _take_to_first_order(graph: Graph) -> dict[Operation, Rule]:
-    """Give operations that are neither linear nor elementwise their derivatives for a row.
-
-    Only under rules that ask for it; all that the derivatives reach are operands then.
-
-    Returns:
-        those rules.
-    """
-    rules: dict[Operation, Rule] = {}
-    for operation in graph.operations:
-        rule = graph.specification.rule(operation, graph)
-        if not rule.first_order:
-            continue
-        rules[operation] = rule
-        row = ToFirstOrder(operation.operator)
-        slots = row.operands(operation.call, graph.carries, operation.address)
-        if len(slots) < len(operation.slots):  # constants among them
-            slots = operation.named_slots
-        if operation.operator.curves(slots, isinstance(rule, PathIntegrated)):
-            operation.operator = row
-            operation.slots = tuple(slot for _, slot in slots)
-            operation.arguments = places(operation.call, slots)
-            operation.operands = tuple(graph.by_node[slot] for slot in operation.slots)
-    return rules
 
 
 def _share_products(graph: Graph) -> None:
@@ -396,6 +370,12 @@ def _choose_rules(graph: Graph, rules: dict[Operation, Rule]) -> None:
     """Choose the rule of every operation that has none yet."""
     for operation in graph.operations:
         rule = rules.get(operation) or graph.specification.rule(operation, graph)
+        summed = operation.operator.adds_up or not graph.differences
+        if isinstance(rule, FromUniform) and operation.weights != "made" and summed:
+            raise QueryError(
+                f"the composite gives {operation.address!r} ({operation.kind}) the FromUniform "
+                "rule, which is for a softmax alone. Choose another."
+            )
         if isinstance(rule, IdentityRule) and not operation.operator.accepts_identity:
             raise QueryError(
                 f"the composite gives {operation.address!r} the Identity rule, but "

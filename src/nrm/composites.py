@@ -24,6 +24,7 @@ from nrm.rules import (
     AlphaBeta,
     Epsilon,
     Flat,
+    FromUniform,
     Gamma,
     PathIntegrated,
     Rule,
@@ -425,6 +426,24 @@ def AttnLRP(epsilon: float = 0.0) -> Composite:
         alpha_default=Uniform(),
         bias="input",
     )
+
+
+@composite("Circuits")
+def Circuits(share: float = 0.1) -> Composite:
+    """CP-LRP with a share for what queries and keys do: the default for circuits.
+
+    Assumes that attention weights matter as far as they prefer some positions. Of what that
+    changes, compared with uniform weights, they take a share, and pass it to queries and keys by
+    halves (`rules.FromUniform`). Everything else is as in `CPLRP`: norms have a frozen scale, gates
+    take nothing, biases are inputs. Every operation adds up what there is; the total variation is
+    that of CP-LRP, or little more (docs/references.md).
+
+    Arguments:
+        share: see `rules.FromUniform`.
+    """
+    rule = FromUniform() if share == 0.1 else FromUniform(share)
+    name = f"Circuits({'' if share == 0.1 else share})"
+    return Composite([(kind("softmax"), rule)], Zero(), name=name, bias="input")
 
 
 @composite("LRPAll")

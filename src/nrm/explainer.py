@@ -20,7 +20,8 @@ from nrm.capture.nodes import Captured, is_mask
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
-from nrm.composites import Composite, Everywhere, suggested
+from nrm.composites import Composite, Everywhere, LRPZero, suggested
+from nrm.differences import reference_of
 from nrm.display import Shown, Table
 from nrm.errors import InputError, TargetError
 from nrm.explanation import Recipe, Target, explain_relevance, explain_target
@@ -125,6 +126,7 @@ class Explainer(Shown):
         *inputs: Any,
         target: Target = None,
         output_relevance: Tensor | None = None,
+        reference: Any = None,
         **named: Any,
     ) -> Measure:
         """The measure of a batch of inputs.
@@ -139,14 +141,34 @@ class Explainer(Shown):
             output_relevance: instead of a target, the unnormalised relevance of all outputs,
                 shaped like the output (eq. 13): `f(x)` itself, a softmax, a difference of logits.
                 Where a head is looked through, it is that of the logits, one to one.
+            reference: another input x', from which differences are taken: contributions are
+                `w_ij (a_i - a'_i)`, `R.scale` is `f(x) - f(x')`, and a share times that is what of
+                the difference passes there (docs/references.md). A tensor of the input's shape, or
+                of one sample for all, or a number; for a model with several inputs a mapping from
+                their names, where those left out are the same in both. Biases contribute nothing.
+                The composite's rules apply to weighted sums, by default LRP-0; products, norms and
+                softmax go by their own slopes.
 
         Raises:
             InputError, TargetError, CaptureError, UnsupportedOperatorError, PositiveSumError
         """
         with torch.inference_mode(False), without_autocast(self.model):
             call = self._bind(inputs, named)
-            program, unchanged = self._program(call)
-            forward = program.run([wide(x) for x in call.tensors], unchanged)
+            program, unchanged = self._program(call, reference is not None)
+            before = None
+            if reference is not None:
+                before = reference_of(call, reference)
+                reference = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), reference)
+                captured = program.graph.captured
+                other = ModelCall(self.model, *call.arguments(*before), self.output)
+                if not captured.reusable and not reproduces(captured, other):
+                    raise InputError(
+                        f"{type(self.model).__name__} does something else at the reference than at "
+                        "the input (its Python code branches on values), so that there are no two "
+                        "runs of one network to compare."
+                    )
+                before = [wide(x) for x in before]
+            forward = program.run([wide(x) for x in call.tensors], unchanged, before)
             if isinstance(output_relevance, Tensor):
                 output_relevance = wide(output_relevance).detach().clone()  # callers reuse theirs
             if output_relevance is None:
@@ -157,7 +179,7 @@ class Explainer(Shown):
                 raise TargetError("give either a target or an output_relevance, not both")
             inputs, named = call.arguments(*call.tensors)
             chosen = target if isinstance(target, Combination) else explained.target
-            recipe = Recipe(self, inputs, named, chosen, output_relevance)
+            recipe = Recipe(self, inputs, named, chosen, output_relevance, reference)
             return Measure(forward, explained, recipe, self.strict)
 
     def table(self) -> Table:
@@ -222,16 +244,23 @@ class Explainer(Shown):
         _check_inputs(call, self.model)
         return call
 
-    def _program(self, call: ModelCall) -> tuple[Program, Callable[[], None]]:
-        """The program for a call, and a check that what it reads is still the same."""
+    def _program(
+        self, call: ModelCall, differences: bool = False
+    ) -> tuple[Program, Callable[[], None]]:
+        """The program for a call, and a check that what it reads is still the same.
+
+        Arguments:
+            differences: walks are those of the differences from a reference.
+        """
         along = self._batch_axis(call)
         samples = 1 if along is None else call.tensors[0].shape[along]
         state = None if self.check == "none" else state_of(self.model)
         self._captures.meet(state)
-        entry = self._known(call, along, samples)
+        known = partial(self._known, call, along, samples, differences)
+        entry = known()
         if entry is None:
             with capturing():  # another thread may have captured it meanwhile
-                entry = self._known(call, along, samples) or self._new(call, along, samples)
+                entry = known() or self._new(call, along, samples, differences)
         if along is not None and samples > 1 and not entry.apart:
             _check_samples_are_apart(call, along, entry.program.graph.captured)
             entry.apart = True
@@ -244,9 +273,11 @@ class Explainer(Shown):
             read += [t for t in tensors if wide(t) is not t]
         return entry.program, partial(refuse_changed, read, state.digests(read))
 
-    def _known(self, call: ModelCall, along: int | None, samples: int) -> Entry | None:
+    def _known(
+        self, call: ModelCall, along: int | None, samples: int, differences: bool
+    ) -> Entry | None:
         """What was captured before, if it still is the model."""
-        any_batch = _signature(call, along)
+        any_batch = (differences, *_signature(call, along))
         for key in ((samples, *any_batch), any_batch):
             entry = self._captures.find(key)
             if entry is None:
@@ -265,12 +296,13 @@ class Explainer(Shown):
                 self._captures.drop(key)
         return None
 
-    def _new(self, call: ModelCall, along: int | None, samples: int) -> Entry:
-        any_batch = _signature(call, along)
+    def _new(self, call: ModelCall, along: int | None, samples: int, differences: bool) -> Entry:
+        any_batch = (differences, *_signature(call, along))
         this_batch = (samples, *any_batch)
         exports = not self._captures.is_refused(this_batch)
         shared = self._captures.shared
-        captured = capture(call, along, exports, shared)
+        captured = self._captured(samples, differences, call, along)
+        captured = captured or capture(call, along, exports, shared)
         if not captured.batched and samples > 1:
             raise InputError(
                 f"{type(self.model).__name__} can only be captured for one batch at a time (its "
@@ -278,9 +310,11 @@ class Explainer(Shown):
                 "cannot be told apart. Explain one sample at a time; or, if all of the call is "
                 "one sample (a graph, a sequence), say Explainer(..., batch_axis=None)."
             )
-        composite = self.composite or suggested(captured)
+        composite = self.composite or (LRPZero() if differences else suggested(captured))
         bias = self.bias or composite.bias
-        graph = build_graph(captured, composite, bias == "input", self.fallback, self.head)
+        graph = build_graph(
+            captured, composite, bias == "input", self.fallback, self.head, differences
+        )
         own: list[Tensor] = []
         if self.check != "none":
             state = self._witnessed(call)
@@ -292,6 +326,18 @@ class Explainer(Shown):
             only_here = not captured.batched or self._captures.find(any_batch) is not None
             self._captures.keep(this_batch if only_here else any_batch, entry)
         return entry
+
+    def _captured(
+        self, samples: int, differences: bool, call: ModelCall, along: int | None
+    ) -> Captured | None:
+        """What was captured already for walks of the other kind, if it still is the model."""
+        any_batch = (not differences, *_signature(call, along))
+        for key in ((samples, *any_batch), any_batch):
+            entry = self._captures.find(key)
+            if entry is not None and samples in entry.sizes and entry.is_unchanged():
+                found: Captured = entry.program.graph.captured
+                return found
+        return None
 
     def _witnessed(self, call: ModelCall) -> State:
         """The model as it is now, with a note of what it writes into itself when it runs."""

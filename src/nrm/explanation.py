@@ -64,12 +64,13 @@ def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
         return _combined(target, forward, strict)
     chosen = _chosen(target, forward)
     index = (torch.arange(forward.batch, device=forward.output.device), *chosen.long().unbind(1))
-    values = _by_sample(forward.output, forward)[index]
+    values = _by_sample(forward.amount, forward)[index]
     if not bool(torch.isfinite(values).all()):
         raise TargetError(
             f"of the {forward.graph.head or 'output'} the explained one is NaN or infinite for "
             "some sample."
         )
+    _refuse_unchanged(values, _by_sample(forward.output, forward)[index], forward)
     if strict and bool((values <= 0).any()):
         raise PositiveSumError(
             "strict: the explained output is zero or negative for some sample (eq. 16). "
@@ -93,10 +94,12 @@ def _combined(target: Combination, forward: Pass, strict: bool) -> Explained:
     weights = target.weights(outputs)
     unnormalized = torch.zeros_like(forward.output)
     terms = _by_sample(unnormalized, forward)
-    terms[weights != 0] = (weights * outputs)[weights != 0]  # others may be infinite
+    amounts = _by_sample(forward.amount, forward)
+    terms[weights != 0] = (weights * amounts)[weights != 0]  # others may be infinite
     if not bool(torch.isfinite(terms).all()):
         raise TargetError(f"{target} adds up NaN or infinite values.")
     total, size = terms.flatten(1).sum(1), terms.abs().flatten(1).sum(1)
+    _refuse_unchanged(total, size, forward)
     if bool((total.abs() <= 1e-6 * size).any()):
         raise TargetError(f"{target} is zero for some sample: nothing to normalise by")
     below = (total < 0).nonzero().flatten().tolist()
@@ -107,6 +110,24 @@ def _combined(target: Combination, forward: Pass, strict: bool) -> Explained:
         forward.cautions.negative(str(target), float(total[below[0]]), of)
     share = unnormalized / forward.graph.output.by_sample(total)
     return Explained(share, unnormalized, None, str(target))
+
+
+def _refuse_unchanged(values: Tensor, sizes: Tensor, forward: Pass) -> None:
+    """Refuse to share out a difference from the reference that is zero, or nothing but rounding.
+
+    Raises:
+        TargetError: it is, for some sample.
+    """
+    if not forward.graph.differences:
+        return
+    rounding = 8 * torch.finfo(values.dtype).eps
+    same = (values.abs() <= rounding * sizes.abs()).nonzero().flatten().tolist()
+    if same:
+        of = f" of sample {same[0]}" if forward.batch > 1 else ""
+        raise TargetError(
+            f"the explained output{of} is the same at the input and at the reference, so there is "
+            "no difference to share out. Explain another target, or give another reference."
+        )
 
 
 def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explained:
@@ -128,6 +149,11 @@ def explain_relevance(relevance: Tensor, forward: Pass, strict: bool) -> Explain
     relevance = relevance.detach().to(forward.output.dtype, copy=True)  # callers reuse theirs
     if not bool(torch.isfinite(relevance).all()):
         raise TargetError("output_relevance holds NaN or infinite values")
+    if forward.graph.differences and bool((relevance != 0)[forward.amount == 0].any()):
+        raise TargetError(
+            "output_relevance is not zero at outputs that are the same at the input and at the "
+            "reference, where there is no difference to share out."
+        )
     total = variable.per_sample(relevance.unsqueeze(0), forward.batch)[0]
     size = variable.per_sample(relevance.abs().unsqueeze(0), forward.batch)[0]
     if bool((total.abs() <= 1e-6 * size).any()) or bool((size == 0).any()):
@@ -219,6 +245,7 @@ class Recipe:
     Arguments:
         inputs, named: the model's arguments, as they were: nobody else may change them.
         target, output_relevance: what was explained; one of them is `None`.
+        reference: what differences were taken from, as it was given.
     """
 
     def __init__(
@@ -228,16 +255,17 @@ class Recipe:
         named: Mapping[str, Any],
         target: Target,
         output_relevance: Tensor | None,
+        reference: Any = None,
     ) -> None:
         self.explainer = explainer
-        self.call = (tuple(inputs), dict(named), target, output_relevance)
+        self.call = (tuple(inputs), dict(named), target, output_relevance, reference)
         self._settings = explainer.__getstate__()
 
     def of(self, target: Target) -> Recipe:
         """The same with another target."""
         other = copy.copy(self)
-        inputs, named, _, _ = self.call
-        other.call = (inputs, named, target, None)
+        inputs, named, _, _, reference = self.call
+        other.call = (inputs, named, target, None, reference)
         return other
 
     def ingredients(self) -> tuple[Any, ...]:
@@ -263,9 +291,11 @@ def made(
     named: Mapping[str, Any],
     target: Target,
     output_relevance: Tensor | None,
+    reference: Any = None,
 ) -> Any:
     """The measure that was saved, made anew: the model runs forward once."""
-    return explainer(*inputs, target=target, output_relevance=output_relevance, **named)
+    given = {} if reference is None else {"reference": reference}
+    return explainer(*inputs, target=target, output_relevance=output_relevance, **given, **named)
 
 
 # -- one batch explained --------------------------------------------------------------------------
@@ -319,7 +349,8 @@ class Explanation(Shown):
     @property
     def scale(self) -> Tensor:
         """`[batch]`, the sum of the unnormalised output relevance (eq. 13), for one target its
-        logit: multiply a result by it to have it in the logit's units."""
+        logit: multiply a result by it to have it in the logit's units. With a reference it is the
+        difference from the logit there."""
         return self._scale.clone()
 
     @property
@@ -336,6 +367,8 @@ class Explanation(Shown):
         explained = self.quantity
         if self.graph.head is not None:
             explained += f", {self.explained}"
+        if self.graph.differences:
+            explained += ", from a reference"
         variables = len(self.graph.variables)
         return f"{type(self).__name__}({explained}, {variables} variables, batch {self.batch})"
 
@@ -352,7 +385,11 @@ class Explanation(Shown):
             ("biases", "are inputs" if graph.bias_is_input else "take no relevance"),
             ("rules", repr(graph.specification)),
         ]
-        note = "Relevances are shares of the explained output: times R.scale they are in its units."
+        what = "explained output"
+        if graph.differences:
+            rows.insert(2, ("of it", "its difference from that at the reference"))
+            what += "'s difference from the reference"
+        note = f"Relevances are shares of the {what}: times R.scale they are in its units."
         return Table("Normalized relevance measure", (), rows, [note])
 
     @property

@@ -164,6 +164,7 @@ class Operation:
         gates: how much each factor of a product is a gate.
         alphas: what each factor of a product takes.
         rule: how a weighted sum is shared out.
+        weights: what it does with weights that are compared with uniform ones (`FromUniform`).
     """
 
     address: str
@@ -178,6 +179,7 @@ class Operation:
     alphas: tuple[float, ...] = ()
     rule: Rule = field(init=False)
     late_leaf: str | None = None
+    weights: Literal["made", "moved", "used"] | None = None
     output: Variable = field(init=False)
 
     @property
@@ -223,6 +225,7 @@ class Graph:
 
     Attributes:
         explained: the node that walks begin at: the model's output, or the logits behind it.
+        differences: walks are those of the differences from a reference.
         silent: names of what no walk visits, since it enters products whose other factor takes all.
     """
 
@@ -243,6 +246,7 @@ class Graph:
         self.by_node: dict[Node, Variable] = dict(by_node)
         self.output = self.by_node[self.explained]
         self.silent: set[str] = set()
+        self.differences = False
         self.set_variables(variables)
 
     def set_variables(self, variables: Sequence[Variable]) -> None:

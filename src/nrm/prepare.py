@@ -19,10 +19,13 @@ from torch.fx import Node
 from nrm.capture.nodes import ancestors, dependents
 from nrm.capture.run import Folding, Interpreter, Plan, Values
 from nrm.capture.store import Shared
+from nrm.differences import Differencing, Reference, Uniform
+from nrm.differences import telescopes as differences_telescope
 from nrm.errors import Cautions, InputError, NrmError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Call, Propagation, Setting, in_place, picks, reads_layout
 from nrm.operators.call import ALIAS
+from nrm.operators.secants import change
 from nrm.rules import PathIntegrated
 from nrm.rules.contributions import Baseline
 from nrm.telescope import Differentiating, Fusion, HiddenSumError, Telescope, fusions, telescopes
@@ -136,6 +139,7 @@ class Pass:
     Attributes:
         graph: the graph it ran on.
         output: the explained tensor's values.
+        amount: what is shared out: these values, or their difference from those at the reference.
         returned: the model's output, another where a head is looked through (`nrm.heads`).
         batch: the number of samples.
         telescope: the way by derivatives, where the rules allow it.
@@ -147,26 +151,33 @@ class Pass:
         program: Program,
         inputs: Sequence[Tensor],
         check: Callable[[], None] = lambda: None,
+        reference: Sequence[Tensor] | None = None,
     ) -> None:
         self.graph = program.graph
         self._program, self._inputs, self._check = program, inputs, check
+        self._reference = reference
         self.telescope: Telescope | None = None
         self.cautions = Cautions()
         shapes: Mapping[Variable, torch.Size]
-        if program.telescopes:
+        if program.telescopes and reference is not None:
+            found, self.output, self.returned = program.difference(inputs, reference)
+            self.amount = found.values[self.graph.output].detach()
+        elif program.telescopes:
             found, self.returned = program.differentiate(inputs)
+            self.output = self.amount = found.values[self.graph.output].detach()
+        if program.telescopes:
             shapes = {variable: value.shape for variable, value in found.values.items()}
             self.telescope = found
-            self.output = found.values[self.graph.output].detach()
         else:
             shapes = self._prepared.shapes
             self.output, self.returned = self._prepared.explained, self._prepared.returned
+            self.amount = self._prepared.amount
         self._shapes = shapes  # of a part of the variables, where others were not needed
         self.batch = _batch_size(self.graph, shapes)
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return self._program.prepare(self._inputs)
+        return self._program.prepare(self._inputs, self._reference)
 
     def as_it_was(self) -> Self:
         """This pass, to be asked now.
@@ -238,9 +249,11 @@ class Program:
         self.settings = {
             operation: _setting(operation, strict, shared) for operation in graph.operations
         }
-        self.telescopes = not strict and telescopes(graph)
+        whether = differences_telescope if graph.differences else telescopes
+        self.telescopes = not strict and whether(graph)
         self._reads_layout = any(reads_layout(n.target) for n in graph.captured.graph.nodes)
-        self._fused = fusions(graph) if self.telescopes else {}
+        fuses = self.telescopes and not graph.differences
+        self._fused = fusions(graph) if fuses else {}
         self._constants = self._fold(shared)
         self.plan = self._plan({})
         self._fused_plan = self._plan(self._fused)
@@ -249,18 +262,42 @@ class Program:
             if operation.rule.reads_ahead:
                 self.settings[operation].following = self._following(operation)
 
-    def run(self, inputs: Sequence[Tensor], check: Callable[[], None] = lambda: None) -> Pass:
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        check: Callable[[], None] = lambda: None,
+        reference: Sequence[Tensor] | None = None,
+    ) -> Pass:
         """The forward pass.
 
         Arguments:
             check: raises where the model is no longer what it was; called before the pass is asked.
+            reference: other inputs, where walks are those of the differences from them.
         """
-        return Pass(self, inputs, check)
+        return Pass(self, inputs, check, reference)
 
-    def prepare(self, inputs: Sequence[Tensor]) -> Prepared:
+    def prepare(
+        self, inputs: Sequence[Tensor], reference: Sequence[Tensor] | None = None
+    ) -> Prepared:
         """Every operation ready for messages, keeping only what propagation needs."""
         along = {} if self._path is None else self._path.operands(self._given(inputs))
-        return _Preparing(self, self._given(inputs), along).result()
+        before = None if reference is None else self._at(reference)
+        return _Preparing(self, self._given(inputs), along, before).result()
+
+    def _at(self, reference: Sequence[Tensor]) -> Reference:
+        return Reference(self.graph, self.graph.captured.constants | self._given(reference))
+
+    def difference(
+        self, inputs: Sequence[Tensor], reference: Sequence[Tensor]
+    ) -> tuple[Telescope, Tensor, Tensor]:
+        """The slopes by which relevance goes between two inputs, the explained values and the
+        model's output at the first."""
+        run = Differencing(
+            self.graph, self.settings, self.plan, self._given(inputs), self._at(reference)
+        )
+        values = run.compute()
+        captured = self.graph.captured
+        return run.telescope(), values[self.graph.explained], values[captured.output]
 
     def differentiate(self, inputs: Sequence[Tensor]) -> tuple[Telescope, Tensor]:
         """The derivatives by which relevance goes, and the model's output.
@@ -356,12 +393,14 @@ class Prepared:
         propagations: of every operation.
         shapes: of every variable.
         explained: the values of the explained tensor.
+        amount: these, or their difference from those at the reference.
         returned: the model's output.
     """
 
     propagations: Mapping[Operation, Propagation]
     shapes: Mapping[Variable, torch.Size]
     explained: Tensor
+    amount: Tensor
     returned: Tensor
 
 
@@ -371,13 +410,19 @@ class _Preparing(Interpreter):
     Arguments:
         given: inputs and constants.
         along: the operands' values on a way to the inputs, of operations that read them.
+        reference: the values that differences are taken from.
     """
 
     def __init__(
-        self, program: Program, given: Values, along: Mapping[Operation, list[list[Tensor]]]
+        self,
+        program: Program,
+        given: Values,
+        along: Mapping[Operation, list[list[Tensor]]],
+        reference: Reference | None,
     ) -> None:
         super().__init__(program.plan, given)
-        self.program, self.along = program, along
+        self.program, self.along, self.reference = program, along, reference
+        self.uniform = Uniform()
         self.propagations: dict[Operation, Propagation] = {}
         self.shapes = {v: given[v.node].shape for v in program.graph.leaves if v.node in given}
         self.free: set[Node] = set()  # values that nothing keeps: their memory may be used again
@@ -385,8 +430,13 @@ class _Preparing(Interpreter):
 
     def result(self) -> Prepared:
         graph, values = self.program.graph, self.compute()
-        explained, returned = values[graph.explained], values[graph.captured.output]
-        return Prepared(self.propagations, self.shapes, explained.detach(), returned.detach())
+        explained, returned = (
+            values[node].detach() for node in (graph.explained, graph.captured.output)
+        )
+        amount = explained
+        if self.reference is not None:
+            amount = change(self.reference.values[graph.explained], explained)
+        return Prepared(self.propagations, self.shapes, explained, amount, returned)
 
     def run_node(self, n: Node) -> Any:
         variable = self.program.graph.by_node.get(n)
@@ -401,6 +451,7 @@ class _Preparing(Interpreter):
     def release(self, node: Node) -> None:
         super().release(node)
         self.real.pop(node, None)
+        self.uniform.release(node)
 
     def _prepare(self, node: Node, operation: Operation) -> Tensor:
         call = operation.call.with_values(operation.arguments, self.env.__getitem__)
@@ -410,7 +461,10 @@ class _Preparing(Interpreter):
         if overwrites:
             call = replace(call, target=in_place(call.target))
         operands = [self.env[slot] for slot in operation.slots]
-        output, propagation = operation.operator.prepare(call, operands, self._setting(operation))
+        setting = self._setting(operation)
+        if operation.weights is not None:
+            setting = self.uniform.setting(operation, setting, call, operands)
+        output, propagation = operation.operator.prepare(call, operands, setting)
         seen = [self.env.get(parent) for parent in node.all_input_nodes]
         if overwrites or (propagation.output_is_free and _is_new(output, seen)):
             self.free.add(node)
@@ -424,6 +478,8 @@ class _Preparing(Interpreter):
         setting = self.program.settings[operation]
         if operation in self.along:
             setting = replace(setting, path=self.along[operation])
+        if self.reference is not None:
+            setting = self.reference.setting(operation, setting, self.env)
         if not self.real.keys().isdisjoint(operation.slots):
             setting = replace(setting, real=[self.real.get(slot) for slot in operation.slots])
         addend = self.program.zeros.addend(operation, self.env, self.real)

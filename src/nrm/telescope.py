@@ -138,11 +138,14 @@ def telescopes(graph: Graph) -> bool:
 
     Some models compute norms in single precision whatever they are given.
     """
-    precision = _precision(graph.output)
     return all(
-        _counts_all(operation) and _precision(operation.output) <= precision
-        for operation in graph.operations
+        _counts_all(operation) and is_precise(operation, graph) for operation in graph.operations
     )
+
+
+def is_precise(operation: Operation, graph: Graph) -> bool:
+    """Whether an operation is computed at least as precisely as the output."""
+    return _precision(operation.output) <= _precision(graph.output)
 
 
 def _precision(variable: Variable) -> float:

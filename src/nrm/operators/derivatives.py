@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nrm.operators.call import UNKNOWN, Call, Function, fill
-from nrm.operators.propagation import Columns, Propagation, Setting, pull_back, refuse_failing
+from nrm.operators.propagation import Columns, Ends, Propagation, Setting, pull_back, refuse_failing
 from nrm.operators.row import Operator
 from nrm.rules import Normalized, Rule
 
@@ -65,6 +65,39 @@ class LocalLinear(Operator):
         output = step.output.detach()
         added = self.constant(call, values, setting)
         return output, Linearised([step], output, added, setting)
+
+
+class LinearMap(LocalLinear):
+    """A linear map that goes by what has no row."""
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        output: Tensor = fill(call, ends.moves)()
+        return output
+
+
+class RootOfSquares(LocalLinear):
+    """Norms and standard deviations, roots of a quadratic form `q`; and the form itself.
+
+    Between two inputs a quadratic form has its derivative half way for a slope, and its root
+    `Dq / (y + y')`.
+    """
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        name = str(call.target).partition(".")[2].partition(".")[0]
+        order = call.get("ord", call.get("p", 2))
+        if order not in (None, 2) or call.item not in (None, 0):
+            return super().secant(call, ends, setting)
+        pairs = zip(ends.before, ends.after, strict=True)
+        middle = [(a.detach() + b.detach()) / 2 for a, b in pairs]
+        points = [m + (d - d.detach()) for m, d in zip(middle, ends.moves, strict=True)]
+        output: Tensor = fill(call, points)()
+        if name.startswith("var"):
+            return output
+        low, high = (
+            fill(call, [x.detach() for x in point])() for point in (ends.before, ends.after)
+        )
+        scale = 2 * output.detach() / (low + high)
+        return output * torch.where(scale.isfinite(), scale, 0.0)
 
 
 class ToFirstOrder(LocalLinear):

@@ -20,10 +20,12 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import WEIGHTS, Call, Function, fill
 from nrm.operators.connections import OneParent
-from nrm.operators.propagation import Contribution, Propagation, Setting
-from nrm.operators.routing import Unchanged
+from nrm.operators.propagation import Contribution, Ends, Propagation, Setting
+from nrm.operators.routing import Identity, Unchanged
+from nrm.operators.secants import factors, inverse_root
 from nrm.operators.sums import Elementwise, WeightedSum
-from nrm.rules import Activation, Identity, Rule, Weight
+from nrm.rules import Activation, Rule, Weight
+from nrm.rules import Identity as IdentityRule
 from nrm.tensors import aligned, per_channel, with_transpose
 
 
@@ -89,7 +91,7 @@ class Centring(WeightedSum):
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
-        if isinstance(setting.rule, Identity):
+        if isinstance(setting.rule, IdentityRule):
             with torch.no_grad():
                 output = fill(call, values)()
             return output, Unchanged(values[0].shape, output.shape)
@@ -179,7 +181,7 @@ class Normalization(Centring):
         return not self.by_channel
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        return call["bias"] is not None and not isinstance(rule, Identity)
+        return call["bias"] is not None and not isinstance(rule, IdentityRule)
 
     def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.no_grad():
@@ -192,7 +194,7 @@ class Normalization(Centring):
             return scale, -scale / grouped.shape[-1], None
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
-        if isinstance(setting.rule, Identity):
+        if isinstance(setting.rule, IdentityRule):
             return super().frozen(call, values, setting)
         x = values[0].detach()
         with torch.no_grad():
@@ -211,6 +213,14 @@ class Normalization(Centring):
 
         return with_transpose(values[0], output, transpose)
 
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        """`(x - mean) r gain`, `r = v ** -1/2`: the product rule, `Dv` by its mean as well."""
+        grouped = [self.groups(call, t) for t in (ends.before[0], ends.after[0], ends.moves[0])]
+        centred = [t - t.mean(-1, keepdim=True) for t in grouped]
+        scaled = _over_root(centred, call["eps"]).reshape(ends.after[0].shape)
+        gain = call["weight"]
+        return scaled if gain is None else scaled * self._aligned(gain, scaled.dim())
+
     def add_up(self, call: Call, x: Tensor) -> Tensor:
         grouped = self.groups(call, x)
         return grouped.sum(-1, keepdim=True).expand_as(grouped).reshape(x.shape)
@@ -221,6 +231,35 @@ class Normalization(Centring):
 
     def _aligned(self, value: Tensor, dim: int) -> Tensor:
         return per_channel(value, dim) if self.by_channel else aligned(value, dim)
+
+
+def _over_root(points: Sequence[Tensor], eps: float) -> Tensor:
+    """`c / sqrt(mean c^2 + eps)` along the last axis, between two points.
+
+    Arguments:
+        points: both, and how far it moves.
+    """
+    low, high, move = points[0].detach(), points[1].detach(), points[2]
+    squares = [c.square().mean(-1, keepdim=True) + eps for c in (low, high)]
+    grown = ((low + high) * move).mean(-1, keepdim=True)
+    first, last = (square.rsqrt() for square in squares)
+    return factors(Ends((low, first), (high, last), (move, inverse_root(*squares) * grown)))
+
+
+class RootMeanSquare(Identity):
+    """RMS norm: an identity; between two inputs, by its scale as well."""
+
+    def __init__(self, kind: str) -> None:
+        function = Function("normalization")
+        super().__init__(kind, at_zero="zero", elementwise=False, function=function)
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        x, sizes = ends.after[0], call["normalized_shape"]
+        eps = torch.finfo(x.dtype).eps if call["eps"] is None else call["eps"]
+        points = (ends.before[0], x, ends.moves[0])
+        grouped = [t.flatten(t.dim() - len(sizes)) for t in points]
+        scaled = _over_root(grouped, eps).reshape(x.shape)
+        return scaled if call["weight"] is None else scaled * call["weight"]
 
 
 def last_axes(call: Call, x: Tensor) -> Tensor:
@@ -253,15 +292,25 @@ class Softmax(Centring):
 
     passes = ("self",)
     function = Function("softmax", gate=WEIGHTS, hides_sign=True, positive=True)
-    default_rule: ClassVar[Rule | None] = Identity()
+    default_rule: ClassVar[Rule | None] = IdentityRule()
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         # What is beyond the expansion is no constant: only the expansion has it.
-        return not isinstance(rule, Identity) and not rule.first_order
+        return not isinstance(rule, IdentityRule) and not rule.first_order
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         output: Tensor = fill(call, values)()  # its derivative is the Taylor expansion
         return output
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        shares = [call(self=x.detach()) for x in (ends.before[0], ends.after[0])]
+        means, shift = _log_means(shares, ends, call["dim"])
+        return means * (ends.moves[0] - shift)
+
+    def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
+        x = values[0].detach()
+        masked = x <= torch.finfo(x.dtype).min / 2  # with -inf, or the least number there is
+        return [torch.where(masked, x, 0.0)]
 
     def values(self, x: Tensor) -> Tensor:
         # Logits masked with -inf have no share, whatever they are.
@@ -279,6 +328,31 @@ class Softmax(Centring):
         share, x = call(self=values[0]), self.values(values[0])
         rest: Tensor = share * (1 - x + (share * x).sum(call["dim"], keepdim=True))
         return rest
+
+
+def _log_means(shares: Sequence[Tensor], ends: Ends, dim: int) -> tuple[Tensor, Tensor]:
+    """A softmax between two points: `Ds_i = L_i (Dx_i - Dz)`, where `z = log sum_k exp x_k`.
+
+    `L_i = (s_i - s'_i) / (log s_i - log s'_i)`, the logarithmic mean, makes that exact; and as all
+    `Ds_i` add up to zero, `Dz = sum_k L_k Dx_k / sum_k L_k`.
+
+    Arguments:
+        shares: the softmax at both.
+
+    Returns:
+        `L`, and `Dz`, linear in the move.
+    """
+    (low, high), move = shares, ends.moves[0]
+    grown = [x.detach().logsumexp(dim, keepdim=True) for x in (ends.before[0], ends.after[0])]
+    apart = move.detach() - (grown[1] - grown[0])
+    half = apart / 2
+    near = (low * high).sqrt() * torch.where(
+        half.abs() > 1e-4, torch.sinh(half) / half, 1 + half.square() / 6
+    )
+    means = torch.where(apart.abs() > 1, (high - low) / apart, near)
+    means = torch.where((low == 0) & (high == 0) | ~means.isfinite(), 0.0, means)
+    total = means.sum(dim, keepdim=True).clamp(min=torch.finfo(means.dtype).tiny)
+    return means, (means * move).sum(dim, keepdim=True) / total
 
 
 class LogSoftmax(Elementwise):
@@ -310,6 +384,11 @@ class LogSoftmax(Elementwise):
                 connections=partial(OneParent, one, x.shape),
             )
         ]
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        shares = [call(self=x.detach()).exp() for x in (ends.before[0], ends.after[0])]
+        _, shift = _log_means(shares, ends, call["dim"])
+        return ends.moves[0] - shift
 
     def bias(self, call: Call, values: Sequence[Tensor], dim: int) -> Tensor | None:
         return -values[0].detach().logsumexp(call["dim"], keepdim=True)
@@ -363,6 +442,12 @@ class LogSumExp(WeightedSum):
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         output: Tensor = fill(call, values)()  # its derivatives are the shares
+        return output
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        shares = [self._shares(call, x.detach()) for x in (ends.before[0], ends.after[0])]
+        _, grown = _log_means(shares, ends, call["dim"])
+        output: Tensor = grown.sum(call["dim"], keepdim=call["keepdim"])  # of size one
         return output
 
     @staticmethod

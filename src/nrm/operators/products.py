@@ -16,12 +16,13 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import Call, Function, Order, Rescaling, Slot, fill, only_operand
 from nrm.operators.connections import Connections, Dense
-from nrm.operators.propagation import Contribution, Propagation, Setting, through_matrix
+from nrm.operators.propagation import Contribution, Ends, Propagation, Setting, through_matrix
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
+from nrm.operators.secants import factors
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Normalized, Rule, Weight
-from nrm.tensors import aligned, gradient_share, with_slope
+from nrm.tensors import aligned, gradient_share, like, with_slope
 
 
 class Product(Operator):
@@ -78,6 +79,10 @@ class Product(Operator):
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         return super().frozen(call, _shared(values, setting.alphas), setting)
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        sides = [_both(call[name], ends) for name in self.passes]
+        return factors(Ends(*zip(*sides, strict=True)), setting.alphas)
 
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -146,6 +151,13 @@ class Quotient(Product):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return call.get("rounding_mode") is None
 
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        if call.get("rounding_mode") is not None:
+            return Operator.secant(self, call, ends, setting)
+        numerator, (low, high, move) = (_both(call[name], ends) for name in self.passes)
+        inverse = (1 / low, 1 / high, -move / (low * high))
+        return factors(Ends(*zip(numerator, inverse, strict=True)))
+
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         if isinstance(call["self"], Slot):
             return super().frozen(call, values, setting)
@@ -158,6 +170,15 @@ class Quotient(Product):
         self, call: Call, carries: Callable[[Node], bool], address: str
     ) -> list[tuple[str, Node]]:
         return super().operands(call, carries, address)[:1]
+
+
+def _both(factor: Any, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
+    """A factor at the reference and at the input, and how far it moves: a constant does not."""
+    if isinstance(factor, Slot):
+        k = factor.index
+        return ends.before[k].detach(), ends.after[k].detach(), ends.moves[k]
+    value = like(factor, ends.after[0]) if not isinstance(factor, Tensor) else factor
+    return value, value, torch.zeros_like(value)
 
 
 _MATRIX_ON_THE_RIGHT = ("other", "mat2", "batch2")

@@ -25,6 +25,33 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Before:
+    """What an operation read and computed at the reference, where one is given.
+
+    Attributes:
+        operands: their values.
+        output: the result.
+    """
+
+    operands: Sequence[Tensor]
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Ends:
+    """An operation's operands at two points, `[*operand]` each.
+
+    Attributes:
+        before, after: their values at the reference and at the input.
+        moves: `after - before`, of which something linear is made (`Operator.secant`).
+    """
+
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+    moves: Sequence[Tensor]
+
+
 @dataclass
 class Setting:
     """How one operation propagates: its rule, and the model-wide choices it needs.
@@ -37,6 +64,7 @@ class Setting:
             reads ahead.
         path: the operands' values on the way to this input, from a baseline on, for rules that
             integrate along it.
+        before: the values at the reference; contributions are those of the differences from it.
         real: for each operand 0 at its explicit zeros and 1 elsewhere, `[*operand]`; `None` (or
             nothing at all) where it has none (see `nrm.zeros`).
         addend: the same of the arguments that hold the constant added to them, by name, of
@@ -52,6 +80,7 @@ class Setting:
     late_leaf: str | None = None
     following: tuple[Call, ...] = ()
     path: Sequence[Sequence[Tensor]] = ()
+    before: Before | None = None
     real: Sequence[Tensor | None] = ()
     addend: Mapping[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)

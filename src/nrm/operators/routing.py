@@ -29,8 +29,9 @@ from nrm.operators.call import (
     fill,
     only_operand,
 )
-from nrm.operators.propagation import Propagation, Setting, pull_back
+from nrm.operators.propagation import Ends, Propagation, Setting, pull_back
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
+from nrm.operators.secants import chord, moved, winners
 from nrm.rules import Normalized, Rule
 from nrm.tensors import with_slope
 
@@ -130,6 +131,14 @@ class Identity(Operator):
             slope = torch.where(x == 0, 0.0, output / x)
         return with_slope(values[0], output, slope)
 
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        if not self.elementwise:
+            return super().secant(call, ends, setting)
+        if self.at_zero == "linear":
+            output: Tensor = fill(call, [moved(ends.after[0], ends.moves[0])])()
+            return output
+        return chord(call, ends.before[0], ends.after[0], ends.moves[0])
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -189,6 +198,9 @@ class Copy(Identity):
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         like: Tensor = call["self"]
         return values[0].to(like.dtype).expand(like.shape)
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        return self.frozen(call, ends.moves, setting)
 
 
 class Unchanged(Propagation):
@@ -318,6 +330,13 @@ class Routing(Operator):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return True
 
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        if self.kind == "maxpool":
+            return winners((call, call), ends, setting, self.by_rank)
+        points = [moved(x, m) for x, m in zip(ends.after, ends.moves, strict=True)]
+        output: Tensor = fill(call, points)()
+        return output
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
@@ -443,6 +462,8 @@ class Overwriting(Routing):
     def __init__(self, kind: str, passes: tuple[str, str]) -> None:
         super().__init__(kind, passes, keeps_channels=True)
 
+    secant = Operator.secant
+
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return False
 
@@ -498,20 +519,27 @@ class ScatterMaximum(Routing):
     def _takes_least(self, call: Call) -> bool:
         return bool(call["reduce"] == "amin")
 
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        then, now = _without_ties(call, ends.before), _without_ties(call, ends.after)
+        return winners((then[0], now[0]), Ends(then[1], now[1], ends.moves), setting)
+
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
-        if not call["include_self"]:
-            # `self` counts only where nothing arrives; elsewhere it must not tie with a winner.
-            base, src = fill(call, values)["self"], fill(call, values)["src"]
-            least = -torch.inf if call["reduce"] == "amax" else torch.inf
-            arrived = torch.zeros_like(base).scatter_add(
-                call["dim"], call["index"], torch.ones_like(src)
-            )
-            replaced = torch.where(arrived > 0, least, base)
-            index = call["self"].index if isinstance(call["self"], Slot) else None
-            if index is not None:
-                values = [replaced if i == index else v for i, v in enumerate(values)]
-            changed = {"include_self": True} | ({} if index is not None else {"self": replaced})
-            call = Call(call.target, call.arguments | changed, call.item)
-        return super().prepare(call, values, setting)
+        return super().prepare(*_without_ties(call, values), setting)
+
+
+def _without_ties(call: Call, values: Sequence[Tensor]) -> tuple[Call, Sequence[Tensor]]:
+    """The call with `self` only where nothing arrives, if so it counts: it must not tie with a
+    winner."""
+    if call["include_self"]:
+        return call, values
+    base, src = fill(call, values)["self"], fill(call, values)["src"]
+    least = -torch.inf if call["reduce"] == "amax" else torch.inf
+    arrived = torch.zeros_like(base).scatter_add(call["dim"], call["index"], torch.ones_like(src))
+    replaced = torch.where(arrived > 0, least, base)
+    index = call["self"].index if isinstance(call["self"], Slot) else None
+    if index is not None:
+        values = [replaced if i == index else v for i, v in enumerate(values)]
+    changed = {"include_self": True} | ({} if index is not None else {"self": replaced})
+    return Call(call.target, call.arguments | changed, call.item), values

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, fill
-from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.propagation import Ends, Propagation, Setting
 from nrm.rules import Rule
 
 
@@ -263,6 +263,36 @@ class Operator(ABC):
         """The output, differentiable, with all held constant that takes no relevance."""
         output: Tensor = fill(call, values)()
         return output
+
+    @property
+    def has_secant(self) -> bool:
+        """Whether the row says how a change of its operands changes the result (`secant`)."""
+        return type(self).secant is not Operator.secant
+
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        """Something linear in how far operands move, `S moves`, whose derivatives by them are `S`.
+
+        `S` is a slope between two points: `S (after - before) = f(after) - f(before)` exactly. Only
+        its derivatives are read, never its value.
+
+        Arguments:
+            call: with slots for the operands; all else is the same at both points.
+
+        Raises:
+            UnsupportedOperatorError: no exact slope is known for this call.
+        """
+        raise UnsupportedOperatorError(
+            f"{call.target} at {setting.address!r} has no exact slope between two inputs. Explain "
+            "it without a reference, or along a path, composites.IntegratedGradients(baseline)."
+        )
+
+    def indifferent(self, call: Call, values: Sequence[Tensor]) -> list[Tensor] | None:
+        """Operands of which none is preferred, as scores of zero; `None`: that means nothing here.
+
+        Arguments:
+            call, values: as for `prepare`.
+        """
+        return None
 
     @abstractmethod
     def prepare(

@@ -21,9 +21,10 @@ from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, Slot, 
 from nrm.operators.columns import SharedOut
 from nrm.operators.connections import OneParent
 from nrm.operators.occlusion import Occluded
-from nrm.operators.propagation import Contribution, Propagation, Setting
+from nrm.operators.propagation import Contribution, Ends, Propagation, Setting, add_up
 from nrm.operators.routing import Unchanged
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
+from nrm.operators.secants import change, weights
 from nrm.rules import Activation, LocalLinear, Rule, Zero
 from nrm.tensors import aligned, like, per_channel
 
@@ -59,6 +60,12 @@ class WeightedSum(Operator):
     def telescopes(self, call: Call, rule: Rule) -> bool:
         return type(rule) in (Zero, LocalLinear)
 
+    def secant(self, call: Call, ends: Ends, setting: Setting) -> Tensor:
+        # A weight that is another operand's value lies between the points: the product rule.
+        middle = weights(ends.before, ends.after, setting.alphas)
+        parts = self.contributions(call, middle, replace(setting, alphas=()))
+        return add_up(part.apply(ends.moves[part.operand], part.w.value) for part in parts)
+
     def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
         return True
 
@@ -69,6 +76,10 @@ class WeightedSum(Operator):
         added = values
         if setting.path:  # linear: the differences from the baseline
             added = [x - start for x, start in zip(values, setting.path[0], strict=True)]
+        if setting.before is not None:
+            added = [
+                change(start, x) for start, x in zip(setting.before.operands, values, strict=True)
+            ]
         parts = self.contributions(call, added, setting)
         for part in parts:
             if setting.real and setting.real[part.operand] is not None:
@@ -77,6 +88,16 @@ class WeightedSum(Operator):
         if setting.following:
             return self._occlude(call, values, setting, parts, constant)
         reads_sum = setting.rule.reuses_sum or setting.rule.by_sign
+        if setting.before is not None:
+            output = _run(call, values)
+            shared = SharedOut(parts, setting, len(values))
+            if reads_sum:
+                # The very numbers that whoever reads the result takes for its differences: what
+                # rounding leaves of them cancels, however small they are.
+                shared.own_sum(change(setting.before.output, output))
+            shared.output_is_free = True
+            shared.adopt_orphans(output.shape)
+            return output, shared
         if setting.late_leaf == "bias":
             assert constant is not None
             output = _run(call, values)

@@ -32,12 +32,13 @@ from nrm.operators.call import (
     Function,
     picks,
 )
-from nrm.operators.derivatives import LocalLinear
+from nrm.operators.derivatives import LinearMap, LocalLinear, RootOfSquares
 from nrm.operators.layers import Layer, TransposedConvolution
 from nrm.operators.norms import (
     LogSoftmax,
     LogSumExp,
     Normalization,
+    RootMeanSquare,
     Softmax,
     channel_groups,
     last_axes,
@@ -346,10 +347,7 @@ register(Identity("scaling", at_zero="linear"), *_names("rad2deg deg2rad"))
 register(
     Identity("scaling", at_zero="zero", function=replace(SAME, role="detach")), *_names("detach")
 )
-register(
-    Identity("rmsnorm", at_zero="zero", elementwise=False, function=Function("normalization")),
-    *_names("rms_norm"),
-)
+register(RootMeanSquare("rmsnorm"), *_names("rms_norm"))
 
 # The message follows the indices.
 register(
@@ -514,20 +512,20 @@ register(LogSumExp("logsumexp"), *_names("logsumexp special_logsumexp"))
 
 # Homogeneous functions: f(x) is made of what each parent adds to first order, x_i df/dx_i.
 register(
-    LocalLinear("norm", Function("norm", gate=SCALE), ("self",)),
+    RootOfSquares("norm", Function("norm", gate=SCALE), ("self",)),
     *_names("linalg_vector_norm norm frobenius_norm"),
 )
-register(LocalLinear("spread", Function("spread", gate=SCALE), ("self",)), *_names("std"))
-register(LocalLinear("spread", Function("spread"), ("self",)), *_names("std_mean"))
-register(LocalLinear("spread", Function("mean", gate=SCALE), ("self",)), *_names("var"))
-register(LocalLinear("spread", Function("mean"), ("self",)), *_names("var_mean"))
+register(RootOfSquares("spread", Function("spread", gate=SCALE), ("self",)), *_names("std"))
+register(RootOfSquares("spread", Function("spread"), ("self",)), *_names("std_mean"))
+register(RootOfSquares("spread", Function("mean", gate=SCALE), ("self",)), *_names("var"))
+register(RootOfSquares("spread", Function("mean"), ("self",)), *_names("var_mean"))
 register(LocalLinear("product"), *_names("prod cumprod"))
-register(LocalLinear("norm"), *_names("hypot"))
+register(RootOfSquares("norm"), *_names("hypot"))
 register(LocalLinear("quantile", passes=("self",)), *_names("quantile nanquantile"))
 
 # Linear maps that go through complex numbers: their derivatives say all of them.
 COMPLEX_LINEAR = "nrm.complex_linear"
-register(LocalLinear("complex"), COMPLEX_LINEAR)
+register(LinearMap("complex"), COMPLEX_LINEAR)
 
 # Sums of several operands.
 register(Sum("sum", lambda call: (1.0, float(call["alpha"])), Function("plus")), *_names("add"))

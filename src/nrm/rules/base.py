@@ -117,6 +117,8 @@ class Rule(ABC):
     """The activation after a weighted sum decides what its operands contribute."""
     first_order: ClassVar[bool] = False
     """Operations with several parents per neuron pass relevance by their derivatives."""
+    bounds_inputs: ClassVar[bool] = False
+    """It knows between which bounds its operands lie."""
     counts_biases: ClassVar[bool] = True
     """Read as the original LRP (`Original`), it has biases in its denominators."""
     stabilizer: float = 0.0

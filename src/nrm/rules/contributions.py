@@ -182,6 +182,7 @@ class ZBox(Rule):
     low: Tensor | float
     high: Tensor | float
     nonnegative: ClassVar[bool] = True
+    bounds_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         low, high = (_bound(name, getattr(self, name)) for name in ("low", "high"))
@@ -313,6 +314,26 @@ class LocalLinear(Zero):
     """
 
     first_order: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class FromUniform(Rule):
+    """For a softmax whose weights are multiplied with values: between no preference and its own.
+
+    Its scores `s` are compared with scores of zero, for which the weights are uniform over all that
+    is not masked, `P'`. With the slope between the two (`nrm.operators.secants`) scores contribute
+    `S s`, which adds up to `P - P'`. In the product with values, `P v`, weights contribute
+    `share (P - P') v`, and values all the rest of it. So every column sums to what there is, as
+    under LRP-0, and no share is larger for weights near zero or one, where derivatives vanish.
+
+    Arguments:
+        share: how much the weights take of what their preference changes.
+    """
+
+    share: float = number(0.1, least=0, most=1)
+
+    def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
+        return [[(x.value, w.value)]]
 
 
 @dataclass(frozen=True, eq=False)
