@@ -99,7 +99,9 @@ def gamma(z: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rule", "column"), [(rules.Zero(), lambda z: z), (rules.Gamma(0.25), gamma)], ids=str
+    ("rule", "column"),
+    [(rules.Zero(), lambda z: z), (rules.Gamma(0.25), gamma)],
+    ids=("zero", "gamma"),
 )
 def test_walks_of_a_perceptron_are_those_of_differences(
     rule: rules.Rule, column: Callable[[Tensor], Tensor]
