@@ -101,7 +101,7 @@ class Walks:
         return finite(ended)
 
     def last_steps(self, edges: Tensor) -> Tensor | None:
-        """`[batch, steps]`: at most what walks that end by a step, to a leaf, can be worth.
+        """`[batch, receivers, leaves]`: at most what walks that end by a step, to a leaf, can be worth.
 
         That is half of what they are worth and of their absolute sizes together.
 
@@ -125,7 +125,7 @@ class Walks:
             sizes = Walks(absolute, start, self.components, self.memory).edges().relevance
         except QueryError:
             return None
-        return ((edges + sizes) / 2)[:, :, places.ends].flatten(1)
+        return ((edges + sizes) / 2)[:, :, places.ends]
 
     def _left_over(self, steps: Steps) -> Tensor:
         """`[receivers, batch]`: what comes to the sender that mixes samples: all that is left."""
