@@ -256,8 +256,8 @@ def find_circuit(
             than is missing at most.
         ends: `[senders]`, whether walks may end there.
         work: how many sets may be tried.
-        last: `[receivers, leaves]`, what walks that end by each last step are worth at most; `None`:
-            it is not known.
+        last: `[receivers, leaves]`, what walks that end by each last step are worth at most;
+            `None`: it is not known.
 
     Raises:
         QueryError: the share is none, or no set of the edges tried keeps it.

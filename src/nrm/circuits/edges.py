@@ -101,9 +101,10 @@ class Walks:
         return finite(ended)
 
     def last_steps(self, edges: Tensor) -> Tensor | None:
-        """`[batch, receivers, leaves]`: at most what walks that end by a step, to a leaf, can be worth.
+        """`[batch, receivers, leaves]`: what walks that end by each last step are worth at most.
 
-        That is half of what they are worth and of their absolute sizes together.
+        That is half of what they are worth and of their absolute sizes together: the part of them
+        that is positive.
 
         Arguments:
             edges: `[batch, receivers, senders]`.
@@ -245,6 +246,8 @@ class Edges(Shown):
             raise QueryError(
                 "what a set of edges keeps is asked of the measure: R.edges(...) anew."
             )
+
+        walks.forward.as_it_was()  # refused where the model has changed since
 
         def kept(chosen: Tensor) -> float:
             shares = walks.kept(chosen)
