@@ -311,3 +311,49 @@ def test_edges_by_sample_are_those_of_each_sample_alone(wide):
     with pytest.raises(QueryError, match="anew"):
         again.circuit()
     assert "direct edges between 2 components, mean of 2 samples" in str(both)
+
+
+def test_components_may_differ_from_sample_to_sample(wide):
+    model, x = wide
+    explainer = nrm.Explainer(model, nrm.composites.GammaFlat(0.25))
+    masks = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    both = explainer(x, target=1).edges({"some": nrm.mask("stem", masks), "block": "block.2"})
+    for sample in range(2):
+        R = explainer(x[sample : sample + 1], target=1)
+        alone = R.edges({"some": nrm.mask("stem", masks[sample]), "block": "block.2"})
+        torch.testing.assert_close(both.relevance[sample], alone.relevance[0])
+        every = torch.ones(alone.relevance.shape[1:], dtype=torch.bool)
+        every[0, 0] = False
+        found = both.walks.kept(every)[sample : sample + 1]
+        torch.testing.assert_close(found, alone.walks.kept(every))
+
+
+def test_biases_whose_samples_are_mixed_are_known_by_what_is_left():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).double().eval()
+    x = torch.randn(2, 4, 8).double()
+    explainer = nrm.Explainer(model)
+    R = explainer(x, target=(0, 0))
+    mixed = [v.name for v in R.graph.leaves if not v.tells_samples(2)]
+    assert mixed
+    both = R.edges(nrm.components(R))
+    chosen = torch.rand(both.relevance.shape[1:], generator=torch.Generator().manual_seed(1)) < 0.8
+    for sample in range(2):
+        one = explainer(x[sample : sample + 1], target=(0, 0))
+        alone = one.edges(nrm.components(one))
+        torch.testing.assert_close(both.relevance[sample], alone.relevance[0])
+        kept = both.walks.kept(chosen)[sample : sample + 1]
+        torch.testing.assert_close(kept, alone.walks.kept(chosen))
+    with pytest.raises(QueryError, match="mixes the batch"):
+        R.edges(mixed)
+
+
+def test_a_model_that_changed_is_refused(wide):
+    torch.manual_seed(0)
+    model, (_, x) = Wide().double().eval(), wide
+    edges = nrm.Explainer(model)(x, target=1).edges(["stem", "block.2"])
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(QueryError, match="changed"):
+        edges.circuit(0.5)

@@ -7,7 +7,8 @@ messages (`Walks.kept`), for any set exactly. It *keeps the share s* if that dif
 relevance of all walks, by at most 1 - s: relevance is signed, so that too much may be kept as well.
 
 The smallest set is looked for greedily. How far it may be from the smallest of all is said by a
-bound: the last steps of walks, to leaves, have to carry the share, whatever comes before.
+bound: the last steps of walks, to leaves, have to carry the share, and who takes them has to be
+handed relevance, whatever comes between.
 """
 
 from __future__ import annotations
@@ -255,8 +256,8 @@ def find_circuit(
             than is missing at most.
         ends: `[senders]`, whether walks may end there.
         work: how many sets may be tried.
-        last: `[steps]`, what walks that end by each last step are worth at most; `None`: it is not
-            known.
+        last: `[receivers, leaves]`, what walks that end by each last step are worth at most;
+            `None`: it is not known.
 
     Raises:
         QueryError: the share is none, or no set of the edges tried keeps it.
@@ -267,7 +268,7 @@ def find_circuit(
         raise QueryError(f"work is a positive number of sets to try, not {work!r}")
     search = _Search(scores, names, kept, share, ends, work)
     chosen, found = search.smallest()
-    fewest = None if last is None else _fewest(last, search.wanted)
+    fewest = None if last is None else _fewest(last, search.wanted, int(chosen.sum()))
     return Circuit(*names, scores, chosen, found, share, fewest, search.runs)
 
 
@@ -366,7 +367,25 @@ class _Search:
             chosen = fewer
 
 
-def _fewest(last: Tensor, wanted: float) -> int:
-    """How many of the last steps of walks have to be there, that what they carry is enough."""
-    carried = last.clamp(min=0).sort(descending=True).values.double().cumsum(0)
-    return 1 + int((carried < wanted).sum())
+def _fewest(last: Tensor, wanted: float, most: int) -> int:
+    """How many edges there have to be, that the last steps of walks among them carry enough.
+
+    Who takes a last step, other than the output, has to be handed relevance by a further edge.
+
+    Arguments:
+        last: `[receivers, leaves]`, what last steps carry at most; the output first.
+        most: as many are enough.
+    """
+    carried = last.clamp(min=0).double().cpu().sort(1, descending=True).values.cumsum(1)
+    best = torch.full((most + 1,), -torch.inf, dtype=torch.float64)  # by as many edges
+    best[0] = 0.0
+    for row, sums in enumerate(carried):
+        with_more = best.clone()
+        for count, total in enumerate(sums.tolist(), 1):
+            cost = count + (row > 0)
+            if cost > most:
+                break
+            with_more[cost:] = torch.maximum(with_more[cost:], best[: most + 1 - cost] + total)
+        best = with_more
+    enough = (best >= wanted).nonzero()[:, 0].tolist()
+    return max(1, enough[0]) if enough else most

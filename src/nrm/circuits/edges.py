@@ -101,9 +101,10 @@ class Walks:
         return finite(ended)
 
     def last_steps(self, edges: Tensor) -> Tensor | None:
-        """`[batch, steps]`: at most what walks that end by a step, to a leaf, can be worth.
+        """`[batch, receivers, leaves]`: what walks that end by each last step are worth at most.
 
-        That is half of what they are worth and of their absolute sizes together.
+        That is half of what they are worth and of their absolute sizes together: the part of them
+        that is positive.
 
         Arguments:
             edges: `[batch, receivers, senders]`.
@@ -125,7 +126,7 @@ class Walks:
             sizes = Walks(absolute, start, self.components, self.memory).edges().relevance
         except QueryError:
             return None
-        return ((edges + sizes) / 2)[:, :, places.ends].flatten(1)
+        return ((edges + sizes) / 2)[:, :, places.ends]
 
     def _left_over(self, steps: Steps) -> Tensor:
         """`[receivers, batch]`: what comes to the sender that mixes samples: all that is left."""
@@ -245,6 +246,8 @@ class Edges(Shown):
             raise QueryError(
                 "what a set of edges keeps is asked of the measure: R.edges(...) anew."
             )
+
+        walks.forward.as_it_was()  # refused where the model has changed since
 
         def kept(chosen: Tensor) -> float:
             shares = walks.kept(chosen)
