@@ -21,6 +21,7 @@ from nrm.coloured import Line
 from nrm.display import Shown, Table, counted
 from nrm.errors import InputError, TargetError
 from nrm.explainer import Explainer
+from nrm.explanation import Target
 from nrm.graph import first_tokens
 from nrm.measure import Measure
 from nrm.targets import Combination
@@ -271,10 +272,11 @@ def generations(
     R = explainer(ids, target=start, **named)
     logits = _logits(R, ids)
     others = None if against is None else _others(against, logits, places, tokens, spans, prompts)
-    steps = [
-        _Step(places[:, k] - 1, tokens[:, k], None if others is None else others[:, k])
-        for k in range(count)
-    ]
+    steps: list[Target] = []
+    for k in range(count):
+        place, token = places[:, k] - 1, tokens[:, k]
+        said = torch.stack([place, token], 1)
+        steps.append(said if others is None else _Step(place, token, others[:, k]))
     layer = first_tokens(R.graph) if at is None else at
     rows = []
     with counted(progress, "steps", count) as advance:
@@ -312,28 +314,26 @@ def generations(
 
 @dataclass(frozen=True, eq=False)
 class _Step(Combination):
-    """One step of every text: a logit, or the difference of two.
+    """One step of every text: the difference of two logits, those of other tokens in each.
 
     Attributes:
-        positions: `[batch]`, the position before the token.
-        tokens: `[batch]`.
-        others: `[batch]`, what is subtracted.
+        position: `[batch]`, the position before the token.
+        token: `[batch]`.
+        other: `[batch]`, what is subtracted.
     """
 
-    positions: Tensor
-    tokens: Tensor
-    others: Tensor | None
+    position: Tensor
+    token: Tensor
+    other: Tensor
 
     def __str__(self) -> str:
-        pairs = zip(self.positions.tolist(), self.tokens.tolist(), strict=True)
-        text = f"output {', '.join(map(str, pairs))}"
-        return text if self.others is None else f"{text} minus {self.others.tolist()}"
+        pairs = zip(self.position.tolist(), self.token.tolist(), strict=True)
+        return f"output {', '.join(map(str, pairs))} minus token {self.other.tolist()}"
 
     def weights(self, output: Tensor) -> Tensor:
         found, rows = torch.zeros_like(output), torch.arange(len(output), device=output.device)
-        found[rows, self.positions, self.tokens] = 1.0
-        if self.others is not None:
-            found[rows, self.positions, self.others] = -1.0
+        found[rows, self.position, self.token] = 1.0
+        found[rows, self.position, self.other] = -1.0
         return found
 
 
