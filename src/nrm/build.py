@@ -8,6 +8,7 @@ forgotten, and leaves that enter late, such as biases, are added.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -25,7 +26,7 @@ from nrm.capture.nodes import (
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
-from nrm.operators import Call, Operator, ToFirstOrder, carries_none, lookup, picks
+from nrm.operators import Call, Operator, Samples, ToFirstOrder, carries_none, lookup, picks
 from nrm.rules import Identity as IdentityRule
 from nrm.rules import PathIntegrated, Rule
 from nrm.structure import Structure, gate_ranks, is_embedding
@@ -179,7 +180,31 @@ class Draft:
             operation.call, operation.operands[0].channel_axis
         )
         operation.output = output
+        if output.batch_axis is None:
+            self._find_samples(operation)
         self.by_node[node] = output
+
+    def _find_samples(self, operation: Operation) -> None:
+        """Say where the samples lie in a result that has no axis of the batch's size.
+
+        A merged axis does not tell by its size which sample each neuron is of: where the samples
+        lie in the operands does.
+        """
+        output = operation.output
+        if not self.captured.batched or output.node is None:
+            return
+        found = set()
+        for (name, _), operand in zip(operation.arguments, operation.operands, strict=True):
+            if operand.batch_axis is None or operand.node is None:
+                if any(map(is_symbolic, _sizes(operand))):
+                    return  # samples lie in it, nobody knows where
+                continue
+            at = Samples(operand.batch_axis, *operand.shared)
+            sizes = _sizes(operand), _sizes(output)
+            found.add(operation.operator.samples(operation.call, name, at, *sizes))
+        agreed = found.pop() if len(found) == 1 else None
+        if agreed is not None:
+            output.batch_axis, output.shared = agreed.axis, (agreed.before, agreed.after)
 
     def _operation(self, node: Node, address: str) -> Operation | None:
         call = _call(node, address)
@@ -247,6 +272,11 @@ class Draft:
             else:
                 sizes.append(int(size))
         return tuple(sizes), axis
+
+
+def _sizes(variable: Variable) -> Sequence[Any]:
+    """The shape of a variable, with symbols for what depends on the batch."""
+    return () if variable.node is None else variable.node.meta["val"].shape
 
 
 def _with_state(call: Call) -> list[tuple[str, Node]]:
@@ -438,6 +468,7 @@ def _late_leaf(graph: Graph, operation: Operation, steps: dict[Node, Node]) -> V
         entered.shape,
         entered.batch_axis,
         entered.channel_axis,
+        shared=entered.shared,
     )
     operation.operands += (leaf,)
     return leaf

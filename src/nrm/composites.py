@@ -316,6 +316,18 @@ def maker(name: str) -> Callable[..., Composite]:
     return _BY_NAME[found]
 
 
+def hint_for(given: object) -> str:
+    """What to write for a name or a function that was given in the place of a composite."""
+    if isinstance(given, str):
+        known = {one.casefold(): one for one in _BY_NAME}
+        near = get_close_matches(given.casefold(), known, n=1)
+        return f" By name: nrm.composites.by_name({known[near[0]] if near else 'GammaFlat'!r})."
+    is_rule = isinstance(given, type) and issubclass(given, Rule)
+    if is_rule or given in _BY_NAME.values():
+        return f" Call it: {getattr(given, '__name__', given)}()."
+    return ""
+
+
 def Everywhere(rule: Rule) -> Composite:
     """One rule for every weighted sum."""
     return Composite([], rule, name=f"Everywhere({rule})")

@@ -129,6 +129,11 @@ def _share_out(
                 there[then] = piece if before is None else before + piece
 
 
+def one_by_one(start: Messages, batch: int) -> list[Messages]:
+    """Messages at the output, of each sample alone: where they go is then that sample's."""
+    return [{v: v.only_sample(m, sample) for v, m in start.items()} for sample in range(batch)]
+
+
 # -- To stops.
 
 

@@ -20,7 +20,7 @@ from nrm.capture.nodes import Captured, is_mask
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
-from nrm.composites import Composite, Everywhere, suggested
+from nrm.composites import Composite, Everywhere, hint_for, suggested
 from nrm.display import Shown, Table
 from nrm.errors import InputError, TargetError
 from nrm.explanation import Recipe, Target, explain_relevance, explain_target
@@ -31,7 +31,7 @@ from nrm.operators import Operator
 from nrm.prepare import Program
 from nrm.rules import Rule
 from nrm.targets import Combination
-from nrm.tensors import check_dense
+from nrm.tensors import check_dense, not_finite
 from nrm.views import Listing, settings_table
 
 Check = Literal["model", "output", "none"]
@@ -107,7 +107,8 @@ class Explainer(Shown):
             composite = Everywhere(composite)
         if not isinstance(composite, Composite | None):
             raise TypeError(
-                f"the composite must be a nrm.composites.Composite or a rule, not {composite!r}"
+                f"the composite must be a nrm.composites.Composite or a rule, not {composite!r}."
+                f"{hint_for(composite)}"
             )
         self.composite = composite
         self.bias = bias
@@ -146,6 +147,8 @@ class Explainer(Shown):
             call = self._bind(inputs, named)
             program, unchanged = self._program(call)
             forward = program.run([wide(x) for x in call.tensors], unchanged)
+            if not bool(torch.isfinite(forward.returned).all()):
+                self._refuse_not_finite()
             if isinstance(output_relevance, Tensor):
                 output_relevance = wide(output_relevance).detach().clone()  # callers reuse theirs
             if output_relevance is None:
@@ -158,6 +161,12 @@ class Explainer(Shown):
             chosen = target if isinstance(target, Combination) else explained.target
             recipe = Recipe(self, inputs, named, chosen, output_relevance)
             return Measure(forward, explained, recipe, self.strict)
+
+    def _refuse_not_finite(self) -> None:
+        """Say which of the model's weights is at fault for an output that is not finite."""
+        held = not_finite(self.model)
+        if held is not None:
+            raise TargetError(f"the model's output holds NaN or infinite values: {held}.")
 
     def table(self) -> Table:
         return settings_table(self.__getstate__())
@@ -424,9 +433,12 @@ def _check_model(model: nn.Module) -> None:
                 check_dense(held, f"the model's tensor {place!r}")
         if module.training:
             where = f"its module {name!r}" if name else "it"
+            parts = list(module.children())
+            new = " What is in it is not: a new module begins in training mode."
             raise InputError(
                 f"the model must be in evaluation mode, but {where} is in training mode "
                 "(dropout would be random, batch norm would mix samples). Call model.eval()."
+                + (new if parts and not any(part.training for part in parts) else "")
             )
         if getattr(module, "max_norm", None) is not None:
             raise InputError(

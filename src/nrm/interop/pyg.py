@@ -18,14 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.explain import Explanation
-from torch_geometric.explain.algorithm import ExplainerAlgorithm
-from torch_geometric.explain.config import (
-    ExplainerConfig,
-    MaskType,
-    ModelMode,
-    ModelReturnType,
-)
 
 from nrm.composites import Composite
 from nrm.errors import InputError, TargetError
@@ -34,6 +26,20 @@ from nrm.graph_networks import edge_relevance
 from nrm.measure import Measure
 from nrm.operators import Operator
 from nrm.rules import Rule
+
+try:
+    from torch_geometric.explain import Explanation
+    from torch_geometric.explain.algorithm import ExplainerAlgorithm
+    from torch_geometric.explain.config import (
+        ExplainerConfig,
+        MaskType,
+        ModelMode,
+        ModelReturnType,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'nrm.interop.pyg needs torch_geometric: pip install "nrm[models]"', name=error.name
+    ) from error
 
 
 class RelevanceExplainer(ExplainerAlgorithm):  # type: ignore[misc] # untyped

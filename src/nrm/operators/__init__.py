@@ -7,6 +7,7 @@ from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.propagation import Columns, Contribution, Propagation, Setting
 from nrm.operators.routing import Identity, Routing
 from nrm.operators.row import Operator
+from nrm.operators.samples import Samples
 from nrm.operators.sums import Sum, WeightedSum
 from nrm.operators.table import (
     COMPLEX_LINEAR,
@@ -44,6 +45,7 @@ __all__ = [
     "Propagation",
     "Quotient",
     "Routing",
+    "Samples",
     "Setting",
     "Slot",
     "Sum",

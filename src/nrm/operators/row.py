@@ -20,6 +20,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, fill
 from nrm.operators.propagation import Propagation, Setting
+from nrm.operators.samples import Samples, broadcast, in_place, moved
 from nrm.rules import Rule
 
 
@@ -122,6 +123,30 @@ class Operator(ABC):
         Along all others a neuron and its parents have the same place. `call` is on graph nodes.
         """
         return None
+
+    def samples(
+        self, call: Call, name: str, at: Samples, read: Sequence[Any], shape: Sequence[Any]
+    ) -> Samples | None:
+        """Where the samples of a batch lie in the result, where they lie so in an operand.
+
+        Where neurons are neither moved nor brought together by indices, the samples stay in their
+        axis: they do not depend on each other, so that all else happens along other axes.
+
+        Arguments:
+            call: on graph nodes.
+            name: the argument that the operand is.
+            at: where the samples lie in it.
+            read, shape: of the operand and the result; sizes that depend on the batch are symbols.
+
+        Returns:
+            `None` where they cannot be told.
+        """
+        if self.moves:
+            return moved(call, at, read, shape)
+        if self.by_derivatives or self.scatters or self.gathers:
+            return None
+        alike = self.mixed_axes(call, len(read)) == []
+        return broadcast(at, read, shape) if alike else in_place(at, read, shape)
 
     # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
 
