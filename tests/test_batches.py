@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import nrm
 from nrm.errors import QueryError
@@ -142,28 +141,24 @@ def test_neurons_of_merged_axes_have_axes_of_their_own(both):
         assert found == pytest.approx([f.relevance for f in r.top(merged, "input", k=3)])
 
 
-def test_where_samples_lie_after_a_reshape():
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_where_samples_lie_after_a_reshape(batch):
     """Every way to merge a batch with its neighbours, against the samples' own numbers."""
-
-    symbol, batch = ShapeEnv().create_unbacked_symint(), 5
     for before, after in itertools.product((1, 2, 3), (1, 2, 4)):
-        shape = (before, symbol, after)
+        shape = (before, batch, after)
+        labels = torch.arange(batch).view(1, -1, 1).expand(shape)
         for new in (
-            (before * symbol, after),
-            (before, symbol * after),
-            (before * symbol * after,),
-            (before * symbol * after, 1),
+            (before * batch, after),
+            (before, batch * after),
+            (before * batch * after,),
+            (before * batch * after, 1),
+            (1, before, batch, after),
         ):
             at = reshaped(Samples(1), shape, new)
             assert at is not None
-            labels = torch.arange(batch).view(1, -1, 1).expand(before, -1, after)
-            merged = labels.reshape([
-                int(size.node.expr.subs(symbol.node.expr, batch))
-                if isinstance(size, torch.SymInt) else size
-                for size in new
-            ])  # fmt: skip
-            split = merged.unflatten(at.axis, (at.before, batch, at.after)).movedim(at.axis + 1, 0)
-            for sample in range(batch):
-                assert bool((split[sample] == sample).all())
-            back = reshaped(at, new, shape)
-            assert back == Samples(1)
+            split = labels.reshape(new).unflatten(at.axis, (at.before, batch, at.after))
+            for sample, part in enumerate(split.movedim(at.axis + 1, 0)):
+                assert bool((part == sample).all())
+            assert reshaped(at, new, shape) == Samples(1)
+    assert reshaped(Samples(1, 1, 3), (2, batch * 3), (2 * batch, 3)) == Samples(0, 2, 1)
+    assert reshaped(Samples(0), (4, 6), (2, 12)) is None  # two samples in each of two rows

@@ -280,12 +280,7 @@ class Explainer(Shown):
         shared = self._captures.shared
         captured = capture(call, along, exports, shared.widened)
         if not captured.batched and samples > 1:
-            raise InputError(
-                f"{type(self.model).__name__} can only be captured for one batch at a time (its "
-                "Python code branches on values, or fixes the batch size), and then samples "
-                "cannot be told apart. Explain one sample at a time; or, if all of the call is "
-                "one sample (a graph, a sequence), say Explainer(..., batch_axis=None)."
-            )
+            self._refuse_without_axis(captured, along, samples)
         composite = self.composite or suggested(captured)
         bias = self.bias or composite.bias
         graph = build_graph(captured, composite, bias == "input", self.fallback, self.head)
@@ -300,6 +295,18 @@ class Explainer(Shown):
             only_here = not captured.batched or self._captures.find(any_batch) is not None
             self._captures.keep(this_batch if only_here else any_batch, entry)
         return entry
+
+    def _refuse_without_axis(self, captured: Captured, along: int | None, samples: int) -> None:
+        """Refuse a graph for one batch alone whose output has no axis for the samples."""
+        shape = captured.output.meta["val"].shape
+        if along is None or len(shape) <= along or shape[along] != samples:
+            raise InputError(
+                f"{type(self.model).__name__} can only be captured for one batch at a time (its "
+                "Python code branches on values, or fixes the batch size), and its output "
+                f"{tuple(shape)} does not keep the {samples} samples apart. Explain one sample "
+                "at a time; or, if all of the call is one sample (a graph, a sequence), say "
+                "Explainer(..., batch_axis=None)."
+            )
 
     def _witnessed(self, call: ModelCall) -> State:
         """The model as it is now, with a note of what it writes into itself when it runs."""

@@ -68,7 +68,7 @@ def check_dense(x: Tensor, what: str, error: type[NrmError] = InputError) -> Non
     elif x.is_mkldnn:
         kind, cure = "in MKL-DNN's layout", "give x.to_dense()"
     elif x.layout is not torch.strided:
-        kind, cure = f"sparse ({x.layout})", "give x.to_dense()"
+        kind, cure = f"sparse ({x.layout})", "give x.to_dense(); of a graph's edges, edge_index"
     elif x.is_quantized:
         kind, cure = f"quantised ({x.dtype})", "give x.dequantize()"
     elif x.is_meta:

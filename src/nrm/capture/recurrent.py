@@ -209,6 +209,23 @@ def pack(
     return torch.cat([x[step, :size] for step, size in enumerate(sizes)]), None
 
 
+def pad(
+    sequences: Sequence[Tensor],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> Tensor:
+    """`torch.nn.utils.rnn.pad_sequence`."""
+    longest = max(len(each) for each in sequences)
+    padded = []
+    for each in sequences:
+        missing = longest - len(each)
+        sides = (0, missing) if padding_side == "right" else (missing, 0)
+        inner = (0, 0) * (each.dim() - 1)
+        padded.append(torch.nn.functional.pad(each, (*inner, *sides), value=padding_value))
+    return torch.stack(padded, 0 if batch_first else 1)
+
+
 def unpack(
     data: Tensor,
     batch_sizes: Sequence[int],

@@ -7,7 +7,7 @@ from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.propagation import Columns, Contribution, Propagation, Setting
 from nrm.operators.routing import Identity, Routing
 from nrm.operators.row import Operator
-from nrm.operators.samples import Samples
+from nrm.operators.samples import MANY, Samples
 from nrm.operators.sums import Sum, WeightedSum
 from nrm.operators.table import (
     COMPLEX_LINEAR,
@@ -30,6 +30,7 @@ from nrm.operators.table import (
 __all__ = [
     "COMPLEX_LINEAR",
     "GATE",
+    "MANY",
     "SQUASHED",
     "WEIGHTS",
     "Block",

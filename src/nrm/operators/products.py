@@ -215,7 +215,7 @@ class MatrixProduct(WeightedSum):
         return self.kind if len(operands) > 1 else "linear"
 
     def samples(
-        self, call: Call, name: str, at: Samples, read: Sequence[Any], shape: Sequence[Any]
+        self, call: Call, name: str, at: Samples, read: Sequence[int], shape: Sequence[int]
     ) -> Samples | None:
         if isinstance(self.given, str) or name == self.addend:
             return None

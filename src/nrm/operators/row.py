@@ -125,7 +125,7 @@ class Operator(ABC):
         return None
 
     def samples(
-        self, call: Call, name: str, at: Samples, read: Sequence[Any], shape: Sequence[Any]
+        self, call: Call, name: str, at: Samples, read: Sequence[int], shape: Sequence[int]
     ) -> Samples | None:
         """Where the samples of a batch lie in the result, where they lie so in an operand.
 
@@ -136,7 +136,7 @@ class Operator(ABC):
             call: on graph nodes.
             name: the argument that the operand is.
             at: where the samples lie in it.
-            read, shape: of the operand and the result; sizes that depend on the batch are symbols.
+            read, shape: of the operand and the result.
 
         Returns:
             `None` where they cannot be told.

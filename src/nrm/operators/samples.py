@@ -2,18 +2,22 @@
 
 Models merge the batch with other axes and move it about: attention with its heads, layers with the
 positions. Sizes alone do not tell `[batch * time]` from `[time * batch]`; the operators on the way
-do. Sizes that depend on the batch are symbols here, all others are numbers.
+do. Sizes are numbers here; where a graph is for any batch, those for one of an odd size (`MANY`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from nrm.operators.call import Call
+
+MANY = 10_007
+"""A batch whose size, a prime, no other axis has."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,7 @@ class Samples:
     after: int = 1
 
 
-Shape = Sequence[int | torch.SymInt]
-
-
-def is_symbol(size: int | torch.SymInt) -> TypeGuard[torch.SymInt]:
-    """Whether a size depends on the batch."""
-    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+Shape = Sequence[int]
 
 
 def in_place(at: Samples, read: Shape, shape: Shape, axis: int | None = None) -> Samples | None:
@@ -48,12 +47,8 @@ def in_place(at: Samples, read: Shape, shape: Shape, axis: int | None = None) ->
         read, shape: of the operand and of the result.
     """
     axis = at.axis if axis is None else axis
-    if not 0 <= axis < len(shape) or not is_symbol(shape[axis]) or not is_symbol(read[at.axis]):
-        return None
-    if sum(map(is_symbol, shape)) > 1:  # in which of them do they lie?
-        return None
-    same = read[at.axis].node.expr == shape[axis].node.expr  # type: ignore[union-attr]
-    return replace(at, axis=axis) if same else None
+    alike = 0 <= axis < len(shape) and shape[axis] == read[at.axis]
+    return replace(at, axis=axis) if alike else None
 
 
 def broadcast(at: Samples, read: Shape, shape: Shape) -> Samples | None:
@@ -67,32 +62,21 @@ def without(at: Samples, read: Shape, shape: Shape, along: Sequence[int]) -> Sam
         return None
     if len(shape) == len(read):
         return in_place(at, read, shape)
-    gone = sum(axis < at.axis for axis in along)
-    return (
-        in_place(at, read, shape, at.axis - gone) if len(shape) == len(read) - len(along) else None
-    )
+    if len(shape) != len(read) - len(along):
+        return None
+    return in_place(at, read, shape, at.axis - sum(axis < at.axis for axis in along))
 
 
 def reshaped(at: Samples, read: Shape, shape: Shape) -> Samples | None:
     """Samples of a tensor whose neurons keep their order: as many follow each as before."""
-    if sum(map(is_symbol, shape)) > 1:
-        return None
-    following = at.after
-    for size in read[at.axis + 1 :]:
-        if is_symbol(size):
-            return None
-        following *= int(size)
+    batch = read[at.axis] // (at.before * at.after)
+    following = at.after * math.prod(read[at.axis + 1 :])
     for axis in reversed(range(len(shape))):
-        size = shape[axis]
-        if not is_symbol(size):
-            if not size or following % int(size):
-                return None
-            following //= int(size)
-            continue
-        whole = size.node.expr * at.before * at.after / read[at.axis].node.expr  # type: ignore[union-attr]
-        if not whole.is_Integer or int(whole) % following:
-            return None
-        return Samples(axis, int(whole) // following, following)
+        if shape[axis] % (following * batch) == 0 and shape[axis] > following:
+            return Samples(axis, shape[axis] // (following * batch), following)
+        if not shape[axis] or following % shape[axis]:
+            return None  # the samples are spread over several axes
+        following //= shape[axis]
     return None
 
 
