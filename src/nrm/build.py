@@ -253,16 +253,14 @@ class Draft:
         call = _call(node, address)
         if carries_none(call.target):
             return None
-        operator = lookup(call.target) or self.fallback
-        if operator is None:
-            raise UnsupportedOperatorError(
-                f"no rule says how relevance passes {call.target} (in {address!r}, module type "
-                f"{addresses.module_type(node) or 'unknown'}). Replace it in the model, give the "
-                "operator a row with nrm.operators.register, or ask for a first-order "
-                "approximation of such operators with Explainer(fallback=LocalLinear())."
-            )
-        operator = operator.specialize(call)
-        slots = operator.operands(call, self.by_node.__contains__, address)
+        try:
+            operator = self._row(node, call, address)
+            slots = operator.operands(call, self.by_node.__contains__, address)
+        except UnsupportedOperatorError:
+            if self.fallback is None:
+                raise
+            operator = self.fallback.specialize(call)
+            slots = operator.operands(call, self.by_node.__contains__, address)
         if not any(slot in self.by_node for _, slot in slots):
             return None  # a constant made to look like a variable
         if operator.is_product and len(slots) == 1 and "recurrent" in node.meta:
@@ -277,6 +275,22 @@ class Draft:
             tuple(slot for _, slot in slots),
             places(call, slots),
             tuple(self._parent(slot) for _, slot in slots),
+        )
+
+    def _row(self, node: Node, call: Call, address: str) -> Operator:
+        """The row that covers a call.
+
+        Raises:
+            UnsupportedOperatorError: there is none.
+        """
+        operator = lookup(call.target)
+        if operator is not None:
+            return operator.specialize(call)
+        raise UnsupportedOperatorError(
+            f"no rule says how relevance passes {call.target} (in {address!r}, module type "
+            f"{addresses.module_type(node) or 'unknown'}). Replace it in the model, give the "
+            "operator a row with nrm.operators.register, or ask for a first-order "
+            "approximation of such operators with Explainer(fallback=LocalLinear())."
         )
 
     def _parent(self, node: Node) -> Variable:

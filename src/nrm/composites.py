@@ -197,8 +197,10 @@ class Composite:
                 taken = zip(operation.slots, operation.alphas, strict=True)
                 shares = ", ".join(f"{graph.by_node[slot].name} {share:g}" for slot, share in taken)
                 found.append((f"{alpha}: {shares}", by))
-            if row.adds_up or row.by_derivatives or (row.accepts_identity and not row.one_parent):
-                rule, by = self._rule(operation, graph)
+            rule, by = self._rule(operation, graph)
+            if row.by_derivatives and not rule.first_order:  # whatever rule was chosen
+                found.append(("LocalLinear()", f"the row of {operation.kind}"))
+            elif row.adds_up or row.by_derivatives or (row.accepts_identity and not row.one_parent):
                 found.append((str(rule), by))
             if not found:
                 passes = "follows its neurons" if row.moves else "passes unchanged"

@@ -216,7 +216,9 @@ class Operator(ABC):
             if carries(node) and not passes:
                 raise UnsupportedOperatorError(
                     f"{call.target} at {address!r}: its argument {name!r} depends on the input, "
-                    f"and no rule says how relevance passes to it."
+                    "and no rule says how relevance passes to it. Compute it from constants, or "
+                    "ask for a first-order approximation of such calls with "
+                    "Explainer(fallback=nrm.operators.LocalLinear())."
                 )
             if passes and (carries(node) or (self.adopts_constants and _has_neurons(node))):
                 found.append((name, node))
