@@ -128,21 +128,12 @@ class _Run:
 def recurrent(step: Step) -> Callable[..., Any]:
     """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
 
-    def network(
-        x: Tensor,
-        initial: Any,
-        weights: list[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Tensor, ...]:
+    def network(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        *layers, batch_first = given
         x = x.transpose(0, 1) if batch_first else x
         if not isinstance(x.shape[0], int):
             raise StepsAlongBatchError
-        x, *ends = _layers(step, x, None, initial, weights, has_biases, num_layers, bidirectional)
+        x, *ends = _layers(step, x, None, *layers)
         return (x.transpose(0, 1) if batch_first else x, *ends)
 
     return network
@@ -150,23 +141,7 @@ def recurrent(step: Step) -> Callable[..., Any]:
 
 def packed(step: Step) -> Callable[..., Any]:
     """The same of packed sequences, as `aten.lstm.data` and the like take arguments."""
-
-    def network(
-        data: Tensor,
-        batch_sizes: Sequence[int],
-        initial: Any,
-        weights: list[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-    ) -> tuple[Tensor, ...]:
-        return _layers(
-            step, data, batch_sizes, initial, weights, has_biases, num_layers, bidirectional
-        )
-
-    return network
+    return lambda data, sizes, *layers: _layers(step, data, sizes, *layers)
 
 
 def _layers(
@@ -177,8 +152,11 @@ def _layers(
     weights: list[Tensor],
     has_biases: bool,
     num_layers: int,
+    dropout: float,
+    train: bool,
     bidirectional: bool,
 ) -> tuple[Tensor, ...]:
+    """All layers and directions; `sizes` as for `_Run.over`, the rest as torch's operators have."""
     kinds = initial if isinstance(initial, list | tuple) else [initial]
     directions = 2 if bidirectional else 1
     each = len(weights) // (directions * num_layers)

@@ -1,5 +1,6 @@
 """How relevance passes each kind of operator, and the table that says which kind each one is."""
 
+from nrm.operators.aten import COMPLEX_LINEAR
 from nrm.operators.call import GATE, SQUASHED, WEIGHTS, Call, Function, Slot, fill, picks
 from nrm.operators.custom import Block, operation
 from nrm.operators.derivatives import LocalLinear, ToFirstOrder
@@ -10,7 +11,6 @@ from nrm.operators.row import Operator
 from nrm.operators.samples import MANY, Samples
 from nrm.operators.sums import Sum, WeightedSum
 from nrm.operators.table import (
-    COMPLEX_LINEAR,
     carries_none,
     describe,
     function_of,
