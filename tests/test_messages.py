@@ -11,7 +11,7 @@ from torch import nn
 
 import nrm
 from nrm import composites, rules
-from nrm.errors import CaptureError, InputError, TargetError
+from nrm.errors import CaptureError, InputError, NeuronSetError, QueryError, TargetError
 
 
 def network() -> nn.Sequential:
@@ -121,3 +121,37 @@ def test_a_missing_package_says_what_to_install(package, line, said):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert package in found.stdout
     assert said in found.stdout
+
+
+def test_unnormalised_relevance_that_overflows_asks_for_double_precision():
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(16):
+        layers += [nn.Linear(3, 3, bias=False), nn.Tanh()]
+        layers[-2].weight.data.abs_().mul_(1e3)
+    model, x, a = nn.Sequential(*layers).eval(), torch.rand(1, 3) + 0.5, nrm.channels("0", 1)
+    R = nrm.Explainer(model, rules.Zero())(x, target=0)
+    with pytest.raises(QueryError, match=r"overflowed torch.float32.*normalized=False.*double"):
+        R(a, normalized=False)
+    R = nrm.Explainer(model.double(), rules.Zero())(x.double(), target=0)
+    assert float(R(a, normalized=False)) > torch.finfo(torch.float32).max
+
+
+def test_channels_in_a_list():
+    with pytest.raises(
+        NeuronSetError, match=r"nrm.channels\('0', 1, 2\), not as a list.*\*\[1, 2\]"
+    ):
+        nrm.channels("0", [1, 2])  # type: ignore[arg-type]
+
+
+def test_evaluation_of_an_input_without_a_batch_axis():
+    with pytest.raises(InputError, match=r"with a batch axis in front \(x\[None\]\)"):
+        nrm.evaluate(nrm.Explainer(network()[3:].eval()), [torch.rand(4)], ["0"])
+
+
+@pytest.mark.parametrize("target", [torch.rand(200, 200) > 0.5, (0, 1, 0), [[0, 1], [1, 0]]])
+def test_targets_of_other_shapes_are_not_printed_whole(target):
+    with pytest.raises(TargetError) as refusal:
+        nrm.Explainer(network())(X, target=target)
+    assert "a target is an int" in str(refusal.value)
+    assert len(str(refusal.value)) < 300

@@ -385,8 +385,10 @@ def finite(result: Tensor) -> Tensor:
         QueryError: it overflowed.
     """
     if not bool(torch.isfinite(result).all()):
+        wider = "" if result.dtype is torch.float64 else " Use double precision: model.double()."
         raise QueryError(
-            "relevance overflowed: nearly zero columns amplified it without bound (see "
-            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
+            f"relevance overflowed {result.dtype}: contributions that are not normalised multiply "
+            "from layer to layer (normalized=False), or nearly zero columns amplified it without "
+            "bound (see diagnostics(); the Gamma, ZPlus and Flat rules cannot do so)." + wider
         )
     return result

@@ -304,8 +304,8 @@ class Explainer(Shown):
                 f"{type(self.model).__name__} can only be captured for one batch at a time (its "
                 "Python code branches on values, or fixes the batch size), and its output "
                 f"{tuple(shape)} does not keep the {samples} samples apart. Explain one sample "
-                "at a time; or, if all of the call is one sample (a graph, a sequence), say "
-                "Explainer(..., batch_axis=None)."
+                "at a time, with a batch axis in front (x[None]); or, if all of the call is one "
+                "sample (a graph, a sequence), say Explainer(..., batch_axis=None)."
             )
 
     def _witnessed(self, call: ModelCall) -> State:

@@ -49,6 +49,13 @@ def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
     """
     if not indices:
         raise NeuronSetError(f"channels({layer!r}) names no channel: the set is empty.")
+    for index in indices:
+        if isinstance(index, list | tuple):
+            one_by_one = ", ".join(map(str, index))
+            raise NeuronSetError(
+                f"channels are given one by one, nrm.channels({layer!r}, {one_by_one}), not as a "
+                f"list: put a star in front of it, *{list(index)!r}."
+            )
     return _made("channels", layer, indices, _OfChannels(layer, _frozen(indices), axis), axis)
 
 
