@@ -162,3 +162,28 @@ def test_where_samples_lie_after_a_reshape(batch):
             assert reshaped(at, new, shape) == Samples(1)
     assert reshaped(Samples(1, 1, 3), (2, batch * 3), (2 * batch, 3)) == Samples(0, 2, 1)
     assert reshaped(Samples(0), (4, 6), (2, 12)) is None  # two samples in each of two rows
+
+
+def test_gpt2_in_a_batch_of_two(torchvision_models):
+    """transformers' own, which puts all words of all samples in one axis before each layer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 8}
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **special))
+    explainer = nrm.Explainer(model.double().eval(), output=lambda found: found.logits[:, -1])
+    ids, target = torch.tensor([[3, 5, 4, 7], [9, 8, 3, 6]]), [4, 5]
+    R = explainer(ids, target=target)
+    alone = [explainer(ids[k : k + 1], target=target[k]) for k in range(2)]
+    a = nrm.neurons("transformer.wte", (0, slice(None)))
+    b = nrm.channels("transformer.h.0.mlp.c_fc:addmm", 1, 2, 5)
+    for formula in (a, b, ~b, a ^ b, b >> a):
+        same(R(formula), [r(formula) for r in alone])
+    same(R(within=a), [r(within=a) for r in alone])
+    same(R(a) + R(b) - 2 * R(a, b), [r(a ^ b) for r in alone])
+    for state, relevance in R.outcomes(a, b).items():
+        same(relevance, [r.outcomes(a, b)[state] for r in alone])
+    for name, share in R.biases().items():
+        same(share, [r.biases()[name] for r in alone])
+    for layers in zip(R.proper_form(), *(r.proper_form() for r in alone), strict=True):
+        same(layers[0].total, [layer.total for layer in layers[1:]])
