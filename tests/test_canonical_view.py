@@ -60,7 +60,38 @@ def test_the_canonical_view_and_the_way_back(neurons, batch, messages):
         for index in itertools.product(*map(range, shape)):
             sample, neuron = place(index, x.batch_axis)
             assert view[(k, sample, *neuron)] == message[(k, *index)]
-    assert torch.equal(x.restored(view), message)
+    assert torch.equal(x.restored(view, samples), message)
+    view[:] = 7.0  # a view: nothing is copied
+    assert bool((message == 7.0).all())
+
+
+@pytest.mark.parametrize("shared", itertools.product((1, 2, 3), (1, 4)))
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_batch_that_shares_its_axis_with_neurons(axis, shared):
+    """`[.., before * batch * after, ..]`: these have axes of their own in the view."""
+    before, after = shared
+    batch, rest = 3, [5, 2]
+    shape = list(rest)
+    shape.insert(axis, before * batch * after)
+    declared: list[int | None] = list(rest)
+    declared.insert(axis, None)
+    x = Variable(0, "x", "input", tuple(declared), axis, shared=shared)
+    assert x.batch_size(torch.Size(shape)) == batch
+    message = torch.randn(2, *shape)
+    view = x.canonical(message)
+    own = [size for size in shared if size != 1]
+    assert view.shape == (2, batch, *rest[:axis], *own, *rest[axis:])
+    assert view.shape[2:] == x.neuron_shape(torch.Size(shape)) == x.neuron_sizes
+    assert torch.equal(x.restored(view, batch), message)
+    values = torch.randn(batch)
+    spread = values.repeat_interleave(after).repeat(before)
+    spread = spread.view([-1 if k == axis else 1 for k in range(3)])
+    torch.testing.assert_close(message * x.by_sample(values), message * spread)
+    for sample in range(batch):
+        chosen = (torch.arange(batch) == sample).repeat_interleave(after).repeat(before)
+        kept = message * chosen.view([-1 if k == axis else 1 for k in range(3)])
+        torch.testing.assert_close(x.only_sample(message, sample), kept)
+        torch.testing.assert_close(x.per_sample(message, batch)[:, sample], kept.flatten(1).sum(1))
     view[:] = 7.0  # a view: nothing is copied
     assert bool((message == 7.0).all())
 

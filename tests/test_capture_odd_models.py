@@ -78,8 +78,14 @@ def test_data_dependent_control_flow():
         assert R.graph.captured.method == "eager"
         assert exact(R)
         assert R.graph.output.name == layer
-    with pytest.raises(InputError, match="one sample at a time"):
-        explainer(x.expand(2, -1), target=0)
+    several = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.5, 1.0]]).double()
+    R = explainer(several, target=[0, 1])  # both go the same way, also alone
+    assert R.batch == 2
+    for sample, target in enumerate((0, 1)):
+        alone = explainer(several[sample : sample + 1], target=target)
+        torch.testing.assert_close(R.heatmap()[sample], alone.heatmap()[0])
+    with pytest.raises(InputError, match="depend on each other"):
+        explainer(torch.stack([several[0], -several[0] / 2]), target=0)
 
 
 def test_a_walk_that_ends_at_constants_only():

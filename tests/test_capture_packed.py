@@ -3,7 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
 
 import nrm
 
@@ -102,3 +107,85 @@ def test_projections_are_written_out():
     expected = nrm.Explainer(ByHand(body).eval(), nrm.composites.CPLRP())(X, target=1)
     torch.testing.assert_close(R.heatmap()[:, 1:], expected.heatmap()[:, 1:])
     assert {"h_l0[2]", "c_l0[2]"} <= {v.name for v in R.graph.variables}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_of_packed_sequences_is_each_alone(name):
+    """Samples are told apart, also where some end before others and are sorted by length."""
+    kind, options, last = CASES[name]
+    packed, alone = (made(kind, last, **options).double().eval() for made in (Packed, Alone))
+    target, explain = [1, 0, 1], nrm.Explainer(alone)
+    R = nrm.Explainer(packed)(X, LENGTHS, target=target)
+    token = nrm.neurons("x", (0, slice(None)))
+    never, steps = R(~token), nrm.neurons("x", (0, 0)) ^ nrm.neurons("x", (0, 1))
+    for sample, length in enumerate(LENGTHS.tolist()):
+        one = explain(X[sample : sample + 1, :length], target=target[sample])
+        torch.testing.assert_close(R.heatmap()[sample, :length], one.heatmap()[0])
+        assert R.heatmap()[sample, length:].abs().sum() == 0
+        first = nrm.neurons("input", (0, slice(None)))
+        torch.testing.assert_close(never[sample], one(~first)[0])
+        torch.testing.assert_close(R.scale[sample], one.scale[0])
+        both = nrm.neurons("input", (0, 0)) ^ nrm.neurons("input", (0, 1))
+        torch.testing.assert_close(R(steps)[sample], one(both)[0])
+
+
+class Pair(nn.Module):
+    """Two kinds of sequences, each of lengths of its own, packed on their own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.GRU(2, 3, batch_first=True)
+        self.b = nn.LSTM(2, 3, batch_first=True, bidirectional=True)
+        self.c = nn.GRU(6, 2, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x, of_x, y, of_y):
+        options = {"batch_first": True, "enforce_sorted": False}
+        first, _ = pad_packed_sequence(self.a(pack_padded_sequence(x, of_x, **options))[0], True)
+        between = self.b(pack_padded_sequence(y, of_y, **options))[0]  # packed into the next
+        _, last = self.c(between)
+        return self.head(torch.cat([first.sum(1) / of_x[:, None], last[-1]], 1))
+
+
+class PairAlone(Pair):
+    def forward(self, x, y):
+        return self.head(torch.cat([self.a(x)[0].mean(1), self.c(self.b(y)[0])[1][-1]], 1))
+
+
+def test_several_packed_sequences_in_one_graph():
+    packed, alone = Pair().double().eval(), nrm.Explainer(PairAlone().double().eval())
+    y = torch.randn((3, 4, 2), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    of_y = torch.tensor([4, 1, 2])
+    R = nrm.Explainer(packed)(X, LENGTHS, y, of_y, target=1)
+    whole = nrm.Explainer(packed, batch_axis=None)(X, LENGTHS, y, of_y, target=(0, 1))
+    for sample, (one, other) in enumerate(zip(LENGTHS.tolist(), of_y.tolist(), strict=True)):
+        part = slice(sample, sample + 1)
+        single = alone(X[part, :one], y[part, :other], target=1)
+        for name, length in (("x", one), ("y", other)):
+            expected = single.heatmap(at=name)[0]
+            torch.testing.assert_close(R.heatmap(at=name)[sample, :length], expected)
+            if sample == 0:
+                torch.testing.assert_close(whole.heatmap(at=name)[0, :length], expected)
+
+
+class FromList(Packed):
+    """Sequences packed from a list, and their data changed while they are packed."""
+
+    def forward(self, x):
+        parts = [each[:length] for each, length in zip(x, LENGTHS.tolist(), strict=True)]
+        output, _ = self.body(pack_sequence(parts, enforce_sorted=False))
+        changed = PackedSequence(torch.relu(output.data), *output[1:])
+        return self.head(pad_packed_sequence(changed, batch_first=True)[0].sum(1))
+
+
+class FromListAlone(FromList):
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x)[0]).sum(1))
+
+
+def test_sequences_that_are_packed_from_a_list():
+    packed, alone = (made(nn.GRU, False).double().eval() for made in (FromList, FromListAlone))
+    R = nrm.Explainer(packed, batch_axis=None)(X, target=(0, 1))
+    one = nrm.Explainer(alone)(X[:1, :2], target=1)
+    torch.testing.assert_close(R.heatmap()[0, :2], one.heatmap()[0])

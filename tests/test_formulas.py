@@ -419,23 +419,6 @@ def test_results_are_named_as_asked(chain):
     torch.testing.assert_close(R.conditionals(a, layers="output")["output"][:, :1], R(a)[:, None])
 
 
-def test_walks_that_end_where_samples_are_mixed():
-    """The projection of attention has a bias without an axis for samples: told by the rest."""
-    torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval()
-    x = torch.randn(3, 5, 4).double()
-    R = nrm.Explainer(model)(x, target=(0, 1))
-    assert any(v.batch_axis is None for v in R.graph.leaves)
-    token = nrm.neurons("input", (0, slice(None)))
-    torch.testing.assert_close(R(~token), 1 - R(token))
-    torch.testing.assert_close(sum(R.outcomes(token).values()), torch.ones(3).double())
-    single = [nrm.Explainer(model)(x[k : k + 1], target=(0, 1))(~token)[0] for k in range(3)]
-    torch.testing.assert_close(R(~token), torch.stack(single))
-    assert "input" in R.marginals(given=token)
-    with pytest.raises(QueryError, match="one sample at a time"):
-        R.outcomes(token, nrm.neurons("linear1", (0, 1)))
-
-
 def test_additive_relevance_needs_sets_and_layers(chain):
     with pytest.raises(NeuronSetError, match="at least one"):
         chain.additive()

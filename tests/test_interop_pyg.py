@@ -489,3 +489,104 @@ def test_a_graph_classifier_with_its_batch():
     heat = R.marginal("x")
     torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
     assert heat[3:].abs().max() == 0
+
+
+# -- Adjacencies in the place of lists of edges.
+
+
+def _by_matrix(pyg, kind):
+    """A network that takes weights of edges, or a matrix, and one that takes no weights."""
+    make = {"GCN": pyg.GCNConv, "Graph": pyg.GraphConv, "SAGE": pyg.SAGEConv}[kind]
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = make(3, 6), make(6, 4), nn.Linear(4, 2)
+
+        def forward(self, x, edge_index, edge_weight=None):
+            h = torch.relu(self.first(x, edge_index, edge_weight))
+            return self.head(torch.relu(self.second(h, edge_index, edge_weight)))
+
+    class Plain(Weighted):
+        def forward(self, x, edge_index):
+            h = torch.relu(self.first(x, edge_index))
+            return self.head(torch.relu(self.second(h, edge_index)))
+
+    torch.manual_seed(0)
+    return (Plain if kind == "SAGE" else Weighted)().double().eval()
+
+
+def _masks_of(model, algorithm, *args, **options):
+    import torch_geometric.explain
+
+    explainer = torch_geometric.explain.Explainer(
+        model,
+        algorithm(rules.Gamma(0.25)),
+        explanation_type="model",
+        node_mask_type="attributes",
+        model_config={
+            "mode": "multiclass_classification",
+            "task_level": "node",
+            "return_type": "raw",
+        },
+        **options,
+    )
+    return explainer(*args, index=2)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Converting sparse tensor")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("kind", ["GCN", "Graph", "SAGE"])
+def test_sparse_adjacencies(pyg, algorithm, kind, layout):
+    """The entries of the matrix are the edges, its values their weights."""
+    import torch_geometric.utils as utils
+
+    model, x = _by_matrix(pyg, kind), _x()
+    weight = torch.rand(8, generator=torch.Generator().manual_seed(4)).double() + 0.5
+    weight = torch.ones_like(weight) if kind == "SAGE" else weight
+    matrix = getattr(utils, f"to_torch_{layout}_tensor")(EDGES.flip(0), weight, size=5)
+    found = _masks_of(model, algorithm, x, matrix)
+    (to, source), weight = utils.to_edge_index(matrix)
+    edges, more = torch.stack([source, to]), () if kind == "SAGE" else (weight,)
+    target = (2, int(model(x, edges, *more)[2].argmax()))
+    R = nrm.Explainer(model, rules.Gamma(0.25), batch_axis=None)(x, edges, *more, target=target)
+    torch.testing.assert_close(found.node_mask, R.heatmap(at="x") * R.scale)
+    with pytest.raises(InputError, match="edge_mask_type=None"):
+        _masks_of(model, algorithm, x, matrix, edge_mask_type="object")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Converting sparse tensor")
+def test_a_sparse_adjacency_whose_weights_nobody_reads_is_refused(pyg, algorithm):
+    import torch_geometric.utils as utils
+
+    model = _by_matrix(pyg, "SAGE")
+    matrix = utils.to_torch_csr_tensor(EDGES.flip(0), torch.rand(8).double() + 1, size=5)
+    with pytest.raises(InputError, match="another output for the edges"):
+        _masks_of(model, algorithm, _x(), matrix)
+    with pytest.raises(InputError, match=r"sparse.*edge_index"):
+        nrm.Explainer(model, batch_axis=None)(_x(), matrix.to_sparse_coo(), target=(0, 0))
+
+
+@pytest.mark.parametrize("kind", ["GCN", "SAGE", "Graph", "GIN"])
+def test_dense_adjacencies_are_structure(pyg, algorithm, kind):
+    """A float matrix takes nothing, whatever PyG's dense layers do with it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = (nn.Linear(3, 4),) if kind == "GIN" else (3, 4)
+            self.conv, self.head = getattr(pyg, f"Dense{kind}Conv")(*inner), nn.Linear(4, 2)
+
+        def forward(self, x, adj):
+            return self.head(torch.relu(self.conv(x, adj)[0]))
+
+    torch.manual_seed(0)
+    model, x, matrix = Net().double().eval(), _x(), torch.zeros(5, 5).double()
+    matrix[EDGES[1], EDGES[0]] = torch.rand(8).double() + 0.5
+    found = _masks_of(model, algorithm, x, matrix)
+    target = (2, int(model(x, matrix)[2].argmax()))
+    R = nrm.Explainer(model, rules.Gamma(0.25), batch_axis=None)(x, matrix, target=target)
+    assert float(R.marginal("adj").abs().max()) == 0
+    torch.testing.assert_close(found.node_mask, R.heatmap(at="x") * R.scale)
+    torch.testing.assert_close(found.node_mask.sum(), R.scale[0])
+    assert float(found.node_mask[4].abs().max()) == 0  # two steps away, and there is one

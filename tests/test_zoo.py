@@ -83,8 +83,15 @@ OTHER_COMPOSITES = (
     ("GAT", composites.Everywhere(nrm.rules.Gamma(0.25))),
 )
 
-CUTS = ("DiT, with a time and a class", "selective state space, by hand")
-"""Of operators that are in the others too, otherwise put together."""
+CUTS = (
+    "DiT, with a time and a class",
+    "selective state space, by hand",
+    "OLMo",
+    "DeBERTa V2",
+    "Mamba",
+)
+"""Of operators that are in the others too, otherwise put together; or in single precision here and
+there, as OLMo's norms and Mamba's states, whatever the model's type."""
 PIECEWISE_LINEAR = (
     "1-d convnet",
     "siamese network",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nrm
 from benchmarks.architectures.cases import Case, case, pictured, transformers_package
 from nrm.torchvision_mismatch import import_torchvision
 
@@ -374,3 +375,9 @@ class SpatialTransformer(nn.Module):
 @case("spatial transformer")
 def _spatial_transformer() -> Case:
     return pictured(SpatialTransformer(), 16, refused="its argument 'grid' depends on the input")
+
+
+@case("spatial transformer, sampled to first order")
+def _spatial_transformer_locally() -> Case:
+    fallback = nrm.operators.LocalLinear()
+    return pictured(SpatialTransformer(), 16, options={"fallback": fallback})

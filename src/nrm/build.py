@@ -8,7 +8,9 @@ forgotten, and leaves that enter late, such as biases, are added.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
+import sympy
 from torch import Tensor
 from torch.fx import Node
 
@@ -25,7 +27,7 @@ from nrm.capture.nodes import (
 from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
-from nrm.operators import Call, Operator, carries_none, lookup, picks
+from nrm.operators import MANY, Call, Operator, Samples, carries_none, lookup, picks
 from nrm.rules import FromUniform, Rule
 from nrm.rules import Identity as IdentityRule
 from nrm.slopes import follow_weights, places, take_between, take_to_first_order
@@ -50,6 +52,7 @@ class Draft:
         self.captured, self.head = captured, head
         self.explained = captured.output if head is None else head.explained
         self.fallback = fallback
+        self.samples = captured.samples
         self.variables: list[Variable] = []
         self.by_node: dict[Node, Variable] = {}
         self.constants: dict[Node, Variable] = {}
@@ -57,6 +60,12 @@ class Draft:
         self.steps: dict[Node, Node] = {}
         self._lost: dict[Node, UnsupportedOperatorError] = {}
         self._build()
+
+    @cached_property
+    def _batches(self) -> set[sympy.Basic]:
+        """The symbols of the batch's size."""
+        along = self.captured.batch_axis
+        return {node.meta["val"].shape[along].node.expr for node in self.captured.inputs}
 
     def _build(self) -> None:
         """All variables that depend on a leaf, with every operand that may take relevance."""
@@ -153,6 +162,20 @@ class Draft:
             variable.aliases = (name,)
             variable.name = "input"
         self.by_node[node] = variable
+        if not self.captured.batched and self.samples > 1:
+            self._keep_samples(variable)
+
+    def _keep_samples(self, variable: Variable) -> None:
+        """An input or the output of a graph for several samples: the batch has an axis of its own.
+
+        That the samples are independent there is found out beside (`nrm.explainer`).
+        """
+        assert variable.node is not None
+        sizes = tuple(map(int, variable.node.meta["val"].shape))
+        along = self.captured.batch_axis
+        if along is not None and len(sizes) > along and sizes[along] == self.samples:
+            variable.batch_axis, variable.shared = along, (1, 1)
+            variable.shape = _with_batch(sizes, along)
 
     def _depends(self, node: Node) -> bool:
         return any(parent in self.by_node for parent in _parents(node))
@@ -180,22 +203,65 @@ class Draft:
             operation.call, operation.operands[0].channel_axis
         )
         operation.output = output
+        if output.batch_axis is None:
+            self._find_samples(operation)
+        if node is self.explained and not self.captured.batched and self.samples > 1:
+            self._keep_samples(output)
         self.by_node[node] = output
+
+    def _find_samples(self, operation: Operation) -> None:
+        """Say where the samples lie in a result that has no axis of the batch's size.
+
+        A merged axis does not tell by its size which sample each neuron is of: where the samples
+        lie in the operands does.
+        """
+        output = operation.output
+        sizes = self._sizes(output)
+        if sizes is None or sum(size % MANY == 0 for size in sizes) > 1:
+            return
+        found = set()
+        for (name, _), operand in zip(operation.arguments, operation.operands, strict=True):
+            read = self._sizes(operand)
+            if operand.batch_axis is not None and read is not None:
+                at = Samples(operand.batch_axis, *operand.shared)
+                found.add(operation.operator.samples(operation.call, name, at, read, sizes))
+            elif read is None or self._may_hold_samples(operand):
+                return  # samples lie in it, nobody knows where
+        agreed = found.pop() if len(found) == 1 else None
+        if agreed is not None:
+            output.batch_axis, output.shared = agreed.axis, (agreed.before, agreed.after)
+            if not self.captured.batched:
+                output.shape = _with_batch(sizes, agreed.axis)
+
+    def _sizes(self, variable: Variable) -> tuple[int, ...] | None:
+        """The shape of a variable, for `MANY` samples where the graph is for any batch."""
+        if variable.node is None or (not self.captured.batched and self.samples == 1):
+            return None
+        sizes = []
+        for size in variable.node.meta["val"].shape:
+            if is_symbolic(size):
+                size = size.node.expr.xreplace(dict.fromkeys(self._batches, sympy.Integer(MANY)))
+                if not size.is_Integer:
+                    return None
+            sizes.append(int(size))
+        return tuple(sizes)
+
+    def _may_hold_samples(self, variable: Variable) -> bool:
+        """Whether a variable that tells no samples apart may be of several."""
+        return not self.captured.batched or any(size is None for size in variable.shape)
 
     def _operation(self, node: Node, address: str) -> Operation | None:
         call = _call(node, address)
         if carries_none(call.target):
             return None
-        operator = lookup(call.target) or self.fallback
-        if operator is None:
-            raise UnsupportedOperatorError(
-                f"no rule says how relevance passes {call.target} (in {address!r}, module type "
-                f"{addresses.module_type(node) or 'unknown'}). Replace it in the model, give the "
-                "operator a row with nrm.operators.register, or ask for a first-order "
-                "approximation of such operators with Explainer(fallback=LocalLinear())."
-            )
-        operator = operator.specialize(call)
-        slots = operator.operands(call, self.by_node.__contains__, address)
+        try:
+            operator = self._row(node, call, address)
+            slots = operator.operands(call, self.by_node.__contains__, address)
+        except UnsupportedOperatorError:
+            if self.fallback is None:
+                raise
+            operator = self.fallback.specialize(call)
+            slots = operator.operands(call, self.by_node.__contains__, address)
         if not any(slot in self.by_node for _, slot in slots):
             return None  # a constant made to look like a variable
         if operator.is_product and len(slots) == 1 and "recurrent" in node.meta:
@@ -210,6 +276,22 @@ class Draft:
             tuple(slot for _, slot in slots),
             places(call, slots),
             tuple(self._parent(slot) for _, slot in slots),
+        )
+
+    def _row(self, node: Node, call: Call, address: str) -> Operator:
+        """The row that covers a call.
+
+        Raises:
+            UnsupportedOperatorError: there is none.
+        """
+        operator = lookup(call.target)
+        if operator is not None:
+            return operator.specialize(call)
+        raise UnsupportedOperatorError(
+            f"no rule says how relevance passes {call.target} (in {address!r}, module type "
+            f"{addresses.module_type(node) or 'unknown'}). Replace it in the model, give the "
+            "operator a row with nrm.operators.register, or ask for a first-order "
+            "approximation of such operators with Explainer(fallback=LocalLinear())."
         )
 
     def _parent(self, node: Node) -> Variable:
@@ -231,23 +313,28 @@ class Draft:
     def _shape(self, value: Tensor) -> tuple[tuple[int | None, ...], int | None]:
         """The shape with `None` for the batch, and where the batch lies."""
         along = self.captured.batch_axis
+        if not self.captured.batched and self.samples > 1:
+            return (None,) * value.dim(), None  # any of them may hold samples
         if not self.captured.batched:
             shape = tuple(None if is_symbolic(size) else int(size) for size in value.shape)
             # A capture for one sample: a first axis of one is the batch.
             if along != 0 or not shape or shape[0] != 1:
                 return shape, None
             return (None, *shape[1:]), 0
-        batches = {node.meta["val"].shape[along].node.expr for node in self.captured.inputs}
         axis = None
         sizes: list[int | None] = []
         for position, size in enumerate(value.shape):
             if is_symbolic(size):
-                if size.node.expr in batches and axis is None:
+                if size.node.expr in self._batches and axis is None:
                     axis = position
                 sizes.append(None)
             else:
                 sizes.append(int(size))
         return tuple(sizes), axis
+
+
+def _with_batch(sizes: Sequence[int], axis: int) -> tuple[int | None, ...]:
+    return tuple(None if place == axis else size for place, size in enumerate(sizes))
 
 
 def _with_state(call: Call) -> list[tuple[str, Node]]:
@@ -418,6 +505,7 @@ def _late_leaf(graph: Graph, operation: Operation, steps: dict[Node, Node]) -> V
         entered.shape,
         entered.batch_axis,
         entered.channel_axis,
+        shared=entered.shared,
     )
     operation.operands += (leaf,)
     return leaf

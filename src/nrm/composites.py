@@ -198,8 +198,10 @@ class Composite:
                 taken = zip(operation.slots, operation.alphas, strict=True)
                 shares = ", ".join(f"{graph.by_node[slot].name} {share:g}" for slot, share in taken)
                 found.append((f"{alpha}: {shares}", by))
-            if row.adds_up or row.by_derivatives or (row.accepts_identity and not row.one_parent):
-                rule, by = self._rule(operation, graph)
+            rule, by = self._rule(operation, graph)
+            if row.by_derivatives and not rule.first_order:  # whatever rule was chosen
+                found.append(("LocalLinear()", f"the row of {operation.kind}"))
+            elif row.adds_up or row.by_derivatives or (row.accepts_identity and not row.one_parent):
                 found.append((str(rule), by))
             if not found:
                 passes = "follows its neurons" if row.moves else "passes unchanged"
@@ -315,6 +317,18 @@ def maker(name: str) -> Callable[..., Composite]:
         hint = f"did you mean {known[near[0]]}? " if near else ""
         raise QueryError(f"no composite is called {name!r}; {hint}there are {', '.join(_BY_NAME)}")
     return _BY_NAME[found]
+
+
+def hint_for(given: object) -> str:
+    """What to write for a name or a function that was given in the place of a composite."""
+    if isinstance(given, str):
+        known = {one.casefold(): one for one in _BY_NAME}
+        near = get_close_matches(given.casefold(), known, n=1)
+        return f" By name: nrm.composites.by_name({known[near[0]] if near else 'GammaFlat'!r})."
+    is_rule = isinstance(given, type) and issubclass(given, Rule)
+    if is_rule or given in _BY_NAME.values():
+        return f" Call it: {getattr(given, '__name__', given)}()."
+    return ""
 
 
 def Everywhere(rule: Rule) -> Composite:

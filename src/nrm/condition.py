@@ -359,7 +359,23 @@ class Answers:
     def marginals(self, variables: Collection[Variable]) -> Messages:
         """Every neuron's relevance jointly with the condition, shaped like each variable."""
         found = self.query.marginals(variables)
-        return {v: self.divided(finite(m[0]).contiguous(), v) for v, m in found.items()}
+        batch = self.forward.batch
+        mixed = [v for v in found if self.known is not None and not v.tells_samples(batch)]
+        divided = self._marginals_by_sample(mixed) if mixed else {}
+        for v, message in found.items():
+            if v not in divided:
+                divided[v] = self.divided(finite(message[0]).contiguous(), v)
+        return divided
+
+    def _marginals_by_sample(self, variables: Collection[Variable]) -> Messages:
+        """Those at variables that do not tell which sample their neurons are of."""
+        assert self.known is not None
+        found: Messages = {}
+        for sample, query in enumerate(self.query.samples()):
+            for v, message in query.marginals(variables).items():
+                part = divide(finite(message[0]), self.known[sample])
+                found[v] = found[v] + part if v in found else part
+        return found
 
     def conditionals(self, variables: Collection[Variable]) -> Messages:
         """With what relevance the condition holds of walks from every neuron of variables on."""

@@ -255,7 +255,7 @@ def _own_numbers(forward: Pass, variable: Variable) -> Tensor:
     along = variable.channel_axis_of(neurons)
     numbers = forward.output.new_tensor(range(neurons[along]))
     laid = numbers.view([-1 if axis == along else 1 for axis in range(len(neurons))])
-    return variable.restored(laid[None, None])[0].expand(shape)
+    return variable.restored(laid[None, None], forward.batch)[0].expand(shape)
 
 
 def count_channels(forward: Pass, variable: Variable) -> int:
@@ -292,7 +292,8 @@ def find_contraction(forward: Pass, upper: Variable, lower: Variable) -> Contrac
     if bridge is None or bridge.axis is None:
         return None
     crossing = bridge.crossing
-    if forward.batch > 1 and not crossing.above.batch_axis == crossing.below.batch_axis == 0:
+    ends = (crossing.above, crossing.below)
+    if forward.batch > 1 and any(v.batch_axis != 0 or v.shared != (1, 1) for v in ends):
         return None
     with torch.inference_mode(False), torch.no_grad():
         nothing = forward.output.new_zeros((1, *forward.shape(crossing.above)))

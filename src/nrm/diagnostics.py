@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nrm.display import Shown, Table, numbers
-from nrm.engine import Messages, send
+from nrm.engine import Messages, one_by_one, send
 from nrm.errors import CANCELS, VARIATION
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Columns, fill
@@ -46,8 +46,7 @@ class Diagnostics(Shown):
     Attributes:
         cuts: from the output down to the leaves.
         columns: for every weighted sum, how much relevance met columns that nearly fail.
-        leaf_share: share `[batch]` of every leaf; `bias_share` adds up those of biases. NaN where
-            a leaf mixes the samples.
+        leaf_share: share `[batch]` of every leaf; `bias_share` adds up those of biases.
         tolerance: columns count as nearly zero where `|sum T~| < tolerance * sum |T~|`.
         mixed: variables whose cuts are not listed, because they mix the samples of the batch in
             one axis: explain one sample to see them.
@@ -165,12 +164,9 @@ def diagnose(forward: Pass, start: Messages, tolerance: float) -> Diagnostics:
 
     arrived = send(forward, start, dict.fromkeys(graph.leaves), observe=look)
     nothing = torch.zeros(batch, dtype=forward.output.dtype, device=forward.output.device)
-    shares = {
-        leaf.name: sums.of(leaf, message)[0] if leaf.tells_samples(batch) else nothing + torch.nan
-        for leaf, message in arrived.items()
-    }
+    shares = _shares(forward, start, list(arrived), arrived)
     crossing = _reached_by_derivatives(forward, start, arrived)
-    if crossing is not None and not any(share.isnan().any() for share in shares.values()):
+    if crossing is not None and all(leaf.tells_samples(batch) for leaf in arrived):
         cuts.append(sums.cut("leaves, by derivatives", False, crossing))
     biases = [shares[leaf.name] for leaf in arrived if leaf.kind == "bias"]
     return Diagnostics(cuts, columns, shares, sum(biases, nothing), tolerance, mixed)
@@ -186,17 +182,25 @@ def _reached_by_derivatives(forward: Pass, start: Messages, arrived: Messages) -
 
 
 def bias_shares(forward: Pass, start: Messages) -> dict[str, Tensor]:
-    """The share `[batch]` of every leaf but inputs; NaN where a leaf mixes the samples."""
+    """The share `[batch]` of every leaf but inputs."""
     constants = [v for v in forward.graph.leaves if v.kind in ("bias", "constant")]
     arrived = send(forward, start, dict.fromkeys(constants)) if constants else {}
-    shares = {}
-    for leaf in constants:
-        share = forward.output.new_zeros(forward.batch)
-        if leaf in arrived and not leaf.tells_samples(forward.batch):
-            share += torch.nan
-        elif leaf in arrived:
-            share = leaf.per_sample(arrived[leaf], forward.batch)[0]
-        shares[leaf.name] = share
+    return _shares(forward, start, constants, arrived)
+
+
+def _shares(
+    forward: Pass, start: Messages, leaves: Sequence[Variable], arrived: Messages
+) -> dict[str, Tensor]:
+    """The share `[batch]` of every leaf, with a pass for each sample where they are mixed."""
+    batch = forward.batch
+    shares = {leaf.name: forward.output.new_zeros(batch) for leaf in leaves}
+    mixed = [leaf for leaf in arrived if not leaf.tells_samples(batch)]
+    for leaf, message in arrived.items():
+        if leaf not in mixed:
+            shares[leaf.name] = leaf.per_sample(message, batch)[0]
+    for sample, alone in enumerate(one_by_one(start, batch) if mixed else ()):
+        for leaf, message in send(forward, alone, dict.fromkeys(mixed)).items():
+            shares[leaf.name] += leaf.per_sample(message, batch, sample)[0]
     return shares
 
 

@@ -129,6 +129,11 @@ def _share_out(
                 there[then] = piece if before is None else before + piece
 
 
+def one_by_one(start: Messages, batch: int) -> list[Messages]:
+    """Messages at the output, of each sample alone: where they go is then that sample's."""
+    return [{v: v.only_sample(m, sample) for v, m in start.items()} for sample in range(batch)]
+
+
 # -- To stops.
 
 
@@ -380,8 +385,10 @@ def finite(result: Tensor) -> Tensor:
         QueryError: it overflowed.
     """
     if not bool(torch.isfinite(result).all()):
+        wider = "" if result.dtype is torch.float64 else " Use double precision: model.double()."
         raise QueryError(
-            "relevance overflowed: nearly zero columns amplified it without bound (see "
-            "diagnostics()). The Gamma, ZPlus and Flat rules cannot do so."
+            f"relevance overflowed {result.dtype}: contributions that are not normalised multiply "
+            "from layer to layer (normalized=False), or nearly zero columns amplified it without "
+            "bound (see diagnostics(); the Gamma, ZPlus and Flat rules cannot do so)." + wider
         )
     return result

@@ -20,7 +20,7 @@ from nrm.capture.nodes import Captured, is_mask
 from nrm.capture.store import Captures, Entry, perturbed
 from nrm.capture.tracing import capturing
 from nrm.capture.witness import State, state_of, written
-from nrm.composites import Composite, Everywhere, LRPZero, suggested
+from nrm.composites import Composite, Everywhere, LRPZero, hint_for, suggested
 from nrm.differences import reference_of
 from nrm.display import Shown, Table
 from nrm.errors import InputError, TargetError
@@ -32,7 +32,7 @@ from nrm.operators import Operator
 from nrm.prepare import Program
 from nrm.rules import Rule
 from nrm.targets import Combination
-from nrm.tensors import check_dense
+from nrm.tensors import check_dense, not_finite
 from nrm.views import Listing, settings_table
 
 Check = Literal["model", "output", "none"]
@@ -109,7 +109,8 @@ class Explainer(Shown):
             composite = Everywhere(composite)
         if not isinstance(composite, Composite | None):
             raise TypeError(
-                f"the composite must be a nrm.composites.Composite or a rule, not {composite!r}"
+                f"the composite must be a nrm.composites.Composite or a rule, not {composite!r}."
+                f"{hint_for(composite)}"
             )
         self.composite = composite
         self.bias = bias
@@ -169,6 +170,8 @@ class Explainer(Shown):
                     )
                 before = [wide(x) for x in before]
             forward = program.run([wide(x) for x in call.tensors], unchanged, before)
+            if not bool(torch.isfinite(forward.returned).all()):
+                self._refuse_not_finite()
             if isinstance(output_relevance, Tensor):
                 output_relevance = wide(output_relevance).detach().clone()  # callers reuse theirs
             if output_relevance is None:
@@ -181,6 +184,12 @@ class Explainer(Shown):
             chosen = target if isinstance(target, Combination) else explained.target
             recipe = Recipe(self, inputs, named, chosen, output_relevance, reference)
             return Measure(forward, explained, recipe, self.strict)
+
+    def _refuse_not_finite(self) -> None:
+        """Say which of the model's weights is at fault for an output that is not finite."""
+        held = not_finite(self.model)
+        if held is not None:
+            raise TargetError(f"the model's output holds NaN or infinite values: {held}.")
 
     def table(self) -> Table:
         return settings_table(self.__getstate__())
@@ -304,12 +313,7 @@ class Explainer(Shown):
         captured = self._captured(samples, differences, call, along)
         captured = captured or capture(call, along, exports, shared)
         if not captured.batched and samples > 1:
-            raise InputError(
-                f"{type(self.model).__name__} can only be captured for one batch at a time (its "
-                "Python code branches on values, or fixes the batch size), and then samples "
-                "cannot be told apart. Explain one sample at a time; or, if all of the call is "
-                "one sample (a graph, a sequence), say Explainer(..., batch_axis=None)."
-            )
+            self._refuse_without_axis(captured, along, samples)
         composite = self.composite or (LRPZero() if differences else suggested(captured))
         bias = self.bias or composite.bias
         graph = build_graph(
@@ -338,6 +342,18 @@ class Explainer(Shown):
                 found: Captured = entry.program.graph.captured
                 return found
         return None
+
+    def _refuse_without_axis(self, captured: Captured, along: int | None, samples: int) -> None:
+        """Refuse a graph for one batch alone whose output has no axis for the samples."""
+        shape = captured.output.meta["val"].shape
+        if along is None or len(shape) <= along or shape[along] != samples:
+            raise InputError(
+                f"{type(self.model).__name__} can only be captured for one batch at a time (its "
+                "Python code branches on values, or fixes the batch size), and its output "
+                f"{tuple(shape)} does not keep the {samples} samples apart. Explain one sample "
+                "at a time, with a batch axis in front (x[None]); or, if all of the call is one "
+                "sample (a graph, a sequence), say Explainer(..., batch_axis=None)."
+            )
 
     def _witnessed(self, call: ModelCall) -> State:
         """The model as it is now, with a note of what it writes into itself when it runs."""
@@ -471,9 +487,12 @@ def _check_model(model: nn.Module) -> None:
                 check_dense(held, f"the model's tensor {place!r}")
         if module.training:
             where = f"its module {name!r}" if name else "it"
+            parts = list(module.children())
+            new = " What is in it is not: a new module begins in training mode."
             raise InputError(
                 f"the model must be in evaluation mode, but {where} is in training mode "
                 "(dropout would be random, batch norm would mix samples). Call model.eval()."
+                + (new if parts and not any(part.training for part in parts) else "")
             )
         if getattr(module, "max_norm", None) is not None:
             raise InputError(

@@ -423,14 +423,10 @@ class Explanation(Shown):
         return self.forward_pass.value(self.graph.variable(layer)).clone()
 
     def biases(self) -> dict[str, Tensor]:
-        """The share `[batch]` of every bias and every other constant at which walks end.
-
-        NaN where a leaf has no axis for the samples of a batch: explain one sample to see it.
-        """
+        """The share `[batch]` of every bias and every other constant at which walks end."""
         shares = bias_shares(self.forward_pass, self._starts[True])
         for share in shares.values():
-            if not bool(share.isnan().all()):  # a leaf that mixes samples
-                finite(share)
+            finite(share)
         return shares
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:

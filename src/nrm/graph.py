@@ -11,7 +11,8 @@ messages at once, then the samples, then the axes of the neurons in their order.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
@@ -29,6 +30,7 @@ from nrm.rules import Alpha, Rule
 Kind = Literal["input", "embedding", "operation", "bias", "constant"]
 
 S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -42,7 +44,10 @@ class Variable:
             embeddings of integer inputs, biases (with `bias="input"`), and constants that are
             some neuron's only parent.
         shape: `None` at the batch axis.
-        batch_axis: `None` where the batch lies in no axis of its own.
+        batch_axis: the axis that holds the batch; `None` where the samples cannot be told apart.
+        shared: how many of a sample's neurons lie in that axis too, that count slower and faster
+            than the samples: `[batch * time]` has `(1, time)`. In the canonical view these have
+            axes of their own.
         channel_axis: counted from the end.
     """
 
@@ -55,6 +60,7 @@ class Variable:
     aliases: tuple[str, ...] = ()
     producer: Operation | None = None
     node: Node | None = None
+    shared: tuple[int, int] = (1, 1)
 
     @property
     def is_leaf(self) -> bool:
@@ -72,25 +78,55 @@ class Variable:
         """
         if self.batch_axis is None:
             return message.unsqueeze(1)
-        return message.movedim(self.batch_axis + 1, 1)
+        at = self.batch_axis + 1
+        before, after = self.shared
+        if self.shared != (1, 1):
+            whole = [size for size in (before, -1, after) if size != 1]
+            message = message.view(*message.shape[:at], *whole, *message.shape[at + 1 :])
+        return message.movedim(at + (before != 1), 1)
 
-    def restored(self, view: Tensor) -> Tensor:
-        """`[K, batch, *neurons]` as `[K, *shape]`: the way back, a view as well.
+    def restored(self, view: Tensor, batch: int) -> Tensor:
+        """`[K, batch, *neurons]` as `[K, *shape]`: the way back.
 
-        With a batch of size one, what is the same for all samples: it broadcasts to messages.
+        Of a batch of size one, or neurons' axes of size one, what is the same along these: it
+        broadcasts to messages.
+
+        Arguments:
+            batch: how many samples there are.
         """
         if self.batch_axis is None:
             return view.squeeze(1)
-        return view.movedim(1, self.batch_axis + 1)
+        at = self.batch_axis + 1
+        if self.shared == (1, 1):
+            return view.movedim(1, at)
+        before, after = ([size] if size != 1 else [] for size in self.shared)
+        view = view.movedim(1, at + len(before))
+        whole = [*before, batch, *after]
+        sizes = [*view.shape[:at], *whole, *view.shape[at + len(whole) :]]
+        return view.expand(sizes).flatten(at, at + len(whole) - 1)
+
+    def _without_batch(self, shape: Sequence[T]) -> Iterator[T | int]:
+        """The sizes of a shape, of the neurons alone."""
+        for axis, size in enumerate(shape):
+            if axis != self.batch_axis:
+                yield size
+            else:
+                yield from (shared for shared in self.shared if shared != 1)
 
     def neuron_shape(self, shape: torch.Size) -> torch.Size:
         """A shape of the variable without its batch axis: that of the neurons of one sample."""
-        return torch.Size(size for axis, size in enumerate(shape) if axis != self.batch_axis)
+        return torch.Size(self._without_batch(shape))
 
     @property
     def neuron_sizes(self) -> tuple[int | None, ...]:
         """The sizes of the neurons' axes; `None` where they differ from input to input."""
-        return tuple(size for axis, size in enumerate(self.shape) if axis != self.batch_axis)
+        return tuple(self._without_batch(self.shape))
+
+    def batch_size(self, shape: torch.Size) -> int:
+        """How many samples a tensor of this shape holds: one, where they cannot be told apart."""
+        if self.batch_axis is None:
+            return 1
+        return shape[self.batch_axis] // math.prod(self.shared)
 
     def channel_axis_of(self, neuron_shape: Sequence[int | None]) -> int:
         """Which of the neurons' axes is that of the channels; the first, where none is known.
@@ -128,19 +164,32 @@ class Variable:
         """
         if not self.tells_samples(batch):
             raise QueryError(
-                f"{self.name!r} mixes the batch with another axis, so its neurons cannot be told "
-                "apart by sample. Choose another layer, or explain one sample at a time."
+                f"{self.name!r} mixes the samples of the batch in an order that is not known (as "
+                "experts sort their words), so its neurons cannot be told apart by sample. Choose "
+                "another layer, or explain one sample at a time."
             )
 
-    def per_sample(self, message: Tensor, batch: int) -> Tensor:
+    def per_sample(self, message: Tensor, batch: int, only: int | None = None) -> Tensor:
         """`[K, *shape]` summed over the neurons of each sample: `[K, batch]`.
+
+        Arguments:
+            only: the sample that all of the message belongs to, if that is known.
 
         Raises:
             QueryError: the variable mixes samples, and there are several.
         """
+        if only is not None and self.batch_axis is None:
+            total = message.flatten(1).sum(1, keepdim=True)
+            return torch.nn.functional.pad(total, (only, batch - 1 - only))
         self.require_samples_apart(batch)
         view = self.canonical(message)
         return view.reshape(*view.shape[:2], -1).sum(-1)
+
+    def only_sample(self, message: Tensor, sample: int) -> Tensor:
+        """The message of one sample; that of the others becomes zero."""
+        kept = torch.zeros_like(message)
+        self.canonical(kept)[:, sample] = self.canonical(message)[:, sample]
+        return kept
 
     def by_sample(self, values: Tensor) -> Tensor:
         """`[batch]` shaped so that it broadcasts against the variable's tensor.
@@ -149,7 +198,8 @@ class Variable:
             QueryError: the variable mixes samples, and there are several.
         """
         self.require_samples_apart(len(values))
-        return self.restored(values.view(1, -1, *[1] * len(self.neuron_sizes)))[0]
+        view = values.view(1, -1, *[1] * len(self.neuron_sizes))
+        return self.restored(view, len(values))[0]
 
 
 @dataclass(eq=False)

@@ -107,7 +107,8 @@ class ByChannel(Partition):
         kept[list(chosen)] = 1
         axes = self.variable.canonical(message).dim()
         laid = kept.view([-1 if axis == self._along else 1 for axis in range(axes)])
-        return message * self.variable.restored(laid)
+        batch = self.variable.canonical(message).shape[1]
+        return message * self.variable.restored(laid, batch)
 
     def add_up(self, message: Tensor) -> Tensor:
         by_channel = self.variable.canonical(message).movedim(self._along, 2)
@@ -133,7 +134,7 @@ class ByNeuron(Partition):
 
     def lay_out(self, flat: Tensor) -> Tensor:
         """`[K, batch, neurons]` as a message `[K, *shape]`."""
-        return self.variable.restored(flat.reshape(*flat.shape[:2], *self.shape))
+        return self.variable.restored(flat.reshape(*flat.shape[:2], *self.shape), flat.shape[1])
 
     def add_up(self, message: Tensor) -> Tensor:
         view = self.variable.canonical(message)

@@ -159,8 +159,7 @@ class Measure(Explanation):
         """`R(i, A, ...)` for every neuron i of every layer, in two passes (forward-backward).
 
         Arguments:
-            layers: some of them; by default all, upstream and downstream of the sets and beside
-                (but, if something is given, those that mix the samples of a batch).
+            layers: some of them; by default all, upstream and downstream of the sets and beside.
             others: as for `Condition`.
 
         Returns:
@@ -169,8 +168,6 @@ class Measure(Explanation):
         condition = as_condition(sets, given, within, normalized)
         with self._asked((condition,)) as asked:
             named = self._named(layers)
-            if layers is None and condition.given and self.batch > 1:  # divided by sample
-                named = {name: v for name, v in named.items() if v.tells_samples(self.batch)}
             found = asked.marginals(set(named.values()))
             return {name: found[variable] for name, variable in named.items()}
 

@@ -519,5 +519,5 @@ def _is_new(output: Tensor, seen: Sequence[Any]) -> bool:
 def _batch_size(graph: Graph, shapes: Mapping[Variable, torch.Size]) -> int:
     for variable in (graph.output, *graph.inputs):
         if variable.batch_axis is not None:
-            return shapes[variable][variable.batch_axis]
+            return variable.batch_size(shapes[variable])
     return 1

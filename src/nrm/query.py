@@ -8,7 +8,8 @@ their product the relevance of the neuron jointly with the formula, as in hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from nrm.automaton import FAILS, HOLDS, Automaton, State, is_settled
 from nrm.diagnostics import warn_of_cancelling
 from nrm.display import Shown, Table
-from nrm.engine import Messages, send, travel
+from nrm.engine import Messages, one_by_one, send, travel
 from nrm.errors import CANCELS, VARIATION, QueryError
 from nrm.formulas import All, Formula, NeuronSet, apart, conjunction, events_of
 from nrm.graph import Variable
@@ -81,6 +82,7 @@ class Query:
         self.formulas = formulas
         self.normalized, self.open_to = normalized, open_to or {}
         self.events = apart(events_of(formulas))
+        self.sample: int | None = None
         self._automata: dict[bool, Automaton] = {}
         self._lie = {event: variables_of(event, self.graph) for event in self.events}
 
@@ -101,7 +103,10 @@ class Query:
                 "ask for a heatmap."
             )
         if chain is not None:
-            return self._sum(self._along(chain, self._ends())).unsqueeze(0)
+            found = self._along(chain, self._ends())
+            if not all(map(self._tells_samples, found)):
+                return sum(part.totals() for part in self.samples())  # type: ignore[return-value]
+            return self._sum(found).unsqueeze(0)
         total = self.forward.output.new_zeros((len(self.formulas), self.forward.batch))
         for state, relevance in self.outcomes(keeps_failed=False).items():
             for row, holds in zip(total, state, strict=True):
@@ -116,25 +121,16 @@ class Query:
         settled: dict[Variable, dict[State, Tensor]] = {}
         self._run(automaton, settled=settled)
         found: dict[State, Tensor] = {}
-        mixed: dict[State, Variable] = {}
+        if not all(self._tells_samples(variable) for variable, m in settled.items() if m):
+            for part in self.samples():
+                for state, relevance in part.outcomes(keeps_failed).items():
+                    found[state] = found[state] + relevance if state in found else relevance
+            return found
         for variable, messages in settled.items():
             for state, message in messages.items():
-                if not self._tells_samples(variable):
-                    mixed[state] = variable
-                    continue
-                part = variable.per_sample(message, self.forward.batch)[0]
-                found[state] = found[state] + part if state in found else part
-        if not mixed:
-            return found
-        if not keeps_failed:
-            return self.outcomes()
-        if len(mixed) > 1 or not self._stops_early:
-            for variable in mixed.values():
-                variable.require_samples_apart(self.forward.batch)
-        (state,) = mixed
-        others = (relevance for other, relevance in found.items() if other != state)
-        nothing = self.forward.output.new_zeros(self.forward.batch)
-        return found | {state: 1 - sum(others, nothing)}
+                relevance = variable.per_sample(message, self.forward.batch, self.sample)[0]
+                found[state] = found[state] + relevance if state in found else relevance
+        return found
 
     def marginals(self, variables: Collection[Variable]) -> Messages:
         """`[1, *shape]` at variables: every neuron's relevance jointly with the one formula.
@@ -273,7 +269,17 @@ class Query:
         return variable.is_leaf or (self._stops_early and self._tells_samples(variable))
 
     def _tells_samples(self, variable: Variable) -> bool:
-        return variable.tells_samples(self.forward.batch)
+        return self.sample is not None or variable.tells_samples(self.forward.batch)
+
+    def samples(self) -> Iterator[Query]:
+        """This query of each sample alone, whose walks are then all that is met anywhere.
+
+        For walks that end where samples lie in an unknown order: a pass for each of them.
+        """
+        for sample, start in enumerate(one_by_one(self.start, self.forward.batch)):
+            query = copy(self)
+            query.start, query.sample = start, sample
+            yield query
 
     def _ends(self) -> Stops | None:
         # Columns do not sum to one, or some walks are cut off: follow all to their ends.
@@ -340,7 +346,7 @@ class Query:
         self._warn(messages)
         total = self.forward.output.new_zeros(self.forward.batch)
         for variable, message in messages.items():
-            total = total + variable.per_sample(message, self.forward.batch)[0]
+            total = total + variable.per_sample(message, self.forward.batch, self.sample)[0]
         return total
 
 

@@ -441,7 +441,7 @@ def find_flows(
     layers = in_depth([part.variable for part in parts], forward.graph)
     by_layer = {part.variable: part for part in parts}
     ordered = [by_layer[layer] for layer in layers]
-    start = _only_sample(message(layers[0]), layers[0], sample)
+    start = layers[0].only_sample(message(layers[0]), sample)
     if method == "greedy":
         found = greedy(forward, start, ordered, order, k)
     else:
@@ -477,13 +477,6 @@ def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
                 "or lie side by side."
             )
     return ordered
-
-
-def _only_sample(message: Tensor, variable: Variable, sample: int) -> Tensor:
-    """The message of one sample; that of the others becomes zero."""
-    kept = torch.zeros_like(message)
-    variable.canonical(kept)[:, sample] = variable.canonical(message)[:, sample]
-    return kept
 
 
 def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:

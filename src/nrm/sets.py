@@ -49,6 +49,13 @@ def channels(layer: str, *indices: int, axis: int | None = None) -> NeuronSet:
     """
     if not indices:
         raise NeuronSetError(f"channels({layer!r}) names no channel: the set is empty.")
+    for index in indices:
+        if isinstance(index, list | tuple):
+            one_by_one = ", ".join(map(str, index))
+            raise NeuronSetError(
+                f"channels are given one by one, nrm.channels({layer!r}, {one_by_one}), not as a "
+                f"list: put a star in front of it, *{list(index)!r}."
+            )
     return _made("channels", layer, indices, _OfChannels(layer, _frozen(indices), axis), axis)
 
 
@@ -284,9 +291,17 @@ def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:
             f"values of {variable.name!r} have shape {tuple(values.shape)}, its neurons "
             f"{tuple(neurons)} (without the batch of {batch})."
         )
+    if not variable.tells_samples(batch) and is_same_by_row(values, variable):
+        return values.unsqueeze(0)
     variable.require_samples_apart(batch)
     by_sample = values if values.dim() > len(neurons) else values.unsqueeze(0)
-    return variable.restored(by_sample.unsqueeze(0))
+    return variable.restored(by_sample.unsqueeze(0), batch)
+
+
+def is_same_by_row(values: Tensor, variable: Variable) -> bool:
+    """Whether values are the same along all axes in which samples may lie, as of a channel."""
+    free = [axis for axis, size in enumerate(variable.shape) if size is None]
+    return all(bool((values == values.narrow(axis, 0, 1)).all()) for axis in free)
 
 
 def divide(joint: Tensor, known: Tensor) -> Tensor:

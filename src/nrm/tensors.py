@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nrm.errors import InputError, NrmError
 
@@ -35,6 +36,23 @@ def aligned(value: Tensor, dim: int) -> Tensor:
     return value.view((1,) * (dim - value.dim()) + tuple(value.shape))
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The first parameter or buffer of a model that holds NaN or infinite values, if one does."""
+    held = chain(
+        (("parameter", *each) for each in model.named_parameters()),
+        (("buffer", *each) for each in model.named_buffers()),
+    )
+    for kind, name, value in held:
+        if not value.is_floating_point():
+            continue
+        if bool(value.isnan().any()):
+            return f"the model's {kind} {name!r} holds NaN values"
+        masks = kind == "buffer" and not bool((value == torch.inf).any())  # with -inf, as they do
+        if not masks and not bool(torch.isfinite(value).all()):
+            return f"the model's {kind} {name!r} holds infinite values"
+    return None
+
+
 def check_dense(x: Tensor, what: str, error: type[NrmError] = InputError) -> None:
     """Refuse a tensor whose elements are not all there, each a number of its own.
 
@@ -50,7 +68,7 @@ def check_dense(x: Tensor, what: str, error: type[NrmError] = InputError) -> Non
     elif x.is_mkldnn:
         kind, cure = "in MKL-DNN's layout", "give x.to_dense()"
     elif x.layout is not torch.strided:
-        kind, cure = f"sparse ({x.layout})", "give x.to_dense()"
+        kind, cure = f"sparse ({x.layout})", "give x.to_dense(); of a graph's edges, edge_index"
     elif x.is_quantized:
         kind, cure = f"quantised ({x.dtype})", "give x.dequantize()"
     elif x.is_meta:

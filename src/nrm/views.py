@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nrm.display import Shown, Table, sizes
-from nrm.engine import Messages, send
+from nrm.engine import Messages, one_by_one, send
 from nrm.errors import UnknownLayerError
 from nrm.graph import Graph, Variable
 from nrm.prepare import Pass
@@ -185,23 +185,45 @@ class ProperForm(Shown):
         return Table("", (), rows, [note])
 
 
+class _Held:
+    """Adds the relevance of all variables of a layer to `held`, once all above it is done.
+
+    Arguments:
+        only: the sample that is looked at, if it is one.
+    """
+
+    def __init__(
+        self,
+        held: dict[int, dict[Variable, Tensor]],
+        levels: dict[Variable, int],
+        batch: int,
+        only: int | None,
+    ) -> None:
+        self.held, self.levels, self.batch, self.only = held, levels, batch, only
+        self._seen: set[int] = set()
+
+    def __call__(self, variable: Variable, travelling: Messages, arrived: Messages) -> None:
+        level = self.levels[variable]
+        if level in self._seen:
+            return
+        self._seen.add(level)
+        there = self.held.setdefault(level, {})
+        for v, message in (*travelling.items(), *arrived.items()):
+            part = v.per_sample(message, self.batch, self.only)[0]
+            there[v] = there[v] + part if v in there else part
+
+
 def proper_form(forward: Pass, start: Messages) -> ProperForm:
     """Lay out the graph in layers, with the relevance of each (appendix A)."""
     graph, batch = forward.graph, forward.batch
     levels = _levels(graph)
     members = _members(graph, levels)
     held: dict[int, dict[Variable, Tensor]] = {}
-
-    def look(variable: Variable, travelling: Messages, arrived: Messages) -> None:
-        level = levels[variable]
-        if level not in held:  # everything above this layer is done
-            held[level] = {
-                v: v.per_sample(message, batch)[0]
-                for v, message in (*travelling.items(), *arrived.items())
-            }
-
     order = sorted(graph.variables, key=lambda v: (-levels[v], -v.index))
-    send(forward, start, dict.fromkeys(graph.leaves), observe=look, order=order)
+    apart = all(v.tells_samples(batch) for v in graph.variables)
+    for sample, alone in enumerate([start] if apart else one_by_one(start, batch)):
+        look = _Held(held, levels, batch, None if apart else sample)
+        send(forward, alone, dict.fromkeys(graph.leaves), observe=look, order=order)
     nothing = forward.output.new_zeros(batch)
     layers = []
     for index, present in enumerate(members):

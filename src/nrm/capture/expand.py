@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from nrm.capture.nodes import is_complex
-from nrm.capture.recurrent import STEPS, cell, name_steps, pack, packed, recurrent, unpack
+from nrm.capture.recurrent import STEPS, cell, name_steps, pack, packed, pad, recurrent, unpack
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators import Call, function_of, lookup
 from nrm.operators.call import UNKNOWN
@@ -450,6 +450,7 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     aten.addcmul.default: lambda x, a, b, *, value=1: x + a * b * value,
     aten.lerp.Scalar: lambda a, b, weight: a * (1 - weight) + b * weight,
     aten.lerp.Tensor: lambda a, b, weight: a * (1 - weight) + b * weight,
+    aten.pad_sequence.default: pad,
     aten._pack_padded_sequence.default: pack,
     aten._pad_packed_sequence.default: unpack,
     **{getattr(aten, name).input: recurrent(step) for name, step in STEPS.items()},

@@ -47,6 +47,7 @@ from nrm.capture.tracing import (
 )
 from nrm.errors import CaptureError, InputError, NrmError
 from nrm.operators import functional
+from nrm.tensors import not_finite
 
 
 def capture(
@@ -68,6 +69,7 @@ def capture(
     shared = shared or Shared()
     with capturing():
         expected = _run_model(call, call.tensors)
+        _refuse_not_finite(call, expected)
         try:
             return _capture(call, _shadowed, batch_axis, expected, exports, shared)
         except (CaptureError, TypeError) as failure:
@@ -77,6 +79,17 @@ def capture(
             except CaptureError as again:
                 _refuse_scripts(call)
                 raise again from failure
+
+
+def _refuse_not_finite(call: ModelCall, output: Tensor) -> None:
+    """Refuse an output of which nothing can be said, and say where it is from."""
+    if not bool(torch.isfinite(output).all()):
+        held = not_finite(call.model)
+        raise CaptureError(
+            f"the output of {type(call.model).__name__} holds NaN or infinite values for these "
+            f"inputs: {held or 'its parameters are finite, so that something overflows'}. Look at "
+            "what the model itself returns."
+        )
 
 
 def _refuse_scripts(call: ModelCall) -> None:

@@ -47,6 +47,14 @@ class Captured:
     batch_axis: int | None
 
     @property
+    def samples(self) -> int:
+        """How many samples a graph for one size of the batch is for."""
+        if self.batched or self.batch_axis is None:
+            return 1
+        shape = self.inputs[0].meta["val"].shape
+        return int(shape[self.batch_axis]) if len(shape) > self.batch_axis else 1
+
+    @property
     def reusable(self) -> bool:
         """Whether other inputs of the same shape may use the same graph."""
         return self.method == "export"

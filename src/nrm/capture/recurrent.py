@@ -149,22 +149,10 @@ def _steps_first(x: Tensor) -> Tensor:
 def recurrent(step: Step) -> Callable[..., Any]:
     """All steps of all layers and directions, as `aten.lstm.input` and the like take arguments."""
 
-    def network(
-        write: Write,
-        x: Node,
-        initial: Any,
-        weights: list[Node],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> tuple[Node, ...]:
+    def network(write: Write, x: Node, *given: Any) -> tuple[Node, ...]:
+        *layers, batch_first = given
         x = write(_steps_first, x) if batch_first else x
-        x, *ends = _layers(
-            write, step, x, None, initial, weights, has_biases, num_layers, bidirectional
-        )
+        x, *ends = _layers(write, step, x, None, *layers)
         return (write(_steps_first, x) if batch_first else x, *ends)
 
     return network
@@ -172,24 +160,7 @@ def recurrent(step: Step) -> Callable[..., Any]:
 
 def packed(step: Step) -> Callable[..., Any]:
     """The same of packed sequences, as `aten.lstm.data` and the like take arguments."""
-
-    def network(
-        write: Write,
-        data: Node,
-        batch_sizes: Sequence[int],
-        initial: Any,
-        weights: list[Node],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-    ) -> tuple[Node, ...]:
-        return _layers(
-            write, step, data, batch_sizes, initial, weights, has_biases, num_layers, bidirectional
-        )
-
-    return network
+    return lambda write, data, sizes, *layers: _layers(write, step, data, sizes, *layers)
 
 
 def _layers(
@@ -201,8 +172,11 @@ def _layers(
     weights: list[Node],
     has_biases: bool,
     num_layers: int,
+    dropout: float,
+    train: bool,
     bidirectional: bool,
 ) -> tuple[Node, ...]:
+    """All layers and directions; `sizes` as for `_Run.over`, the rest as torch's operators have."""
     kinds = initial if isinstance(initial, list | tuple) else [initial]
     directions = 2 if bidirectional else 1
     each = len(weights) // (directions * num_layers)
@@ -231,6 +205,23 @@ def pack(
     x = x.transpose(0, 1) if batch_first else x
     sizes = [sum(length > step for length in lengths) for step in range(max(lengths))]
     return torch.cat([x[step, :size] for step, size in enumerate(sizes)]), None
+
+
+def pad(
+    sequences: Sequence[Tensor],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> Tensor:
+    """`torch.nn.utils.rnn.pad_sequence`."""
+    longest = max(len(each) for each in sequences)
+    padded = []
+    for each in sequences:
+        missing = longest - len(each)
+        sides = (0, missing) if padding_side == "right" else (missing, 0)
+        inner = (0, 0) * (each.dim() - 1)
+        padded.append(torch.nn.functional.pad(each, (*inner, *sides), value=padding_value))
+    return torch.stack(padded, 0 if batch_first else 1)
 
 
 def unpack(

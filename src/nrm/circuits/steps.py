@@ -38,10 +38,11 @@ class Parts:
 
     Arguments:
         labels: `[1 or batch, *neurons]`, the number of a sender; -1: none.
+        batch: how many samples there are.
     """
 
-    def __init__(self, variable: Variable, labels: Tensor) -> None:
-        self.variable = variable
+    def __init__(self, variable: Variable, labels: Tensor, batch: int) -> None:
+        self.variable, self.batch = variable, batch
         known, index = torch.unique(labels, return_inverse=True)
         self.numbers: Tensor = known[known >= 0]
         self._labels = labels
@@ -75,15 +76,15 @@ class Parts:
         """Whether each neuron belongs to each of some senders; broadcasts to `[K, *shape]`."""
         chosen = torch.tensor(list(numbers), device=self._labels.device)
         masks = self._labels.unsqueeze(0) == chosen.view(-1, *[1] * self._labels.dim())
-        return self.variable.restored(masks)
+        return self.variable.restored(masks, self.batch)
 
     def chosen(self, allowed: Tensor) -> Tensor:
         """At each neuron what is said of its sender: `[K, senders]` as `[K, *shape]`."""
         padded = torch.cat([allowed, allowed.new_zeros(len(allowed), 1)], 1)
-        return self.variable.restored(padded[:, self._labels])
+        return self.variable.restored(padded[:, self._labels], self.batch)
 
     def _broadcast(self, values: Tensor) -> Tensor:
-        return self.variable.restored(values.unsqueeze(0))
+        return self.variable.restored(values.unsqueeze(0), self.batch)
 
 
 class Places:
@@ -125,7 +126,7 @@ class Places:
         on = [not all(v.is_leaf for v in lies) for lies in self.lies]
         self.rows = [0, *(number + 1 for number, goes_on in enumerate(on) if goes_on)]
         self.receivers = tuple((OUTPUT, *self.names)[row] for row in self.rows)
-        self.at = {variable: Parts(variable, found) for variable, found in labels.items()}
+        self.at = {v: Parts(v, found, forward.batch) for v, found in labels.items()}
 
     def _label(
         self, labels: dict[Variable, Tensor], number: int, name: str, chosen: NeuronSet

@@ -225,13 +225,18 @@ def _tensors(
 def classes_of(output: Tensor) -> Tensor:
     """`[classes]`: the output for one picture; one number, where the model gives but one.
 
+    Of a map `[1, classes, *places]`, as segmentation makes, the mean of each class.
+
     Raises:
         CommandError: it is of another shape.
     """
     if output.numel() == 1 or (output.dim() == 2 and output.shape[0] == 1 and output.numel()):
         return output.reshape(-1)
+    if output.dim() > 2 and output.shape[0] == 1 and output.numel():
+        return output[0].flatten(1).mean(1)
     raise CommandError(
-        f"the model's output must be [1, classes] for one picture, not {tuple(output.shape)}"
+        "the model's output must be [1, classes] for one picture, or a map [1, classes, height, "
+        f"width], not {tuple(output.shape)}"
     )
 
 
@@ -381,6 +386,35 @@ def find_target(wanted: str, labels: Sequence[str] | None, logits: Tensor) -> in
             "names with --labels"
         )
     return _by_name(wanted, labels)
+
+
+def split_place(wanted: str, places: Sequence[int]) -> tuple[str, tuple[int, ...] | None]:
+    """A class, and the place of a map that is named behind it: `15,40,60`.
+
+    Arguments:
+        places: how large the map is; empty, where the output is none. Commas belong to the name
+            then.
+
+    Raises:
+        CommandError: the place lies outside of the map, or the output is no map.
+    """
+    parts = [part.strip() for part in wanted.split(",")]
+    numbers = [part for part in parts[1:] if re.fullmatch(r"[+-]?\d+", part)]
+    if not numbers or len(numbers) < len(parts) - 1:
+        return wanted, None
+    if len(numbers) != len(places):
+        shape = f"a map of {' x '.join(map(str, places))}" if places else "[1, classes]"
+        names = "class,y,x" if len(places) == 2 else f"the class and {len(places)} coordinates"
+        raise CommandError(
+            f"target {wanted!r} names {len(numbers)} coordinates, but the model's output is "
+            f"{shape}; give {names if places else 'the class alone'}"
+        )
+    place = tuple(map(int, numbers))
+    if not all(0 <= at < size for at, size in zip(place, places, strict=True)):
+        raise CommandError(
+            f"target {wanted!r} is outside of the map of {' x '.join(map(str, places))}"
+        )
+    return parts[0], place
 
 
 def _by_name(wanted: str, labels: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nrm import __version__, plot
 from nrm.capture.digest import lasting
 from nrm.cli.commands import RESULT, CommandError, as_text
+from nrm.cli.models import classes_of
 from nrm.cli.weights import Read
 from nrm.explainer import Explainer
 from nrm.graph import Operation, Variable
@@ -28,14 +29,14 @@ from nrm.io import Picture, Say, check_folder, filled_at_once
 from nrm.measure import Measure
 from nrm.search import Flow, Flows
 from nrm.sets import channels
-from nrm.targets import Contrast
+from nrm.targets import Average, Combination, Contrast
 
 MOST_COLUMNS = 8
 """How many flows the overview shows; every flow has a picture of its own."""
 MOST_LARGEST = 5
 SOFTMAX = "softmax of the logits"
 INPUT, HEATMAP, OVERVIEW = "input.png", "heatmap.png", "overview.png"
-_OURS = re.compile(r"(target_\d+_)?(flow_\d+|heatmap|overview)\.png")
+_OURS = re.compile(r"(target_(\d+_)+)?(flow_\d+|heatmap|overview)\.png")
 _OTHERS = ("torchvision", "numpy", "PIL", "matplotlib")
 
 
@@ -48,6 +49,8 @@ class Target:
         label: its name.
         alone: it is the only one.
         against: the output that it is explained against, if it is, and its name.
+        map: the output is a map of classes; the mean of this one is explained,
+        place: or its value there.
     """
 
     index: int
@@ -55,12 +58,14 @@ class Target:
     alone: bool = False
     against: int | None = None
     against_label: str | None = None
+    map: bool = False
+    place: tuple[int, ...] | None = None
 
     @property
     def title(self) -> str:
-        title = self.label
-        if title is None:
-            title = "the output" if self.alone else f"class {self.index}"
+        named = "the output" if self.alone else f"class {self.index}"
+        where = f" at {self.place}" if self.place else ", its mean" if self.map else ""
+        title = (named if self.label is None else self.label) + where
         if self.against is None:
             return title
         return f"{title} rather than {self.against_label or f'class {self.against}'}"
@@ -73,9 +78,19 @@ class Target:
         return {"against": self.against, "against_label": self.against_label}
 
     @property
-    def asked(self) -> int | Contrast:
+    def asked(self) -> int | tuple[int, ...] | Combination:
         """What an explainer is given."""
-        return self.index if self.against is None else Contrast(self.index, self.against)
+        place = self.place or ()
+        if self.against is not None:
+            return Contrast((self.index, *place), (self.against, *place))
+        if self.map and not place:
+            return Average(self.index)
+        return (self.index, *place) if place else self.index
+
+    @property
+    def file(self) -> str:
+        """How files of it begin, beside those of other targets."""
+        return "_".join(map(str, ("target", self.index, *(self.place or ())))) + "_"
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ def report(
                 say(f"searching the most relevant channel combinations of {', '.join(layers)}")
                 flows = R.top(*layers, k=top, seconds=seconds)
             say("checking the totals over all cuts")
-            prefix = f"target_{target.index}_" if several else ""
+            prefix = target.file if several else ""
             entries.append(_entry(R, target, flows, prefix))
             say("the heatmaps, and drawing them")
             _draw(R, picture, target, flows, [subject.model, *layers], entries[-1], prefix, folder)
@@ -204,6 +219,8 @@ def probabilities(R: Measure) -> tuple[Tensor, str] | tuple[None, None]:
     Arguments:
         R: of an output with `classes` neurons.
     """
+    if R.output.dim() > 2 and R.output.numel() > 1:  # a map: probabilities are of its places
+        return None, None
     output = R.output.double().reshape(-1)
     functions = _last_functions(R)
     first = functions[0] if functions else None
@@ -273,6 +290,7 @@ def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict
         "target": target.index,
         "label": target.label,
         **target.rather_than,
+        "place": "mean" if target.map and target.place is None else target.place,
         "explained": R.explained,
         "probability": None if found is None else float(found[target.index]),
         "probability_from": source,
@@ -299,7 +317,7 @@ def _result(
     R: Measure, subject: Subject, layers: Sequence[str], entries: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """All of a result: what is said of one target stands in it, of several in a list."""
-    output = R.output.double().reshape(-1)
+    output = classes_of(R.output.double())
     found, _ = probabilities(R)
     names = subject.labels
     return {

@@ -146,13 +146,14 @@ class Run:
         task, model = self.task, self._model
         assert model is not None
         output, values = models.output_of(model, picture.x, task.output)
+        places = tuple(values.shape[2:]) if values.numel() > 1 else ()
         values = models.classes_of(values)
         models.refuse_nan(model, values)
         explainer = self._explains(model, output)
         labels = self._names(len(values))
         say("capturing the model and passing the picture through it")
         graph = explainer.graph(picture.x)
-        targets = self._targets(explainer, picture, values, labels)
+        targets = self._targets(explainer, picture, values, labels, places)
         image, versions = report.file_digest(path), report.versions(task.model)
         mark = fingerprint(
             image=image,
@@ -207,21 +208,38 @@ class Run:
         return self._labels
 
     def _targets(
-        self, explainer: Explainer, picture: Picture, values: Tensor, names: list[str] | None
+        self,
+        explainer: Explainer,
+        picture: Picture,
+        values: Tensor,
+        names: list[str] | None,
+        places: tuple[int, ...],
     ) -> list[Target]:
-        """What is explained, each output once."""
-        found: dict[int, Target] = {}
+        """What is explained, each output once.
+
+        Arguments:
+            places: how large the map is that the output is, if it is one.
+        """
+        found: dict[tuple[int, Any], Target] = {}
         for wanted in self.task.targets:
-            index = models.find_target(wanted, names, values)
-            if wanted.casefold() == TOP and int((values == values.max()).sum()) > 1:
+            named, place = models.split_place(wanted, places)
+            index = models.find_target(named, names, values)
+            tie = named.casefold() == TOP and int((values == values.max()).sum()) > 1
+            if tie and not places:
                 # Of those that a sigmoid has rounded to one, the largest logit.
                 target = explainer(picture.x).target
                 assert target is not None
                 index = int(target[0])
             label = names[index] if names else None
             other = self._against(index, values, names)
-            named = names[other] if names and other is not None else None
-            found.setdefault(index, Target(index, label, len(values) == 1, other, named))
+            if other is not None and places and place is None:
+                raise CommandError(
+                    "--against takes one place of a map, not the means of two classes: give the "
+                    "target as class,y,x"
+                )
+            of = names[other] if names and other is not None else None
+            one = Target(index, label, len(values) == 1, other, of, bool(places), place)
+            found.setdefault((index, place), one)
         return list(found.values())
 
     def _against(self, target: int, values: Tensor, names: list[str] | None) -> int | None:

@@ -14,18 +14,11 @@ explanation = explainer(data.x, data.edge_index, batch=data.batch)
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.explain import Explanation
-from torch_geometric.explain.algorithm import ExplainerAlgorithm
-from torch_geometric.explain.config import (
-    ExplainerConfig,
-    MaskType,
-    ModelMode,
-    ModelReturnType,
-)
 
 from nrm.composites import Composite
 from nrm.errors import InputError, TargetError
@@ -34,6 +27,21 @@ from nrm.graph_networks import edge_relevance
 from nrm.measure import Measure
 from nrm.operators import Operator
 from nrm.rules import Rule
+
+try:
+    from torch_geometric.explain import Explanation
+    from torch_geometric.explain.algorithm import ExplainerAlgorithm
+    from torch_geometric.explain.config import (
+        ExplainerConfig,
+        MaskType,
+        ModelMode,
+        ModelReturnType,
+    )
+    from torch_geometric.utils import is_sparse, to_edge_index
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'nrm.interop.pyg needs torch_geometric: pip install "nrm[models]"', name=error.name
+    ) from error
 
 
 class RelevanceExplainer(ExplainerAlgorithm):  # type: ignore[misc] # untyped
@@ -88,19 +96,33 @@ class RelevanceExplainer(ExplainerAlgorithm):  # type: ignore[misc] # untyped
         """The masks that the explainer is configured for.
 
         Arguments:
+            edge_index: `[2, edges]`; or what else the model takes in its place: a dense adjacency
+                matrix, or a sparse one (torch's, or a `SparseTensor`), whose entries are then the
+                edges. Either has node masks alone.
             target: for classification the class of every output row; not read for regression.
             index: the rows of the output to explain; by default all.
-            kwargs: further arguments of the model. Real-valued ones take relevance too, which is
-                then missing from the masks.
+            kwargs: further arguments of the model. Weights of edges and adjacencies are structure
+                and take no relevance; other real-valued ones do, which is then missing from the
+                masks.
 
         Raises:
-            InputError: a heterogeneous graph, or features wanted of integer nodes.
+            InputError: a heterogeneous graph, or features wanted of integer nodes; or a sparse
+                adjacency of a model that computes something else from its edges.
             QueryError: edges wanted of a model that has no messages along edges.
         """
-        if not isinstance(x, Tensor) or not isinstance(edge_index, Tensor):
+        if not isinstance(x, Tensor) or not (
+            isinstance(edge_index, Tensor) or is_sparse(edge_index)
+        ):
             raise InputError(
                 f"{type(self).__name__} explains homogeneous graphs: x and edge_index are tensors."
             )
+        if is_sparse(edge_index):
+            if self.explainer_config.edge_mask_type is not None:
+                raise InputError(
+                    "PyG keeps no edge mask beside a sparse adjacency: give the edges that "
+                    "torch_geometric.utils.to_edge_index makes of it, or edge_mask_type=None."
+                )
+            edge_index, kwargs = _edges_of(model, x, edge_index, kwargs)
         R = self._measure(model, x, edge_index, target, index, kwargs)
         scale = torch.ones_like(R.scale) if self.normalized else R.scale
         config: ExplainerConfig = self.explainer_config
@@ -133,6 +155,36 @@ class RelevanceExplainer(ExplainerAlgorithm):  # type: ignore[misc] # untyped
             output = explainer(x, edge_index, **kwargs).forward_pass.output
         explained = _explained(output, target, index, self.model_config.mode)
         return explainer(x, edge_index, output_relevance=explained, **kwargs)
+
+
+def _edges_of(
+    model: nn.Module, x: Tensor, adjacency: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The edges of a sparse adjacency, with the arguments that make the same output of them.
+
+    Rows of the matrix are where edges lead to, as everywhere in PyG; its values are the edges'
+    weights, where the model takes some.
+
+    Raises:
+        InputError: the model gives another output for the edges.
+    """
+    (to, source), weight = to_edge_index(adjacency)
+    edges = torch.stack([source, to])
+    ways: list[dict[str, Any]] = [kwargs]
+    if weight is not None and "edge_weight" in signature(model.forward).parameters:
+        ways.insert(0, {**kwargs, "edge_weight": weight.to(x.dtype)})
+    with torch.no_grad():
+        expected = model(x, adjacency, **kwargs)
+        tolerance = 1e-9 if expected.dtype is torch.float64 else 1e-4
+        for way in ways:
+            error = float((model(x, edges, **way) - expected).abs().max())
+            if error <= tolerance * max(1.0, float(expected.abs().max())):
+                return edges, way
+    raise InputError(
+        f"{type(model).__name__} gives another output for the edges of the sparse adjacency than "
+        "for the matrix itself (its layers do not read the weights of edges, or the model hands "
+        "them no edge_weight). Give edge_index, and edge_weight where the model takes it."
+    )
 
 
 def _explained(

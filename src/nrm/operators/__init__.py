@@ -1,5 +1,6 @@
 """How relevance passes each kind of operator, and the table that says which kind each one is."""
 
+from nrm.operators.aten import COMPLEX_LINEAR
 from nrm.operators.call import GATE, SQUASHED, WEIGHTS, Call, Function, Slot, fill, picks
 from nrm.operators.custom import Block, operation
 from nrm.operators.derivatives import LocalLinear, ToFirstOrder
@@ -7,10 +8,10 @@ from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.propagation import Columns, Contribution, Propagation, Setting
 from nrm.operators.routing import Identity, Routing
 from nrm.operators.row import Operator
+from nrm.operators.samples import MANY, Samples
 from nrm.operators.secants import Secants
 from nrm.operators.sums import Sum, WeightedSum
 from nrm.operators.table import (
-    COMPLEX_LINEAR,
     carries_none,
     describe,
     function_of,
@@ -30,6 +31,7 @@ from nrm.operators.table import (
 __all__ = [
     "COMPLEX_LINEAR",
     "GATE",
+    "MANY",
     "SQUASHED",
     "WEIGHTS",
     "Block",
@@ -45,6 +47,7 @@ __all__ = [
     "Propagation",
     "Quotient",
     "Routing",
+    "Samples",
     "Secants",
     "Setting",
     "Slot",

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from nrm.operators.aten import GROUPED_PRODUCT
 from nrm.operators.call import Call
 from nrm.operators.products import by_groups
 from nrm.operators.routing import Filling
 from nrm.operators.row import Operator
-from nrm.operators.table import GROUPED_PRODUCT, function_of, register, row_of
+from nrm.operators.table import function_of, register, row_of
 
 _LIBRARY = torch.library.Library("nrm", "FRAGMENT")  # type: ignore[no-untyped-call]
 

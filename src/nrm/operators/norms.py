@@ -355,21 +355,29 @@ def _log_means(shares: Sequence[Tensor], ends: Ends, dim: int) -> tuple[Tensor, 
     return means, (means * move).sum(dim, keepdim=True) / total
 
 
-class LogSoftmax(Elementwise):
-    """`y_j = x_j - log sum_i exp x_i`: a logit, less one number that is a bias in all but name.
+class Touching(WeightedSum):
+    """A weighted sum that touches a curved function at the input, where both are the same.
 
-    The number depends on all logits, and no walk leads on from there: where biases are inputs it
-    ends in a leaf.
+    The slope is held constant; by what the sum misses the function is a bias.
     """
 
     passes = ("self",)
-    function = Function("log_softmax", hides_sign=True)
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         return not rule.first_order
 
     def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
         return True
+
+
+class LogSoftmax(Touching, Elementwise):
+    """`y_j = x_j - log sum_i exp x_i`: a logit, less one number that is a bias in all but name.
+
+    The number depends on all logits, and no walk leads on from there: where biases are inputs it
+    ends in a leaf.
+    """
+
+    function = Function("log_softmax", hides_sign=True)
 
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting
@@ -399,23 +407,16 @@ class LogSoftmax(Elementwise):
         return values[0] + shift
 
 
-class LogSumExp(WeightedSum):
+class LogSumExp(Touching):
     """`y = sum_i s_i x_i + H`, with the softmax `s` held constant, its entropy `H` for a bias.
 
     That is the plane which touches it at the input.
     """
 
-    passes = ("self",)
     function = Function("logsumexp")
 
     def reads_ahead(self, operands: Sequence[tuple[str, Node]]) -> bool:
         return False
-
-    def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        return not rule.first_order
-
-    def curves(self, operands: Sequence[tuple[str, Node]], along_path: bool) -> bool:
-        return True
 
     def contributions(
         self, call: Call, values: Sequence[Tensor], setting: Setting

@@ -19,6 +19,7 @@ from nrm.operators.connections import Connections, Dense
 from nrm.operators.propagation import Contribution, Ends, Propagation, Setting, through_matrix
 from nrm.operators.routing import Unchanged, where_zero_stays
 from nrm.operators.row import Operator, ReadsZeros, TellsZeros
+from nrm.operators.samples import Samples, in_place
 from nrm.operators.secants import factors
 from nrm.operators.sums import WeightedSum
 from nrm.rules import Activation, Normalized, Rule, Weight
@@ -233,6 +234,14 @@ class MatrixProduct(WeightedSum):
 
     def kind_of(self, operands: Sequence[tuple[str, Node]]) -> str:
         return self.kind if len(operands) > 1 else "linear"
+
+    def samples(
+        self, call: Call, name: str, at: Samples, read: Sequence[int], shape: Sequence[int]
+    ) -> Samples | None:
+        if isinstance(self.given, str) or name == self.addend:
+            return None
+        summed = len(read) - 1 if name == self.given[0] else max(len(read) - 2, 0)
+        return None if at.axis == summed else in_place(at, read, shape)
 
     def mixes_rows(self, names: Collection[str]) -> bool:
         # The matrix on the left says how much of each row goes to which: an adjacency, attention.

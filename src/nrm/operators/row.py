@@ -20,6 +20,7 @@ from torch.fx import Node
 from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import UNKNOWN, Call, Function, Order, Rescaling, fill
 from nrm.operators.propagation import Ends, Propagation, Setting
+from nrm.operators.samples import Samples, broadcast, in_place, moved
 from nrm.rules import Rule
 
 
@@ -123,6 +124,30 @@ class Operator(ABC):
         """
         return None
 
+    def samples(
+        self, call: Call, name: str, at: Samples, read: Sequence[int], shape: Sequence[int]
+    ) -> Samples | None:
+        """Where the samples of a batch lie in the result, where they lie so in an operand.
+
+        Where neurons are neither moved nor brought together by indices, the samples stay in their
+        axis: they do not depend on each other, so that all else happens along other axes.
+
+        Arguments:
+            call: on graph nodes.
+            name: the argument that the operand is.
+            at: where the samples lie in it.
+            read, shape: of the operand and the result.
+
+        Returns:
+            `None` where they cannot be told.
+        """
+        if self.moves:
+            return moved(call, at, read, shape)
+        if self.by_derivatives or self.scatters or self.gathers:
+            return None
+        alike = self.mixed_axes(call, len(read)) == []
+        return broadcast(at, read, shape) if alike else in_place(at, read, shape)
+
     # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
 
     def affine_in(self, call: Call, read: Sequence[str]) -> bool:
@@ -191,7 +216,9 @@ class Operator(ABC):
             if carries(node) and not passes:
                 raise UnsupportedOperatorError(
                     f"{call.target} at {address!r}: its argument {name!r} depends on the input, "
-                    f"and no rule says how relevance passes to it."
+                    "and no rule says how relevance passes to it. Compute it from constants, or "
+                    "ask for a first-order approximation of such calls with "
+                    "Explainer(fallback=nrm.operators.LocalLinear())."
                 )
             if passes and (carries(node) or (self.adopts_constants and _has_neurons(node))):
                 found.append((name, node))
