@@ -16,6 +16,8 @@ from support import dense
 import nrm
 from benchmarks import architectures, zoo
 from nrm import composites
+from nrm.capture.call import ModelCall
+from nrm.capture.nodes import is_mask
 from nrm.formulas import as_set
 
 # The others are left to the benchmark: they are larger, or like one of these.
@@ -167,6 +169,36 @@ def test_inputs_and_other_leaves_together_have_relevance_one(name: str) -> None:
     assert abs(float(R(everywhere)) - 1) <= 1e-10 * size
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["ResNet18", "LSTM, sequence first", "GRU, stacked, bidirectional", "BERT", "T5", "GAT",
+     "Llama, grouped queries", "GroupNorm and InstanceNorm"],
+)  # fmt: skip
+def test_differences_from_a_reference_add_up_to_that_of_the_outputs(name: str) -> None:
+    case, explainer = double(name), double(name).explainer()
+    call = ModelCall(case.model, case.args, case.kwargs, explainer.output)
+    torch.manual_seed(0)
+    reference = {}
+    for at, x in zip(call.names, call.tensors, strict=True):
+        if x.is_floating_point() and not is_mask(at):
+            reference[at] = 0.6 * x + 0.3 * torch.randn_like(x)
+        elif at in ("input_ids", "decoder_input_ids"):
+            reference[at] = x.flip(-1)
+    R = explainer(*case.args, target=case.index, reference=reference, **case.kwargs)
+    other = call(*(reference.get(at, x) for at, x in zip(call.names, call.tensors, strict=True)))
+    place = (0, *case.index) if other.dim() > len(case.index) else case.index
+    if explainer.batch_axis == 1:
+        place = (case.index[0], 0, *case.index[1:])
+    change = (call(*call.tensors) - other)[place]
+    aim = 1e-6 if R.graph.captured.mixed else 1e-10  # norms in single precision
+    assert abs(float(R.scale - change)) <= aim * max(1.0, float(change.abs()))
+    inputs = reduce(or_, (as_set(leaf.name) for leaf in R.graph.inputs))
+    health = R.diagnostics()
+    size = max(1.0, float(health.total_variation))
+    assert abs(float(R(inputs)) - 1) <= 1e-10 * size
+    assert health.worst_cut_deviation <= 1e-10
+
+
 @pytest.mark.parametrize("name", PIECEWISE_LINEAR)
 def test_lrp_0_of_a_piecewise_linear_architecture_is_gradient_times_input(name: str) -> None:
     case = double(name)
@@ -184,8 +216,13 @@ def test_a_smooth_architecture_is_not_compared_with_gradient_times_input(name: s
 @pytest.mark.parametrize("name", ["data-dependent control flow"])
 def test_what_python_decides_on_values_is_captured_by_an_eager_trace(name: str) -> None:
     case = double(name)
-    graph = case.explainer().graph(*case.args)
-    assert graph.captured.method == "eager"
+    explainer = case.explainer()
+    assert explainer.graph(*case.args).captured.method == "eager"
+    (x,) = case.args
+    nearby = explainer(x, target=case.index, reference=0.9 * x)
+    assert abs(float(nearby.heatmap().sum()) - 1) <= 1e-10
+    with pytest.raises(nrm.errors.InputError, match="branches on values"):
+        explainer(x, target=case.index, reference=0.01 * x)
 
 
 def check_values(case: architectures.Case, composite: composites.Composite | None = None) -> None:
