@@ -128,6 +128,19 @@ def test_a_chord_between_close_points_is_the_derivative(function, distance, dtyp
     assert torch.allclose(found.double(), slope, rtol=0, atol=tolerance * 30)
 
 
+@pytest.mark.parametrize(
+    "factor", [torch.tensor([True, False, True]), torch.tensor([2, 0, -3]), 3, 0.5], ids=str
+)
+def test_constant_factors_of_any_type(factor) -> None:
+    x = torch.tensor([1.0, 2.0, 3.0]).double()
+    for name, target in (("mul", aten.mul), ("div", aten.div)):
+        if name == "div" and isinstance(factor, Tensor):
+            continue  # by zero
+        overload = target.Tensor if isinstance(factor, Tensor) else target.Scalar
+        case = prepare(registered()[f"aten.{name}"], overload, (x, factor), Zero(), False, name)
+        assert between(case, [x - torch.tensor([0.5, 1.0, -2.0])]) <= 1e-12
+
+
 def test_a_kink_between_close_points_is_seen() -> None:
     before, after = torch.tensor([-1e-8]).double(), torch.tensor([3e-8]).double()
     relu = prepare(registered()["aten.relu"], aten.relu.default, (after,), Zero(), False, "relu")

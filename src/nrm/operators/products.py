@@ -178,7 +178,8 @@ def _both(factor: Any, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(factor, Slot):
         k = factor.index
         return ends.before[k].detach(), ends.after[k].detach(), ends.moves[k]
-    value = like(factor, ends.after[0]) if not isinstance(factor, Tensor) else factor
+    whole = not isinstance(factor, Tensor) or not factor.is_floating_point()
+    value = like(factor, ends.after[0]) if whole else factor  # half of True and True is no half
     return value, value, torch.zeros_like(value)
 
 
