@@ -328,25 +328,32 @@ def test_components_may_differ_from_sample_to_sample(wide):
         torch.testing.assert_close(found, alone.walks.kept(every))
 
 
-def test_biases_whose_samples_are_mixed_are_known_by_what_is_left():
+class Flattened(nn.Module):
+    """Tokens of all samples in one axis, the samples not in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, features = x.shape
+        flat = torch.relu(self.a(x.transpose(0, 1).reshape(-1, features)))
+        h = flat.view(tokens, batch, features).transpose(0, 1)
+        return self.b((h + x).mean(1))
+
+
+def test_samples_in_an_axis_with_others_have_edges_of_their_own():
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).double().eval()
-    x = torch.randn(2, 4, 8).double()
-    explainer = nrm.Explainer(model)
-    R = explainer(x, target=(0, 0))
-    mixed = [v.name for v in R.graph.leaves if not v.tells_samples(2)]
-    assert mixed
-    both = R.edges(nrm.components(R))
+    model, x = Flattened().double().eval(), torch.randn(2, 3, 4).double()
+    explainer = nrm.Explainer(model, bias="input")
+    sets = {"low": nrm.channels("a", 0, 2), "high": nrm.channels(":add", 0, 1)}
+    both = explainer(x, target=0).edges(sets)
     chosen = torch.rand(both.relevance.shape[1:], generator=torch.Generator().manual_seed(1)) < 0.8
     for sample in range(2):
-        one = explainer(x[sample : sample + 1], target=(0, 0))
-        alone = one.edges(nrm.components(one))
+        alone = explainer(x[sample : sample + 1], target=0).edges(sets)
         torch.testing.assert_close(both.relevance[sample], alone.relevance[0])
         kept = both.walks.kept(chosen)[sample : sample + 1]
         torch.testing.assert_close(kept, alone.walks.kept(chosen))
-    with pytest.raises(QueryError, match="mixes the batch"):
-        R.edges(mixed)
 
 
 def test_a_model_that_changed_is_refused(wide):

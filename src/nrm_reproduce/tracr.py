@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import nrm
-from nrm.composites import Composite, LocalLinear
+from nrm.composites import Circuits, Composite, LocalLinear
 from nrm.errors import InputError
 from nrm.evaluation import bootstrap
 from nrm_reproduce.report import Experiment, Report, Request, Table, versions
@@ -243,10 +243,13 @@ def by_relevance(composite: Composite | None, uses_reference: bool = False) -> M
         if program.name not in explainers:
             explainers[program.name] = nrm.Explainer(program.model, composite)
         explainer = explainers[program.name]
-        copies, options = example.ids.repeat(len(example.outputs), 1), {}
+        outputs, options = list(example.outputs), {}
         if uses_reference:
-            options = {"reference": other.ids.repeat(len(example.outputs), 1)}
-        R = explainer(copies, target=list(example.outputs), **options)
+            outputs = [output for output in outputs if _differs(program, example, other, output)]
+            options = {"reference": other.ids.repeat(len(outputs), 1)}
+        if not outputs:
+            return {}
+        R = explainer(example.ids.repeat(len(outputs), 1), target=outputs, **options)
         found = R.edges(_components(R))
         sizes = (found.relevance * R.scale.view(-1, 1, 1)).abs().sum(0)
         return {
@@ -256,6 +259,13 @@ def by_relevance(composite: Composite | None, uses_reference: bool = False) -> M
         }
 
     return score
+
+
+def _differs(program: Program, one: Example, other: Example, output: tuple[int, int]) -> bool:
+    """Whether an output is another for another example: else there is no difference to share."""
+    with torch.no_grad():
+        values = program.model(torch.cat([one.ids, other.ids]))[:, output[0], output[1]]
+    return abs(float(values[0] - values[1])) > LEAST
 
 
 def _components(R: nrm.Measure) -> dict[str, nrm.NeuronSet]:
@@ -324,6 +334,8 @@ def _patched(
 METHODS: Mapping[str, Method] = {
     "nrm, as suggested": by_relevance(None),
     "nrm, LocalLinear": by_relevance(LocalLinear()),
+    "nrm, Circuits": by_relevance(Circuits()),
+    "nrm, Circuits, reference": by_relevance(Circuits(), uses_reference=True),
     "EAP, zero": by_attribution(),
     "EAP, reference": by_attribution(uses_reference=True),
 }
