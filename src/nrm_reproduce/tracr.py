@@ -333,9 +333,9 @@ def _patched(
 
 METHODS: Mapping[str, Method] = {
     "nrm, as suggested": by_relevance(None),
-    "nrm, LocalLinear": by_relevance(LocalLinear()),
     "nrm, Circuits": by_relevance(Circuits()),
-    "nrm, Circuits, reference": by_relevance(Circuits(), uses_reference=True),
+    "nrm, LocalLinear": by_relevance(LocalLinear()),
+    "nrm, reference": by_relevance(None, uses_reference=True),
     "EAP, zero": by_attribution(),
     "EAP, reference": by_attribution(uses_reference=True),
 }
@@ -412,15 +412,31 @@ def run(request: Request) -> Report:
     """Score the edges of all programs, by all methods."""
     folder = Path(request.data)
     found = program_edges(folder, samples=request.samples, say=request.say)
+    return Report(
+        NAME,
+        "Direct edges of compiled transformers",
+        (),
+        facts={"data": request.data, "seed": request.seed, "versions": versions()},
+        notes=(
+            "A single input may not show an edge: what a program reads there may not matter.",
+            "Scores below 1e-9 of the largest count as zero.",
+        ),
+        tables=[table(found, request.seed)],
+        details={"examples": [asdict(one) for one in found]},
+    )
+
+
+def table(found: Sequence[Found], seed: int) -> Table:
+    """How well true edges are told, with intervals."""
     lines = []
     for one in found:
         cells: list[str | int | float | None] = [one.program, one.method]
         for values in (one.between, one.everywhere):
-            mean = bootstrap(values, request.seed, RESAMPLES)
+            mean = bootstrap(values, seed, RESAMPLES)
             interval = None if mean.mean is None else f"{mean.low:.3f} to {mean.high:.3f}"
             cells += [mean.mean, interval]
         lines.append((*cells, len(one.between)))
-    table = Table(
+    return Table(
         "AUROC of true edges",
         (
             "program",
@@ -434,18 +450,6 @@ def run(request: Request) -> Report:
         lines,
         note="Mean over examples, each scored alone; intervals by bootstrap over examples. A dash: "
         "all pairs are true.",
-    )
-    return Report(
-        NAME,
-        "Direct edges of compiled transformers",
-        (),
-        facts={"data": request.data, "seed": request.seed, "versions": versions()},
-        notes=(
-            "A single input may not show an edge: what a program reads there may not matter.",
-            "Scores below 1e-9 of the largest count as zero.",
-        ),
-        tables=[table],
-        details={"examples": [asdict(one) for one in found]},
     )
 
 
