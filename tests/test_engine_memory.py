@@ -116,6 +116,8 @@ FUNCTIONS: dict[str, Function] = {
     "rms norm": lambda m, x, y: F.rms_norm(x, (4,)),
     "softmax": lambda m, x, y: x.softmax(-1),
     "logsumexp": lambda m, x, y: x.logsumexp(-1),
+    "vector norm": lambda m, x, y: x.norm(dim=-1),
+    "product of all": lambda m, x, y: x.prod(-1),
     "grid sample": lambda m, x, y: F.grid_sample(
         x[:, None], m.grid.expand(x.shape[0], -1, -1, -1), align_corners=False
     ),

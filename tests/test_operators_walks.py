@@ -105,8 +105,8 @@ def _check(found, expected, size=1.0):
 
 def _of_sample(R, name, tensor, sample):
     """One sample of a tensor shaped like a variable, flat."""
-    axis = R.graph.variable(name).batch_axis
-    return tensor.flatten() if axis is None else tensor.movedim(axis, 0)[sample].flatten()
+    samples = R.graph.variable(name).canonical(tensor[None])[0]
+    return samples[sample if len(samples) > 1 else 0].flatten()
 
 
 def _random_set(R, rng, net, names):
@@ -118,8 +118,7 @@ def _random_set(R, rng, net, names):
         mask = torch.zeros(size, dtype=torch.bool)
         mask[chosen] = True
         variable = R.graph.variable(name)
-        along, shape = variable.batch_axis, R.forward_pass.shape(variable)
-        one = nrm.mask(name, mask.view([n for axis, n in enumerate(shape) if axis != along]))
+        one = nrm.mask(name, mask.view(variable.neuron_shape(R.forward_pass.shape(variable))))
         united = one if united is None else united | one
         picked |= {(name, int(i)) for i in chosen}
     return united, picked

@@ -146,7 +146,7 @@ def test_models_that_branch_on_the_batch_size():
         torch.testing.assert_close(R.output, model(x).detach())
 
 
-def test_eager_traces_refuse_batches():
+def test_eager_traces_refuse_batches_in_which_a_sample_alone_branches_otherwise():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
@@ -156,11 +156,17 @@ def test_eager_traces_refuse_batches():
             h = self.a(x).transpose(0, 1)
             return self.b((h if h.sum() > 0 else -h).relu().transpose(0, 1).sum(1))
 
-    torch.manual_seed(0)
-    explainer = nrm.Explainer(Branching().eval())
-    with pytest.raises(InputError, match="one sample at a time"):
-        explainer(torch.randn(3, 3, 4), target=0)
-    assert explainer(torch.randn(1, 3, 4), target=0).diagnostics().worst_cut_deviation < 1e-5
+    for seed, alike in ((0, True), (3, False), (4, False), (6, False), (7, True)):
+        torch.manual_seed(seed)
+        model = Branching().double().eval()
+        x, explainer = torch.randn(3, 3, 4).double(), nrm.Explainer(model)
+        assert len({bool(model.a(one).sum() > 0) for one in x}) == (1 if alike else 2)
+        alone = [nrm.Explainer(model)(one[None], target=0).heatmap() for one in x]
+        if alike:
+            torch.testing.assert_close(explainer(x, target=0).heatmap(), torch.cat(alone))
+        else:
+            with pytest.raises(InputError, match="depend on each other"):
+                explainer(x, target=0)
 
 
 @pytest.mark.parametrize("length", [5, 6])

@@ -439,11 +439,13 @@ def _check_samples_are_apart(call: ModelCall, axis: int, captured: Captured) -> 
     """
     size = call.tensors[0].shape[axis]
     half = size // 2
+    # Where the model's code branches on values, it may do so on those of each sample.
+    parts = [range(half), range(half, size)] if captured.batched else [[i] for i in range(size)]
     with torch.no_grad():
         output = call(*call.tensors)
-        for kept, filled in ((range(half), 0), (range(half, size), size - 1)):
-            # The other half becomes copies of one sample that is kept.
-            rows = torch.tensor([i if i in kept else filled for i in range(size)])
+        for kept in parts:
+            # The others become copies of one sample that is kept.
+            rows = torch.tensor([i if i in kept else kept[0] for i in range(size)])
             other = call(*(x.index_select(axis, rows.to(x.device)) for x in call.tensors))
             keep = torch.tensor(list(kept), device=output.device)
             if not any(

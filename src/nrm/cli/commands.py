@@ -51,6 +51,7 @@ COMPOSITES = (
     "LRPZero",
     "CPLRP",
     "AttnLRP",
+    "Circuits",
     "LRPAll",
     "Occlusion",
     "LocalLinear",

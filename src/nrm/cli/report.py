@@ -290,7 +290,7 @@ def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict
         "target": target.index,
         "label": target.label,
         **target.rather_than,
-        "place": "mean" if target.map and target.place is None else target.place,
+        **({"place": target.place or "mean"} if target.map else {}),
         "explained": R.explained,
         "probability": None if found is None else float(found[target.index]),
         "probability_from": source,
