@@ -33,17 +33,19 @@ EXPERIMENTS = {
     "rules": "rules:EXPERIMENT",
     "mutag": "mutag:EXPERIMENT",
     "tracr": "tracr:EXPERIMENT",
+    "circuits": "circuits:EXPERIMENT",
 }
 """Where each is, in this package."""
 ALL = "all"
 """The paper's experiments one after the other: all but those on graphs and on circuits, which have
 data of their own kind."""
-OF_ALL = tuple(name for name in EXPERIMENTS if name not in ("mutag", "tracr"))
+OF_ALL = tuple(name for name in EXPERIMENTS if name not in ("mutag", "tracr", "circuits"))
 KEPT = "kept"
 """The folder in `--out` that a run after an interruption goes on from."""
 INCOMPLETE = 1
 """How the command ends where some of several experiments could not be run."""
 
+_CPU = "cpu"
 _DIGITS, _PAGE, _RESULT = "digits", "report.html", "result.json"  # as data.py and report.py say
 _REASONS = (NrmError, OSError, MemoryError, ImportError)
 """For which, and for want of memory, an experiment may fail without the others failing too."""
@@ -65,6 +67,10 @@ def reproduce(
     weights: Annotated[
         Path | None, typer.Option(help="Weights of VGG16, instead of the network in the data.")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a language model of transformers, for circuits.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where that runs: cpu, cuda, …")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Of training, choices and the bootstrap.")
     ] = 0,
@@ -79,7 +85,8 @@ def reproduce(
     with one_line_errors(debug):
         experiment = find(name)
         io.check_folder(out, "--out")
-        for option, given in (("layers", layers), ("weights", weights)):
+        given_ones = {"layers": layers, "weights": weights, "model": model, "device": device}
+        for option, given in given_ones.items():
             if given and option not in experiment.options:
                 raise CommandError(f"--{option}: {name} takes none")
         _check_json(json_file, out)
@@ -91,6 +98,8 @@ def reproduce(
                 tuple(_layers(text) for text in layers or ()),
                 weights,
                 seed,
+                model,
+                device or _CPU,
             )
         )
         with io.filled_at_once(out, _RESULT, "--out") as folder:
@@ -192,6 +201,8 @@ def _request(
     layers: tuple[tuple[str, ...], ...],
     weights: Path | None,
     seed: int,
+    model: Path | None,
+    device: str,
 ) -> Request:
     from nrm_reproduce.report import Request
 
@@ -202,6 +213,8 @@ def _request(
         layers,
         weights,
         seed,
+        model,
+        device,
         progress=sys.stderr.isatty(),
         say=lambda line: typer.echo(line, err=True),
     )

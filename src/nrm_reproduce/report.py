@@ -53,6 +53,8 @@ class Request:
         layers: pairs of layers, for experiments that compare layers; by default their own.
         weights: a file of weights, for experiments that explain a pretrained network.
         seed: of all that is drawn at random.
+        model: a folder with a language model, for experiments that explain one.
+        device: where that one runs.
         progress: whether to show bars.
         say: told what happens, a line at a time.
     """
@@ -63,6 +65,8 @@ class Request:
     layers: tuple[tuple[str, ...], ...] = ()
     weights: Path | None = None
     seed: int = 0
+    model: Path | None = None
+    device: str = "cpu"
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
 
@@ -74,7 +78,7 @@ class Experiment:
     Attributes:
         name: by which it is run.
         run: runs it, from where an interrupted run stopped.
-        options: which of a request's `layers` and `weights` it heeds.
+        options: which of a request's `layers`, `weights`, `model` and `device` it heeds.
     """
 
     name: str

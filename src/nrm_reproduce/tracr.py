@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import nrm
-from nrm.composites import Composite, LocalLinear
+from nrm.composites import Circuits, Composite, LocalLinear
 from nrm.errors import InputError
 from nrm.evaluation import bootstrap
 from nrm_reproduce.report import Experiment, Report, Request, Table, versions
@@ -243,10 +243,13 @@ def by_relevance(composite: Composite | None, uses_reference: bool = False) -> M
         if program.name not in explainers:
             explainers[program.name] = nrm.Explainer(program.model, composite)
         explainer = explainers[program.name]
-        copies, options = example.ids.repeat(len(example.outputs), 1), {}
+        outputs, options = list(example.outputs), {}
         if uses_reference:
-            options = {"reference": other.ids.repeat(len(example.outputs), 1)}
-        R = explainer(copies, target=list(example.outputs), **options)
+            outputs = [o for o in outputs if _differs(program.model, example, other, o)]
+            options = {"reference": other.ids.repeat(len(outputs), 1)}
+        if not outputs:
+            return {}  # nothing differs that could be shared out
+        R = explainer(example.ids.repeat(len(outputs), 1), target=outputs, **options)
         found = R.edges(_components(R))
         sizes = (found.relevance * R.scale.view(-1, 1, 1)).abs().sum(0)
         return {
@@ -256,6 +259,14 @@ def by_relevance(composite: Composite | None, uses_reference: bool = False) -> M
         }
 
     return score
+
+
+@torch.no_grad()
+def _differs(model: Transformer, a: Example, b: Example, output: tuple[int, int]) -> bool:
+    """Whether an output is another for another example."""
+    position, dimension = output
+    change = model(a.ids)[0, position, dimension] - model(b.ids)[0, position, dimension]
+    return abs(float(change)) > LEAST
 
 
 def _components(R: nrm.Measure) -> dict[str, nrm.NeuronSet]:
@@ -323,7 +334,9 @@ def _patched(
 
 METHODS: Mapping[str, Method] = {
     "nrm, as suggested": by_relevance(None),
+    "nrm, Circuits": by_relevance(Circuits()),
     "nrm, LocalLinear": by_relevance(LocalLinear()),
+    "nrm, reference": by_relevance(None, uses_reference=True),
     "EAP, zero": by_attribution(),
     "EAP, reference": by_attribution(uses_reference=True),
 }
@@ -400,15 +413,31 @@ def run(request: Request) -> Report:
     """Score the edges of all programs, by all methods."""
     folder = Path(request.data)
     found = program_edges(folder, samples=request.samples, say=request.say)
+    return Report(
+        NAME,
+        "Direct edges of compiled transformers",
+        (),
+        facts={"data": request.data, "seed": request.seed, "versions": versions()},
+        notes=(
+            "A single input may not show an edge: what a program reads there may not matter.",
+            "Scores below 1e-9 of the largest count as zero.",
+        ),
+        tables=[table(found, request.seed)],
+        details={"examples": [asdict(one) for one in found]},
+    )
+
+
+def table(found: Sequence[Found], seed: int) -> Table:
+    """How well true edges are told, with intervals."""
     lines = []
     for one in found:
         cells: list[str | int | float | None] = [one.program, one.method]
         for values in (one.between, one.everywhere):
-            mean = bootstrap(values, request.seed, RESAMPLES)
+            mean = bootstrap(values, seed, RESAMPLES)
             interval = None if mean.mean is None else f"{mean.low:.3f} to {mean.high:.3f}"
             cells += [mean.mean, interval]
         lines.append((*cells, len(one.between)))
-    table = Table(
+    return Table(
         "AUROC of true edges",
         (
             "program",
@@ -422,18 +451,6 @@ def run(request: Request) -> Report:
         lines,
         note="Mean over examples, each scored alone; intervals by bootstrap over examples. A dash: "
         "all pairs are true.",
-    )
-    return Report(
-        NAME,
-        "Direct edges of compiled transformers",
-        (),
-        facts={"data": request.data, "seed": request.seed, "versions": versions()},
-        notes=(
-            "A single input may not show an edge: what a program reads there may not matter.",
-            "Scores below 1e-9 of the largest count as zero.",
-        ),
-        tables=[table],
-        details={"examples": [asdict(one) for one in found]},
     )
 
 
