@@ -6,5 +6,8 @@ data        digits, photographs, made series, molecules
 networks    the networks, trained or pretrained
 comparison  relevance by several walks and scores beside interventions, for mlp, cnn and rules
 
+edge_ablation, attribution, ioi  for circuits: a Llama in plain torch and what few edges leave of
+            it; what others say, and patching; indirect objects
+
 Imports run upwards only: report and data; networks; comparison; the experiments; command.
 """

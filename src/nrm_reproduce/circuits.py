@@ -134,7 +134,8 @@ def _of_model(request: Request) -> _Part:
         {(a, b): value for a, b, value in drawn["edges"]},
     )
     figure = Figure(figsize=(8, 9), dpi=130, layout="constrained")
-    plot.circuit(edges, figure.add_subplot(), most=DRAWN, title=f"the {DRAWN} largest direct edges")
+    title = f"of the {drawn['of']} largest direct edges, those on ways to the output"
+    plot.circuit(edges, figure.add_subplot(), most=DRAWN, title=title)
     pictures = [
         Picture(
             "curves.png",
@@ -146,8 +147,8 @@ def _of_model(request: Request) -> _Part:
         Picture(
             "circuit.png",
             "One prompt",
-            f"“{example.text}”, beside “{example.other}”: the {DRAWN} largest of all direct "
-            "edges, as shares of the difference. Red raises it, blue lowers it.",
+            f"“{example.text}”, beside “{example.other}”: of the largest direct edges those on "
+            "ways from the embedding to the output. Red raises the difference, blue lowers it.",
             figure,
         ),
     ]
@@ -317,15 +318,40 @@ class TopEdges:
 
 
 def _top(known: ioi.Setting) -> dict[str, Any]:
-    """The largest edges of the first prompt."""
+    """The largest edges of the first prompt that lie on ways from the embedding to the output."""
     R = known.relevance.measure(ioi.REFERENCE, known.pairs([0]))
     edges = R.edges(nrm.components(R), memory=known.memory)
-    top = [edge for edge in edges.top(10 * DRAWN) if edge.sender in known.network.senders][:DRAWN]
+    ranked = [e for e in edges.top(100 * DRAWN) if e.sender in known.network.senders]
+    count, top = DRAWN, on_ways([(e.sender, e.receiver) for e in ranked[:DRAWN]])
+    while count < len(ranked):
+        more = on_ways([(e.sender, e.receiver) for e in ranked[: count + 1]])
+        if len(more) > DRAWN:
+            break
+        count, top = count + 1, more
+    chosen = [e for e in ranked[:count] if (e.sender, e.receiver) in top]
     size = float(edges.relevance.abs().sum())
     return {
-        "kept": sum(abs(edge.relevance) for edge in top) / size,
-        "edges": [[edge.sender, edge.receiver, edge.relevance] for edge in top],
+        "kept": sum(abs(edge.relevance) for edge in chosen) / size,
+        "of": count,
+        "edges": [[edge.sender, edge.receiver, edge.relevance] for edge in chosen],
     }
+
+
+def on_ways(edges: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of some edges that lie on a way from the embedding to the output."""
+
+    def reached(start: str, steps: Sequence[tuple[str, str]]) -> set[str]:
+        found, waiting = {start}, [start]
+        while waiting:
+            here = waiting.pop()
+            new = {end for begin, end in steps if begin == here} - found
+            found |= new
+            waiting += new
+        return found
+
+    above = reached("embed", edges)
+    below = reached("output", [(receiver, sender) for sender, receiver in edges])
+    return {(a, b) for a, b in edges if a in above and b in below}
 
 
 def draw_curves(ablated: dict[str, dict[str, Any]], seed: int) -> Figure:

@@ -229,31 +229,79 @@ def _dimension(name: str, labels: Sequence[str], output: str | float) -> int:
 Method = Callable[[Program, Example, Example], Scores]
 """Scores the edges of a program for an example; the second one is what it may be compared with."""
 
+Read = tuple[Tensor, Tensor]
+"""What a transformer reads: embedded tokens, and positions, `[1, tokens, features]` both."""
+Reference = Callable[[Program, Example, Example], Read]
+"""What is read in the place of an example."""
 
-def by_relevance(composite: Composite | None, uses_reference: bool = False) -> Method:
+
+def embedded(program: Program, example: Example) -> Read:
+    """What is read for an example."""
+    positions = program.model.positions[: example.ids.shape[1]]
+    return program.model.embed(example.ids).detach(), positions.detach().unsqueeze(0)
+
+
+def another(program: Program, example: Example, other: Example) -> Read:
+    """A reference: another example, as long."""
+    return embedded(program, other)
+
+
+def mean_embedding(program: Program, example: Example, other: Example) -> Read:
+    """A reference: everywhere the mean over all tokens that there are, and over all positions."""
+    tokens, positions = embedded(program, example)
+    model = program.model
+    token, position = (x.detach().mean(0) for x in (model.embed.weight, model.positions))
+    return token.expand_as(tokens), position.expand_as(positions)
+
+
+class Body(nn.Module):
+    """A transformer behind its embeddings, which can so be anything."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.layers = model.layers
+
+    def forward(self, embed: Tensor, positions: Tensor) -> Tensor:
+        found: Tensor = nn.Sequential(*self.layers)(embed + positions)
+        return found
+
+
+def by_relevance(composite: Composite | None, reference: Reference | None = None) -> Method:
     """The absolute relevance of direct edges, times what is explained, added up over outputs.
 
     Arguments:
         composite: of the walks; `None`: what is suggested for the model.
-        uses_reference: whether walks are of differences to the second example.
+        reference: whether walks are of differences, and to what. Outputs that are the same there
+            are left out.
     """
     explainers: dict[str, nrm.Explainer] = {}
 
     def score(program: Program, example: Example, other: Example) -> Scores:
-        if program.name not in explainers:
-            explainers[program.name] = nrm.Explainer(program.model, composite)
-        explainer = explainers[program.name]
-        outputs, options = list(example.outputs), {}
-        if uses_reference:
-            outputs = [output for output in outputs if _differs(program, example, other, output)]
-            options = {"reference": other.ids.repeat(len(outputs), 1)}
+        outputs: list[tuple[int, int]] = list(example.outputs)
+        here = embedded(program, example)
+        there = None if reference is None else reference(program, example, other)
+        if there is not None:
+            body = Body(program.model)
+            with torch.no_grad():
+                change = (body(*here) - body(*there))[0]
+            outputs = [place for place in outputs if abs(float(change[place])) > LEAST]
         if not outputs:
-            return {}
-        R = explainer(example.ids.repeat(len(outputs), 1), target=outputs, **options)
+            return {}  # nothing differs that could be shared out
+        if program.name not in explainers:
+            model = program.model if there is None else Body(program.model)
+            explainers[program.name] = nrm.Explainer(model.eval(), composite)
+        explainer, count = explainers[program.name], len(outputs)
+        if there is None:
+            R = explainer(example.ids.repeat(count, 1), target=outputs)
+        else:
+            names = ("embed", "positions")
+            tensors = [x.repeat(count, 1, 1) for x in here]
+            copies = {n: x.repeat(count, 1, 1) for n, x in zip(names, there, strict=True)}
+            R = explainer(*tensors, target=outputs, reference=copies)
         found = R.edges(_components(R))
         sizes = (found.relevance * R.scale.view(-1, 1, 1)).abs().sum(0)
         return {
-            (sender, receiver): float(sizes[row, column])
+            (_own(sender), receiver): float(sizes[row, column])
             for row, receiver in enumerate(found.receivers)
             for column, sender in enumerate(found.senders)
         }
@@ -261,11 +309,8 @@ def by_relevance(composite: Composite | None, uses_reference: bool = False) -> M
     return score
 
 
-def _differs(program: Program, one: Example, other: Example, output: tuple[int, int]) -> bool:
-    """Whether an output is another for another example: else there is no difference to share."""
-    with torch.no_grad():
-        values = program.model(torch.cat([one.ids, other.ids]))[:, output[0], output[1]]
-    return abs(float(values[0] - values[1])) > LEAST
+def _own(name: str) -> str:
+    return name.replace("embed.positions", "embed.pos")
 
 
 def _components(R: nrm.Measure) -> dict[str, nrm.NeuronSet]:
@@ -277,7 +322,7 @@ def _components(R: nrm.Measure) -> dict[str, nrm.NeuronSet]:
     return found
 
 
-def by_attribution(uses_reference: bool = False) -> Method:
+def by_attribution(reference: Reference | None = None) -> Method:
     """EAP: what a sender writes, less what it wrote for the reference, times the gradient there.
 
     The gradient is that of the output by the receiver's input. Without a reference it is zero
@@ -285,8 +330,10 @@ def by_attribution(uses_reference: bool = False) -> Method:
     """
 
     def score(program: Program, example: Example, other: Example) -> Scores:
-        written, gradients = _patched(program.model, example)
-        instead = None if not uses_reference else _patched(program.model, other, False)[0]
+        written, gradients = _patched(program.model, embedded(program, example), example.outputs)
+        instead = None
+        if reference is not None:
+            instead = _patched(program.model, reference(program, example, other), ())[0]
         found: Scores = {}
         for sender, receiver in program.candidates_everywhere:
             change = written[sender]
@@ -301,18 +348,15 @@ def by_attribution(uses_reference: bool = False) -> Method:
 
 
 def _patched(
-    model: Transformer, example: Example, differentiates: bool = True
+    model: Transformer, given: Read, outputs: Sequence[tuple[int, int]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What components write, and `[outputs, tokens, features]` gradients by what they read."""
-    written: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = dict(zip(EMBEDDINGS, given, strict=True))
     read: dict[str, Tensor] = {}
-    x = model.embed(example.ids)
-    written["embed"] = x.detach()
-    written["embed.pos"] = model.positions[: x.shape[1]].detach().unsqueeze(0)
-    x = x + written["embed.pos"]
+    x = given[0] + given[1]
 
     def at(name: str, x: Tensor) -> Tensor:
-        read[name] = torch.zeros_like(x, requires_grad=differentiates)
+        read[name] = torch.zeros_like(x, requires_grad=bool(outputs))
         return x + read[name]
 
     for number, layer in enumerate(model.layers):
@@ -321,10 +365,10 @@ def _patched(
             out = part(at(name, x))
             written[name], x = out.detach(), x + out
     x = at(OUTPUT, x)
-    if not differentiates:
+    if not outputs:
         return written, {}
     rows = []
-    for position, dimension in example.outputs:
+    for position, dimension in outputs:
         output = x[0, position, dimension]
         rows.append(torch.autograd.grad(output, list(read.values()), retain_graph=True))
     gradients = [torch.cat(parts) for parts in zip(*rows, strict=True)]
@@ -335,9 +379,11 @@ METHODS: Mapping[str, Method] = {
     "nrm, as suggested": by_relevance(None),
     "nrm, Circuits": by_relevance(Circuits()),
     "nrm, LocalLinear": by_relevance(LocalLinear()),
-    "nrm, reference": by_relevance(None, uses_reference=True),
+    "nrm, another example as reference": by_relevance(None, another),
+    "nrm, mean embedding as reference": by_relevance(None, mean_embedding),
     "EAP, zero": by_attribution(),
-    "EAP, reference": by_attribution(uses_reference=True),
+    "EAP, another example as reference": by_attribution(another),
+    "EAP, mean embedding as reference": by_attribution(mean_embedding),
 }
 
 

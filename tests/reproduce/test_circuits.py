@@ -423,3 +423,6 @@ def test_top_edges_are_drawn_as_circuits_are() -> None:
     edges = circuits.TopEdges(0.5, ("embed", "m0"), {("m0", "output"): 1.0, ("embed", "m0"): -0.5})
     assert len(edges) == 2
     assert edges.score(*edges.edges[0]) == 1
+    some = [("embed", "m0"), ("m0", "output"), ("m0", "m1"), ("a0.h1", "output")]
+    assert circuits.on_ways(some) == set(some[:2])
+    assert circuits.on_ways(some[1:]) == set()

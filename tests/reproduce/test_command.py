@@ -22,11 +22,7 @@ def test_experiments_are_found_by_name():
         assert find(name).name == name
     with pytest.raises(InputError, match=r"There is: .*mlp-mnist"):
         find("nothing of the kind")
-    assert set(EXPERIMENTS) - set(OF_ALL) == {
-        "circuits",
-        "mutag",
-        "tracr",
-    }  # which have data of their own
+    assert set(EXPERIMENTS) - set(OF_ALL) == {"mutag", "tracr", "circuits"}  # data of their own
     assert find("cnn-clusters").options == {"layers", "weights"}
 
 

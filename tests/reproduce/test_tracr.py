@@ -51,7 +51,7 @@ def test_attribution_is_exact_where_all_is_linear(folder: Path) -> None:
     program = tracr.read_program(folder, "reverse")
     example, other = program.examples[:2]
     scores = tracr.by_attribution()(program, example, other)
-    written, _ = tracr._patched(program.model, example)
+    written, _ = tracr._patched(program.model, tracr.embedded(program, example), ())
     for sender in program.order:
         direct = sum(abs(float(written[sender][0, p, d])) for p, d in example.outputs)
         assert scores[sender, "output"] == pytest.approx(direct)
@@ -73,6 +73,27 @@ def test_the_command_says_how_well_edges_are_told(folder: Path, tmp_path: Path, 
     for program in ("reverse", "sort"):
         mine, eap = lines[program, "nrm, LocalLinear"][2], lines[program, "EAP, zero"][2]
         assert mine >= eap > 0.5
+
+
+@pytest.mark.parametrize(("name", "last"), [("sort", "a2"), ("reverse", "a3")])
+def test_a_mean_embedding_shows_what_passes_queries_and_keys(
+    folder: Path, name: str, last: str
+) -> None:
+    """All that the compiler made; derivatives, on flat steps, say nothing of some edges."""
+    program = tracr.read_program(folder, name)
+    mine = tracr.by_relevance(None, tracr.mean_embedding)
+    eap = tracr.by_attribution(tracr.mean_embedding)
+    for example, other in (program.examples[:2], program.examples[2:4]):
+        scores = mine(program, example, other)
+        assert tracr._told(scores, program.candidates, program.true) == 1
+        of_eap = eap(program, example, other)
+        assert (tracr._told(of_eap, program.candidates, program.true) or 0) < 1
+        # edges into the output add up to what it differs by
+        body = tracr.Body(program.model)
+        here = body(*tracr.embedded(program, example))[0]
+        change = here - body(*tracr.mean_embedding(program, example, other))[0]
+        total = sum(abs(float(change[place])) for place in example.outputs)
+        assert scores[last, "output"] == pytest.approx(total)
 
 
 def test_what_is_no_program_is_refused(tmp_path: Path) -> None:

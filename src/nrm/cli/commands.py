@@ -50,6 +50,7 @@ COMPOSITES = (
     "EpsilonGammaBox",
     "LRPZero",
     "CPLRP",
+    "Circuits",
     "AttnLRP",
     "Circuits",
     "LRPAll",
