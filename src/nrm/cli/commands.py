@@ -52,7 +52,6 @@ COMPOSITES = (
     "CPLRP",
     "Circuits",
     "AttnLRP",
-    "Circuits",
     "LRPAll",
     "Occlusion",
     "LocalLinear",
