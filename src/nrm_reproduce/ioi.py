@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -310,28 +309,41 @@ def correlations(known: Setting) -> dict[str, Any]:
     Returns:
         `methods`, and for each prompt `[methods, parts, 6]` moments, as lists.
     """
-    by_prompt: list[Any] = [None] * len(known.prompts)
-    methods: list[str] = []
+    kept: dict[int, Any] = {
+        number: known.store.read(_kept(known, number)) for number in range(len(known.prompts))
+    }
     with counted(known.progress, "prompts patched", len(known.prompts)) as advance:
-        for numbers in [part for kind in KINDS for part in known.each(known.of(kind))]:
-            known.say(f"patching {len(numbers)} prompts")
-            some = [known.prompts[number] for number in numbers]
-            key = f"patching-{digest([[p.ids, p.others] for p in some])[:12]}"
-            found = known.store.once(key, partial(_correlated, known, numbers))
-            methods = found["methods"]
-            for number, row in zip(numbers, found["moments"], strict=True):
-                by_prompt[number] = row
-            advance(len(numbers))
-    return {"methods": methods, "moments": by_prompt}
+        advance(sum(found is not None for found in kept.values()))
+        for kind in KINDS:
+            missing = [number for number in known.of(kind) if kept[number] is None]
+            for numbers in known.each(missing):
+                known.say(f"patching {len(numbers)} prompts")
+                methods, rows = _correlated(known, numbers)
+                for number, row in zip(numbers, rows, strict=True):
+                    kept[number] = {"methods": methods, "moments": row}
+                    known.store.write(_kept(known, number), kept[number])
+                advance(len(numbers))
+    of_prompts = list(kept.values())
+    return {
+        "methods": of_prompts[0]["methods"],
+        "moments": [found["moments"] for found in of_prompts],
+    }
 
 
-def _correlated(known: Setting, numbers: Sequence[int]) -> dict[str, Any]:
+def _kept(known: Setting, number: int) -> str:
+    """Under which name what patching a prompt finds is kept: one for each, for any batch size."""
+    prompt = known.prompts[number]
+    return f"patching-{digest([prompt.ids, prompt.others])[:12]}"
+
+
+def _correlated(known: Setting, numbers: Sequence[int]) -> tuple[list[str], list[Any]]:
+    """The methods, and for each prompt `[methods, parts, 6]`."""
     pairs = known.pairs(numbers)
     truth = attribution.patched(known.network, pairs, known.memory)
     scores = known.relevance.by_component(pairs)
     scores |= attribution.by_component(known.network, known.relp, pairs)
     rows = torch.stack([moments(found, truth) for found in scores.values()], 1)
-    return {"methods": list(scores), "moments": rows.tolist()}
+    return list(scores), rows.tolist()
 
 
 def circuits(known: Setting, kind: str) -> dict[str, Any]:
