@@ -138,6 +138,9 @@ class Names(Combination):
     right: Tensor
     wrong: Tensor
 
+    def __str__(self) -> str:
+        return "the logit of the right name minus that of the other"
+
     def weights(self, output: Tensor) -> Tensor:
         found = torch.zeros_like(output)
         rows = torch.arange(len(output), device=output.device)
