@@ -114,10 +114,10 @@ def _electra() -> Case:
 
 
 @case("DeBERTa V2", "transformers")
-def _deberta() -> Case:
+def _deberta(layers: int = 2) -> Case:
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
     sizes = {"pooler_hidden_size": 32, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
-    return _encoder("DebertaV2", **_TINY, **relative, **sizes)
+    return _encoder("DebertaV2", **{**_TINY, "num_hidden_layers": layers}, **relative, **sizes)
 
 
 @case("XLM-R", "transformers")
@@ -188,8 +188,8 @@ def _qwen3() -> Case:
 
 
 @case("OLMo", "transformers")
-def _olmo() -> Case:
-    return _decoder("Olmo", **_TINY)
+def _olmo(layers: int = 2) -> Case:
+    return _decoder("Olmo", **{**_TINY, "num_hidden_layers": layers})
 
 
 @case("OLMo 2", "transformers")

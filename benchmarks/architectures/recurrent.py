@@ -237,8 +237,8 @@ def _stateful(name: str, **config: object) -> Case:
 
 
 @case("Mamba", "transformers")
-def _mamba() -> Case:
-    return _stateful("Mamba", state_size=4)
+def _mamba(layers: int = 2) -> Case:
+    return _stateful("Mamba", num_hidden_layers=layers, state_size=4)
 
 
 @case("Mamba 2", "transformers")
