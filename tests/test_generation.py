@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import nrm
 from nrm import coloured
 from nrm.coloured import Line
 from nrm.errors import InputError, TargetError
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 VOCABULARY = 31
 
@@ -59,17 +62,19 @@ def transformers() -> Any:
     return transformers
 
 
-def llama(transformers: Any, **options: Any) -> nn.Module:
+@cache
+def llama(transformers: Any) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, initializer_range=0.3, **options,
+        eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     model: nn.Module = transformers.LlamaForCausalLM(config).double().eval()
     return model
 
 
+@cache
 def gpt2(transformers: Any) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
