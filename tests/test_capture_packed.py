@@ -1,5 +1,7 @@
 """Packed sequences, and recurrent layers with projections."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from torch.nn.utils.rnn import (
 )
 
 import nrm
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 
 class Packed(nn.Module):
@@ -60,10 +64,15 @@ CASES = {
 }
 
 
+@cache
+def models(name):
+    kind, options, last = CASES[name]
+    return tuple(made(kind, last, **options).double().eval() for made in (Packed, Alone))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_packed_sequences_are_the_unpadded_ones_one_by_one(name):
-    kind, options, last = CASES[name]
-    packed, alone = (made(kind, last, **options).double().eval() for made in (Packed, Alone))
+    packed, alone = models(name)
     R = nrm.Explainer(packed, batch_axis=None)(X, LENGTHS, target=(0, 1))
     one = nrm.Explainer(alone)(X[:1, :2], target=1)
     torch.testing.assert_close(R.heatmap()[0, :2], one.heatmap()[0])
@@ -112,8 +121,7 @@ def test_projections_are_written_out():
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_of_packed_sequences_is_each_alone(name):
     """Samples are told apart, also where some end before others and are sorted by length."""
-    kind, options, last = CASES[name]
-    packed, alone = (made(kind, last, **options).double().eval() for made in (Packed, Alone))
+    packed, alone = models(name)
     target, explain = [1, 0, 1], nrm.Explainer(alone)
     R = nrm.Explainer(packed)(X, LENGTHS, target=target)
     token = nrm.neurons("x", (0, slice(None)))
@@ -155,8 +163,8 @@ class PairAlone(Pair):
 
 def test_several_packed_sequences_in_one_graph():
     packed, alone = Pair().double().eval(), nrm.Explainer(PairAlone().double().eval())
-    y = torch.randn((3, 4, 2), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    of_y = torch.tensor([4, 1, 2])
+    y = torch.randn((3, 3, 2), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    of_y = torch.tensor([3, 1, 2])
     R = nrm.Explainer(packed)(X, LENGTHS, y, of_y, target=1)
     whole = nrm.Explainer(packed, batch_axis=None)(X, LENGTHS, y, of_y, target=(0, 1))
     for sample, (one, other) in enumerate(zip(LENGTHS.tolist(), of_y.tolist(), strict=True)):

@@ -49,31 +49,42 @@ def in_double(squeezenet):
     return copy.deepcopy(squeezenet).double()
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    """Smaller than those it was trained with, and told apart as well."""
+def read(side):
+    """The pictures, cut to this many pixels a side."""
     from PIL import Image
     from torchvision.transforms._presets import ImageClassification
 
-    read = ImageClassification(crop_size=128, resize_size=146)
+    transform = ImageClassification(crop_size=side, resize_size=side * 8 // 7)
     found = [Image.open(DATA / "imagenet" / f"{name}.JPEG").convert("RGB") for name in PICTURES]
-    return torch.stack([read(picture) for picture in found])
+    return torch.stack([transform(picture) for picture in found])
+
+
+@pytest.fixture(scope="module")
+def pictures(torchvision_models):
+    """Smaller than those it was trained with, but large enough to tell them apart."""
+    return read(128)
+
+
+@pytest.fixture(scope="module")
+def small(torchvision_models):
+    """Where it does not matter what the network sees in them."""
+    return read(80)
 
 
 @pytest.mark.parametrize("bias", ["drop", "input"])
 @pytest.mark.parametrize("name", COMPOSITES)
-def test_every_cut_sums_to_one(squeezenet, pictures, name, bias):
+def test_every_cut_sums_to_one(squeezenet, small, name, bias):
     explainer = nrm.Explainer(squeezenet, COMPOSITES[name], bias=bias)
-    health = explainer(pictures[:2]).diagnostics()
+    health = explainer(small[:2]).diagnostics()
     assert len(health.cuts) >= 66
     assert max(float((1 - cut.total).abs().max()) for cut in health.cuts) < 1e-4
     assert health.total_variation.max() < 1e4
 
 
 @pytest.mark.parametrize("name", COMPOSITES)
-def test_every_cut_sums_to_one_in_double_precision(in_double, pictures, name):
+def test_every_cut_sums_to_one_in_double_precision(in_double, small, name):
     explainer = nrm.Explainer(in_double, COMPOSITES[name])
-    R = explainer(pictures[2:].double())
+    R = explainer(small[2:].double())
     health = R.diagnostics()
     assert max(float((1 - cut.total).abs().max()) for cut in health.cuts) < 1e-10
     if name in ("EpsilonPlus", "Gamma everywhere"):
@@ -82,8 +93,8 @@ def test_every_cut_sums_to_one_in_double_precision(in_double, pictures, name):
         dense.check_walks(R, queries=1, tolerance=1e-8)
 
 
-def test_lrp_0_with_biases_is_gradient_times_input(in_double, pictures):
-    x = pictures[:1].double().requires_grad_()
+def test_lrp_0_with_biases_is_gradient_times_input(in_double, small):
+    x = small[:1].double().requires_grad_()
     output = in_double(x)[:, 3]
     (gradient,) = torch.autograd.grad(output.sum(), x)
     R = nrm.Explainer(in_double, composites.Everywhere(rules.Epsilon(1e-30)), bias="input")(

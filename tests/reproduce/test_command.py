@@ -26,16 +26,9 @@ def test_experiments_are_found_by_name():
     assert find("cnn-clusters").options == {"layers", "weights"}
 
 
-def python(code):
-    """What a process of its own prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_the_command_line_lists_it_and_imports_no_experiment():
-    """Nor does a command of nrm's own import anything of this package."""
+def test_the_command_imports_no_experiment_and_says_what_is_missing(tmp_path):
+    """In a process of its own. Nor does a command of nrm's own import anything of this package."""
+    packages = ("jinja2", "scipy")
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -47,17 +40,6 @@ def test_the_command_line_lists_it_and_imports_no_experiment():
         "shown = CliRunner().invoke(app, ['--help'])\n"
         "assert 'reproduce' in shown.output, shown.output\n"
         "print(ours())\n"
-    )
-    code, out, err = python(code)
-    assert code == 0, err
-    assert out == "['nrm_reproduce', 'nrm_reproduce.command']\n"
-
-
-def test_what_is_missing_is_said_in_one_line(tmp_path):
-    packages = ("jinja2", "scipy")
-    code = (
-        "import sys\n"
-        "import nrm.cli.app\n"
         f"sys.argv = ['nrm', 'reproduce', 'mutag', '--out', {str(tmp_path / 'out')!r}]\n"
         f"for package in {packages}:\n"
         "    ours = ('nrm_reproduce', package)\n"
@@ -65,14 +47,17 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
         "        del sys.modules[name]\n"
         "    sys.modules[package] = None\n"
         "    try:\n"
-        "        nrm.cli.app.app(prog_name='nrm')\n"
+        "        app(prog_name='nrm')\n"
         "    except SystemExit as ended:\n"
         "        assert ended.code == 2, ended.code\n"
         "    del sys.modules[package]\n"
     )
-    code, out, err = python(code)
-    assert (code, out) == (0, ""), err
-    assert err.splitlines() == [
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['nrm_reproduce', 'nrm_reproduce.command']\n"
+    assert done.stderr.splitlines() == [
         f"error: {package} is not installed: pip install 'nrm[reproduce]'" for package in packages
     ]
 
