@@ -248,10 +248,10 @@ MUTANTS = (
         ("query_walks",),
     ),
     Mutant(
-        "what holds with no event is forgotten",
-        "return found | {state: 1 - sum(others, nothing)}",
-        "return found | {state: sum(others, nothing)}",
-        ("formulas",),
+        "of samples that are told apart by passes, only the last counts",
+        "found[state] + relevance if state in found else relevance\n            return found",
+        "relevance\n            return found",
+        ("batches",),
     ),
     Mutant(
         "additive relevance with one layer more",

@@ -112,6 +112,33 @@ class WritesIntoParts(nn.Module):
         return memory * 2
 
 
+@pytest.mark.parametrize("kind", ["median", "GPS"])
+def test_medians_of_neighbours_and_attention_beside_them(kind):
+    """In whatever order the edges come."""
+    geometric = pytest.importorskip("torch_geometric.nn")
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            inner = geometric.GCNConv(4, 4)
+            gps = kind == "GPS"
+            self.conv = geometric.GPSConv(4, inner, heads=2) if gps else None
+            self.median = None if gps else geometric.SAGEConv(4, 4, aggr="median")
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x, edges):
+            return self.last((self.conv or self.median)(x, edges)).mean(0, keepdim=True)
+
+    torch.manual_seed(0)
+    model, x = Network().double().eval(), torch.randn(4, 4).double()
+    edges = torch.tensor([[0, 1, 2, 3, 0, 2], [1, 0, 3, 2, 2, 0]])
+    explainer = nrm.Explainer(model, batch_axis=None)
+    R = explainer(x, edges, target=(0, 1))
+    assert R.diagnostics().worst_cut_deviation < 1e-12
+    turned = explainer(x, edges.flip(1), target=(0, 1))
+    torch.testing.assert_close(turned.heatmap(), R.heatmap())
+
+
 def test_what_is_written_into_parts_of_a_tensor_is_followed():
     x = X[:1]
     R = nrm.Explainer(WritesIntoParts().eval(), rules.Zero())(x, target=3)
