@@ -250,6 +250,12 @@ def generations(
         a result for each text, without its padding.
     """
     _check_ids(ids)
+    for option in ("reference", "target", "output_relevance"):
+        if option in named:
+            raise InputError(
+                f"generations take no {option}=: each step explains its own token. Explain one "
+                f"step with explainer(ids, {option}=...)."
+            )
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     if attention_mask is not None:
         named["attention_mask"] = attention_mask

@@ -222,7 +222,7 @@ class _Node:
             return cls(f"a{place[0]}.h{place[1]}", "head", place, slots)
         if mlp := re.fullmatch(r"m(\d+)", name):
             return cls(name, "mlp", (int(mlp[1]), 0))
-        if re.match(r"(a|m)\d+\.", name) or "@" in name:
+        if re.fullmatch(r"((a|m)\d+\.\w+(\.pattern)?|(a\d+\.h\d+|m\d+|embed[\w.]*)@\d+)", name):
             raise QueryError(
                 f"the layout 'eap' has whole heads and MLPs, and not {name!r}: save with "
                 "layout='nrm'."

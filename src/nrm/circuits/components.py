@@ -111,31 +111,35 @@ def components(
 def by_token(components: Named, forward: Pass) -> Components:
     """Each component split by position: the neurons of `name` at position 7 are `name@7`.
 
-    The position is the neurons' last axis but one: `[tokens, features]`, `[heads, tokens,
-    features]`.
+    Positions lie along the last axis but that of the features that a component takes whole:
+    `[tokens, features]`, `[heads, tokens, features]`, of one head `[tokens, heads, features]`.
 
     Raises:
         NeuronSetError: the neurons of one have one axis only, or its layers differ in length.
     """
     found: dict[str, NeuronSet] = {}
     for name, chosen in named(components).items():
-        lengths = set()
-        for layer in chosen.layers:
-            variable = forward.graph.variable(layer)
+        lengths, along = set(), []
+        for member in chosen.members:
+            variable = forward.graph.variable(member.layer)
             shape = variable.neuron_shape(forward.shape(variable))
             if len(shape) < 2:
                 raise NeuronSetError(
-                    f"{layer!r} has neurons of shape {tuple(shape)}, without an axis of positions: "
-                    f"{name!r} cannot be split by token."
+                    f"{member.layer!r} has neurons of shape {tuple(shape)}, without an axis of "
+                    f"positions: {name!r} cannot be split by token."
                 )
-            lengths.add(shape[-2])
+            along.append(_positions(member.select(variable, shape), len(shape)))
+            lengths.add(shape[along[-1]])
         if len(lengths) > 1:
             raise NeuronSetError(
                 f"the layers of {name!r} have {sorted(lengths)} positions: it cannot be split by "
                 "token."
             )
         for position in range(*lengths):
-            members = tuple(_at(member, position) for member in chosen.members)
+            members = tuple(
+                _at(member, position, axis)
+                for member, axis in zip(chosen.members, along, strict=True)
+            )
             split = NeuronSet(members)
             if _is_empty(split, forward):
                 continue
@@ -149,17 +153,27 @@ class _AtPosition:
 
     member: Member
     position: int
+    axis: int
 
     def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
         mask = self.member.select(variable, shape)
-        there = torch.zeros(shape[-2], dtype=torch.bool, device=mask.device)
+        there = torch.zeros(shape[self.axis], dtype=torch.bool, device=mask.device)
         there[self.position] = True
-        return mask & there.view(-1, 1)
+        return mask & there.view(-1, *[1] * (-1 - self.axis))
 
 
-def _at(member: Member, position: int) -> Member:
+def _positions(mask: Tensor, dim: int) -> int:
+    """The axis of positions, counted from the end."""
+    for axis in range(-2, -dim - 1, -1):
+        others = [other for other in range(-mask.dim(), 0) if other != axis]
+        if mask.shape[axis] > 1 and bool(mask.any(others).all()):
+            return axis
+    return -2
+
+
+def _at(member: Member, position: int, axis: int) -> Member:
     text = f"{member.text}@{position}"
-    return Member(member.layer, _AtPosition(member, position), text, member.key)
+    return Member(member.layer, _AtPosition(member, position, axis), text, member.key)
 
 
 def _is_empty(chosen: NeuronSet, forward: Pass) -> bool:
@@ -369,9 +383,15 @@ def _attention(variable: Variable, graph: Graph) -> _Attention | None:
     pattern = patterns[place]
     result = node.meta["val"]
     assert pattern is not None
-    axes = [axis for axis in _head_axes(node, place) if axis != variable.batch_axis]
     batch = result.dim() if variable.batch_axis is None else variable.batch_axis
-    return _Attention(variable, pattern, tuple(axis - (axis > batch) for axis in axes))
+    beside = sum(size != 1 for size in variable.shared)  # heads that share the samples' axis
+    axes: list[int] = []
+    for axis in _head_axes(node, place):
+        if axis == batch:
+            axes += range(batch, batch + beside)
+        else:
+            axes.append(axis if axis < batch else axis - 1 + beside)
+    return _Attention(variable, pattern, tuple(axes))
 
 
 def _head_axes(node: Node, place: int) -> list[int]:

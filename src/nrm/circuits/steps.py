@@ -47,6 +47,7 @@ class Parts:
         self.numbers: Tensor = known[known >= 0]
         self._labels = labels
         self._none = int(known[0] < 0)
+        self._several = len(known) > 1
         # Sums go first over the axes along which all neurons have one label.
         alone = [
             axis
@@ -66,8 +67,8 @@ class Parts:
             view = view.sum(self._alone, keepdim=True)
         rows, batch = view.shape[:2]
         view = view.reshape(rows, batch, -1)
-        if self._index.shape[2] > 1:
-            index = self._index.expand(rows, batch, -1)
+        if self._several:
+            index = self._index.expand(rows, batch, view.shape[2])
             sums = view.new_zeros(rows, batch, len(self.numbers) + self._none)
             view = sums.scatter_add_(2, index, view)
         return view[:, :, self._none :]

@@ -260,8 +260,9 @@ class Patching:
             own = rerun.copies.axis(node) is None and several  # all copies share it so far
             if own:
                 raise QueryError(
-                    f"{self.graph.by_node[node].name!r} is the same for all inputs: it cannot be "
-                    "patched. Leave it out of the components."
+                    f"{self.graph.by_node[node].name!r} cannot be patched: it is the same for all "
+                    "inputs, or it is not known where the samples lie in it. Leave it out of the "
+                    "components."
                 )
             rows = hold(node, rerun.copies.rows(node, value, len(changes)).clone())
             for row, place in at[node]:

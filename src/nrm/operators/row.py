@@ -145,8 +145,11 @@ class Operator(ABC):
             return moved(call, at, read, shape)
         if self.by_derivatives or self.scatters or self.gathers:
             return None
-        alike = self.mixed_axes(call, len(read)) == []
-        return broadcast(at, read, shape) if alike else in_place(at, read, shape)
+        if self.mixed_axes(call, len(read)) == []:
+            return broadcast(at, read, shape)
+        # What brings an axis together may move those behind it up.
+        shorter = len(shape) < len(read) and at.axis > 0
+        return None if shorter and not self.is_product else in_place(at, read, shape)
 
     # What the operator computes, for whoever runs it again (`nrm.evaluation.rerun`).
 

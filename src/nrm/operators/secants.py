@@ -218,7 +218,8 @@ def difference(
         linear = row.secant(call, Ends(setting.before.operands, after, moves), setting)
         if not linear.requires_grad:
             linear = linear + 0 * moves[0].sum()
-        return with_slope(linear.expand(rise.shape), rise, 1.0)
+        # What is the same in both has no relevance to pass on, but its slope is not zero.
+        return with_slope(linear.expand(rise.shape), rise, rise != 0)
 
 
 class Chord(Propagation):
