@@ -187,3 +187,27 @@ def test_gpt2_in_a_batch_of_two(torchvision_models):
         same(share, [r.biases()[name] for r in alone])
     for layers in zip(R.proper_form(), *(r.proper_form() for r in alone), strict=True):
         same(layers[0].total, [layer.total for layer in layers[1:]])
+
+
+def test_a_mean_in_front_of_the_samples_takes_no_channels_for_samples():
+    """In a graph for one batch alone, of as many samples as there are channels."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            if float(x.sum()) > 1e9:
+                x = x * 2
+            return self.o(torch.relu(torch.relu(self.a(x)).transpose(0, 1).mean(0)))
+
+    torch.manual_seed(0)
+    explainer = nrm.Explainer(Branching().double().eval())
+    x = torch.randn(4, 5, 4).double()
+    R = explainer(x, target=1)
+    alone = [explainer(one[None], target=1) for one in x]
+    torch.testing.assert_close(R.heatmap(), torch.cat([one.heatmap() for one in alone]))
+    assert R.graph.variable(":mean").batch_axis in (None, 0)
+    whole = nrm.neurons(":mean")
+    torch.testing.assert_close(R(whole), torch.cat([one(whole) for one in alone]))

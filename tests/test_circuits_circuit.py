@@ -140,6 +140,19 @@ def test_the_layout_that_evaluation_tools_read(named, tmp_path):
         circuit.save(tmp_path / "x.json", layout="other")
 
 
+def test_leaves_with_any_name_are_inputs_in_that_layout(tmp_path):
+    names = ("a0.h0", "transformer.h.0.attn:masked_fill@1.fill")
+    scores = torch.tensor([[0.5, 0.25], [0.0, 0.5]])
+    found = nrm.Circuit(("output", "a0.h0"), names, scores, scores != 0, 1.0, 0.9, None)
+    found.save(tmp_path / "eap.json", layout="eap")
+    assert set(json.loads((tmp_path / "eap.json").read_text())["nodes"]) == {
+        "input", "a0.h0", "m0", "logits"
+    }  # fmt: skip
+    split = nrm.Circuit(("output",), ("a0.h0@1",), scores[:1, :1], scores[:1, :1] > 0, 1, 0.9, None)
+    with pytest.raises(QueryError, match=r"whole heads and MLPs, and not 'a0\.h0@1'"):
+        split.save(tmp_path / "eap.json", layout="eap")
+
+
 def test_what_makes_no_circuit_is_refused(named):
     for share in (0, -0.5, 1.5):
         with pytest.raises(QueryError, match="a share is above 0"):

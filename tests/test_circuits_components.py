@@ -169,3 +169,57 @@ def test_what_has_no_attention_has_no_components_by_name():
         nrm.components(R)
     with pytest.raises(NeuronSetError, match="without an axis of positions"):
         R.edges(["0", "1"], tokens=True)
+
+
+class Attending(nn.Module):
+    """Two heads, laid out before or after the positions."""
+
+    def __init__(self, heads_first: bool) -> None:
+        super().__init__()
+        self.e, self.o, self.head = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.qkv = nn.Linear(8, 24)
+        self.heads_first = heads_first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.e(ids)
+        q, k, v = (t.unflatten(-1, (2, 4)) for t in self.qkv(h).chunk(3, -1))
+        pattern = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        if self.heads_first:
+            mixed = torch.einsum("bhqk,bkhd->bhqd", pattern, v).transpose(1, 2)
+        else:
+            mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        return self.head(h + self.o(mixed.flatten(2)))
+
+
+def test_heads_are_split_by_position_in_whatever_layout():
+    found = []
+    for heads_first in (True, False):
+        torch.manual_seed(0)
+        model = Attending(heads_first).double().eval()
+        R = nrm.Explainer(model)(torch.tensor([[1, 2, 3, 4, 5]]), target=(-1, 0))
+        parts = nrm.components(R, "heads", tokens=True)
+        assert list(parts) == [f"a0.h{head}@{k}" for head in range(2) for k in range(5)]
+        found.append(torch.stack([R(part) for part in parts.values()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_heads_merged_with_the_batch_have_names_of_their_own():
+    class Weights(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.e, self.att = nn.Embedding(7, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head, self.weights = nn.Linear(8, 3), weights
+
+        def forward(self, ids):
+            h = self.e(ids)
+            return self.head(h + self.att(h, h, h, need_weights=self.weights)[0]).mean(1)
+
+    found = []
+    for weights in (True, False):
+        torch.manual_seed(0)
+        explainer = nrm.Explainer(Weights(weights).double().eval())
+        R = explainer(torch.tensor([[1, 2, 3], [4, 5, 6]]), target=0)
+        parts = nrm.components(R, "heads")
+        assert list(parts) == ["a0.h0", "a0.h1"]
+        found.append(torch.stack([R(part) for part in parts.values()]))
+    torch.testing.assert_close(found[0], found[1])

@@ -364,3 +364,19 @@ def test_a_model_that_changed_is_refused(wide):
         model.head.weight.add_(1)
     with pytest.raises(QueryError, match="changed"):
         edges.circuit(0.5)
+
+
+def test_masks_that_are_a_whole_layer_in_one_sample_and_nothing_in_another():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2)).double().eval()
+    R = nrm.Explainer(model, bias="input")(torch.randn(2, 3).double() + 1, target=0)
+    first = torch.tensor([[True, True], [False, False]])
+    named = {"A": nrm.mask("1", first), "C": nrm.mask("1", ~first)}
+    edges = R.edges(named)
+    for name, chosen in named.items():
+        torch.testing.assert_close(edges(name, "output"), R(chosen))
+    alone = R.edges({"A": named["A"]})
+    torch.testing.assert_close(alone("A", "output"), R(named["A"]))
+    for found in (edges, alone):
+        into = found.relevance[:, found.receivers.index("output")].sum(-1)
+        torch.testing.assert_close(into, torch.ones(2).double())

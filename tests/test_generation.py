@@ -181,6 +181,7 @@ def test_in_pieces_and_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None
         ({"against": 40}, TargetError, "token 40 is out of range"),
         ({"against": "best"}, TargetError, "or 'next'"),
         ({"words": ["a"]}, InputError, "1 words for 7 tokens"),
+        ({"reference": IDS}, InputError, "take no reference="),
         ({"at": "head"}, None, ""),
     ],
 )

@@ -420,3 +420,30 @@ def test_what_is_no_operand_has_to_be_the_same() -> None:
         nrm.Explainer(ATTENTION)(
             IDS, MASK, target=0, reference={"ids": OTHER, "mask": MASK.flip(0)}
         )
+
+
+class Running(nn.Module):
+    """A running sum of words: what it holds after two words does not depend on their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.f, self.o = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.f(self.e(ids).cumsum(1))).sum(1))
+
+
+def test_what_cancels_passes_nothing_by_derivatives_and_by_messages() -> None:
+    torch.manual_seed(0)
+    model = Running().double().eval()
+    ids, other = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 1, 4]])
+    R = nrm.Explainer(model)(ids, target=1, reference=other)
+    assert R.forward_pass.telescope is not None
+    tokens = R.tokens()
+    torch.testing.assert_close(R.tokens(nrm.neurons(":cumsum")), tokens)  # a cut
+    for k in range(3):
+        word = nrm.neurons("e", (k, slice(None)))
+        torch.testing.assert_close(R(word), tokens[:, k])
+        torch.testing.assert_close(R(word & nrm.neurons(":cumsum")), tokens[:, k])
+    R.forward_pass.telescope = None
+    torch.testing.assert_close(R.tokens(), tokens)
