@@ -211,3 +211,19 @@ def test_a_mean_in_front_of_the_samples_takes_no_channels_for_samples():
     assert R.graph.variable(":mean").batch_axis in (None, 0)
     whole = nrm.neurons(":mean")
     torch.testing.assert_close(R(whole), torch.cat([one(whole) for one in alone]))
+
+
+def test_edges_beside_rows_in_an_unknown_order():
+    """Biases there tell no samples apart: they take what is left of each."""
+    torch.manual_seed(0)
+    explainer = nrm.Explainer(Rows("sorted").double().eval(), bias="input")
+    x, sets = torch.randn(BATCH, TIME, WIDTH).double(), [":add", ":relu@1"]
+    R = explainer(x, target=0)
+    assert any(not leaf.tells_samples(BATCH) for leaf in R.graph.leaves)
+    edges = R.edges(sets)
+    chosen = torch.rand(edges.relevance.shape[1:], generator=torch.Generator().manual_seed(1)) < 0.8
+    kept = edges.walks.kept(chosen)
+    for sample in range(BATCH):
+        alone = explainer(x[sample : sample + 1], target=0).edges(sets)
+        torch.testing.assert_close(edges.relevance[sample], alone.relevance[0])
+        torch.testing.assert_close(kept[sample], alone.walks.kept(chosen)[0])
