@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         rules,
         testing,
     )
+    from nrm.blocks import Blocks
     from nrm.circuits import Circuit, Components, Edges, components
     from nrm.condition import Condition
     from nrm.diagnostics import Diagnostics
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AgainstRest",
     "Average",
+    "Blocks",
     "Circuit",
     "Clusters",
     "Components",
@@ -84,6 +86,7 @@ __all__ = [
     "testing",
 ]
 _HOMES = {
+    "blocks": ("Blocks",),
     "circuits": ("Circuit", "Components", "Edges", "components"),
     "condition": ("Condition",),
     "diagnostics": ("Diagnostics",),

@@ -19,7 +19,6 @@ from nrm.capture.nodes import (
     Captured,
     ancestors,
     is_float_tensor,
-    is_mask,
     is_symbolic,
     reads_no_values,
     unfollowed,
@@ -64,8 +63,7 @@ class Draft:
     @cached_property
     def _batches(self) -> set[sympy.Basic]:
         """The symbols of the batch's size."""
-        along = self.captured.batch_axis
-        return {node.meta["val"].shape[along].node.expr for node in self.captured.inputs}
+        return self.captured.batch_sizes
 
     def _build(self) -> None:
         """All variables that depend on a leaf, with every operand that may take relevance."""
@@ -74,7 +72,7 @@ class Draft:
         nodes = [node for node in captured.graph.nodes if node in needed]
         self._name_of = self._names()
         for node, name in zip(captured.inputs, captured.names, strict=True):
-            if is_float_tensor(node) and not is_mask(name):
+            if captured.takes_relevance(node, name):
                 self._add_input(node, name)
             elif unfollowed(node) == "lost":
                 self._lose(node, name)

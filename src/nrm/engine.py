@@ -263,7 +263,7 @@ class Absolute(Pass):
     def __init__(self, forward: Pass) -> None:
         self.graph, self.output, self.batch = forward.graph, forward.output, forward.batch
         self.telescope = None
-        self.cautions = forward.cautions
+        self.cautions, self.copies = forward.cautions, forward.copies
         self._forward = forward
         self._sizes = _Sizes(forward)
 

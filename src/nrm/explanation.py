@@ -44,13 +44,13 @@ class Explained:
         unnormalized: R~ (eq. 13): for a target, its output and zero elsewhere.
         target: `[batch]` (or `[batch, axes]`); `None` where output relevance was given, or a
             combination of outputs.
-        text: what it is, in words, of a combination.
+        combination: of outputs, where one was explained.
     """
 
     relevance: Tensor
     unnormalized: Tensor
     target: Tensor | None
-    text: str = ""
+    combination: Combination | None = None
 
 
 def explain_target(target: Target, forward: Pass, strict: bool) -> Explained:
@@ -109,7 +109,7 @@ def _combined(target: Combination, forward: Pass, strict: bool) -> Explained:
         of = f" for sample {below[0]}" if forward.batch > 1 else ""
         forward.cautions.negative(str(target), float(total[below[0]]), of)
     share = unnormalized / forward.graph.output.by_sample(total)
-    return Explained(share, unnormalized, None, str(target))
+    return Explained(share, unnormalized, None, target)
 
 
 def _refuse_unchanged(values: Tensor, sizes: Tensor, forward: Pass) -> None:
@@ -325,7 +325,7 @@ class Explanation(Shown):
         }
         warn_of_output(forward, explained.relevance, explained.unnormalized)
         self.explained = "output" if forward.graph.head is None else str(forward.graph.head)
-        self._target, self._text = explained.target, explained.text
+        self._target, self._combination = explained.target, explained.combination
         self._scale = output.per_sample(self._starts[False][output], self.batch)[0]
 
     @property
@@ -338,7 +338,7 @@ class Explanation(Shown):
     def quantity(self) -> str:
         """What is explained, in words: a target, a combination of outputs, or what was given."""
         if self._target is None:
-            return self._text or "output relevance"
+            return "output relevance" if self._combination is None else str(self._combination)
         return f"target {self._target.tolist()}"
 
     @property
@@ -352,6 +352,26 @@ class Explanation(Shown):
         logit: multiply a result by it to have it in the logit's units. With a reference it is the
         difference from the logit there."""
         return self._scale.clone()
+
+    def output_weights(self) -> Tensor:
+        """With what weight each output neuron is explained, shaped like the explained tensor.
+
+        Raises:
+            QueryError: output relevance was given where the output is zero.
+        """
+        forward = self._forward_pass
+        if self._combination is not None:
+            weights = torch.zeros_like(forward.output)
+            outputs = _by_sample(forward.output, forward)
+            _by_sample(weights, forward)[:] = self._combination.weights(outputs)
+            return weights
+        given = self._starts[False][forward.graph.output][0]
+        if bool((given != 0)[forward.amount == 0].any()):
+            raise QueryError(
+                "output_relevance was given for outputs that are zero, so that it is no multiple "
+                "of them. Explain a target."
+            )
+        return torch.where(given == 0, 0.0, given / forward.amount)
 
     @property
     def graph(self) -> Graph:

@@ -138,13 +138,18 @@ class Pass:
 
     Attributes:
         graph: the graph it ran on.
+        program: that of the graph.
+        inputs: those of the model.
         output: the explained tensor's values.
         amount: what is shared out: these values, or their difference from those at the reference.
         returned: the model's output, another where a head is looked through (`nrm.heads`).
         batch: the number of samples.
         telescope: the way by derivatives, where the rules allow it.
         cautions: what a person was warned of.
+        copies: how many copies of each sample it holds; all samples are copied one after the other.
     """
+
+    copies = 1
 
     def __init__(
         self,
@@ -154,7 +159,7 @@ class Pass:
         reference: Sequence[Tensor] | None = None,
     ) -> None:
         self.graph = program.graph
-        self._program, self._inputs, self._check = program, inputs, check
+        self.program, self.inputs, self._check = program, inputs, check
         self._reference = reference
         self.telescope: Telescope | None = None
         self.cautions = Cautions()
@@ -177,7 +182,7 @@ class Pass:
 
     @cached_property
     def _prepared(self) -> Prepared:
-        return self._program.prepare(self._inputs, self._reference)
+        return self.program.prepare(self.inputs, self._reference)
 
     def as_it_was(self) -> Self:
         """This pass, to be asked now.
@@ -212,13 +217,13 @@ class Pass:
 
     def value_at(self, node: Node) -> Tensor:
         """The value of a node of the captured graph, also of one that carries no relevance."""
-        value: Tensor = self._program.values(self._inputs, [node])[node]
+        value: Tensor = self.program.values(self.inputs, [node])[node]
         return value.contiguous()
 
     def calls(self, operations: Sequence[Operation]) -> list[tuple[Call, list[Tensor]]]:
         """Some operations' calls, with slots for their operands, and the operands' values."""
         wanted = {node for operation in operations for _, node in operation.call.nodes()}
-        values = self._program.values(self._inputs, wanted)
+        values = self.program.values(self.inputs, wanted)
         return [
             (op.call.with_values(op.arguments, values.__getitem__), [values[s] for s in op.slots])
             for op in operations
@@ -237,6 +242,7 @@ class Program:
     shared with other graphs of the model.
 
     Attributes:
+        shared: what the model's captures have in common.
         settings: how each operation propagates, but for what depends on an input.
         telescopes: whether relevance may go by derivatives (`nrm.telescope`).
         zeros: where the explicit zeros are.
@@ -245,7 +251,7 @@ class Program:
 
     def __init__(self, graph: Graph, strict: bool, shared: Shared | None = None) -> None:
         self.graph = graph
-        shared = Shared() if shared is None else shared
+        self.shared = shared = Shared() if shared is None else shared
         self.settings = {
             operation: _setting(operation, strict, shared) for operation in graph.operations
         }

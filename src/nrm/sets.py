@@ -282,6 +282,8 @@ def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:
         QueryError: the variable mixes the samples, and there are several.
     """
     neurons, batch = variable.neuron_shape(forward.shape(variable)), forward.batch
+    if forward.copies > 1 and values.shape == (batch // forward.copies, *neurons):
+        values = values.repeat(forward.copies, *[1] * len(neurons))
     if values.shape[1:] == neurons and values.dim() > len(neurons) and len(values) != batch:
         raise NeuronSetError(
             f"values of {variable.name!r} have {len(values)} samples, the batch {batch}."

@@ -35,6 +35,8 @@ class Captured:
         method: `"export"`, or `"eager"` for a trace that holds for one input only.
         batched: whether the graph holds for any batch size.
         batch_axis: where the batch lies in every input; `None`: all of it is one sample.
+        whole: the model, where this is the part of it above a layer (`nrm.capture.above`). Then the
+            first input is the layer; the others are the same in all runs and take no relevance.
     """
 
     graph: FxGraph
@@ -45,14 +47,28 @@ class Captured:
     method: str
     batched: bool
     batch_axis: int | None
+    whole: Captured | None = None
 
     @property
     def samples(self) -> int:
         """How many samples a graph for one size of the batch is for."""
+        if self.whole is not None:
+            return self.whole.samples
         if self.batched or self.batch_axis is None:
             return 1
         shape = self.inputs[0].meta["val"].shape
         return int(shape[self.batch_axis]) if len(shape) > self.batch_axis else 1
+
+    @property
+    def batch_sizes(self) -> set[Any]:
+        """The symbols of the batch's size, of a graph for any."""
+        of = self.whole or self
+        return {node.meta["val"].shape[of.batch_axis].node.expr for node in of.inputs}
+
+    def takes_relevance(self, node: Node, name: str) -> bool:
+        """Whether an input does."""
+        apart = self.whole is not None and node is not self.inputs[0]
+        return not apart and is_float_tensor(node) and not is_mask(name)
 
     @property
     def reusable(self) -> bool:

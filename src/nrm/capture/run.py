@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +198,10 @@ Layouts = dict[Node, "tuple[Layout, ...] | None"]
 """The layouts of the leaves of each node's value; `None`: no copy can be told from the value."""
 
 
+_LAYOUTS: WeakKeyDictionary[FxGraph, Layouts] = WeakKeyDictionary()
+"""How graphs hold copies: that is so for every sample, and costs several runs to find."""
+
+
 class Copies:
     """Values of several copies of a sample.
 
@@ -207,6 +212,15 @@ class Copies:
 
     def __init__(self, values: Values, layouts: Layouts) -> None:
         self.values, self.layouts = values, layouts
+
+    @classmethod
+    def of(
+        cls, captured: Captured, wanted: Collection[Node], inputs: Sequence[Tensor], values: Values
+    ) -> Copies:
+        """Those of a sample; `find_layouts` says what the arguments are."""
+        if captured.graph not in _LAYOUTS:
+            _LAYOUTS[captured.graph] = find_layouts(captured, wanted, inputs, values)
+        return cls(values, _LAYOUTS[captured.graph])
 
     @property
     def possible(self) -> bool:

@@ -36,12 +36,12 @@ from nrm.evaluation.metrics import (
     require_ranking,
     require_seed,
 )
-from nrm.evaluation.rerun import Removal
 from nrm.evaluation.store import Store, described, digest
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
 from nrm.joint import Division, Partition, partition
 from nrm.measure import Measure
+from nrm.removal import Removal
 
 By = Division | Callable[[Measure, str], Iterable[NeuronSet]]
 """What a layer is divided into; or a function that gives neuron sets of it, such as clusters."""

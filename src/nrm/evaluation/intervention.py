@@ -19,11 +19,12 @@ from nrm.display import counted
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
-from nrm.evaluation.rerun import Family, Picked, Removal, Rerun, by_variable, replacement
+from nrm.evaluation.rerun import Family, Picked, Rerun
 from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
+from nrm.removal import Removal, by_variable, replacement
 
 Progress = bool | Callable[[int], None]
 

@@ -24,10 +24,11 @@ from nrm.circuits.steps import OUTPUT, Named, named
 from nrm.display import counted
 from nrm.engine import checked, in_chunks
 from nrm.errors import InputError, NeuronSetError, QueryError
-from nrm.evaluation.rerun import Removal, Rerun, by_variable, replacement
+from nrm.evaluation.rerun import Rerun
 from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.graph import Variable
+from nrm.removal import Removal, by_variable, replacement
 from nrm.targets import Combination
 
 Progress = bool | Callable[[int], None]

@@ -7,29 +7,21 @@ are the neurons that are removed: to zero, a mean, or values of one's own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from nrm.capture.nodes import dependents
-from nrm.capture.run import Change, Copies, Interpreter, Layouts, Plan, Values, find_layouts, given
-from nrm.errors import QueryError
-from nrm.graph import Graph, Variable
+from nrm.capture.run import Change, Copies, Interpreter, Plan, Values, given
+from nrm.graph import Graph
 from nrm.operators import picks, standard
-from nrm.tensors import check_dense, like
 
 _TOLERANCE = {torch.float64: 1e-9}
 """How far a run may be from what gradients say; 1e-4 in single precision."""
-
-_LAYOUTS: WeakKeyDictionary[Graph, Layouts] = WeakKeyDictionary()
-"""How graphs hold copies: that is so for every sample, and costs several runs to find."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +66,7 @@ class Rerun:
             return value
 
         Interpreter(plan, given(self.captured, inputs), keep).compute()
-        if graph not in _LAYOUTS:
-            _LAYOUTS[graph] = find_layouts(self.captured, wanted, inputs, self.values)
-        self.copies = Copies(self.values, _LAYOUTS[graph])
+        self.copies = Copies.of(self.captured, wanted, inputs, self.values)
 
     def changed_by(self, nodes: Collection[Node]) -> set[Node]:
         """The nodes whose values depend on those of some, themselves included."""
@@ -246,81 +236,6 @@ class _Affine:
         with torch.set_grad_enabled(derivatives):
             output: Tensor = found[self.rerun.graph.explained].reshape(-1)[self.target]
         return output
-
-
-# -- what takes the place of removed activations ---------------------------------------------------
-
-Removal = str | float | Mapping[str, str | float | Tensor]
-"""`"zero"`, `"mean"`, a number; or by name of layers one of these or a tensor."""
-
-
-def by_variable(
-    removal: Removal, graph: Graph
-) -> str | float | dict[Variable, str | float | Tensor]:
-    """The removal, with variables in the place of their names.
-
-    Raises:
-        QueryError: it is none.
-    """
-    if isinstance(removal, Mapping):
-        return {graph.variable(layer): value for layer, value in removal.items()}
-    if removal in ("zero", "mean"):
-        return removal
-    number = isinstance(removal, Real) and not isinstance(removal, bool)
-    if number and math.isfinite(float(removal)):
-        return float(removal)
-    raise QueryError(
-        "removal is 'zero', 'mean', a number or a mapping of layers to numbers or tensors, not "
-        f"{removal!r}."
-    )
-
-
-def replacement(
-    removal: str | float | dict[Variable, str | float | Tensor], variable: Variable, value: Tensor
-) -> Tensor:
-    """`[neurons]`, what the activations of a variable become.
-
-    Arguments:
-        value: of the sample.
-
-    Raises:
-        QueryError: it has another shape, or is not finite.
-    """
-    shape = variable.neuron_shape(value.shape)
-    given = removal.get(variable, "zero") if isinstance(removal, dict) else removal
-    if isinstance(given, str) and given == "mean":
-        return _means(value.reshape(shape), variable).reshape(-1)
-    if isinstance(given, str) and given == "zero":
-        given = 0.0
-    wrong = isinstance(given, str | bool | complex)
-    if wrong or (isinstance(given, Tensor) and (given.is_complex() or given.dtype is torch.bool)):
-        raise QueryError(
-            f"the removal of {variable.name!r} is 'zero', 'mean', a number or a tensor, not "
-            f"{given!r}."
-        )
-    if isinstance(given, Tensor):
-        check_dense(given, f"the removal of {variable.name!r}", QueryError)
-    found = like(given, value).detach().clone()  # callers reuse theirs
-    if found.shape not in (torch.Size(), shape):
-        raise QueryError(
-            f"the removal of {variable.name!r} has shape {tuple(found.shape)}, its neurons "
-            f"{tuple(shape)} (without the batch)."
-        )
-    if not bool(torch.isfinite(found).all()):
-        raise QueryError(f"the removal of {variable.name!r} holds NaN or infinite values.")
-    return found.expand(shape).reshape(-1)
-
-
-def _means(values: Tensor, variable: Variable) -> Tensor:
-    """For each neuron the mean of its channel; of all, where channels have one neuron each."""
-    shape = values.shape
-    axes = tuple(range(values.dim()))
-    if values.dim() > 1:
-        along = variable.channel_axis_of(shape)
-        rest = tuple(axis for axis in axes if axis != along)
-        if math.prod(shape[axis] for axis in rest) > 1:
-            axes = rest
-    return values.mean(axes, keepdim=True).expand(shape) if axes else values
 
 
 # -- families of sets, removed from many copies at once --------------------------------------------

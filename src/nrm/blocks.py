@@ -1,0 +1,626 @@
+"""Walks through blocks: what a set of neurons does through all that lies above, by removing it.
+
+Walks from layer to layer divide every neuron's relevance among its parents, as they are now. Far
+apart, that says little of what the network loses without a set: what is removed below changes
+slopes on the way. Here all between a layer and what is asked above it is one operation, whose
+parents are sets of the layer's neurons (section 3.5.3 leaves a contribution free to be any function
+of parent and child). A set is removed, the network above runs once more, and what changes is passed
+down by slopes between the two runs (`nrm.differences`):
+
+    f(x) R(A, B) = sum of the differences that reach B by walks down to A, when A is removed
+    f(x) R(A)    = f(x) - f(x without A)
+
+A measure of differences for every set, put together: each has its set's share of the output, and
+what is left of the output is a leaf of its own, at which walks end that visit nothing. So relevance
+is normalised, additive and complete: `sum over B of R(A, B) = R(A)` over any cut above the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nrm.build import build_graph
+from nrm.capture.above import Above, above
+from nrm.capture.run import Copies, Interpreter, Plan, Values
+from nrm.composites import LRPZero
+from nrm.condition import Answers, Condition, Given, Sets, as_condition, naming
+from nrm.display import Shown, Table, counted, numbers
+from nrm.engine import checked, finite, in_chunks, send_between
+from nrm.errors import NeuronSetError, NrmError, QueryError
+from nrm.explanation import Target
+from nrm.formulas import All as AllOf
+from nrm.formulas import Compound, Formula, Not, Some, parts_first
+from nrm.graph import Graph, Variable, first_tokens
+from nrm.joint import BySet, Division, Method, Partition, Parts, partitions
+from nrm.measure import Measure
+from nrm.prepare import Pass, Program
+from nrm.query import Starts
+from nrm.removal import Removal, by_variable, replacement
+from nrm.search import Budget, Flow, Flows, Order, Way, keys
+from nrm.sets import divide
+
+T = TypeVar("T")
+
+_HELD = 4
+"""How many of a value there are, roughly: in both runs, their difference, and its derivative."""
+
+
+class Blocks(Shown):
+    """The relevance of sets of one layer jointly with anything above it, by removing them.
+
+    Queries are those of a `Measure`: `blocks(A, B)` is the share of the output that the network
+    gets from A by way of B. Relevances are shares of `R.scale`, as those of `R` are. Neurons of
+    the layer that are in no set, and what the sets do not add up to, are in `rest`.
+
+    Below the layer, relevance goes on by the walks of `R`; within a set, and above the layer, by
+    slopes between the run with the set and the one without.
+
+    What holds of walks from one layer to the next and not here: how walks go on below a neuron
+    depends on which set they come to (the backward Markov property), since each set has slopes of
+    its own. The relevance of a set above the layer is what the layer's sets do by way of it, and
+    not what `R` gives. A set without which the output is the same has no relevance, jointly with
+    anything.
+
+    Arguments:
+        R: the measure of a batch of inputs.
+        parts: the layer, by name, or disjoint sets of its neurons (clusters, patches, tokens).
+        by: what a layer given by name is divided into.
+        removal: what removed activations become, as for `nrm.Interventions`.
+        memory: bytes that the runs which are computed at once may take, roughly.
+        progress: show a bar while sets are removed, or a function to call with how many were.
+
+    Attributes:
+        R: the measure.
+        layer: the name of the layer.
+
+    Raises:
+        QueryError: sets overlap, the removal makes no sense, or the measure is one of differences.
+        UnsupportedOperatorError: an operator above the layer has no slope between two runs.
+
+    Example:
+        >>> blocks = nrm.Blocks(R, nrm.clusters(R, "features.5", 10))
+        >>> blocks.joint(nrm.clusters(R, "features.10", 10))  # [batch, 10, 10]
+        >>> blocks.heatmap(nrm.channels("features.10", 3)), blocks.top("features.10", k=5)
+    """
+
+    def __init__(
+        self,
+        R: Measure,
+        parts: Parts,
+        *,
+        by: Division = "channel",
+        removal: Removal = "zero",
+        memory: int = 2**28,
+        progress: bool | Callable[[int], None] = False,
+    ) -> None:
+        forward = R.forward_pass
+        self._asked = (parts if isinstance(parts, str) else list(parts), by, removal, memory)
+        self.R, self.memory, self._progress = R, checked(memory), progress
+        if R.graph.differences:
+            raise QueryError(
+                "the measure is one of differences from a reference already. Sets are removed "
+                "from one input: call the explainer without a reference."
+            )
+        (self._parts,) = partitions(forward, [self._asked[0]], by, self.memory // 4)
+        self._variable = self._parts.variable
+        self.layer = self._parts.name
+        self._refuse_overlaps()
+        self._removal = by_variable(removal, R.graph)
+        self._above, self._program = _part(R.graph, self._variable, forward)
+        self._removed()  # refused now, if at all
+        self._kept: tuple[Sequence[int], Pass, Starts] | None = None
+
+    # -- what is asked ---------------------------------------------------------------------------
+
+    def __call__(self, *sets: Sets, given: Given = None) -> Tensor:
+        """The joint relevance of sets at the layer or above it, or of formulas over such.
+
+        Arguments:
+            sets: as for `Condition`. Sets of the layer may be any of its neurons.
+            given: results are divided by its relevance (eq. 11).
+
+        Returns:
+            `[batch]`.
+        """
+        with self._asking(sets, given) as condition:
+            rest = self.rest
+            total = self._each(condition).sum(-1) + rest * _holds_nowhere(condition.formula)
+            return self._divided(total, condition)
+
+    def each(self, *sets: Sets, given: Given = None) -> Tensor:
+        """The relevance of every set of the layer, jointly with others: `[batch, sets]`.
+
+        Without others it is what the output loses without the set, as a share.
+
+        Arguments: as for `__call__`.
+        """
+        with self._asking(sets, given) as condition:
+            return self._divided(self._each(condition), condition)
+
+    @property
+    def rest(self) -> Tensor:
+        """What the sets do not add up to: `[batch]`."""
+        return 1 - self._each(Condition()).sum(-1)
+
+    def marginal(self, layer: str, *sets: Sets, given: Given = None) -> Tensor:
+        """The relevance of every neuron of a layer, jointly with sets: shaped like the layer.
+
+        Arguments:
+            layer: this one, one above it, or one below it, where relevance goes on by the walks
+                of `R`.
+            others: as for `__call__`. Sets lie at this layer or above it.
+        """
+        with self._asking(sets, given) as condition:
+            wanted = self.R.graph.variable(layer)
+            below = wanted in self.R.graph.upstream(self._variable)
+            at = self._variable if below else wanted
+            found = self._marginal(at.name, condition)
+            if below:
+                message = found.unsqueeze(0)
+                found = send_between(self.R.forward_pass, message, self._variable, wanted)[0]
+            known = self._known(condition)
+            return finite(found if known is None else divide(found, wanted.by_sample(known)))
+
+    def heatmap(self, *sets: Sets, at: str | None = None, given: Given = None) -> Tensor:
+        """The relevance of every input element, jointly with sets: shaped like the input.
+
+        Arguments:
+            at: the input, for a model with several.
+            others: as for `marginal`.
+        """
+        inputs = [variable.name for variable in self.R.graph.inputs]
+        if at is None and len(inputs) > 1:
+            names = ", ".join(map(repr, inputs))
+            raise QueryError(f"the model has several inputs; name one with at=: {names}.")
+        return self.marginal(inputs[0] if at is None else at, *sets, given=given)
+
+    def tokens(self, *sets: Sets, at: str | None = None, given: Given = None) -> Tensor:
+        """The relevance of every token, jointly with sets: `[batch, tokens]`.
+
+        Arguments: as for `Measure.tokens`.
+        """
+        layer = first_tokens(self.R.graph) if at is None else at
+        return self.marginal(layer, *sets, given=given).sum(-1)
+
+    def channels(self, layer: str, *sets: Sets, given: Given = None) -> Tensor:
+        """The relevance of every channel of a layer, jointly with sets: `[batch, channels]`.
+
+        Arguments: as for `marginal`.
+        """
+        (parts,) = partitions(self.R.forward_pass, [layer], "channel", self.memory)
+        return parts.add_up(self.marginal(layer, *sets, given=given).unsqueeze(0))[0]
+
+    def joint(
+        self,
+        layer: Parts,
+        *more: Parts | Formula | Condition,
+        given: Given = None,
+        by: Division = "channel",
+        method: Method = "auto",
+    ) -> Tensor:
+        """The relevance of every set of this layer with every part of layers above it.
+
+        Arguments:
+            layer: by name, or sets of one layer.
+            more: further layers; single sets, formulas and conditions hold jointly with all.
+            others: as for `Measure.joint`.
+
+        Returns:
+            `[batch, sets, parts of the layer, ...]`, in the order given.
+        """
+        held = [part for part in more if isinstance(part, Formula | Condition)]
+        layers = [layer, *(part for part in more if not isinstance(part, Formula | Condition))]
+        with self._asking(held, given) as condition:
+
+            def answer(answers: Answers) -> Tensor:
+                table = answers.joint(layers, by, method, self.memory)
+                return table.view(answers.forward.copies, -1, *table.shape[1:])
+
+            found = self._put_together(condition, answer)
+            return self._divided(torch.cat(found).movedim(1, 0), condition)
+
+    def top(
+        self,
+        *layers: Parts | Condition,
+        k: int = 5,
+        by: Division = "channel",
+        given: Given = None,
+        order: Order = "largest",
+        method: Way = "exact",
+        sample: int = 0,
+        work: int | None = None,
+        seconds: float | None = None,
+    ) -> Flows:
+        """The sets with parts of layers above, one of each, with the largest joint relevance.
+
+        A search of the flows above for every set, of which the best are taken.
+
+        Arguments:
+            layers: above this one. The first part of every flow found is a set of this layer.
+            others: as for `Measure.top`; `work` and `seconds` are those of each set's search.
+        """
+        held = [layer for layer in layers if isinstance(layer, Condition)]
+        higher = [layer for layer in layers if not isinstance(layer, Condition)]
+        if not higher:
+            raise QueryError("name a layer above. The sets by themselves are in blocks.each().")
+        if isinstance(sample, bool) or sample not in range(self.R.batch):
+            raise QueryError(f"sample is a number from 0 to {self.R.batch - 1}, not {sample!r}.")
+        with self._asking(held, given) as condition:
+            known = self._known(condition)
+            each = 1.0 if known is None else float(known[sample])
+            turned: Order = order
+            if each < 0 and order != "absolute":
+                turned = "smallest" if order == "largest" else "largest"
+            budget = Budget(work, seconds)
+
+            def answer(answers: Answers) -> list[Flows]:
+                return [
+                    answers.top(
+                        higher,
+                        k,
+                        by,
+                        turned,
+                        method,
+                        copy * self.R.batch + sample,
+                        budget,
+                        self.memory,
+                        lambda gap: None,
+                    )
+                    for copy in range(answers.forward.copies)
+                ]
+
+            found = [one for some in self._put_together(condition, answer) for one in some]
+            layers_above = [part.name for part in self._partitions_above(higher, by)]
+            passing = self._each(Condition(condition, self.layer, *layers_above))[sample].sum()
+            return self._best(found, k, turned, float(passing), each)
+
+    def of(self, target: Target) -> Blocks:
+        """The same sets removed, for another target."""
+        parts, by, removal, memory = self._asked
+        R = self.R.of(target)
+        return Blocks(R, parts, by=by, removal=removal, memory=memory, progress=self._progress)
+
+    @property
+    def size(self) -> int:
+        """How many sets there are."""
+        return self._parts.size
+
+    @property
+    def scale(self) -> Tensor:
+        """`[batch]`, what relevances are shares of, as of `R`."""
+        return self.R.scale
+
+    def __repr__(self) -> str:
+        return f"Blocks({self.layer!r}, {self.size} sets removed, {self.R!r})"
+
+    def table(self) -> Table:
+        removal = self._asked[2]
+        rows = [
+            ("layer", self.layer),
+            ("sets", str(self.size)),
+            ("removed activations become", removal if isinstance(removal, str) else repr(removal)),
+            ("explained", f"{self.R.explained}, {self.R.quantity}"),
+            ("R.scale", numbers(self.scale.tolist())),
+            ("the rest", numbers(self.rest.tolist())),
+        ]
+        note = "Relevances are shares of the explained output; times R.scale they are in its units."
+        return Table("Walks through blocks", (), rows, [note])
+
+    # -- runs with and without the sets ----------------------------------------------------------
+
+    @contextmanager
+    def _asking(self, sets: Sequence[Sets], given: Given) -> Iterator[Condition]:
+        """A condition that can be asked here; errors are told with it."""
+        condition = as_condition(sets, given)
+        with naming(condition.said):
+            if not condition.counts_all:
+                raise QueryError(
+                    "blocks know normalised relevance, of walks that may go anywhere: a condition "
+                    "has neither within, nor weights, nor normalized=False."
+                )
+            for formula in (*condition.sets, *condition.given):
+                for event in formula.events:
+                    for layer in event.layers:
+                        self._above_the_layer(layer)
+            yield condition
+
+    def _above_the_layer(self, layer: str) -> Variable:
+        """The variable of the part above of this name.
+
+        Raises:
+            QueryError: it lies below the layer, or beside it.
+            UnknownLayerError: there is none.
+        """
+        graph = self._program.graph
+        try:
+            return graph.variable(layer)
+        except NrmError:
+            there = self.R.graph.variable(layer)
+        if there in self.R.graph.upstream(self._variable):
+            raise QueryError(
+                f"{layer!r} lies below {self.layer!r}, where sets are removed: here sets lie at "
+                "that layer or above it. heatmap() and marginal() go on below it."
+            )
+        raise QueryError(f"{layer!r} does not depend on {self.layer!r}: no walk passes both.")
+
+    def _each(self, condition: Condition) -> Tensor:
+        """`[batch, sets]`, jointly with all that the condition says."""
+
+        def answer(answers: Answers) -> Tensor:
+            total = finite(answers.query.totals()[0])
+            return total.view(answers.forward.copies, -1)
+
+        return torch.cat(self._put_together(condition, answer)).T
+
+    def _marginal(self, layer: str, condition: Condition) -> Tensor:
+        """Shaped like the layer, summed over the sets; not divided by what is given."""
+        variable = self._above_the_layer(layer)
+
+        def answer(answers: Answers) -> Tensor:
+            found = answers.query.marginals([variable])[variable]
+            copies = answers.forward.copies
+            if copies == 1:
+                return found[0]
+            view = variable.canonical(found)[0]
+            summed = view.view(copies, -1, *view.shape[1:]).sum(0)
+            return variable.restored(summed.unsqueeze(0), len(summed))[0]
+
+        first, *more = self._put_together(condition, answer)
+        return finite(sum(more, first))
+
+    def _known(self, condition: Condition) -> Tensor | None:
+        """`[batch]`, the relevance of what is given; `None` if nothing is."""
+        if not condition.given:
+            return None
+        known = Condition(*condition.given)
+        return self._each(known).sum(-1) + self.rest * _holds_nowhere(known.formula)
+
+    def _divided(self, found: Tensor, condition: Condition) -> Tensor:
+        """`[batch, ...]`, divided by the relevance of what is given."""
+        known = self._known(condition)
+        if known is None:
+            return found.contiguous()
+        return divide(found, known.view(-1, *[1] * (found.dim() - 1))).contiguous()
+
+    def _put_together(self, condition: Condition, answer: Callable[[Answers], T]) -> list[T]:
+        """What the measures of all sets answer, some sets at a time."""
+        _ = self.R.forward_pass  # refused where the model has changed since
+        joint = Condition(*condition.sets, *condition.given)
+        found: list[T] = []
+
+        def work(chosen: Sequence[int]) -> None:
+            forward, starts = self._run(chosen)
+            found.append(answer(Answers(forward, starts, joint)))
+            advance(len(chosen))
+
+        runs = self._runs
+        each = runs.bytes if runs.many else self.memory
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            counted(self._progress, "removing sets", self.size) as advance,
+        ):
+            in_chunks(range(self.size), self.memory, each, work)
+        return found
+
+    def _run(self, chosen: Sequence[int]) -> tuple[Pass, Starts]:
+        """The pass of the differences that some sets make, and its messages at the output."""
+        if self._kept is not None and self._kept[0] == chosen:
+            return self._kept[1:]
+        copies, base = len(chosen), self.R.forward_pass
+        runs = self._runs
+        here, *others = runs.copied(copies)
+        masks = self._parts.split(torch.ones_like(runs.value).unsqueeze(0), chosen)
+        reference = torch.where(masks != 0, runs.removed, runs.value)
+        before = self._variable.canonical(reference)
+        if copies > 1:
+            before = self._variable.restored(before.flatten(0, 1).unsqueeze(0), copies * base.batch)
+        inputs = [here, *others]
+        forward = self._program.run(inputs, lambda: None, [before[0].to(here), *others])
+        forward.copies, forward.cautions = copies, base.cautions
+        output = self.R.graph.output
+        amount = forward.amount.unsqueeze(0)
+
+        def for_copies(values: Tensor) -> Tensor:
+            view = output.canonical(values.unsqueeze(0))
+            view = view.repeat(1, copies, *[1] * (view.dim() - 2))
+            return output.restored(view, copies * base.batch)
+
+        weights = for_copies(self.R.output_weights())
+        terms = torch.where(weights == 0, 0.0, weights * amount)  # others may be infinite
+        scale = output.by_sample(self.R.scale).expand(base.output.shape)
+        top = self._program.graph.output
+        starts = {True: {top: terms / for_copies(scale)}, False: {top: terms}}
+        if copies == self.size:
+            self._kept = chosen, forward, starts
+        return forward, starts
+
+    @cached_property
+    def _runs(self) -> _Runs:
+        return _Runs(self.R.forward_pass, self._above, self._variable, self._removed())
+
+    def _removed(self) -> Tensor:
+        """What the activations of the layer become, shaped like the layer."""
+        variable, forward = self._variable, self.R.forward_pass
+        if isinstance(self._removal, dict) and set(self._removal) != {variable}:
+            raise QueryError(f"only neurons of {self.layer!r} are removed: say what they become.")
+        view = variable.canonical(forward.value(variable).unsqueeze(0))
+        samples = [
+            replacement(self._removal, variable, variable.restored(view[:, s : s + 1], 1)[0])
+            for s in range(view.shape[1])
+        ]
+        return variable.restored(torch.stack(samples).view_as(view), view.shape[1])[0]
+
+    def _refuse_overlaps(self) -> None:
+        if not isinstance(self._parts, BySet):
+            return
+        value = self.R.forward_pass.value(self._variable)
+        ones = torch.ones_like(value).unsqueeze(0)
+        taken = torch.zeros_like(ones)
+        for number, chosen in enumerate(self._parts.sets):
+            taken += self._parts.split(ones, [number])
+            if bool((taken > 1).any()):
+                raise NeuronSetError(
+                    f"{chosen} has neurons in common with a set before it. Sets that are removed "
+                    "are disjoint: relevance of their union is then the sum."
+                )
+
+    # -- the most relevant flows -----------------------------------------------------------------
+
+    def _partitions_above(self, layers: Sequence[Parts], by: Division) -> list[Partition]:
+        forward, _ = self._run(range(1))
+        return partitions(forward, layers, by, self.memory)
+
+    def _best(
+        self, found: Sequence[Flows], k: int, order: Order, passing: float, known: float
+    ) -> Flows:
+        """The best flows of all sets.
+
+        Arguments:
+            found: of each set.
+            passing: the relevance of all flows together.
+            known: what all of it is divided by.
+        """
+        flows = [
+            Flow(
+                {self.layer: number, **flow.parts},
+                (self._parts.set_of(number), *flow.sets),
+                flow.relevance,
+                flow.relevance / passing if passing else 0.0,
+            )
+            for number, some in enumerate(found)
+            for flow in some
+        ]
+        values = torch.tensor([flow.relevance for flow in flows], dtype=torch.float64)
+        best = keys(values, order).argsort(descending=True, stable=True)[:k].tolist()
+        each = 0.0 if known == 0 else 1 / known
+        last = float(keys(values, order)[best[-1]]) if best else 0.0
+        # No set has anything beyond the last of its own list by more than its gap.
+        gap = 0.0
+        for some in found:
+            if some.gap and len(some):
+                own = float(keys(torch.tensor([some[-1].relevance]).double(), order)[0])
+                gap = max(gap, own + some.gap - last)
+            elif some.gap:
+                gap = some.gap
+        shown = [
+            Flow(flow.parts, flow.sets, flow.relevance * each, flow.share)
+            for flow in (flows[place] for place in best)
+        ]
+        return Flows(
+            shown,
+            gap * abs(each),
+            sum(some.visited for some in found) / len(found),
+            sum(some.expanded for some in found),
+        )
+
+
+class _Runs:
+    """What all runs of the part above a layer start from.
+
+    Attributes:
+        value: the layer's, of all samples.
+        removed: what it becomes, likewise.
+        many: whether several copies can be run at once.
+        bytes: what one copy takes, roughly.
+    """
+
+    def __init__(self, forward: Pass, part: Above, variable: Variable, removed: Tensor) -> None:
+        program, inputs = forward.program, forward.inputs
+        captured = program.graph.captured
+        explained = program.graph.explained
+        values: Values = {}
+
+        def keep(node: Node, value: Any) -> Any:
+            values[node] = value
+            return value
+
+        plan = Plan.of(captured.graph, {explained, *captured.inputs})
+        start = captured.constants | dict(zip(captured.inputs, inputs, strict=True))
+        Interpreter(plan, start, keep).compute()
+        copies = Copies.of(captured, plan.wanted, inputs, values)
+        tells = copies.possible and all(copies.tells(node) for node in part.starts)
+        self.many = tells and variable.batch_axis is not None
+        self.bytes = 0
+        if self.many:
+            self.bytes = _HELD * sum(copies.bytes(node) for node in part.origin.values())
+        self.value, self.removed = values[part.starts[0]], removed
+        self._starts = [(node, values[node]) for node in part.starts]
+        self._copies = Copies({node: values[node] for node in part.starts}, copies.layouts)
+
+    def copied(self, copies: int) -> list[Tensor]:
+        """The inputs of the part, of several copies of all samples."""
+        if copies == 1:
+            return [value for _, value in self._starts]
+        chosen = torch.zeros(copies, dtype=torch.long, device=self.value.device)
+        return [self._copies.take(node, value, chosen) for node, value in self._starts]
+
+
+_PARTS: WeakKeyDictionary[Graph, dict[Variable, tuple[Above, Program]]] = WeakKeyDictionary()
+"""The parts above layers of each graph, with their programs: they hold for all inputs."""
+
+
+def _part(graph: Graph, variable: Variable, forward: Pass) -> tuple[Above, Program]:
+    """The part above a layer, for differences between two runs.
+
+    Raises:
+        QueryError: nothing lies above it, or it is not computed.
+        UnsupportedOperatorError: an operator has no slope between two runs.
+    """
+    if variable.node is None:
+        raise QueryError(f"{variable.name!r} enters late and is computed nowhere: remove others.")
+    if variable is graph.output:
+        raise QueryError(f"{variable.name!r} is what is explained: nothing lies above it.")
+    known = _PARTS.setdefault(graph, {})
+    if variable not in known:
+        part = above(graph.captured, variable.node, graph.explained)
+        made = build_graph(part.captured, LRPZero(), False, differences=True)
+        _rename(made, part, graph)
+        known[variable] = part, Program(made, False, forward.program.shared)
+    return known[variable]
+
+
+def _rename(made: Graph, part: Above, graph: Graph) -> None:
+    """Give the variables of a part the names that they have in the whole, and what is known of
+    their axes."""
+    for variable in made.variables:
+        if variable.node is None:
+            continue
+        origin = part.origin[variable.node]
+        whole = graph.by_node.get(origin)
+        if whole is None:
+            name, *aliases = part.names.get(origin, [variable.name])
+        else:
+            name, aliases = whole.name, list(whole.aliases)
+            variable.shape, variable.batch_axis = whole.shape, whole.batch_axis
+            variable.shared, variable.channel_axis = whole.shared, whole.channel_axis
+        variable.name, variable.aliases = name, tuple(aliases)
+        if variable.producer is not None:
+            variable.producer.address = name
+    made.set_variables(made.variables)
+
+
+def _holds_nowhere(formula: Formula | bool) -> bool:
+    """Whether a formula holds of a walk that visits nothing."""
+    if isinstance(formula, bool):
+        return formula
+    held: dict[int, bool] = {}
+    for part in parts_first(formula):
+        inner = [held[id(one)] for one in part.parts] if isinstance(part, Compound) else []
+        if isinstance(part, Not):
+            held[id(part)] = not inner[0]
+        elif isinstance(part, AllOf):
+            held[id(part)] = all(inner)
+        elif isinstance(part, Some):
+            held[id(part)] = any(inner)
+        else:  # an odd number of parts; of a neuron set, none
+            held[id(part)] = sum(inner) % 2 == 1
+    return held[id(formula)]
