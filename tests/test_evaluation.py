@@ -14,7 +14,7 @@ from torch import nn
 import nrm
 from nrm import composites
 from nrm.errors import InputError, QueryError
-from nrm.evaluation.faithfulness import Families, activation, evaluate, joint, lrp, occlusion, sums
+from nrm.evaluation.faithfulness import evaluate
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
     Mean,
@@ -25,6 +25,7 @@ from nrm.evaluation.metrics import (
     ranks,
     spearman,
 )
+from nrm.evaluation.scores import Families, activation, joint, lrp, occlusion, sums
 from nrm.evaluation.store import described, digest
 
 

@@ -35,8 +35,8 @@ from nrm.evaluation import (
     joint_contributions,
     pearson,
 )
-from nrm.evaluation.faithfulness import SCORES as SINGLE
 from nrm.evaluation.faithfulness import Row as Correlation
+from nrm.evaluation.scores import SCORES as SINGLE
 from nrm.evaluation.store import Store, digest
 from nrm_reproduce.cnn import Pair, count_pairs, layer_pairs
 from nrm_reproduce.comparison import Array, Cloud, draw_correlations, draw_scatter, some

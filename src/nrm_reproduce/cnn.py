@@ -18,7 +18,8 @@ from nrm import Measure, NeuronSet, clusters, plot
 from nrm.composites import GammaFlat
 from nrm.errors import QueryError
 from nrm.evaluation import Evaluation
-from nrm.evaluation.faithfulness import RANKED, SCORES, By
+from nrm.evaluation.faithfulness import RANKED
+from nrm.evaluation.scores import SCORES, By
 from nrm.graph import Graph, Variable
 from nrm_reproduce import comparison
 from nrm_reproduce.comparison import (

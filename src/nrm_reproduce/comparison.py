@@ -28,8 +28,8 @@ from nrm.evaluation import (
     joint_contributions,
     pearson,
 )
-from nrm.evaluation.faithfulness import SCORES, By, Score
 from nrm.evaluation.faithfulness import Row as Found
+from nrm.evaluation.scores import SCORES, By, Score
 from nrm.evaluation.store import digest
 from nrm.rules import Occlusion, Rule, Zero
 from nrm_reproduce.networks import of_class

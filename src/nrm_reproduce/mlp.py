@@ -14,7 +14,7 @@ import torch
 
 from nrm.display import counted
 from nrm.evaluation import Evaluation
-from nrm.evaluation.faithfulness import SCORES
+from nrm.evaluation.scores import SCORES
 from nrm.rules import PlainGamma
 from nrm_reproduce import comparison
 from nrm_reproduce.comparison import (

@@ -33,7 +33,7 @@ from nrm import rules
 from nrm.composites import Composite
 from nrm.errors import InputError
 from nrm.evaluation import Evaluation, Families, Interventions, joint_contributions
-from nrm.evaluation.faithfulness import Score
+from nrm.evaluation.scores import Score
 from nrm_reproduce import comparison
 from nrm_reproduce.cnn import CHANNELS, CLUSTERS, Plan
 from nrm_reproduce.comparison import Comparison, Explained, JointRelevance, Sample, Walks

@@ -12,7 +12,7 @@ pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
 
 from nrm.errors import NrmError
 from nrm.evaluation import Families, Interventions, joint_contributions, pearson
-from nrm.evaluation.faithfulness import SCORES
+from nrm.evaluation.scores import SCORES
 from nrm_reproduce.comparison import OTHERS, Comparison, JointRelevance, some, steps
 from nrm_reproduce.networks import LAYERS, MLP
 from nrm_reproduce.report import Request

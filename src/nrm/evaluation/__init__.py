@@ -5,11 +5,12 @@ combinations   all combinations of sets of several families, removed in turn
 intervention   outputs without sets, and joint contributions (eqs. 34, 57)
 patching       outputs with other values of components, and of what one hands another
 metrics        correlations, contribution of the k best (eq. 58), bootstrap intervals
-faithfulness   scores of combinations, and `evaluate`: beside their contributions, over samples
+scores         numbers for combinations: joint relevance, and what it is compared with
+faithfulness   `evaluate`: scores beside joint contributions, over samples
 store          a folder of finished samples, from which an interrupted run goes on, for one setting
 """
 
-from nrm.evaluation.faithfulness import Evaluation, Families, evaluate
+from nrm.evaluation.faithfulness import Evaluation, evaluate
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
     Mean,
@@ -20,6 +21,7 @@ from nrm.evaluation.metrics import (
     spearman,
 )
 from nrm.evaluation.patching import Patching
+from nrm.evaluation.scores import Families
 
 __all__ = [
     "Evaluation",

@@ -1,10 +1,7 @@
 """Does relevance say what the network loses? Scores beside interventions (sections 4.1, 4.2).
 
-The neuron sets of some layers (`Families`) are combined, one of each. A score is a number for every
-combination: the joint relevance, and what it is compared with (appendix I), which are sums over the
-layers and say nothing of how sets act together. `evaluate` compares scores with joint contributions
-(eq. 57) over samples. Relevances are in units of the output (times `Measure.scale`), as
-contributions are: so they have their sign also where the explained output is negative.
+`evaluate` compares scores of combinations of neuron sets (`nrm.evaluation.scores`) with their joint
+contributions (eq. 57), over samples.
 """
 
 from __future__ import annotations
@@ -12,17 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, reduce
 from operator import index, length_hint
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nrm import __version__
 from nrm.display import counted
-from nrm.engine import checked
 from nrm.errors import InputError, QueryError
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
@@ -36,15 +30,11 @@ from nrm.evaluation.metrics import (
     require_ranking,
     require_seed,
 )
+from nrm.evaluation.scores import METHODS, SCORES, By, Families, Score
 from nrm.evaluation.store import Store, described, digest
 from nrm.explainer import Explainer
-from nrm.formulas import NeuronSet
-from nrm.joint import Division, Partition, partition
-from nrm.measure import Measure
 from nrm.removal import Removal
 
-By = Division | Callable[[Measure, str], Iterable[NeuronSet]]
-"""What a layer is divided into; or a function that gives neuron sets of it, such as clusters."""
 Inputs = Tensor | Sequence[Tensor]
 """One sample: the model's input, batch axis included, or its inputs by position."""
 Neuron = int | tuple[int, ...]
@@ -55,110 +45,6 @@ of a sample's name and inputs."""
 
 RANKED = 2**22
 """Up to how many combinations ranks are correlated, by default."""
-
-
-# -- scores ---------------------------------------------------------------------------------------
-
-
-class Families:
-    """The neuron sets that some layers of one sample are divided into.
-
-    Attributes:
-        R: the measure of the sample.
-        parts: of each layer, in the order given; an axis of every score is that of a layer.
-    """
-
-    def __init__(
-        self, R: Measure, layers: Sequence[str], by: By = "channel", memory: int = 2**28
-    ) -> None:
-        if R.batch != 1:
-            raise QueryError(f"one sample is evaluated at a time, not {R.batch}.")
-        if isinstance(layers, str) or not layers:
-            raise QueryError("layers are a list of one name or more.")
-        self.R = R
-        self._memory = memory
-        self._by: Division = "channel"
-        if callable(by):
-            self._given: list[str | list[NeuronSet]] = [list(by(R, layer)) for layer in layers]
-        else:
-            self._by, self._given = by, list(layers)
-        each = checked(memory) // (4 * len(layers))  # most is for messages and copies
-        self.parts = [partition(given, self._by, R.forward_pass, each) for given in self._given]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """How many sets each family has."""
-        return tuple(part.size for part in self.parts)
-
-    @cached_property
-    def sets(self) -> list[list[NeuronSet]]:
-        """The sets one by one, to remove them."""
-        return [[part.set_of(number) for number in range(part.size)] for part in self.parts]
-
-    def joint(self) -> Tensor:
-        """`[n1, n2, ...]`: the joint relevance of every combination."""
-        if len(self._given) == 1:
-            (marginal,) = self.marginals()
-            return marginal
-        return self.R.joint(*self._given, by=self._by, memory=self._memory)[0]
-
-    def marginals(self) -> list[Tensor]:
-        """`[n]` for each family: the relevance of every set."""
-        found = self.R.marginals(layers=[part.variable.name for part in self.parts])
-        return [_added_up(part, found[part.variable.name]) for part in self.parts]
-
-    def activations(self) -> list[Tensor]:
-        """`[n]` for each family: the activations of every set's neurons, added up."""
-        return [_added_up(part, self.R.activations(part.variable.name)) for part in self.parts]
-
-
-Score = Callable[[Families, Interventions], Tensor]
-"""A number `[n1, n2, ...]` for every combination of sets."""
-
-
-def joint(families: Families, interventions: Interventions | None = None) -> Tensor:
-    """`f(x) R(S_1, S_2, ...)` (eq. 9)."""
-    # Laid out as scores are compared: a permuted tensor would be copied each time.
-    return (families.joint() * families.R.scale).contiguous()
-
-
-def lrp(families: Families, interventions: Interventions | None = None) -> Tensor:
-    """`f(x) (R(S_1) + R(S_2) + ...)`: conventional LRP, which has relevance of single sets."""
-    return sums(families.marginals()) * families.R.scale
-
-
-def activation(families: Families, interventions: Interventions | None = None) -> Tensor:
-    """The activations of all neurons of the sets, added up."""
-    return sums(families.activations())
-
-
-def occlusion(families: Families, interventions: Interventions) -> Tensor:
-    """`sum over l of f(x) - f(x \\ S_l)`: what the output loses without each set alone."""
-    alone = [[chosen] for family in families.sets for chosen in family]
-    lost = interventions.output - interventions.without(alone)
-    return sums(torch.split(lost, list(families.shape)))
-
-
-SCORES: dict[str, Score] = {
-    "joint": joint,
-    "lrp": lrp,
-    "activation": activation,
-    "occlusion": occlusion,
-}
-"""By the name under which `evaluate` knows them."""
-
-
-def sums(values: Sequence[Tensor]) -> Tensor:
-    """`[n1, n2, ...]`: the sum of a number `[n]` of each family, for all combinations."""
-    apart = (
-        value.view(-1, *(1,) * (len(values) - place - 1)) for place, value in enumerate(values)
-    )
-    return reduce(torch.add, apart)
-
-
-def _added_up(part: Partition, values: Tensor) -> Tensor:
-    """`[n]`: a value for each neuron of a layer summed over the neurons of each set."""
-    return part.add_up(values.unsqueeze(0))[0, 0]
 
 
 # -- what is found --------------------------------------------------------------------------------
@@ -262,7 +148,7 @@ def evaluate(
     samples: Iterable[Inputs | tuple[str, Inputs]],
     layers: Sequence[str],
     by: By = "channel",
-    methods: Sequence[str] | Mapping[str, Score] = tuple(SCORES),
+    methods: Sequence[str] | Mapping[str, Score] = METHODS,
     ks: Sequence[int] = (1, 10, 100),
     target: Chosen = "predicted",
     removal: Removal = "zero",

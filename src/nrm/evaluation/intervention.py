@@ -51,6 +51,7 @@ class Interventions:
     Attributes:
         output: `f_y(x)`, a scalar: the logit, where a last softmax or sigmoid is looked through.
         target: as for a measure.
+        removal: as it was given.
 
     Raises:
         InputError: there are several samples.
@@ -84,7 +85,7 @@ class Interventions:
         output = self.rerun.values[self.graph.explained]
         self._flat_target = _flat(self.target, self.graph.output.neuron_shape(output.shape))
         self.output: Tensor = output.reshape(-1)[self._flat_target]
-        self._removal = by_variable(removal, self.graph)
+        self.removal, self._removal = removal, by_variable(removal, self.graph)
         self._removed: dict[Variable, Tensor] = {}
         for variable in self._removal if isinstance(self._removal, dict) else ():
             self._removed_at(variable)  # refused now, if at all
