@@ -19,38 +19,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from nrm.build import build_graph
-from nrm.capture.above import Above, above
-from nrm.capture.run import Copies, Interpreter, Plan, Values
-from nrm.composites import LRPZero
+from nrm.ablation import Ablation
 from nrm.condition import Answers, Condition, Given, Sets, as_condition, naming
 from nrm.display import Shown, Table, counted, numbers
 from nrm.engine import checked, finite, in_chunks, send_between
 from nrm.errors import NeuronSetError, NrmError, QueryError
 from nrm.explanation import Target
-from nrm.formulas import All as AllOf
-from nrm.formulas import Compound, Formula, Not, Some, parts_first
-from nrm.graph import Graph, Variable, first_tokens
+from nrm.formulas import Formula, holds_of_nothing
+from nrm.graph import Variable, first_tokens
 from nrm.joint import BySet, Division, Method, Partition, Parts, partitions
 from nrm.measure import Measure
-from nrm.prepare import Pass, Program
+from nrm.prepare import Pass
 from nrm.query import Starts
-from nrm.removal import Removal, by_variable, replacement
+from nrm.removal import Removal
 from nrm.search import Budget, Flow, Flows, Order, Way, keys
 from nrm.sets import divide
 
 T = TypeVar("T")
-
-_HELD = 4
-"""How many of a value there are, roughly: in both runs, their difference, and its derivative."""
 
 
 class Blocks(Shown):
@@ -80,6 +70,7 @@ class Blocks(Shown):
     Attributes:
         R: the measure.
         layer: the name of the layer.
+        graph: that of the part of the network above it, which differences live on.
 
     Raises:
         QueryError: sets overlap, the removal makes no sense, or the measure is one of differences.
@@ -113,10 +104,10 @@ class Blocks(Shown):
         self._variable = self._parts.variable
         self.layer = self._parts.name
         self._refuse_overlaps()
-        self._removal = by_variable(removal, R.graph)
-        self._above, self._program = _part(R.graph, self._variable, forward)
-        self._removed()  # refused now, if at all
-        self._kept: tuple[Sequence[int], Pass, Starts] | None = None
+        self._ablation = Ablation(R, self._parts, removal)
+        self.graph = self._ablation.graph
+        self._kept: tuple[Pass, Starts] | None = None
+        self._rest: Tensor | None = None
 
     # -- what is asked ---------------------------------------------------------------------------
 
@@ -132,7 +123,7 @@ class Blocks(Shown):
         """
         with self._asking(sets, given) as condition:
             rest = self.rest
-            total = self._each(condition).sum(-1) + rest * _holds_nowhere(condition.formula)
+            total = self._each(condition).sum(-1) + rest * holds_of_nothing(condition.formula)
             return self._divided(total, condition)
 
     def each(self, *sets: Sets, given: Given = None) -> Tensor:
@@ -148,7 +139,10 @@ class Blocks(Shown):
     @property
     def rest(self) -> Tensor:
         """What the sets do not add up to: `[batch]`."""
-        return 1 - self._each(Condition()).sum(-1)
+        _ = self.R.forward_pass  # refused where the model has changed since
+        if self._rest is None:
+            self._rest = 1 - self._each(Condition()).sum(-1)
+        return self._rest.clone()
 
     def marginal(self, layer: str, *sets: Sets, given: Given = None) -> Tensor:
         """The relevance of every neuron of a layer, jointly with sets: shaped like the layer.
@@ -298,6 +292,10 @@ class Blocks(Shown):
         """`[batch]`, what relevances are shares of, as of `R`."""
         return self.R.scale
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from the measure, as that is (see `Measure`)."""
+        return _made, (self.R, *self._asked)
+
     def __repr__(self) -> str:
         return f"Blocks({self.layer!r}, {self.size} sets removed, {self.R!r})"
 
@@ -339,9 +337,8 @@ class Blocks(Shown):
             QueryError: it lies below the layer, or beside it.
             UnknownLayerError: there is none.
         """
-        graph = self._program.graph
         try:
-            return graph.variable(layer)
+            return self.graph.variable(layer)
         except NrmError:
             there = self.R.graph.variable(layer)
         if there in self.R.graph.upstream(self._variable):
@@ -381,7 +378,7 @@ class Blocks(Shown):
         if not condition.given:
             return None
         known = Condition(*condition.given)
-        return self._each(known).sum(-1) + self.rest * _holds_nowhere(known.formula)
+        return self._each(known).sum(-1) + self.rest * holds_of_nothing(known.formula)
 
     def _divided(self, found: Tensor, condition: Condition) -> Tensor:
         """`[batch, ...]`, divided by the relevance of what is given."""
@@ -397,12 +394,11 @@ class Blocks(Shown):
         found: list[T] = []
 
         def work(chosen: Sequence[int]) -> None:
-            forward, starts = self._run(chosen)
+            forward, starts = self._pass(chosen)
             found.append(answer(Answers(forward, starts, joint)))
             advance(len(chosen))
 
-        runs = self._runs
-        each = runs.bytes if runs.many else self.memory
+        each = self._ablation.bytes if self._ablation.together else self.memory
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -411,53 +407,14 @@ class Blocks(Shown):
             in_chunks(range(self.size), self.memory, each, work)
         return found
 
-    def _run(self, chosen: Sequence[int]) -> tuple[Pass, Starts]:
-        """The pass of the differences that some sets make, and its messages at the output."""
-        if self._kept is not None and self._kept[0] == chosen:
-            return self._kept[1:]
-        copies, base = len(chosen), self.R.forward_pass
-        runs = self._runs
-        here, *others = runs.copied(copies)
-        masks = self._parts.split(torch.ones_like(runs.value).unsqueeze(0), chosen)
-        reference = torch.where(masks != 0, runs.removed, runs.value)
-        before = self._variable.canonical(reference)
-        if copies > 1:
-            before = self._variable.restored(before.flatten(0, 1).unsqueeze(0), copies * base.batch)
-        inputs = [here, *others]
-        forward = self._program.run(inputs, lambda: None, [before[0].to(here), *others])
-        forward.copies, forward.cautions = copies, base.cautions
-        output = self.R.graph.output
-        amount = forward.amount.unsqueeze(0)
-
-        def for_copies(values: Tensor) -> Tensor:
-            view = output.canonical(values.unsqueeze(0))
-            view = view.repeat(1, copies, *[1] * (view.dim() - 2))
-            return output.restored(view, copies * base.batch)
-
-        weights = for_copies(self.R.output_weights())
-        terms = torch.where(weights == 0, 0.0, weights * amount)  # others may be infinite
-        scale = output.by_sample(self.R.scale).expand(base.output.shape)
-        top = self._program.graph.output
-        starts = {True: {top: terms / for_copies(scale)}, False: {top: terms}}
-        if copies == self.size:
-            self._kept = chosen, forward, starts
-        return forward, starts
-
-    @cached_property
-    def _runs(self) -> _Runs:
-        return _Runs(self.R.forward_pass, self._above, self._variable, self._removed())
-
-    def _removed(self) -> Tensor:
-        """What the activations of the layer become, shaped like the layer."""
-        variable, forward = self._variable, self.R.forward_pass
-        if isinstance(self._removal, dict) and set(self._removal) != {variable}:
-            raise QueryError(f"only neurons of {self.layer!r} are removed: say what they become.")
-        view = variable.canonical(forward.value(variable).unsqueeze(0))
-        samples = [
-            replacement(self._removal, variable, variable.restored(view[:, s : s + 1], 1)[0])
-            for s in range(view.shape[1])
-        ]
-        return variable.restored(torch.stack(samples).view_as(view), view.shape[1])[0]
+    def _pass(self, chosen: Sequence[int]) -> tuple[Pass, Starts]:
+        """The pass of some sets; that of all of them at once is kept."""
+        if self._kept is not None and len(chosen) == self.size:
+            return self._kept
+        found = self._ablation.run(chosen)
+        if len(chosen) == self.size:
+            self._kept = found
+        return found
 
     def _refuse_overlaps(self) -> None:
         if not isinstance(self._parts, BySet):
@@ -476,7 +433,7 @@ class Blocks(Shown):
     # -- the most relevant flows -----------------------------------------------------------------
 
     def _partitions_above(self, layers: Sequence[Parts], by: Division) -> list[Partition]:
-        forward, _ = self._run(range(1))
+        forward, _ = self._pass(range(1))
         return partitions(forward, layers, by, self.memory)
 
     def _best(
@@ -523,104 +480,6 @@ class Blocks(Shown):
         )
 
 
-class _Runs:
-    """What all runs of the part above a layer start from.
-
-    Attributes:
-        value: the layer's, of all samples.
-        removed: what it becomes, likewise.
-        many: whether several copies can be run at once.
-        bytes: what one copy takes, roughly.
-    """
-
-    def __init__(self, forward: Pass, part: Above, variable: Variable, removed: Tensor) -> None:
-        program, inputs = forward.program, forward.inputs
-        captured = program.graph.captured
-        explained = program.graph.explained
-        values: Values = {}
-
-        def keep(node: Node, value: Any) -> Any:
-            values[node] = value
-            return value
-
-        plan = Plan.of(captured.graph, {explained, *captured.inputs})
-        start = captured.constants | dict(zip(captured.inputs, inputs, strict=True))
-        Interpreter(plan, start, keep).compute()
-        copies = Copies.of(captured, plan.wanted, inputs, values)
-        tells = copies.possible and all(copies.tells(node) for node in part.starts)
-        self.many = tells and variable.batch_axis is not None
-        self.bytes = 0
-        if self.many:
-            self.bytes = _HELD * sum(copies.bytes(node) for node in part.origin.values())
-        self.value, self.removed = values[part.starts[0]], removed
-        self._starts = [(node, values[node]) for node in part.starts]
-        self._copies = Copies({node: values[node] for node in part.starts}, copies.layouts)
-
-    def copied(self, copies: int) -> list[Tensor]:
-        """The inputs of the part, of several copies of all samples."""
-        if copies == 1:
-            return [value for _, value in self._starts]
-        chosen = torch.zeros(copies, dtype=torch.long, device=self.value.device)
-        return [self._copies.take(node, value, chosen) for node, value in self._starts]
-
-
-_PARTS: WeakKeyDictionary[Graph, dict[Variable, tuple[Above, Program]]] = WeakKeyDictionary()
-"""The parts above layers of each graph, with their programs: they hold for all inputs."""
-
-
-def _part(graph: Graph, variable: Variable, forward: Pass) -> tuple[Above, Program]:
-    """The part above a layer, for differences between two runs.
-
-    Raises:
-        QueryError: nothing lies above it, or it is not computed.
-        UnsupportedOperatorError: an operator has no slope between two runs.
-    """
-    if variable.node is None:
-        raise QueryError(f"{variable.name!r} enters late and is computed nowhere: remove others.")
-    if variable is graph.output:
-        raise QueryError(f"{variable.name!r} is what is explained: nothing lies above it.")
-    known = _PARTS.setdefault(graph, {})
-    if variable not in known:
-        part = above(graph.captured, variable.node, graph.explained)
-        made = build_graph(part.captured, LRPZero(), False, differences=True)
-        _rename(made, part, graph)
-        known[variable] = part, Program(made, False, forward.program.shared)
-    return known[variable]
-
-
-def _rename(made: Graph, part: Above, graph: Graph) -> None:
-    """Give the variables of a part the names that they have in the whole, and what is known of
-    their axes."""
-    for variable in made.variables:
-        if variable.node is None:
-            continue
-        origin = part.origin[variable.node]
-        whole = graph.by_node.get(origin)
-        if whole is None:
-            name, *aliases = part.names.get(origin, [variable.name])
-        else:
-            name, aliases = whole.name, list(whole.aliases)
-            variable.shape, variable.batch_axis = whole.shape, whole.batch_axis
-            variable.shared, variable.channel_axis = whole.shared, whole.channel_axis
-        variable.name, variable.aliases = name, tuple(aliases)
-        if variable.producer is not None:
-            variable.producer.address = name
-    made.set_variables(made.variables)
-
-
-def _holds_nowhere(formula: Formula | bool) -> bool:
-    """Whether a formula holds of a walk that visits nothing."""
-    if isinstance(formula, bool):
-        return formula
-    held: dict[int, bool] = {}
-    for part in parts_first(formula):
-        inner = [held[id(one)] for one in part.parts] if isinstance(part, Compound) else []
-        if isinstance(part, Not):
-            held[id(part)] = not inner[0]
-        elif isinstance(part, AllOf):
-            held[id(part)] = all(inner)
-        elif isinstance(part, Some):
-            held[id(part)] = any(inner)
-        else:  # an odd number of parts; of a neuron set, none
-            held[id(part)] = sum(inner) % 2 == 1
-    return held[id(formula)]
+def _made(R: Measure, parts: Parts, by: Division, removal: Removal, memory: int) -> Blocks:
+    """Those that were saved."""
+    return Blocks(R, parts, by=by, removal=removal, memory=memory)

@@ -373,3 +373,21 @@ def conjunction(formulas: Iterable[Formula | str]) -> tuple[Formula, ...]:
         else:
             parts[formula] = None
     return tuple(parts)
+
+
+def holds_of_nothing(formula: Formula | bool) -> bool:
+    """Whether a formula holds of a walk that visits nothing."""
+    if isinstance(formula, bool):
+        return formula
+    held: dict[int, bool] = {}
+    for part in parts_first(formula):
+        inner = [held[id(one)] for one in part.parts] if isinstance(part, Compound) else []
+        if isinstance(part, Not):
+            held[id(part)] = not inner[0]
+        elif isinstance(part, All):
+            held[id(part)] = all(inner)
+        elif isinstance(part, Some):
+            held[id(part)] = any(inner)
+        else:  # an odd number of parts; of a neuron set, none
+            held[id(part)] = sum(inner) % 2 == 1
+    return held[id(formula)]
