@@ -31,7 +31,7 @@ def change(before: Tensor, after: Tensor) -> Tensor:
         InputError: something is infinite at one of the two alone.
     """
     difference = after.detach() - before.detach()
-    if not bool(difference.isfinite().all()):
+    if not bool(difference.sum().isfinite()):  # one pass, and no mask; it may overflow as well
         difference = torch.where(after == before, 0.0, difference)
         if not bool(difference.isfinite().all()):
             raise InputError(
@@ -74,9 +74,9 @@ def chord(call: Call, before: Tensor, after: Tensor, move: Tensor) -> Tensor:
             )
     distance, rise = change(before, after), change(low, high)
     kind = torch.finfo(rise.dtype)
-    size = torch.stack(
-        [t.detach().abs().expand(rise.shape).to(rise.dtype) for t in (before, after, low, high)]
-    ).amax(0)
+    size = torch.maximum(low.abs(), high.abs()).to(rise.dtype)
+    for point in (before, after):
+        size = torch.maximum(size, point.detach().abs().to(rise.dtype), out=size)
     near = distance.abs() <= kind.eps ** (1 / 3) * size
     # A kink between the two, however close: there the chord says more.
     smooth = (rise - tangent * distance).abs() <= 32 * kind.eps * size
