@@ -35,7 +35,7 @@ from nrm.capture.rewrite import (
     write_through,
 )
 from nrm.capture.run import evaluate
-from nrm.capture.shapes import shapes_at_once
+from nrm.capture.shapes import exporting
 from nrm.capture.store import Shared
 from nrm.capture.tracing import (
     capturing,
@@ -43,7 +43,6 @@ from nrm.capture.tracing import (
     restored,
     shadow,
     trace,
-    without_stack_traces,
 )
 from nrm.errors import CaptureError, InputError, NrmError
 from nrm.operators import functional
@@ -246,7 +245,7 @@ def _export(
     """The exported program for any size along some axes; `None` where the model fixes the batch."""
     inputs = tuple(call.tensors)
     if batch_axis is None:
-        with ResultsApart(), shapes_at_once(), without_stack_traces():
+        with ResultsApart(), exporting():
             return export(call, inputs, strict=False)
     # At least two samples, so that export does not take a batch of one for a constant.
     examples = tuple(
@@ -255,7 +254,7 @@ def _export(
     axes = [axis for axis in (batch_axis, length_axis) if axis is not None]
     dynamic = tuple(dict.fromkeys(axes, Dim.AUTO) for _ in examples)
     try:
-        with ResultsApart(), shapes_at_once(), without_stack_traces():
+        with ResultsApart(), exporting():
             program = export(call, examples, dynamic_shapes=(dynamic,), strict=False)
     except Exception:  # of many kinds
         return None

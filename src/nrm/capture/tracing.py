@@ -203,21 +203,6 @@ def capturing() -> Iterator[None]:
 
 
 @contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Nothing is noted of where in the model's code an operator was called, which takes long."""
-    name = "do_not_emit_stack_traces"  # of newer versions of torch
-    before = getattr(torch.fx.config, name, None)
-    if before is None:
-        yield
-        return
-    setattr(torch.fx.config, name, True)
-    try:
-        yield
-    finally:
-        setattr(torch.fx.config, name, before)
-
-
-@contextmanager
 def _masks_as_given() -> Iterator[None]:
     """Transformers that take a mask as it is, without a look at its values.
 
