@@ -220,6 +220,10 @@ class Pass:
         value: Tensor = self.program.values(self.inputs, [node])[node]
         return value.contiguous()
 
+    def values_from(self, given: Values, wanted: Collection[Node]) -> Values:
+        """The values of some nodes, where others hold what is given."""
+        return self._program.values(self._inputs, wanted, given)
+
     def calls(self, operations: Sequence[Operation]) -> list[tuple[Call, list[Tensor]]]:
         """Some operations' calls, with slots for their operands, and the operands' values."""
         wanted = {node for operation in operations for _, node in operation.call.nodes()}
@@ -323,9 +327,15 @@ class Program:
         returned: Tensor = run.compute()[self.graph.captured.output]
         return run.telescope(), returned.detach()
 
-    def values(self, inputs: Sequence[Tensor], wanted: Collection[Node]) -> Values:
-        """The values of some nodes of the captured graph, computed anew."""
-        given = self.graph.captured.constants | self._given(inputs)
+    def values(
+        self, inputs: Sequence[Tensor], wanted: Collection[Node], known: Values | None = None
+    ) -> Values:
+        """The values of some nodes of the captured graph, computed anew.
+
+        Arguments:
+            known: what others hold, instead of what would be computed.
+        """
+        given = self.graph.captured.constants | self._given(inputs) | (known or {})
         plan = Plan.of(self.graph.captured.graph, wanted, given)
         return Interpreter(plan, given).compute()
 

@@ -106,9 +106,9 @@ class Circuit(Shown):
         Arguments:
             layout: `"nrm"`: what `load` reads. `"eap"`: what EAP-IG and the circuit track of MIB
                 read, nodes `input`, `a3.h5`, `m4`, `logits`, and edges with scores between
-                them. All embeddings and biases are its `input`; an edge into a head is one
+                them. All embeddings and biases are its `input`. An edge into a head is one
                 into its queries, keys and values alike, and an edge into a head's pattern one
-                into its queries and keys.
+                into its queries and keys; edges into `a3.h5.q`, `.k` and `.v` are told apart.
 
         Raises:
             QueryError: `"eap"`, and a component has a name that the layout does not know.
@@ -186,6 +186,8 @@ class Circuit(Shown):
         edges: dict[str, dict[str, Any]] = {}
         for place in (self.scores != 0).logical_or(self.chosen).flatten().nonzero()[:, 0].tolist():
             sender, receiver = map(_Node.of, self._names(place))
+            if sender.name == receiver.name:
+                continue  # within a head: from its queries to its pattern, from that to the head
             row, column = divmod(place, len(self.senders))
             there = bool(self.chosen[row, column])
             for slot in receiver.slots:
@@ -197,6 +199,10 @@ class Circuit(Shown):
             nodes[receiver.name]["in_graph"] |= there
         cfg = {"n_layers": layers, "n_heads": per_layer, "parallel_attn_mlp": False}
         return {"cfg": cfg, "nodes": nodes, "edges": edges}
+
+
+_SLOTS = {None: ("<q>", "<k>", "<v>"), ".pattern": ("<q>", "<k>")}
+"""What edges into a head, or into its pattern, are into."""
 
 
 @dataclass(frozen=True)
@@ -216,16 +222,16 @@ class _Node:
     def of(cls, name: str) -> _Node:
         if name == "output":
             return cls("logits", "output")
-        if head := re.fullmatch(r"a(\d+)\.h(\d+)(\.pattern)?", name):
+        if head := re.fullmatch(r"a(\d+)\.h(\d+)(\.pattern|\.[qkv])?", name):
             place = int(head[1]), int(head[2])
-            slots = ("<q>", "<k>") if head[3] else ("<q>", "<k>", "<v>")
+            slots = _SLOTS.get(head[3]) or (f"<{head[3][1]}>",)
             return cls(f"a{place[0]}.h{place[1]}", "head", place, slots)
         if mlp := re.fullmatch(r"m(\d+)", name):
             return cls(name, "mlp", (int(mlp[1]), 0))
-        if re.fullmatch(r"((a|m)\d+\.\w+(\.pattern)?|(a\d+\.h\d+|m\d+|embed[\w.]*)@\d+)", name):
+        if re.fullmatch(r"(a|m)\d+\.\w+(\.pattern|\.[qkv])?(@\d+)?|(m\d+|embed[\w.]*)@\d+", name):
             raise QueryError(
                 f"the layout 'eap' has whole heads and MLPs, and not {name!r}: save with "
-                "layout='nrm'."
+                "layout='nrm'. (What one head reads alone, 'a0.h0.k', it has.)"
             )
         return cls("input", "input")
 
