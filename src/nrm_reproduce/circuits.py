@@ -23,6 +23,7 @@ from nrm.errors import InputError
 from nrm.evaluation.store import Store
 from nrm_reproduce import attribution, ioi, tracr
 from nrm_reproduce.edge_ablation import SHARES
+from nrm_reproduce.programs import PROGRAMS
 from nrm_reproduce.report import GREY, Experiment, Picture, Report, Request, Table, Value, versions
 
 NAME = "circuits"
@@ -44,8 +45,10 @@ def run(request: Request) -> Report:
     facts: dict[str, str | int | float] = {"data": request.data, "seed": request.seed}
     if _has_programs(Path(request.data)):
         found = tracr.program_edges(Path(request.data), samples=request.samples, say=request.say)
-        tables.append(tracr.table(found, request.seed))
+        reads = tracr.program_reads(Path(request.data), samples=request.samples, say=request.say)
+        tables += [tracr.table(found, request.seed), tracr.reads_table(reads)]
         details["tracr"] = [asdict(one) for one in found]
+        details["tracr, reads"] = [asdict(one) for one in reads]
     else:
         skipped["compiled transformers"] = f"--data {request.data} has no folder tracr"
     if request.model is not None:
@@ -79,7 +82,7 @@ def run(request: Request) -> Report:
 
 
 def _has_programs(folder: Path) -> bool:
-    first = f"{tracr.PROGRAMS[0]}.json"
+    first = f"{PROGRAMS[0]}.json"
     return (folder / "tracr" / first).is_file() or (folder / first).is_file()
 
 
