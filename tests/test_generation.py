@@ -144,16 +144,90 @@ def test_padding_changes_nothing(transformers: Any, name: str, side: str) -> Non
 
 
 def test_caches_of_the_model_do_not_matter(transformers: Any) -> None:
-    """What it keeps for later calls is no output; what earlier calls left is refused."""
+    """What it keeps for later calls is no output."""
     model = llama(transformers)
     explainer = nrm.Explainer(model, output="logits")
     found = [nrm.generation(explainer, IDS, 5, use_cache=use) for use in (True, False)]
     torch.testing.assert_close(found[0].relevance, found[1].relevance, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("composite", [None, nrm.composites.Circuits()])
+def test_a_given_cache_is_an_input(transformers: Any, composite: Any) -> None:
+    """Its share is what, with all tokens given, comes to what was read before, from above."""
+    model = gpt2(transformers)
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model(IDS[:, :4], past_key_values=cache)
+    explainer = nrm.Explainer(model, composite, output="logits", bias="input")
+    R = explainer(IDS[:, 4:], past_key_values=cache, target=(-1, 5))
+    assert cache.get_seq_length() == 4  # nothing was written into it
+    whole = explainer(IDS, target=(-1, 5))
+    torch.testing.assert_close(R.scale, whole.scale, rtol=0, atol=1e-10)
+    new, every = R.tokens(at="transformer.wte"), whole.tokens(at="transformer.wte")
+    torch.testing.assert_close(new, every[:, 4:], rtol=0, atol=1e-10)
+    leaves = {"values": "values"} | ({} if composite is None else {"keys": "keys"})
+    sets = {role: nrm.components(whole, role, tokens=True) for role in leaves}
+    before = {
+        (role, layer): [
+            chosen
+            for name, chosen in sets[role].items()
+            if name.startswith(f"a{layer}.") and int(name.rpartition("@")[2]) < 4
+        ]
+        for role in leaves
+        for layer in range(2)
+    }
+    united = {key: _united(chosen) for key, chosen in before.items()}
+    upper = _united([united[role, 1] for role in leaves])
+    for role in leaves:
+        for layer in range(2):
+            leaf = nrm.neurons(f"past_key_values.{layer}.{role}")
+            # what enters by the lower layer has not entered by the upper one
+            expected = united[role, layer] if layer else united[role, layer] & ~upper
+            torch.testing.assert_close(R(leaf), whole(expected), rtol=0, atol=1e-10)
+            assert float(R(leaf).abs()) > 1e-6
+    # all steps, and a cache of another length
+    found = nrm.generation(explainer, IDS[:, 4:], 1, past_key_values=cache)
+    steps = nrm.generation(explainer, IDS, 5)
+    torch.testing.assert_close(found.relevance, steps.relevance[:, 4:], rtol=0, atol=1e-10)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model(IDS[:, :3], past_key_values=cache)
+    found = nrm.generation(explainer, IDS[:, 3:], 2, past_key_values=cache)
+    torch.testing.assert_close(found.relevance, steps.relevance[:, 3:], rtol=0, atol=1e-10)
+
+
+def _united(sets: list[Any]) -> Any:
+    found = sets[0]
+    for one in sets[1:]:
+        found = found | one
+    return found
+
+
+def test_caches_that_hold_something_else_are_refused(transformers: Any) -> None:
+    model = llama(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    static = transformers.StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(InputError, match="Leave the cache out"):
-        nrm.generation(explainer, IDS[:, 4:], 1, past_key_values=cache)
+        explainer(IDS, past_key_values=static, target=(-1, 5))
+    empty = transformers.DynamicCache()
+    found = nrm.generation(explainer, IDS, 5, past_key_values=empty)
+    expected = nrm.generation(explainer, IDS, 5)
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=0, atol=1e-12)
+    assert empty.get_seq_length() == 0
+
+
+def test_what_generate_returns_is_a_text(transformers: Any) -> None:
+    model = llama(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    kept = model.generate(
+        IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    found = nrm.generation(explainer, kept, prompt=7)
+    expected = nrm.generation(explainer, kept.sequences, prompt=7)
+    assert found.ids.tolist() == kept.sequences[0].tolist()
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=0, atol=0)
+    (again,) = nrm.generations(explainer, kept, [7])
+    torch.testing.assert_close(again.relevance, expected.relevance, rtol=0, atol=0)
 
 
 def test_in_pieces_and_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class Generation(Shown):
         ids: `[tokens]`.
         prompt: how many of them were given; the others are explained, a step each.
         relevance: `[steps, tokens]`, shares of what each step explains. A row sums to one minus
-            what biases and other constants take.
+            what biases, other constants and a given cache take.
         scale: `[steps]`, the explained logits (or differences): a row times its scale is in their
             units.
         against: `[steps]`, the tokens explained against; `None` where the logit itself is.
@@ -124,7 +124,7 @@ class Generation(Shown):
             word = f"{coloured.shown(step.word)!r}{_than(step)}"
             rows.append((str(step.place), word, f"{step.scale:.4g}", named, f"{rest:+.2f}"))
         heads = ("place", "token", "scale", "most relevant tokens (place), shares", "rest")
-        notes = ["The rest of each share is taken by biases and other constants."]
+        notes = ["The rest of each share is taken by biases, other constants and a given cache."]
         return Table(self.title, heads, rows, notes)
 
     def html(self) -> str:
@@ -186,7 +186,8 @@ def generation(
     Arguments:
         explainer: of a causal language model; its output is `[batch, tokens, vocabulary]`, logits
             of the token that follows (`nrm.Explainer(model, output="logits")`).
-        ids: the whole text, `[tokens]` or `[1, tokens]`.
+        ids: the whole text, `[tokens]` or `[1, tokens]`; or what `model.generate` returned, with
+            `return_dict_in_generate` too.
         prompt: how many of its tokens were given; all after them are explained.
         words: the tokens as text, or a function that makes text of a list of ids, such as
             `tokenizer.decode`; by default the ids.
@@ -196,7 +197,8 @@ def generation(
         memory: bytes that the messages travelling at once may take, roughly.
         progress: whether to show a progress bar; or a function to call instead, with the number of
             steps just done.
-        named: further arguments of the model.
+        named: further arguments of the model. With a cache (`past_key_values=`) `ids` are the
+            tokens after those that it stands for, and its keys and values take a share.
 
     Raises:
         InputError: there is no step, or the ids are none.
@@ -207,7 +209,7 @@ def generation(
         >>> explainer = nrm.Explainer(model, output="logits")
         >>> nrm.generation(explainer, ids, prompt=n, words=tokenizer.decode)
     """
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(_sequences(ids))
     if ids.dim() == 1:
         ids = ids.unsqueeze(0)
     if ids.dim() == 2 and len(ids) > 1:
@@ -239,7 +241,7 @@ def generations(
     `position_ids` and none are given.
 
     Arguments:
-        ids: `[batch, tokens]`.
+        ids: `[batch, tokens]`, or what `model.generate` returned.
         prompts: of each text, how many of its own tokens were given.
         attention_mask: `[batch, tokens]`, zero at padding; each text in one piece.
         words: a function that makes text of a list of ids; or the words of each text.
@@ -249,6 +251,7 @@ def generations(
     Returns:
         a result for each text, without its padding.
     """
+    ids = _sequences(ids)
     _check_ids(ids)
     for option in ("reference", "target", "output_relevance"):
         if option in named:
@@ -341,6 +344,11 @@ class _Step(Combination):
         found[rows, self.position, self.token] = 1.0
         found[rows, self.position, self.other] = -1.0
         return found
+
+
+def _sequences(ids: Any) -> Any:
+    """The texts of what `generate(..., return_dict_in_generate=True)` returns."""
+    return getattr(ids, "sequences", ids)
 
 
 def _check_ids(ids: Tensor) -> None:
