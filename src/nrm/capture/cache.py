@@ -34,10 +34,11 @@ class GivenCache:
         Raises:
             InputError: it is one of another kind, or holds more than keys and values.
         """
-        kind, layers = type(cache), getattr(cache, "layers", None)
-        plain = kind.__name__ == "DynamicCache" and layers is not None
+        kind: type[Any] = type(cache)
+        layers: list[Any] = list(getattr(cache, "layers", ()))
+        plain = kind.__name__ == "DynamicCache" and hasattr(cache, "layers")
         if not plain or any(type(layer).__name__ != "DynamicLayer" for layer in layers):
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers or ()}))
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             of_kinds = f" of {kinds}" if kinds else ""
             raise InputError(
                 f"a {kind.__name__}{of_kinds} holds what earlier calls computed, and only caches "
@@ -91,7 +92,7 @@ def _flatten(given: GivenCache) -> tuple[list[Tensor], Any]:
 
 def _flatten_with_keys(given: GivenCache) -> tuple[list[tuple[Any, Tensor]], Any]:
     tensors, context = _flatten(given)
-    keys = [
+    keys: list[Any] = [
         pytree.MappingKey(f"{layer}.{part}")
         for layer in range(len(given.layers))
         for part in _PARTS
