@@ -225,7 +225,7 @@ def _correlations(
 def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dict[str, Any]]]:
     lines: list[tuple[Value, ...]] = []
     figures: list[dict[str, Any]] = []
-    for whose in (ioi.TASK, ioi.PROMPT):
+    for whose in ioi.chosen_by(found):
         for ranked in (ioi.SIGNED, ioi.SIZED):
             cpr = ioi.areas(found, whose, ranked, seed)
             cmd = ioi.areas(found, whose, ranked, seed, until_one=True)
@@ -270,8 +270,9 @@ def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dic
         f"{', '.join(f'{100 * share:g}' for share in SHARES)} % of the edges (more is better; "
         "above one, circuits leave out what works against the answer). CMD: the area between it "
         "and one (less is better). Edges left out carry what they carry at the counterfactual. "
-        "Scores and circuits are of the same prompts; intervals by bootstrap over prompts, with "
-        "the circuits held fixed."
+        "Circuits for the other half are chosen on prompts that they are not tested on (halves "
+        "drawn at random, either way round); the others on the same. Intervals by bootstrap over "
+        "prompts, with the circuits held fixed."
     )
     return Table(f"Circuits: {kind}", heads, lines, group=2, note=note), figures
 
