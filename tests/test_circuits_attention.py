@@ -203,3 +203,28 @@ def test_scores_of_several_products_are_refused() -> None:
     with pytest.raises(QueryError, match="more than one product"):
         nrm.components(R, "queries")
     assert list(nrm.components(R, ("heads", "values"))) == ["a0.h0.v", "a0.h0"]
+
+
+class Masked(nn.Module):
+    """What positions add to, and a mask that is added to scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(7, 6), nn.Parameter(torch.randn(4, 6))
+        self.qkv, self.head = nn.Linear(6, 18), nn.Linear(6, 3)
+        self.register_buffer("mask", torch.full((4, 4), -3.0).triu(1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = q @ k.transpose(1, 2) + self.mask
+        return self.head(x + scores.softmax(-1) @ v)[:, -1]
+
+
+def test_masks_are_no_embeddings() -> None:
+    torch.manual_seed(0)
+    explainer = nrm.Explainer(Masked().double().eval(), nrm.composites.Circuits())
+    R = explainer(IDS, target=1)
+    assert any("mask" in leaf.name or "add" in leaf.name for leaf in R.graph.leaves)
+    names = ["embed", "embed.pos", "a0.h0.q", "a0.h0.k", "a0.h0.v"]
+    assert list(nrm.components(R, ("embeddings", *READ))) == names
