@@ -57,7 +57,7 @@ def serve_lxt(connection: Connection, config: dict[str, int], ids: Tensor) -> No
     monkey_patch(modeling_llama)
     while connection.recv() is not None:
         begin = time.perf_counter()
-        relevance = gradient_times_input(model, ids, TOKEN)
+        relevance = gradient_times_input(model, ids, TOKEN)[0]
         connection.send((time.perf_counter() - begin, relevance))
 
 
@@ -91,7 +91,7 @@ def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
         return answer
 
     steps: dict[str, Callable[[], tuple[float, Tensor]]] = {
-        "forward + backward": lambda: timed(lambda: gradient_times_input(model, ids, TOKEN)),
+        "forward + backward": lambda: timed(lambda: gradient_times_input(model, ids, TOKEN)[0]),
         "lxt AttnLRP": ask_lxt,
         "nrm AttnLRP": lambda: timed(lambda: explain(attn)),
         "nrm CPLRP": lambda: timed(lambda: explain(cp)),

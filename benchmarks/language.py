@@ -159,8 +159,11 @@ def beside_lxt(
     for length in lengths:
         ids = prompt(model, length)
         measure = explainer(ids, target=(-1, TOKEN))
-        ours, theirs = (measure.tokens() * measure.scale).flatten(), lxt(ids)[1].flatten()
-        alike = float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1])
+        _, theirs, logit = lxt(ids)
+        if abs(logit - float(measure.scale)) > 1e-3 * abs(logit):
+            raise SystemExit(f"another model there: its logit is {logit}, here {measure.scale}")
+        pair = torch.stack([(measure.tokens() * measure.scale).flatten(), theirs.flatten()])
+        alike = float(torch.corrcoef(pair)[0, 1])
         found: dict[str, list[float]] = {PASS: [], "nrm": [], "lxt": []}
         for _ in range(rounds):
             found[PASS].append(timed(lambda ids=ids: forward_backward(model, ids)))  # type: ignore[misc]

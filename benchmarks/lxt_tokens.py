@@ -48,14 +48,14 @@ class Lxt:
         self.runs = bool(line)
         self.name = json.loads(line) if line else self._last_words()
 
-    def __call__(self, ids: Tensor) -> tuple[float, Tensor]:
-        """Seconds of one pass, and `[1, tokens]`, in units of the logit."""
+    def __call__(self, ids: Tensor) -> tuple[float, Tensor, float]:
+        """Seconds of one pass; `[1, tokens]`, in units of the logit; and the logit."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(ids.tolist()) + "\n")
         self._process.stdin.flush()
-        seconds, relevance = json.loads(self._process.stdout.readline())
-        return seconds, torch.tensor(relevance)
+        seconds, relevance, logit = json.loads(self._process.stdout.readline())
+        return seconds, torch.tensor(relevance), logit
 
     def close(self) -> None:
         self._process.communicate()
@@ -65,13 +65,31 @@ class Lxt:
         return said[-1] if said else "it ended without a word"
 
 
-def gradient_times_input(model: Any, ids: Tensor, token: int) -> Tensor:
-    """Forward and backward to the embeddings; with LXT's patches, AttnLRP."""
+def gradient_times_input(model: Any, ids: Tensor, token: int) -> tuple[Tensor, Tensor]:
+    """Forward and backward to the embeddings; with LXT's patches, AttnLRP.
+
+    Returns:
+        `[1, tokens]`, and the logit.
+    """
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     logit = model(inputs_embeds=embedded, use_cache=False).logits[0, -1, token]
     (gradient,) = torch.autograd.grad(logit, embedded)
     relevance: Tensor = (gradient * embedded.detach()).sum(-1)
-    return relevance
+    return relevance, logit.detach()
+
+
+def load(folder: Path) -> Any:
+    """The model in single precision, also of a folder that transformers 5 wrote."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
+    if "rope_theta" in written:  # which transformers 4 looks for elsewhere
+        config.rope_theta = written["rope_theta"]
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, torch_dtype=torch.float32
+    )
+    return found.eval().requires_grad_(False)
 
 
 def serve(folder: Path, token: int) -> None:
@@ -82,21 +100,19 @@ def serve(folder: Path, token: int) -> None:
 
     import_torchvision()
     from lxt.efficient import monkey_patch
-    from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama
 
     monkey_patch(modeling_llama)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
-    model = model.eval().requires_grad_(False)
+    model = load(folder)
     out = sys.stdout
     out.write(json.dumps(f"LXT {version('lxt')}, transformers {version('transformers')}") + "\n")
     out.flush()
     for line in sys.stdin:
         ids = torch.tensor(json.loads(line))
         begin = time.perf_counter()
-        relevance = gradient_times_input(model, ids, token)
+        relevance, logit = gradient_times_input(model, ids, token)
         seconds = time.perf_counter() - begin
-        out.write(json.dumps([seconds, relevance.tolist()]) + "\n")
+        out.write(json.dumps([seconds, relevance.tolist(), float(logit)]) + "\n")
         out.flush()
 
 
