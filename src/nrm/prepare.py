@@ -220,10 +220,6 @@ class Pass:
         value: Tensor = self.program.values(self.inputs, [node])[node]
         return value.contiguous()
 
-    def values_from(self, given: Values, wanted: Collection[Node]) -> Values:
-        """The values of some nodes, where others hold what is given."""
-        return self._program.values(self._inputs, wanted, given)
-
     def calls(self, operations: Sequence[Operation]) -> list[tuple[Call, list[Tensor]]]:
         """Some operations' calls, with slots for their operands, and the operands' values."""
         wanted = {node for operation in operations for _, node in operation.call.nodes()}

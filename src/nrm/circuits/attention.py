@@ -200,7 +200,7 @@ def what_heads_read(forward: Pass, attentions: Sequence[Attention], role: Role) 
             numbered = torch.arange(count, device=forward.output.device, dtype=torch.float64)
             numbers[source.node] = numbered.view(shape)
             wanted.append(source.moved)
-    values = forward.values_from(numbers, wanted)
+    values = forward.program.values(forward.inputs, wanted, numbers)
     result: list[list[Read]] = []
     for one, factor, source in zip(attentions, found, sources, strict=True):
         if factor is None or source is None:
