@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -27,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LXT, TRANSFORMERS = "lxt==2.1", "transformers>=4.52,<5"
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.environment import LXT, ROOT, with_packages
+from benchmarks.lxt_tokens import gradient_times_input
+
 TOKEN = 5
 
 
@@ -46,15 +46,6 @@ def build(config: dict[str, int]) -> Any:
     return transformers.LlamaForCausalLM(settings).eval().requires_grad_(False)
 
 
-def gradient_times_input(model: Any, ids: Tensor) -> Tensor:
-    """Forward and backward to the embeddings; with LXT's patches, AttnLRP."""
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    logit = model(inputs_embeds=embedded, use_cache=False).logits[0, -1, TOKEN]
-    (gradient,) = torch.autograd.grad(logit, embedded)
-    relevance: Tensor = (gradient * embedded.detach()).sum(-1)
-    return relevance
-
-
 def serve_lxt(connection: Connection, config: dict[str, int], ids: Tensor) -> None:
     """Runs LXT in a process of its own, one pass for each request."""
     torch.set_num_threads(1)
@@ -66,7 +57,7 @@ def serve_lxt(connection: Connection, config: dict[str, int], ids: Tensor) -> No
     monkey_patch(modeling_llama)
     while connection.recv() is not None:
         begin = time.perf_counter()
-        relevance = gradient_times_input(model, ids)
+        relevance = gradient_times_input(model, ids, TOKEN)[0]
         connection.send((time.perf_counter() - begin, relevance))
 
 
@@ -100,7 +91,7 @@ def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
         return answer
 
     steps: dict[str, Callable[[], tuple[float, Tensor]]] = {
-        "forward + backward": lambda: timed(lambda: gradient_times_input(model, ids)),
+        "forward + backward": lambda: timed(lambda: gradient_times_input(model, ids, TOKEN)[0]),
         "lxt AttnLRP": ask_lxt,
         "nrm AttnLRP": lambda: timed(lambda: explain(attn)),
         "nrm CPLRP": lambda: timed(lambda: explain(cp)),
@@ -165,13 +156,7 @@ def main() -> None:
 
 
 def _run_inside(environment: Path) -> int:
-    python = environment / "bin" / "python"
-    if not (environment / "ready").exists():
-        venv.create(environment, with_pip=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, f"torch=={torch.__version__.partition('+')[0]}"], check=True)
-        subprocess.run([*pip, "-e", f"{ROOT}[cli]", LXT, TRANSFORMERS], check=True)
-        (environment / "ready").touch()
+    python = with_packages(environment, *LXT)
     command = [str(python), "-m", "benchmarks.attn_lrp", *sys.argv[1:]]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NRM_LXT_ENVIRONMENT": "1"}, check=False

@@ -6,6 +6,7 @@ peak memory is all that a process of its own has resident, from when the model i
 torch, weights, capture and what is asked (Linux).
 
     python -m benchmarks.language --json language.json
+    python -m benchmarks.language --lxt  # AttnLRP beside LXT's, in an environment of its own
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 
 import nrm
+from benchmarks.environment import LXT, ROOT, with_packages
+from benchmarks.lxt_tokens import Lxt
 from nrm.cli import tokens as tokens_of
 
 Row = dict[str, Any]
@@ -141,7 +144,41 @@ def measured(folder: Path, lengths: Sequence[int], rounds: int, most: int) -> li
     return rows
 
 
-def _row(folder: Path, length: int, what: str, ratio: float, seconds: float) -> Row:
+def beside_lxt(
+    folder: Path, lengths: Sequence[int], rounds: int, python: Path, threads: int
+) -> list[Row]:
+    """AttnLRP of tokens by nrm and by LXT, in turns with forward + backward; and how alike."""
+    lxt = Lxt(python, folder, TOKEN, threads)
+    if not lxt.runs:
+        return [
+            _row(folder, n, f"tokens, LXT does not run: {lxt.name}", None, None) for n in lengths
+        ]
+    model = load(folder)
+    explainer = nrm.Explainer(model, nrm.composites.AttnLRP(), output="logits")
+    rows: list[Row] = []
+    for length in lengths:
+        ids = prompt(model, length)
+        measure = explainer(ids, target=(-1, TOKEN))
+        _, theirs, logit = lxt(ids)
+        if abs(logit - float(measure.scale)) > 1e-3 * abs(logit):
+            raise SystemExit(f"another model there: its logit is {logit}, here {measure.scale}")
+        pair = torch.stack([(measure.tokens() * measure.scale).flatten(), theirs.flatten()])
+        alike = float(torch.corrcoef(pair)[0, 1])
+        found: dict[str, list[float]] = {PASS: [], "nrm": [], "lxt": []}
+        for _ in range(rounds):
+            found[PASS].append(timed(lambda ids=ids: forward_backward(model, ids)))  # type: ignore[misc]
+            found["nrm"].append(timed(lambda ids=ids: tokens(explainer, ids)))  # type: ignore[misc]
+            found["lxt"].append(lxt(ids)[0])
+        seconds = {name: statistics.median(taken) for name, taken in found.items()}
+        base, peer = seconds[PASS], f"tokens, AttnLRP of {lxt.name}"
+        own = f"tokens, AttnLRP() of nrm (correlation {alike:.6f})"
+        rows.append(_row(folder, length, own, seconds["nrm"] / base, seconds["nrm"]))
+        rows.append(_row(folder, length, peer, seconds["lxt"] / base, seconds["lxt"]))
+    lxt.close()
+    return rows
+
+
+def _row(folder: Path, length: int, what: str, ratio: float | None, seconds: float | None) -> Row:
     return {
         "model": folder.name,
         "tokens": length,
@@ -181,7 +218,9 @@ def table(rows: Sequence[Row]) -> str:
     lines = [("tokens", "what", "ratio", "seconds", "peak MiB")]
     for row in rows:
         memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        numbers = (f"{row['ratio']:.2f}", f"{row['seconds']:.3f}", memory)
+        known = row["ratio"] is not None
+        figures = (f"{row['ratio']:.2f}", f"{row['seconds']:.3f}") if known else ("-", "-")
+        numbers = (*figures, memory)
         lines.append((str(row["tokens"]), row["what"], *numbers))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -199,6 +238,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true", help="leave the peaks out")
+    parser.add_argument("--lxt", action="store_true", help="AttnLRP beside LXT, and nothing else")
+    parser.add_argument("--environment", type=Path, default=ROOT / ".venv-lxt")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -209,8 +250,12 @@ def main() -> None:
         return
     folder = options.folder or packaged()
     lengths = [int(length) for length in options.lengths.split(",")]
-    rows = measured(folder, lengths, options.rounds, options.most)
-    if not options.no_memory:
+    if options.lxt:
+        python = with_packages(options.environment, *LXT)
+        rows = beside_lxt(folder, lengths, options.rounds, python, options.threads)
+    else:
+        rows = measured(folder, lengths, options.rounds, options.most)
+    if not options.no_memory and not options.lxt:
         add_peaks(rows, folder, options.threads)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

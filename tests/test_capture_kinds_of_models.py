@@ -51,17 +51,17 @@ def test_a_product_with_the_matrix_of_each_group_is_one_for_each_row():
         assert found.diagnostics().worst_cut_deviation < 1e-6
 
 
-class DynamicCache:
-    """As transformers has it."""
+class OtherCache:
+    """One that holds who knows what."""
 
     def get_seq_length(self):
         return 3
 
 
-def test_a_cache_of_keys_and_values_is_to_be_left_out():
+def test_a_cache_of_another_kind_is_to_be_left_out():
     model = nn.Linear(3, 2).eval()
-    with pytest.raises(InputError, match=r"a DynamicCache .* Leave the cache out"):
-        nrm.Explainer(model)(X, past_key_values=DynamicCache(), target=0)
+    with pytest.raises(InputError, match=r"an? OtherCache .* Leave the cache out"):
+        nrm.Explainer(model)(X, past_key_values=OtherCache(), target=0)
 
 
 # -- discrete pooling of graphs -------------------------------------------------------------------

@@ -61,12 +61,49 @@ def test_circuits_keep_what_they_say_and_are_as_far_from_the_smallest_as_they_sa
             least = smallest(walks, known, edges, share, sample)
             assert least <= len(circuit)
             ends = [{R.graph.variable(x).is_leaf for x in one.layers} for one in sets.values()]
-            if {True, False} in ends:  # walks may end in a component, or go on
-                assert circuit.fewest is None
+            if circuit.fewest is None:  # walks may end in a component, or go on
+                assert {True, False} in ends
                 assert circuit.gap is None
             else:
                 assert circuit.fewest <= least
                 assert circuit.gap == len(circuit) - circuit.fewest
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gaps_are_true_where_edges_have_either_sign(network):
+    """Sets may keep more than all edges do; whether all smaller ones are tried or few."""
+    rng, negative, exact, known_gaps = np.random.default_rng([*network.encode()]), 0, 0, 0
+    cases = [(rule, seed, bias) for rule in ("zero", "gamma") for seed in (3, 6) for bias in (0, 1)]
+    for rule, seed, bias in cases:
+        case = make(network, rule, bool(bias), seed=seed)
+        kind = "input" if bias else "drop"
+        R = nrm.Explainer(case.model, case.composite, bias=kind)(*case.inputs, target=1)
+        sets, owner = drawn(rng, R, case.oracles[0], "alone")
+        sets = dict(list(sets.items())[:2])
+        owner = {neuron: name for neuron, name in owner.items() if name in sets}
+        edges, known = R.edges(sets), told(R, owner)
+        for sample, net in enumerate(case.oracles):
+            walks = [net.walks(1)] if sample == 0 else [[], net.walks(1)]
+            negative += bool((edges.relevance[sample] < 0).any())
+            for share in (0.6, 0.95):
+                least = smallest(walks, known, edges, share, sample)
+                for work in (3, 10, 2000):
+                    circuit = edges.circuit(share, sample=sample, work=work)
+                    size = max(1.0, sum(abs(r) for _, r in walks[sample]))
+                    kept = steps.kept(walks[sample], circuit.edges, *known)
+                    assert circuit.kept == pytest.approx(kept, abs=1e-10 * size)
+                    assert abs(1 - kept) <= 1 - share + 1e-9 * size
+                    assert circuit.runs <= work
+                    assert least <= len(circuit)
+                    if circuit.fewest is not None:
+                        known_gaps += 1
+                        assert circuit.fewest <= least
+                exact += circuit.gap == 0
+                assert len(circuit) == least  # all could be tried
+                assert circuit.gap == 0
+    assert exact == 2 * 2 * len(cases)
+    assert negative > len(cases) // 2
+    assert known_gaps > 3 * len(cases)
 
 
 def test_what_is_not_needed_is_not_in_it():

@@ -144,16 +144,187 @@ def test_padding_changes_nothing(transformers: Any, name: str, side: str) -> Non
 
 
 def test_caches_of_the_model_do_not_matter(transformers: Any) -> None:
-    """What it keeps for later calls is no output; what earlier calls left is refused."""
+    """What it keeps for later calls is no output."""
     model = llama(transformers)
     explainer = nrm.Explainer(model, output="logits")
     found = [nrm.generation(explainer, IDS, 5, use_cache=use) for use in (True, False)]
     torch.testing.assert_close(found[0].relevance, found[1].relevance, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("composite", [None, nrm.composites.Circuits()])
+def test_a_given_cache_is_an_input(transformers: Any, composite: Any) -> None:
+    """Its share is what, with all tokens given, comes to what was read before, from above."""
+    model = gpt2(transformers)
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model(IDS[:, :4], past_key_values=cache)
+    explainer = nrm.Explainer(model, composite, output="logits", bias="input")
+    R = explainer(IDS[:, 4:], past_key_values=cache, target=(-1, 5))
+    assert cache.get_seq_length() == 4  # nothing was written into it
+    whole = explainer(IDS, target=(-1, 5))
+    torch.testing.assert_close(R.scale, whole.scale, rtol=0, atol=1e-10)
+    new, every = R.tokens(at="transformer.wte"), whole.tokens(at="transformer.wte")
+    torch.testing.assert_close(new, every[:, 4:], rtol=0, atol=1e-10)
+    leaves = {"values": "values"} | ({} if composite is None else {"keys": "keys"})
+    sets = {role: nrm.components(whole, role, tokens=True) for role in leaves}
+    before = {
+        (role, layer): [
+            chosen
+            for name, chosen in sets[role].items()
+            if name.startswith(f"a{layer}.") and int(name.rpartition("@")[2]) < 4
+        ]
+        for role in leaves
+        for layer in range(2)
+    }
+    united = {key: _united(chosen) for key, chosen in before.items()}
+    upper = _united([united[role, 1] for role in leaves])
+    for role in leaves:
+        for layer in range(2):
+            leaf = nrm.neurons(f"past_key_values.{layer}.{role}")
+            # what enters by the lower layer has not entered by the upper one
+            expected = united[role, layer] if layer else united[role, layer] & ~upper
+            torch.testing.assert_close(R(leaf), whole(expected), rtol=0, atol=1e-10)
+            assert float(R(leaf).abs()) > 1e-6
+    # all steps, and a cache of another length
+    found = nrm.generation(explainer, IDS[:, 4:], 1, past_key_values=cache)
+    steps = nrm.generation(explainer, IDS, 5)
+    torch.testing.assert_close(found.relevance, steps.relevance[:, 4:], rtol=0, atol=1e-10)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model(IDS[:, :3], past_key_values=cache)
+    found = nrm.generation(explainer, IDS[:, 3:], 2, past_key_values=cache)
+    torch.testing.assert_close(found.relevance, steps.relevance[:, 3:], rtol=0, atol=1e-10)
+
+
+def _united(sets: list[Any]) -> Any:
+    found = sets[0]
+    for one in sets[1:]:
+        found = found | one
+    return found
+
+
+def test_caches_that_hold_something_else_are_refused(transformers: Any) -> None:
+    model = llama(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    static = transformers.StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(InputError, match="Leave the cache out"):
-        nrm.generation(explainer, IDS[:, 4:], 1, past_key_values=cache)
+        explainer(IDS, past_key_values=static, target=(-1, 5))
+    empty = transformers.DynamicCache()
+    found = nrm.generation(explainer, IDS, 5, past_key_values=empty)
+    expected = nrm.generation(explainer, IDS, 5)
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=0, atol=1e-12)
+    assert empty.get_seq_length() == 0
+
+
+def test_what_generate_returns_is_a_text(transformers: Any) -> None:
+    model = llama(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    kept = model.generate(
+        IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    found = nrm.generation(explainer, kept, prompt=7)
+    expected = nrm.generation(explainer, kept.sequences, prompt=7)
+    assert found.ids.tolist() == kept.sequences[0].tolist()
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=0, atol=0)
+    (again,) = nrm.generations(explainer, kept, [7])
+    torch.testing.assert_close(again.relevance, expected.relevance, rtol=0, atol=0)
+
+
+@cache
+def t5(transformers: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16,
+    )  # fmt: skip
+    model: nn.Module = transformers.T5ForConditionalGeneration(config).double().eval()
+    return model
+
+
+@cache
+def bart(transformers: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, max_position_embeddings=32, decoder_start_token_id=2, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2, forced_eos_token_id=None, init_std=0.3,
+    )  # fmt: skip
+    model: nn.Module = transformers.BartForConditionalGeneration(config).double().eval()
+    return model
+
+
+SOURCE = torch.tensor([[5, 9, 3, 17, 8, 4]])
+WRITTEN = torch.tensor([[2, 7, 11, 4, 20]])
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_source_and_the_text_so_far(transformers: Any, name: str) -> None:
+    """All steps at once equal step by step, of the source's tokens and of the text's."""
+    model = {"t5": t5, "bart": bart}[name](transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    found = nrm.generation(explainer, WRITTEN, 1, source=SOURCE)
+    contrast = nrm.generation(explainer, WRITTEN, 1, source=SOURCE[0].tolist(), against="next")
+    assert found.relevance.shape == (4, 11)
+    assert len(explainer._captures) == 1
+    assert (found.source, found.prompt, len(found)) == (6, 7, 4)
+    assert found.ids.tolist() == [*SOURCE[0].tolist(), *WRITTEN[0].tolist()]
+    step = 2
+    grown, said = WRITTEN[:, : 1 + step], int(WRITTEN[0, 1 + step])
+    R = explainer(input_ids=SOURCE, decoder_input_ids=grown, target=(-1, said))
+    layers = [v.name for v in R.graph.inputs if v.kind == "embedding"]
+    assert ["encoder" in layer for layer in layers] == [True, False]
+    expected = torch.cat([R.tokens(at=layer) for layer in layers], 1)[0]
+    row = found.relevance[step]
+    torch.testing.assert_close(row[: 7 + step], expected, rtol=0, atol=1e-10)
+    assert row[:6].abs().min() > 1e-9
+    assert not row[7 + step :].any()
+    torch.testing.assert_close(found.scale[step], R.scale[0])
+    assert contrast.against is not None
+    R = R.of(nrm.Contrast((-1, said), (-1, int(contrast.against[step]))))
+    expected = torch.cat([R.tokens(at=layer) for layer in layers], 1)[0]
+    row = contrast.relevance[step, : 7 + step]
+    torch.testing.assert_close(row, expected, rtol=1e-10, atol=1e-10)
+    if name == "bart":
+        return
+    # a batch of sources and texts, padded
+    sources = torch.cat([SOURCE, SOURCE.roll(1)])
+    sources[1, 4:] = 1
+    mask = torch.ones_like(sources)
+    mask[1, 4:] = 0
+    texts, own = WRITTEN.repeat(2, 1), torch.ones_like(WRITTEN).repeat(2, 1)
+    own[1, 4:] = 0
+    both = nrm.generations(
+        explainer, texts, [1, 2], source=sources, attention_mask=mask, decoder_attention_mask=own
+    )
+    torch.testing.assert_close(both[0].relevance, found.relevance, rtol=0, atol=1e-10)
+    alone = nrm.generation(explainer, WRITTEN[:, :4], 2, source=sources[1:, :4])
+    assert both[1].ids.tolist() == alone.ids.tolist()
+    assert both[1].source == 4
+    torch.testing.assert_close(both[1].relevance, alone.relevance, rtol=0, atol=1e-10)
+
+
+def test_sources_shown_and_refused(transformers: Any, tiny: Tiny) -> None:
+    model = t5(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    kept = model.generate(SOURCE, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+    words = [f"w{k}" for k in range(6 + kept.sequences.shape[1])]
+    found = nrm.generation(explainer, kept, 1, source=SOURCE, words=words)
+    assert found.words == tuple(words)
+    assert "explained by the 6 of the source" in str(found)
+    assert found[0].place == 7
+    assert list(found.lines()[0].words) == words[:8]
+    assert found.as_json()["source"] == 6
+    with pytest.raises(InputError, match="is an encoder and decoder: give"):
+        nrm.generation(explainer, WRITTEN, 1)
+    with pytest.raises(InputError, match="Tiny takes no decoder_input_ids"):
+        nrm.generation(nrm.Explainer(tiny), IDS, 4, source=SOURCE)
+    with pytest.raises(InputError, match="2 sources for 1 texts"):
+        nrm.generation(explainer, WRITTEN, 1, source=SOURCE.repeat(2, 1))
+    cache = kept.past_key_values
+    with pytest.raises(InputError, match="EncoderDecoderCache"):
+        nrm.generation(explainer, WRITTEN, 1, source=SOURCE, past_key_values=cache)
 
 
 def test_in_pieces_and_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from nrm.build import build_graph
+from nrm.capture.cache import opened
 from nrm.capture.call import ModelCall, Output, check_nested, is_copy, wide, without_autocast
 from nrm.capture.digest import contents, refuse_changed
 from nrm.capture.export import capture, reproduces
@@ -244,11 +245,10 @@ class Explainer(Shown):
 
     def _bind(self, inputs: Sequence[Any], named: dict[str, Any]) -> ModelCall:
         _check_model(self.model)
+        inputs, named = opened((tuple(inputs), named))
         check_nested(inputs, named)
         # Copies, because a measure reads its inputs when it is asked, and callers reuse theirs.
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda x: x.detach().clone(), (tuple(inputs), named)
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (inputs, named))
         call = ModelCall(self.model, args, kwargs, self.output)
         _check_inputs(call, self.model)
         return call

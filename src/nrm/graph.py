@@ -458,15 +458,31 @@ def first_tokens(graph: Graph) -> str:
     Raises:
         QueryError: there are none.
     """
+    return _looked_up(graph, graph.captured.inputs, "the model embeds no integer input")
+
+
+def tokens_of(graph: Graph, name: str) -> str:
+    """The embeddings that one integer input is looked up in.
+
+    Raises:
+        QueryError: there are none.
+    """
+    captured = graph.captured
+    given = [node for node, one in zip(captured.inputs, captured.names, strict=True) if one == name]
+    return _looked_up(graph, given, f"the model embeds no input {name!r}")
+
+
+def _looked_up(graph: Graph, inputs: Sequence[Node], otherwise: str) -> str:
+    """The embeddings that the first of some inputs is looked up in, which is looked up."""
     embeddings = {v.node: v.name for v in graph.variables if v.kind == "embedding"}
-    for given in graph.captured.inputs:
+    for given in inputs:
         reached = {given}
         for node in graph.captured.graph.nodes:
             if node in embeddings and reached.intersection(node.all_input_nodes):
                 return embeddings[node]
             if reached.intersection(node.all_input_nodes) and _same_tokens(node):
                 reached.add(node)
-    raise QueryError("the model embeds no integer input; name a layer with at=.")
+    raise QueryError(f"{otherwise}; name a layer with at=.")
 
 
 def _same_tokens(node: Node) -> bool:

@@ -323,9 +323,15 @@ class Program:
         returned: Tensor = run.compute()[self.graph.captured.output]
         return run.telescope(), returned.detach()
 
-    def values(self, inputs: Sequence[Tensor], wanted: Collection[Node]) -> Values:
-        """The values of some nodes of the captured graph, computed anew."""
-        given = self.graph.captured.constants | self._given(inputs)
+    def values(
+        self, inputs: Sequence[Tensor], wanted: Collection[Node], known: Values | None = None
+    ) -> Values:
+        """The values of some nodes of the captured graph, computed anew.
+
+        Arguments:
+            known: what others hold, instead of what would be computed.
+        """
+        given = self.graph.captured.constants | self._given(inputs) | (known or {})
         plan = Plan.of(self.graph.captured.graph, wanted, given)
         return Interpreter(plan, given).compute()
 

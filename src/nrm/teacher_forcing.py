@@ -4,6 +4,7 @@ A causal language model that reads the whole text says at every position what it
 it did when it wrote the text token by token: what comes after a position does not change it. So
 one forward pass has all steps. Step t explains the token that was written, at the position before
 it; the steps are targets of one measure, whose messages travel together (`Measure.by_target`).
+An encoder and decoder reads a source beside the text, and both take relevance.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nrm.display import Shown, Table, counted
 from nrm.errors import InputError, TargetError
 from nrm.explainer import Explainer
 from nrm.explanation import Target
-from nrm.graph import first_tokens
+from nrm.graph import first_tokens, tokens_of
 from nrm.measure import Measure
 from nrm.targets import Combination
 
@@ -57,14 +58,16 @@ class Generation(Shown):
     """The relevance of every token of a text for each token that was generated after it.
 
     Attributes:
-        words: the tokens of the text, without padding.
+        words: the tokens of the text, without padding; of an encoder and decoder those of the
+            source in front.
         ids: `[tokens]`.
         prompt: how many of them were given; the others are explained, a step each.
         relevance: `[steps, tokens]`, shares of what each step explains. A row sums to one minus
-            what biases and other constants take.
+            what biases, other constants and a given cache take.
         scale: `[steps]`, the explained logits (or differences): a row times its scale is in their
             units.
         against: `[steps]`, the tokens explained against; `None` where the logit itself is.
+        source: how many tokens in front are those of a source, that an encoder read.
     """
 
     words: tuple[str, ...]
@@ -74,6 +77,7 @@ class Generation(Shown):
     scale: Tensor
     against: Tensor | None
     against_words: tuple[str, ...] | None = None
+    source: int = 0
 
     def __len__(self) -> int:
         return len(self.relevance)
@@ -108,7 +112,9 @@ class Generation(Shown):
     @property
     def title(self) -> str:
         what = "logits" if self.against is None else "differences of logits"
-        return f"{len(self)} generated tokens, explained by those before them ({what} in front)"
+        source = f"the {self.source} of the source and " if self.source else ""
+        by = f"{source}those before them"
+        return f"{len(self)} generated tokens, explained by {by} ({what} in front)"
 
     def table(self) -> Table:
         """A row for each step: its token, what is explained, and the most relevant tokens."""
@@ -124,7 +130,7 @@ class Generation(Shown):
             word = f"{coloured.shown(step.word)!r}{_than(step)}"
             rows.append((str(step.place), word, f"{step.scale:.4g}", named, f"{rest:+.2f}"))
         heads = ("place", "token", "scale", "most relevant tokens (place), shares", "rest")
-        notes = ["The rest of each share is taken by biases and other constants."]
+        notes = ["The rest of each share is taken by biases, other constants and a given cache."]
         return Table(self.title, heads, rows, notes)
 
     def html(self) -> str:
@@ -137,6 +143,7 @@ class Generation(Shown):
             "tokens": list(self.words),
             "ids": self.ids.tolist(),
             "prompt": self.prompt,
+            "source": self.source,
             "steps": [
                 {
                     "place": step.place,
@@ -171,6 +178,7 @@ def generation(
     ids: Tensor | Sequence[int],
     prompt: int,
     *,
+    source: Tensor | Sequence[int] | None = None,
     words: Words = None,
     against: Other = None,
     at: str | None = None,
@@ -186,17 +194,22 @@ def generation(
     Arguments:
         explainer: of a causal language model; its output is `[batch, tokens, vocabulary]`, logits
             of the token that follows (`nrm.Explainer(model, output="logits")`).
-        ids: the whole text, `[tokens]` or `[1, tokens]`.
+        ids: the whole text, `[tokens]` or `[1, tokens]`; or what `model.generate` returned, with
+            `return_dict_in_generate` too.
         prompt: how many of its tokens were given; all after them are explained.
+        source: of an encoder and decoder (T5, BART) what the encoder reads, `[tokens]` or
+            `[1, tokens]`; `ids` is what the decoder reads and writes, the token that it starts
+            with included. The result has the source's tokens in front.
         words: the tokens as text, or a function that makes text of a list of ids, such as
-            `tokenizer.decode`; by default the ids.
+            `tokenizer.decode`; by default the ids. Of a source its words first.
         against: explain the difference to the logit of another token: one for all steps, one for
             each step, or `"next"`, the likeliest other token of each.
         at: the embeddings; by default those of the first integer input.
         memory: bytes that the messages travelling at once may take, roughly.
         progress: whether to show a progress bar; or a function to call instead, with the number of
             steps just done.
-        named: further arguments of the model.
+        named: further arguments of the model. With a cache (`past_key_values=`) `ids` are the
+            tokens after those that it stands for, and its keys and values take a share.
 
     Raises:
         InputError: there is no step, or the ids are none.
@@ -207,15 +220,18 @@ def generation(
         >>> explainer = nrm.Explainer(model, output="logits")
         >>> nrm.generation(explainer, ids, prompt=n, words=tokenizer.decode)
     """
-    ids = torch.as_tensor(ids)
+    ids = torch.as_tensor(_sequences(ids))
     if ids.dim() == 1:
         ids = ids.unsqueeze(0)
     if ids.dim() == 2 and len(ids) > 1:
         raise InputError(f"{len(ids)} texts are given; explain them with nrm.generations(...)")
+    if source is not None:
+        source = torch.as_tensor(source)
+        source = source.unsqueeze(0) if source.dim() == 1 else source
     others = None if against is None else [against]
     (found,) = generations(
-        explainer, ids, [prompt], words=words, against=others, at=at, memory=memory,
-        progress=progress, **named,
+        explainer, ids, [prompt], source=source, words=words, against=others, at=at,
+        memory=memory, progress=progress, **named,
     )  # fmt: skip
     return found
 
@@ -225,6 +241,7 @@ def generations(
     ids: Tensor,
     prompts: Sequence[int],
     *,
+    source: Tensor | None = None,
     attention_mask: Tensor | None = None,
     words: Words | Sequence[Sequence[str]] = None,
     against: Sequence[Other] | None = None,
@@ -239,9 +256,12 @@ def generations(
     `position_ids` and none are given.
 
     Arguments:
-        ids: `[batch, tokens]`.
+        ids: `[batch, tokens]`, or what `model.generate` returned.
         prompts: of each text, how many of its own tokens were given.
-        attention_mask: `[batch, tokens]`, zero at padding; each text in one piece.
+        source: of an encoder and decoder, `[batch, tokens of the source]`.
+        attention_mask: `[batch, tokens]`, zero at padding; each text in one piece. Where there is
+            a source it is that of the source, as for the model, and `decoder_attention_mask` that
+            of the texts.
         words: a function that makes text of a list of ids; or the words of each text.
         against: as for `generation`, one for each text.
         others: as for `generation`.
@@ -249,6 +269,7 @@ def generations(
     Returns:
         a result for each text, without its padding.
     """
+    ids = _sequences(ids)
     _check_ids(ids)
     for option in ("reference", "target", "output_relevance"):
         if option in named:
@@ -256,13 +277,7 @@ def generations(
                 f"generations take no {option}=: each step explains its own token. Explain one "
                 f"step with explainer(ids, {option}=...)."
             )
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    if attention_mask is not None:
-        named["attention_mask"] = attention_mask
-        if "position_ids" not in named and _takes(explainer, "position_ids"):
-            first = mask.int().argmax(1)
-            if bool((first > 0).any()):
-                named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    mask, named = _masks(explainer, ids, source, attention_mask, named)
     spans = _spans(mask, ids, prompts)
     # The first step is the target that the measure is made with; all others follow from it.
     count = max(end - begin - prompt for (begin, end), prompt in zip(spans, prompts, strict=True))
@@ -275,7 +290,7 @@ def generations(
     )
     tokens = ids.gather(1, places)
     start = torch.stack([places[:, 0] - 1, tokens[:, 0]], 1)
-    R = explainer(ids, target=start, **named)
+    R = explainer(*(() if source is not None else (ids,)), target=start, **named)
     logits = _logits(R, ids)
     others = None if against is None else _others(against, logits, places, tokens, spans, prompts)
     steps: list[Target] = []
@@ -283,39 +298,113 @@ def generations(
         place, token = places[:, k] - 1, tokens[:, k]
         said = torch.stack([place, token], 1)
         steps.append(said if others is None else _Step(place, token, others[:, k]))
-    layer = first_tokens(R.graph) if at is None else at
-    rows = []
-    with counted(progress, "steps", count) as advance:
-        for begin in range(0, count, _TOGETHER):
-            chosen = steps[begin : begin + _TOGETHER]
-            found = R.by_target(chosen, at=layer, memory=memory, progress=advance)
-            rows.append(found.sum(-1))
-    relevance = torch.cat(rows)  # [steps, batch, tokens]
-    if relevance.shape[2] != ids.shape[1]:
+    relevance = _by_token(R, steps, _layers(R, source, at), memory, progress)
+    read = torch.ones(ids.shape[0], 0, dtype=torch.bool) if source is None else _read(named)
+    whole = ids if source is None else torch.cat([source, ids], 1)
+    if relevance.shape[2] != whole.shape[1]:
         raise InputError(
-            f"at {layer!r} there are {relevance.shape[2]} vectors for {ids.shape[1]} tokens; name "
-            "the embeddings with at="
+            f"there are {relevance.shape[2]} embeddings for {whole.shape[1]} tokens; name those of "
+            "the text with at="
         )
     scale = _values(logits, places, tokens)
     if others is not None:
         scale = scale - _values(logits, places, others)
     results = []
     for text, ((begin, end), prompt) in enumerate(zip(spans, prompts, strict=True)):
-        own = ids[text, begin:end]
+        there = torch.zeros(ids.shape[1], dtype=torch.bool)
+        there[begin:end] = True
+        kept = torch.cat([read[text].cpu(), there]).nonzero()[:, 0].to(ids.device)
+        own, before = whole[text, kept], int(read[text].sum())
         length = end - begin - prompt
         other = None if others is None else others[text, :length]
         results.append(
             Generation(
                 _words(words, own, text, len(ids)),
-                own.clone(),
-                prompt,
-                relevance[:length, text, begin:end].clone(),
+                own,
+                before + prompt,
+                relevance[:length, text][:, kept],
                 scale[text, :length].clone(),
                 other,
                 None if other is None else _words(words if callable(words) else None, other, 0, 1),
+                before,
             )
         )
     return results
+
+
+def _masks(
+    explainer: Explainer,
+    ids: Tensor,
+    source: Tensor | None,
+    attention_mask: Tensor | None,
+    named: dict[str, Any],
+) -> tuple[Tensor, dict[str, Any]]:
+    """What of the texts counts, and the arguments of the model by name.
+
+    Raises:
+        InputError: there is a source that the model does not read, or none that it needs.
+    """
+    named = dict(named)
+    if attention_mask is not None:
+        named["attention_mask"] = attention_mask
+    reads_source = _takes(explainer, "decoder_input_ids")
+    if source is None:
+        if reads_source:
+            raise InputError(
+                f"{type(explainer.model).__name__} is an encoder and decoder: give what the "
+                "encoder reads as source=, and the decoder's tokens as the text."
+            )
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        if attention_mask is not None and "position_ids" not in named:
+            left = bool((mask.int().argmax(1) > 0).any())
+            if left and _takes(explainer, "position_ids"):
+                named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return mask, named
+    if not reads_source:
+        raise InputError(
+            f"{type(explainer.model).__name__} takes no decoder_input_ids=: it reads no source "
+            "beside the text. Put what it is to read in front of the text."
+        )
+    _check_ids(source)
+    if len(source) != len(ids):
+        raise InputError(f"{len(source)} sources for {len(ids)} texts")
+    named |= {"input_ids": source, "decoder_input_ids": ids}
+    mask = named.get("decoder_attention_mask", torch.ones_like(ids))
+    return mask, named
+
+
+def _read(named: dict[str, Any]) -> Tensor:
+    """`[batch, tokens of the source]`: which of them count."""
+    mask: Tensor = named.get("attention_mask", torch.ones_like(named["input_ids"]))
+    return mask.bool()
+
+
+def _layers(R: Measure, source: Tensor | None, at: str | None) -> list[str]:
+    """The embeddings of the tokens, those of the source first."""
+    if source is None:
+        return [first_tokens(R.graph) if at is None else at]
+    own = tokens_of(R.graph, "decoder_input_ids") if at is None else at
+    return [tokens_of(R.graph, "input_ids"), own]
+
+
+def _by_token(
+    R: Measure,
+    steps: Sequence[Target],
+    layers: Sequence[str],
+    memory: int,
+    progress: bool | Callable[[int], None],
+) -> Tensor:
+    """`[steps, batch, tokens]`, the tokens of all layers one after the other."""
+    rows = []
+    with counted(progress, "steps", len(steps)) as advance:
+        for begin in range(0, len(steps), _TOGETHER):
+            chosen, found = steps[begin : begin + _TOGETHER], []
+            for layer in layers:
+                told = advance if layer == layers[-1] else False
+                by_neuron = R.by_target(chosen, at=layer, memory=memory, progress=told)
+                found.append(by_neuron.sum(-1))
+            rows.append(torch.cat(found, -1))
+    return torch.cat(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,6 +430,11 @@ class _Step(Combination):
         found[rows, self.position, self.token] = 1.0
         found[rows, self.position, self.other] = -1.0
         return found
+
+
+def _sequences(ids: Any) -> Any:
+    """The texts of what `generate(..., return_dict_in_generate=True)` returns."""
+    return getattr(ids, "sequences", ids)
 
 
 def _check_ids(ids: Tensor) -> None:

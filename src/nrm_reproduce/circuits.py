@@ -23,6 +23,7 @@ from nrm.errors import InputError
 from nrm.evaluation.store import Store
 from nrm_reproduce import attribution, ioi, tracr
 from nrm_reproduce.edge_ablation import SHARES
+from nrm_reproduce.programs import PROGRAMS
 from nrm_reproduce.report import GREY, Experiment, Picture, Report, Request, Table, Value, versions
 
 NAME = "circuits"
@@ -44,8 +45,10 @@ def run(request: Request) -> Report:
     facts: dict[str, str | int | float] = {"data": request.data, "seed": request.seed}
     if _has_programs(Path(request.data)):
         found = tracr.program_edges(Path(request.data), samples=request.samples, say=request.say)
-        tables.append(tracr.table(found, request.seed))
+        reads = tracr.program_reads(Path(request.data), samples=request.samples, say=request.say)
+        tables += [tracr.table(found, request.seed), tracr.reads_table(reads)]
         details["tracr"] = [asdict(one) for one in found]
+        details["tracr, reads"] = [asdict(one) for one in reads]
     else:
         skipped["compiled transformers"] = f"--data {request.data} has no folder tracr"
     if request.model is not None:
@@ -79,7 +82,7 @@ def run(request: Request) -> Report:
 
 
 def _has_programs(folder: Path) -> bool:
-    first = f"{tracr.PROGRAMS[0]}.json"
+    first = f"{PROGRAMS[0]}.json"
     return (folder / "tracr" / first).is_file() or (folder / first).is_file()
 
 
@@ -222,7 +225,7 @@ def _correlations(
 def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dict[str, Any]]]:
     lines: list[tuple[Value, ...]] = []
     figures: list[dict[str, Any]] = []
-    for whose in (ioi.TASK, ioi.PROMPT):
+    for whose in ioi.chosen_by(found):
         for ranked in (ioi.SIGNED, ioi.SIZED):
             cpr = ioi.areas(found, whose, ranked, seed)
             cmd = ioi.areas(found, whose, ranked, seed, until_one=True)
@@ -267,8 +270,9 @@ def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dic
         f"{', '.join(f'{100 * share:g}' for share in SHARES)} % of the edges (more is better; "
         "above one, circuits leave out what works against the answer). CMD: the area between it "
         "and one (less is better). Edges left out carry what they carry at the counterfactual. "
-        "Scores and circuits are of the same prompts; intervals by bootstrap over prompts, with "
-        "the circuits held fixed."
+        "Circuits for the other half are chosen on prompts that they are not tested on (halves "
+        "drawn at random, either way round); the others on the same. Intervals by bootstrap over "
+        "prompts, with the circuits held fixed."
     )
     return Table(f"Circuits: {kind}", heads, lines, group=2, note=note), figures
 

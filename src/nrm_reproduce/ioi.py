@@ -42,8 +42,9 @@ OTHERS, REPEATED = "three other names", "the other name repeated"
 KINDS = (OTHERS, REPEATED)
 REFERENCE = "nrm, reference"
 RANDOM = "random"
-TASK, PROMPT = "one for all prompts", "one for each prompt"
-"""Circuits: by the mean of the scores over the prompts of a kind, or by each one's own."""
+TASK, PROMPT, HALF = "one for all prompts", "one for each prompt", "one for the other half"
+"""Circuits: by the mean of the scores over the prompts of a kind, or by each one's own; or by the
+mean over one half of the prompts for those of the other, either way round."""
 SIGNED, SIZED = "score", "absolute score"
 """By what edges are ranked."""
 RESAMPLES = 1000
@@ -354,12 +355,12 @@ def circuits(known: Setting, kind: str) -> dict[str, Any]:
 
     Returns:
         `prompts`, their numbers; `whole` and `none`, `[N]`, the outputs at them and at their
-        counterfactuals; and `outputs`: by method, by what edges are ranked and by whether circuits
-        are one for all `[shares, N]`.
+        counterfactuals; and `outputs`: by method, by what edges are ranked and by whose scores
+        circuits are chosen `[shares, N]`.
     """
     numbers = known.of(kind)
     some = [known.prompts[number] for number in numbers]
-    key = f"circuits-{digest([[p.ids, p.others] for p in some])[:12]}"
+    key = f"circuits-halves-{digest([[p.ids, p.others] for p in some])[:12]}"
     return dict(known.store.once(key, lambda: _circuits(known, numbers)))
 
 
@@ -389,13 +390,17 @@ def _circuits(known: Setting, numbers: Sequence[int]) -> dict[str, Any]:
     drawn = torch.Generator().manual_seed(known.seed)
     scores[RANDOM] = torch.rand(next(iter(scores.values())).shape, generator=drawn)
     outputs: dict[str, Any] = {}
+    first = halves(len(order), known.seed)
+    chosen = (TASK, PROMPT) if len(order) < 2 else (TASK, HALF, PROMPT)
     with counted(known.progress, "methods ablated", len(scores)) as advance:
         for name, values in scores.items():
             known.say(f"circuits of {name}")
             outputs[name] = {
                 ranked: {
-                    whose: _ablated(known, parts, values, whose, ranked == SIZED).tolist()
-                    for whose in (TASK, PROMPT)
+                    whose: _ablated(
+                        known, parts, _chosen_by(values, whose, first), ranked == SIZED
+                    ).tolist()
+                    for whose in chosen
                 }
                 for ranked in (SIGNED, SIZED)
             }
@@ -408,13 +413,36 @@ def _circuits(known: Setting, numbers: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def halves(count: int, seed: int) -> Tensor:
+    """`[count]`: which of some prompts are of the first half, drawn at random."""
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    first = torch.zeros(count, dtype=torch.bool)
+    first[drawn[: count // 2]] = True
+    return first
+
+
+def _chosen_by(scores: Tensor, whose: str, first: Tensor) -> Tensor:
+    """`[N, receivers, senders]`: the scores that each prompt's circuit is chosen by.
+
+    Arguments:
+        scores: of each prompt.
+        first: `[N]`, which of them are of the first half.
+    """
+    if whose == TASK:
+        return scores.mean(0, keepdim=True).expand_as(scores)
+    if whose == PROMPT:
+        return scores
+    of_first, of_second = scores[first].mean(0), scores[~first].mean(0)
+    return torch.where(first[:, None, None], of_second, of_first)
+
+
 def _ablated(
-    known: Setting, parts: Sequence[Sequence[int]], scores: Tensor, whose: str, by_size: bool
+    known: Setting, parts: Sequence[Sequence[int]], scores: Tensor, by_size: bool
 ) -> Tensor:
     """`[shares, N]`."""
     found, begin = [], 0
     for part in parts:
-        own = scores.mean(0) if whose == TASK else scores[begin : begin + len(part)]
+        own = scores[begin : begin + len(part)]
         found.append(curve(known.network, known.pairs(part), own, by_size, known.memory))
         begin += len(part)
     return torch.cat(found, 1).cpu()
@@ -467,6 +495,12 @@ def by_prompt(found: dict[str, Any], part: int, chosen: Sequence[int], seed: int
     """Of each method, the mean over prompts of the correlations in each."""
     known = pearson(np.array([found["moments"][number] for number in chosen])[:, :, part])
     return _figures(lambda rows: known[rows].mean(0), len(known), seed)
+
+
+def chosen_by(found: dict[str, Any]) -> list[str]:
+    """By whose scores circuits are chosen."""
+    one = next(iter(found["outputs"].values()))
+    return list(one[SIGNED])
 
 
 def curves(found: dict[str, Any], whose: str, ranked: str) -> np.ndarray:

@@ -8,220 +8,37 @@ The AUROC says how well a score tells true edges from others.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import nrm
+from nrm.circuits.components import Kind
 from nrm.composites import Circuits, Composite, LocalLinear
-from nrm.errors import InputError
 from nrm.evaluation import bootstrap
+from nrm_reproduce.programs import (
+    EMBEDDINGS,
+    LEAST,
+    OUTPUT,
+    PROGRAMS,
+    READ,
+    Block,
+    Edge,
+    Example,
+    Program,
+    Transformer,
+    read_program,
+)
 from nrm_reproduce.report import Experiment, Report, Request, Table, versions
 
 NAME = "tracr"
-PROGRAMS = ("hist", "frac_prevs", "reverse", "sort")
 RESAMPLES = 2000
 """Of the bootstrap."""
-LEAST = 1e-6
-"""Outputs within this of zero are not explained: the program says nothing there."""
-
-Edge = tuple[str, str]
-"""Sender and receiver."""
 Scores = dict[Edge, float]
-
-
-# -- the transformers ------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Attention of one head, or of several side by side, and an MLP; no norms."""
-
-    def __init__(self, weights: Mapping[str, Tensor], heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.linear = (
-            _linear(weights, f"attn.{name}") for name in ("query", "key", "value", "linear")
-        )
-        self.linear_1, self.linear_2 = (_linear(weights, f"mlp.linear_{k}") for k in (1, 2))
-
-    def attention(self, x: Tensor) -> Tensor:
-        q, k, v = (self._split(layer(x)) for layer in (self.query, self.key, self.value))
-        pattern = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
-        z = (pattern @ v).transpose(1, 2).flatten(2)
-        out: Tensor = self.linear(z)
-        return out
-
-    def mlp(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(torch.relu(self.linear_1(x)))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        return x + self.mlp(x)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-
-class Transformer(nn.Module):
-    """A compiled program: token ids `[batch, tokens]` to the outputs `[batch, tokens, labels]`."""
-
-    def __init__(self, weights: Mapping[str, Tensor], layers: int, heads: int) -> None:
-        super().__init__()
-        tokens, positions = weights["token_embed.embeddings"], weights["pos_embed.embeddings"]
-        self.embed = nn.Embedding(tokens.shape[0], tokens.shape[1], _weight=tokens.double())
-        self.positions = nn.Parameter(positions.double(), requires_grad=False)
-        self.layers = nn.ModuleList(
-            Block(_within(weights, f"layers.{layer}."), heads) for layer in range(layers)
-        )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) + self.positions[: ids.shape[1]]
-        found: Tensor = nn.Sequential(*self.layers)(x)
-        return found
-
-
-def _linear(weights: Mapping[str, Tensor], name: str) -> nn.Linear:
-    """A layer of matrices that are applied as `x @ w + b`."""
-    matrix = weights[f"{name}.w"].double()
-    layer = nn.Linear(matrix.shape[0], matrix.shape[1], dtype=torch.float64)
-    layer.weight = nn.Parameter(matrix.T.contiguous(), requires_grad=False)
-    layer.bias = nn.Parameter(weights[f"{name}.b"].double(), requires_grad=False)
-    return layer
-
-
-def _within(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in weights.items()
-        if name.startswith(prefix)
-    }
-
-
-# -- programs --------------------------------------------------------------------------------------
-
-OUTPUT = "output"
-EMBEDDINGS = ("embed", "embed.pos")
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One input of a program.
-
-    Attributes:
-        ids: `[1, tokens]`.
-        outputs: position and residual dimension of every right output that is not zero.
-    """
-
-    ids: Tensor
-    outputs: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A compiled program with its examples and what is known of its circuit.
-
-    Attributes:
-        true: the edges between attention and MLPs that the compiler made.
-        true_everywhere: those from embeddings and into the output too: where something is written
-            that is read.
-    """
-
-    name: str
-    model: Transformer
-    true: frozenset[Edge]
-    true_everywhere: frozenset[Edge]
-    examples: tuple[Example, ...]
-
-    @property
-    def order(self) -> list[str]:
-        """Attention and MLPs as they are computed."""
-        return [f"{kind}{layer}" for layer in range(len(self.model.layers)) for kind in ("a", "m")]
-
-    @property
-    def candidates(self) -> list[Edge]:
-        """All pairs of attention and MLPs of which the sender is computed first."""
-        return [(a, b) for place, b in enumerate(self.order) for a in self.order[:place]]
-
-    @property
-    def candidates_everywhere(self) -> list[Edge]:
-        """With the embeddings and the output."""
-        order = [*EMBEDDINGS, *self.order, OUTPUT]
-        pairs = [(a, b) for place, b in enumerate(order) for a in order[:place]]
-        return [(a, b) for a, b in pairs if b not in EMBEDDINGS]
-
-
-def read_program(folder: Path, name: str) -> Program:
-    """A program from its two files.
-
-    Raises:
-        InputError: they are not there, or are not what they should be.
-    """
-    folder = folder / "tracr" if (folder / "tracr").is_dir() else folder
-    try:
-        known = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / f"{name}.safetensors")
-        return _program(name, known, weights)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"--data {folder}: no program {name!r} of tracr there ({error})") from None
-
-
-def _program(name: str, known: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Program:
-    model = Transformer(weights, known["layers"], known["heads"]).eval()
-    labels = known["residual_labels"]
-    examples = []
-    for example in known["examples"]:
-        ids = torch.tensor([[known["token_ids"][token] for token in example["tokens"]]])
-        outputs = [
-            (position, _dimension(name, labels, output))
-            for position, output in enumerate(example["output"])
-            if output is not None and (isinstance(output, str) or abs(output) > LEAST)
-        ]
-        examples.append(Example(ids, tuple(outputs)))
-    true = frozenset((_short(edge["from"]), _short(edge["to"])) for edge in known["edges"])
-    of_output = {k for k, label in enumerate(labels) if label.startswith(f"{name}_")}
-    of_output = {k for k in of_output if _is_output(name, labels[k])}
-    writes = {_short(c): set(of["writes"]) for c, of in known["components"].items()}
-    for embedding, matrix in (("embed", "token_embed"), ("embed.pos", "pos_embed")):
-        written = weights[f"{matrix}.embeddings"].abs().amax(0) > 0
-        writes[embedding] = set(written.nonzero()[:, 0].tolist())
-    reads = {
-        _short(c): {*of["reads_value"], *of["reads_query_key"]}
-        for c, of in known["components"].items()
-    }
-    reads[OUTPUT] = of_output
-    program = Program(name, model, true, frozenset(), tuple(examples))
-    everywhere = frozenset((a, b) for a, b in program.candidates_everywhere if writes[a] & reads[b])
-    return replace(program, true_everywhere=everywhere)
-
-
-def _short(name: str) -> str:
-    """`attn.0` as `a0`, `mlp.1` as `m1`."""
-    kind, _, layer = name.partition(".")
-    return f"{kind[0]}{layer}"
-
-
-def _is_output(name: str, label: str) -> bool:
-    """Whether a residual dimension is of the program's output: `hist_1:3`, `frac_prevs_3`."""
-    return re.fullmatch(rf"{re.escape(name)}_\d+(:.*)?", label) is not None
-
-
-def _dimension(name: str, labels: Sequence[str], output: str | float) -> int:
-    """The residual dimension that is to be large where an output is right."""
-    written = output if isinstance(output, str) else f"{output:g}"
-    for place, label in enumerate(labels):
-        if _is_output(name, label) and label.partition(":")[2] in ("", written):
-            return place
-    raise KeyError(f"no output {output!r}")
 
 
 # -- scores of edges -------------------------------------------------------------------------------
@@ -266,13 +83,16 @@ class Body(nn.Module):
         return found
 
 
-def by_relevance(composite: Composite | None, reference: Reference | None = None) -> Method:
+def by_relevance(
+    composite: Composite | None, reference: Reference | None = None, by_read: bool = False
+) -> Method:
     """The absolute relevance of direct edges, times what is explained, added up over outputs.
 
     Arguments:
         composite: of the walks; `None`: what is suggested for the model.
         reference: whether walks are of differences, and to what. Outputs that are the same there
             are left out.
+        by_read: edges into attention are into its queries, keys and values, `a1.q` and so on.
     """
     explainers: dict[str, nrm.Explainer] = {}
 
@@ -298,7 +118,7 @@ def by_relevance(composite: Composite | None, reference: Reference | None = None
             tensors = [x.repeat(count, 1, 1) for x in here]
             copies = {n: x.repeat(count, 1, 1) for n, x in zip(names, there, strict=True)}
             R = explainer(*tensors, target=outputs, reference=copies)
-        found = R.edges(_components(R))
+        found = R.edges(_components(R, by_read))
         sizes = (found.relevance * R.scale.view(-1, 1, 1)).abs().sum(0)
         return {
             (_own(sender), receiver): float(sizes[row, column])
@@ -313,11 +133,14 @@ def _own(name: str) -> str:
     return name.replace("embed.positions", "embed.pos")
 
 
-def _components(R: nrm.Measure) -> dict[str, nrm.NeuronSet]:
-    """Attention as a whole, MLPs, embeddings."""
+def _components(R: nrm.Measure, by_read: bool) -> dict[str, nrm.NeuronSet]:
+    """Attention as a whole, MLPs, embeddings; and what attention reads, as a whole too."""
+    kinds: tuple[Kind, ...] = ("heads", "mlps", "embeddings")
+    if by_read:
+        kinds += ("queries", "keys", "values")
     found: dict[str, nrm.NeuronSet] = {}
-    for name, chosen in nrm.components(R).items():
-        short = name.partition(".h")[0]
+    for name, chosen in nrm.components(R, kinds).items():
+        short = re.sub(r"^(a\d+)\.h\d+", r"\1", name)
         found[short] = found[short] | chosen if short in found else chosen
     return found
 
@@ -454,10 +277,85 @@ def _told(scores: Scores, pairs: Sequence[Edge], true: frozenset[Edge]) -> float
     return auroc([v if v > least else 0.0 for v in values], [pair in true for pair in pairs])
 
 
+@dataclass(frozen=True)
+class FoundReads:
+    """By what attention reads, beside what the compiler made it read by.
+
+    Attributes:
+        sender, receiver: an edge between components of the program.
+        through: what is true.
+        relevance: by queries, keys and values, mean sizes over examples.
+        right: in how many examples the true way has the most.
+        auroc: of all edges into attention by both ways, embeddings included: the mean over
+            examples, the same for all edges of a program.
+    """
+
+    program: str
+    sender: str
+    receiver: str
+    through: str
+    relevance: tuple[float, float, float]
+    right: int
+    examples: int
+    auroc: float | None
+
+
+def program_reads(
+    folder: Path,
+    programs: Sequence[str] = PROGRAMS,
+    samples: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[FoundReads]:
+    """By what attention reads, under the mean embedding as reference."""
+    found: list[FoundReads] = []
+    for name in programs:
+        say(f"{name}: queries, keys and values")
+        program, method = read_program(folder, name), by_relevance(None, mean_embedding, True)
+        scored = [method(program, one, one) for one in program.examples[:samples] if one.outputs]
+        scored = [scores for scores in scored if scores]
+        told = [t for t in (_told_reads(s, program) for s in scored) if t is not None]
+        mean = sum(told) / len(told) if told else None
+        for sender, receiver in sorted(program.true):
+            if not receiver.startswith("a"):
+                continue
+            (way,) = (by for by in READ if (sender, receiver, by) in program.true_reads)
+            each = [[s.get((sender, f"{receiver}.{x}"), 0.0) for x in "qkv"] for s in scored]
+            right = sum(q + k > v if way == "query_key" else v > q + k for q, k, v in each)
+            q, k, v = (sum(column) / len(each) for column in zip(*each, strict=True))
+            found.append(FoundReads(name, sender, receiver, way, (q, k, v), right, len(each), mean))
+    return found
+
+
+def _told_reads(scores: Scores, program: Program) -> float | None:
+    by = {"query_key": "qk", "value": "v"}
+    pairs = program.candidate_reads
+    values = [sum(scores.get((a, f"{b}.{x}"), 0.0) for x in by[way]) for a, b, way in pairs]
+    least = 1e-9 * max(scores.values())
+    return auroc(
+        [v if v > least else 0.0 for v in values], [p in program.true_reads for p in pairs]
+    )
+
+
+def reads_table(found: Sequence[FoundReads]) -> Table:
+    lines: list[tuple[str | int | float | None, ...]] = [
+        (one.program, f"{one.sender} -> {one.receiver}", one.through, *one.relevance,
+         f"{one.right} of {one.examples}", one.auroc)
+        for one in found
+    ]  # fmt: skip
+    return Table(
+        "By what attention reads",
+        ("program", "edge", "true", "queries", "keys", "values", "told right", "AUROC"),
+        lines,
+        note="Mean embedding as reference; sizes of relevance in units of the outputs, mean over "
+        "examples. AUROC: of all edges into attention, embeddings included, by both ways to read.",
+    )
+
+
 def run(request: Request) -> Report:
     """Score the edges of all programs, by all methods."""
     folder = Path(request.data)
     found = program_edges(folder, samples=request.samples, say=request.say)
+    reads = program_reads(folder, samples=request.samples, say=request.say)
     return Report(
         NAME,
         "Direct edges of compiled transformers",
@@ -467,8 +365,11 @@ def run(request: Request) -> Report:
             "A single input may not show an edge: what a program reads there may not matter.",
             "Scores below 1e-9 of the largest count as zero.",
         ),
-        tables=[table(found, request.seed)],
-        details={"examples": [asdict(one) for one in found]},
+        tables=[table(found, request.seed), reads_table(reads)],
+        details={
+            "examples": [asdict(one) for one in found],
+            "reads": [asdict(one) for one in reads],
+        },
     )
 
 

@@ -237,6 +237,30 @@ def test_circuits_in_steps_are_those_at_once(network: Llama, pairs: Pairs) -> No
     torch.testing.assert_close(one, curve(network, pairs, scores.mean(0).expand(2, -1, -1)))
 
 
+def test_circuits_for_the_other_half_are_chosen_on_other_prompts(
+    network: Llama, pairs: Pairs
+) -> None:
+    first = ioi.halves(7, seed=3)
+    assert first.tolist() == ioi.halves(7, seed=3).tolist() != ioi.halves(7, seed=4).tolist()
+    assert int(first.sum()) == 3
+    scores = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
+    found = ioi._chosen_by(scores, ioi.HALF, first)
+    for row in range(7):
+        others = [k for k in range(7) if bool(first[k]) != bool(first[row])]
+        torch.testing.assert_close(found[row], scores[others].mean(0))
+        changed = scores.clone()
+        changed[first == first[row]] += 1  # its own half has no say
+        assert torch.equal(ioi._chosen_by(changed, ioi.HALF, first)[row], found[row])
+    torch.testing.assert_close(ioi._chosen_by(scores, ioi.TASK, first)[4], scores.mean(0))
+    assert ioi._chosen_by(scores, ioi.PROMPT, first) is scores
+    # circuits of one prompt are those of the other's scores
+    of_each = attribution.by_edge(network, network, pairs)["EAP"]
+    swapped = ioi._chosen_by(of_each, ioi.HALF, torch.tensor([True, False]))
+    torch.testing.assert_close(
+        curve(network, pairs, swapped), curve(network, pairs, of_each.flip(0))
+    )
+
+
 # -- patching and what estimates it ----------------------------------------------------------------
 
 
@@ -392,7 +416,8 @@ def test_the_command_makes_the_page(
         rows = figures[f"circuits, {kind}"]
         methods = {row["method"] for row in rows}
         assert {ioi.REFERENCE, "EAP", ioi.RANDOM} < methods
-        assert len(rows) == 4 * len(methods)
+        assert len(rows) == 6 * len(methods)  # by whose scores, and ranked by what
+        assert {row["circuits"] for row in rows} == {ioi.TASK, ioi.HALF, ioi.PROMPT}
         for row in rows:
             assert len(row["faithfulness"]) == len(SHARES)
             assert row["faithfulness"][-1] == pytest.approx(1, abs=1e-3)  # all edges

@@ -21,6 +21,7 @@ from torch.fx import Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
+from nrm.capture.cache import closed, opened
 from nrm.capture.digest import place_of
 from nrm.errors import CaptureError, InputError
 from nrm.operators.call import BITS, CAST
@@ -50,7 +51,7 @@ class ModelCall(nn.Module):
         self.model = model
         self.output = output
         self.training = False
-        found, self._layout = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+        found, self._layout = pytree.tree_flatten_with_path(opened((tuple(args), dict(kwargs))))
         leaves = [leaf for _, leaf in found]
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: list[Tensor] = [leaves[i] for i in self._places]
@@ -67,7 +68,7 @@ class ModelCall(nn.Module):
         leaves = list(self._fixed)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self._layout)
+        args, kwargs = closed(pytree.tree_unflatten(leaves, self._layout))
         return args, kwargs
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -188,13 +189,6 @@ def check_nested(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the type.
     """
-    for given in (*args, *kwargs.values()):
-        if hasattr(given, "get_seq_length"):  # of transformers
-            raise InputError(
-                f"a {type(given).__name__} holds what earlier calls computed, and the model writes "
-                "into it: tokens seen before could take no relevance. Leave the cache out "
-                "(past_key_values=None, use_cache=False), and give all tokens."
-            )
     for leaf in pytree.tree_leaves((tuple(args), dict(kwargs))):
         if isinstance(leaf, Tensor | nn.Module):
             continue

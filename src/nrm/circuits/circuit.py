@@ -6,14 +6,17 @@ to a component by one edge may go on otherwise than what comes by another), so i
 messages (`Walks.kept`), for any set exactly. It *keeps the share s* if that differs from one, the
 relevance of all walks, by at most 1 - s: relevance is signed, so that too much may be kept as well.
 
-The smallest set is looked for greedily. How far it may be from the smallest of all is said by a
-bound: the last steps of walks, to leaves, have to carry the share, and who takes them has to be
-handed relevance, whatever comes between.
+The smallest set is looked for greedily; then all smaller ones are tried, as far as that goes, those
+of fewest edges first. How far the result may be from the smallest of all is said by what was tried,
+and by a bound: the last steps of walks, to leaves, have to carry the share, and who takes them has
+to be handed relevance, whatever comes between.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ from nrm.io import write_text
 
 Layout = Literal["nrm", "eap"]
 _VERSION = 1
+_COMBINATIONS = 2**14
+"""Of edges that are gone through for one size of sets."""
 
 Kept = Callable[[Tensor], float]
 """The share that a set of edges keeps: `[receivers, senders]`, boolean."""
@@ -106,9 +111,9 @@ class Circuit(Shown):
         Arguments:
             layout: `"nrm"`: what `load` reads. `"eap"`: what EAP-IG and the circuit track of MIB
                 read, nodes `input`, `a3.h5`, `m4`, `logits`, and edges with scores between
-                them. All embeddings and biases are its `input`; an edge into a head is one
+                them. All embeddings and biases are its `input`. An edge into a head is one
                 into its queries, keys and values alike, and an edge into a head's pattern one
-                into its queries and keys.
+                into its queries and keys; edges into `a3.h5.q`, `.k` and `.v` are told apart.
 
         Raises:
             QueryError: `"eap"`, and a component has a name that the layout does not know.
@@ -186,6 +191,8 @@ class Circuit(Shown):
         edges: dict[str, dict[str, Any]] = {}
         for place in (self.scores != 0).logical_or(self.chosen).flatten().nonzero()[:, 0].tolist():
             sender, receiver = map(_Node.of, self._names(place))
+            if sender.name == receiver.name:
+                continue  # within a head: from its queries to its pattern, from that to the head
             row, column = divmod(place, len(self.senders))
             there = bool(self.chosen[row, column])
             for slot in receiver.slots:
@@ -197,6 +204,10 @@ class Circuit(Shown):
             nodes[receiver.name]["in_graph"] |= there
         cfg = {"n_layers": layers, "n_heads": per_layer, "parallel_attn_mlp": False}
         return {"cfg": cfg, "nodes": nodes, "edges": edges}
+
+
+_SLOTS = {None: ("<q>", "<k>", "<v>"), ".pattern": ("<q>", "<k>")}
+"""What edges into a head, or into its pattern, are into."""
 
 
 @dataclass(frozen=True)
@@ -216,16 +227,16 @@ class _Node:
     def of(cls, name: str) -> _Node:
         if name == "output":
             return cls("logits", "output")
-        if head := re.fullmatch(r"a(\d+)\.h(\d+)(\.pattern)?", name):
+        if head := re.fullmatch(r"a(\d+)\.h(\d+)(\.pattern|\.[qkv])?", name):
             place = int(head[1]), int(head[2])
-            slots = ("<q>", "<k>") if head[3] else ("<q>", "<k>", "<v>")
+            slots = _SLOTS.get(head[3]) or (f"<{head[3][1]}>",)
             return cls(f"a{place[0]}.h{place[1]}", "head", place, slots)
         if mlp := re.fullmatch(r"m(\d+)", name):
             return cls(name, "mlp", (int(mlp[1]), 0))
-        if re.fullmatch(r"((a|m)\d+\.\w+(\.pattern)?|(a\d+\.h\d+|m\d+|embed[\w.]*)@\d+)", name):
+        if re.fullmatch(r"(a|m)\d+\.\w+(\.pattern|\.[qkv])?(@\d+)?|(m\d+|embed[\w.]*)@\d+", name):
             raise QueryError(
                 f"the layout 'eap' has whole heads and MLPs, and not {name!r}: save with "
-                "layout='nrm'."
+                "layout='nrm'. (What one head reads alone, 'a0.h0.k', it has.)"
             )
         return cls("input", "input")
 
@@ -241,12 +252,13 @@ def find_circuit(
     ends: Tensor,
     work: int,
     last: Tensor | None = None,
+    possible: Tensor | None = None,
 ) -> Circuit:
     """A small set of edges that keeps a share of the relevance.
 
     The edges with the largest absolute relevance, as few as are needed (found by halving); less
     those that no kept walk can take; then less any others that can be done without, from the
-    smallest up, as long as sets may be tried.
+    smallest up; then all smaller sets, those of fewest edges first, as long as sets may be tried.
 
     Arguments:
         scores: `[receivers, senders]`, the relevance of every edge.
@@ -258,6 +270,8 @@ def find_circuit(
         work: how many sets may be tried.
         last: `[receivers, leaves]`, what walks that end by each last step are worth at most;
             `None`: it is not known.
+        possible: `[receivers, senders]`, the edges that walks may take; `None`: those of which the
+            relevance is not zero.
 
     Raises:
         QueryError: the share is none, or no set of the edges tried keeps it.
@@ -268,7 +282,12 @@ def find_circuit(
         raise QueryError(f"work is a positive number of sets to try, not {work!r}")
     search = _Search(scores, names, kept, share, ends, work)
     chosen, found = search.smallest()
-    fewest = None if last is None else _fewest(last, search.wanted, int(chosen.sum()))
+    bound = 1 if last is None else _fewest(last, search.wanted, int(chosen.sum()))
+    able = scores != 0 if possible is None else possible.to(scores.device) | (scores != 0)
+    smaller, tried = search.smaller(int(chosen.sum()), bound, able)
+    if smaller is not None:
+        chosen, found = smaller
+    fewest = None if last is None and tried == 1 < int(chosen.sum()) else tried
     return Circuit(*names, scores, chosen, found, share, fewest, search.runs)
 
 
@@ -349,6 +368,35 @@ class _Search:
                 break
             size = max(1, size // 2)
         return chosen, found
+
+    def smaller(
+        self, most: int, least: int, able: Tensor
+    ) -> tuple[tuple[Tensor, float] | None, int]:
+        """A smallest set of fewer edges than some that keeps enough, if there is one.
+
+        Arguments:
+            most: fewer than these.
+            least: no set of fewer than these does.
+            able: the edges that sets are made of.
+
+        Returns:
+            the set and what it keeps; and a number of edges than which no set of fewer does.
+        """
+        places = able.flatten().nonzero()[:, 0]
+        for size in range(least, most):
+            if math.comb(len(places), size) > _COMBINATIONS:
+                return None, size
+            for some in itertools.combinations(places.tolist(), size):
+                chosen = torch.zeros_like(able)
+                chosen.view(-1)[list(some)] = True
+                if not torch.equal(self.connected(chosen), chosen):
+                    continue  # it keeps what a smaller set keeps
+                if self.runs >= self.work:
+                    return None, size
+                found = self.kept(chosen)
+                if self.enough(found):
+                    return (chosen, found), size
+        return None, most
 
     def connected(self, chosen: Tensor) -> Tensor:
         """The edges on a way from the output to a leaf, or to where walks may end."""

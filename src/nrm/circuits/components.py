@@ -11,29 +11,37 @@ Layers are numbered as they are computed, from zero on: `a3.h5` is head 5 of the
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from nrm.capture.nodes import is_float_tensor
+from nrm.circuits.attention import (
+    Attention,
+    Role,
+    attention_of,
+    indices,
+    scores_of,
+    what_heads_read,
+)
 from nrm.circuits.steps import Named, named
 from nrm.display import Shown, Table
 from nrm.errors import NeuronSetError, QueryError
 from nrm.explanation import Explanation
 from nrm.formulas import Member, NeuronSet
-from nrm.graph import Graph, Variable
-from nrm.operators import lookup, standard
+from nrm.graph import Variable
 from nrm.prepare import Pass
 from nrm.sets import neurons
 
-Kind = Literal["heads", "mlps", "embeddings", "patterns", "neurons"]
-"""Heads are what attention adds up; patterns its weights; neurons those of the MLPs' last hidden
-layers."""
+Kind = Literal["heads", "mlps", "embeddings", "patterns", "neurons", "queries", "keys", "values"]
+"""Heads are what attention adds up; patterns its weights; queries, keys and values what a head
+reads; neurons those of the MLPs' last hidden layers."""
+
+_READ: tuple[Role, ...] = ("queries", "keys", "values")
 
 _WEIGHTED = ("linear", "conv")
 
@@ -93,12 +101,14 @@ def components(
     Arguments:
         R: a measure of the model.
         kinds: which: `"heads"` (`a3.h5`), `"mlps"` (`m4`), `"embeddings"` (`embed`, and further
-            ones as `embed.pos`), `"patterns"` (`a3.h5.pattern`), `"neurons"` (`m4.n17`).
+            ones as `embed.pos`), `"patterns"` (`a3.h5.pattern`), `"neurons"` (`m4.n17`);
+            `"queries"`, `"keys"`, `"values"`: what a head reads (`a3.h5.q`, `a3.h5.k`, `a3.h5.v`;
+            where several heads read the same, `a3.kv1.k`, or for queries `a3.group1.q`).
         tokens: each split by position: `a3.h5@7`.
 
     Raises:
-        QueryError: there is no attention in the model, or no walk visits its patterns. For other
-            networks any mapping from names to neuron sets does as well.
+        QueryError: there is no attention in the model, or no walk visits its patterns, queries or
+            keys. For other networks any mapping from names to neuron sets does as well.
     """
     wanted = {kinds} if isinstance(kinds, str) else set(kinds)
     for kind in wanted - set(get_args(Kind)):
@@ -188,22 +198,6 @@ def _is_empty(chosen: NeuronSet, forward: Pass) -> bool:
 # -- finding them in the graph.
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """A matrix product of weights out of a softmax with values.
-
-    Attributes:
-        result: what it adds up.
-        pattern: the node of the softmax.
-        axes: of the result's neurons, those of the heads; none: one head.
-        pattern_axes: of the pattern's neurons.
-    """
-
-    result: Variable
-    pattern: Node
-    axes: tuple[int, ...]
-
-
 class _Transformer:
     """The components of a graph.
 
@@ -214,7 +208,9 @@ class _Transformer:
     def __init__(self, forward: Pass, kinds: Collection[str]) -> None:
         self.forward, self.graph = forward, forward.graph
         self.attentions = [
-            found for v in self.graph.variables if (found := _attention(v, self.graph)) is not None
+            found
+            for v in self.graph.variables
+            if (found := attention_of(v, self.graph)) is not None
         ]
         if not self.attentions:
             raise QueryError(
@@ -230,6 +226,9 @@ class _Transformer:
                 placed += self._patterns(number, attention)
             if "heads" in kinds:
                 placed += self._heads(number, attention)
+        for role in _READ:
+            if role in kinds:
+                placed += self._read(role)
         for number, (branch, stream) in enumerate(self._branches()):
             if "mlps" in kinds:
                 placed.append((branch.index, f"m{number}", neurons(branch.name)))
@@ -240,13 +239,13 @@ class _Transformer:
 
     # -- heads and patterns ----------------------------------------------------------------------
 
-    def _heads(self, number: int, found: _Attention) -> Iterator[tuple[int, str, NeuronSet]]:
+    def _heads(self, number: int, found: Attention) -> Iterator[tuple[int, str, NeuronSet]]:
         variable = found.result
         shape = variable.neuron_shape(self.forward.shape(variable))
-        for head, index in enumerate(_indices(shape, found.axes)):
+        for head, index in enumerate(indices(shape, found.axes)):
             yield variable.index, f"a{number}.h{head}", neurons(variable.name, index)
 
-    def _patterns(self, number: int, found: _Attention) -> Iterator[tuple[int, str, NeuronSet]]:
+    def _patterns(self, number: int, found: Attention) -> Iterator[tuple[int, str, NeuronSet]]:
         variable = self.graph.by_node.get(found.pattern)
         if variable is None:
             raise QueryError(
@@ -256,8 +255,17 @@ class _Transformer:
             )
         shape = variable.neuron_shape(self.forward.shape(variable))
         axes = tuple(range(len(shape) - 2)) if found.axes else ()
-        for head, index in enumerate(_indices(shape, axes)):
+        for head, index in enumerate(indices(shape, axes)):
             yield variable.index, f"a{number}.h{head}.pattern", neurons(variable.name, index)
+
+    def _read(self, role: Role) -> Iterator[tuple[int, str, NeuronSet]]:
+        """The queries, keys or values of all heads."""
+        for number, found in enumerate(what_heads_read(self.forward, self.attentions, role)):
+            for one in found:
+                alone = len(one.heads) == 1
+                shared = "group" if role == "queries" else "kv"
+                name = f"h{one.heads[0]}" if alone else f"{shared}{one.number}"
+                yield one.index, f"a{number}.{name}.{role[0]}", one.neurons
 
     # -- MLPs ------------------------------------------------------------------------------------
 
@@ -336,7 +344,7 @@ class _Transformer:
             for v in self.graph.variables
             if v.producer is not None and v.producer.kind == "sum"
             for operand in v.producer.operands
-            if operand.is_leaf and operand not in inputs and not self._reads(v)
+            if operand.is_leaf and operand not in inputs and not self._attends(v)
         ]
         for place, leaf in enumerate(inputs):
             name = "embed" if place == 0 else f"embed.{_short(leaf.name)}"
@@ -345,79 +353,19 @@ class _Transformer:
             name = "embed.pos" if place == 0 else f"embed.pos{place + 1}"
             yield leaf.index, name, neurons(leaf.name)
 
-    def _reads(self, variable: Variable) -> bool:
-        """Whether a variable is computed from any attention."""
-        above = self.graph.upstream(variable)
-        return any(attention.result in above for attention in self.attentions)
+    def _attends(self, variable: Variable) -> bool:
+        """Whether a variable is computed from products of attention, as masked scores are."""
+        return not self._products.isdisjoint(self.graph.upstream(variable))
+
+    @cached_property
+    def _products(self) -> set[Variable]:
+        """What attention adds up, and the products of its queries and keys."""
+        found = {attention.result for attention in self.attentions}
+        with suppress(QueryError):  # scores of several products have no name to be taken for one
+            found |= {v for one in self.attentions if (v := scores_of(self.graph, one))}
+        return found
 
 
 def _short(name: str) -> str:
     """The last part of a name."""
     return name.rpartition(".")[2].strip(":") or name
-
-
-def _indices(shape: Sequence[int], axes: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """All of some axes, one by one: the neurons of each head."""
-    sizes = [shape[axis] for axis in axes]
-    for place in itertools.product(*map(range, sizes)):
-        index: list[Any] = [slice(None)] * len(shape)
-        for axis, entry in zip(axes, place, strict=True):
-            index[axis] = entry
-        yield tuple(index)
-
-
-def _attention(variable: Variable, graph: Graph) -> _Attention | None:
-    """What a variable is of an attention, if it is what one adds up."""
-    producer, node = variable.producer, variable.node
-    row = None if producer is None else standard(producer.call)  # whatever the rule is
-    if producer is None or node is None or row is None or not (row.is_product and row.adds_up):
-        return None
-    nodes = [operand for _, operand in producer.call.nodes()]
-    if len(nodes) != 2:
-        return None
-    patterns = [_softmax_behind(one) for one in nodes]
-    chosen = [place for place, pattern in enumerate(patterns) if pattern is not None]
-    if len(chosen) != 1:
-        return None
-    (place,) = chosen
-    pattern = patterns[place]
-    result = node.meta["val"]
-    assert pattern is not None
-    batch = result.dim() if variable.batch_axis is None else variable.batch_axis
-    beside = sum(size != 1 for size in variable.shared)  # heads that share the samples' axis
-    axes: list[int] = []
-    for axis in _head_axes(node, place):
-        if axis == batch:
-            axes += range(batch, batch + beside)
-        else:
-            axes.append(axis if axis < batch else axis - 1 + beside)
-    return _Attention(variable, pattern, tuple(axes))
-
-
-def _head_axes(node: Node, place: int) -> list[int]:
-    """Of a product with weights the axes of the heads: neither of queries nor of features.
-
-    Arguments:
-        place: which factor the weights are.
-    """
-    if isinstance(node.args[0], str):  # einsum: what both factors and the result have in common
-        given, _, result = node.args[0].replace(" ", "").partition("->")
-        factors = given.split(",")
-        if len(factors) == 2 and result and "." not in result:
-            return [axis for axis, letter in enumerate(result) if all(letter in f for f in factors)]
-    return list(range(node.meta["val"].dim() - 2))
-
-
-def _softmax_behind(node: Node) -> Node | None:
-    """The softmax that a tensor comes out of, through functions of one parent."""
-    while node.op == "call_function":
-        row = lookup(node.target)  # type: ignore[arg-type]
-        if row is None:
-            return None
-        if "softmax" in str(node.target):
-            return node
-        read = [n for n in node.all_input_nodes if is_float_tensor(n)]
-        if len(read) != 1 or not (row.moves or row.one_parent):
-            return None
-        (node,) = read
-    return None

@@ -239,7 +239,8 @@ class Edges(Shown):
             share: of the relevance of all walks; kept are the walks all of whose steps are in the
                 set.
             sample: of which sample; `None`: the mean over all.
-            work: how many sets may be tried, each by a run of messages.
+            work: how many sets may be tried, each by a run of messages. Where all smaller sets
+                are among them the result is a smallest one, and `gap` is zero.
         """
         walks = self.walks
         if walks is None:
@@ -258,7 +259,8 @@ class Edges(Shown):
         if last is not None:
             last = last.mean(0) if sample is None else last[sample]
         names = (self.receivers, self.senders)
-        return find_circuit(scores, names, kept, share, walks.places.ends, work, last)
+        places = walks.places
+        return find_circuit(scores, names, kept, share, places.ends, work, last, places.possible)
 
     def table(self) -> Table:
         found = self.top(len(self.receivers) * len(self.senders))

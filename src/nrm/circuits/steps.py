@@ -210,6 +210,22 @@ class Places:
         return found
 
     @cached_property
+    def possible(self) -> Tensor:
+        """`[receivers, senders]`: the steps that walks may take; some perhaps that none does."""
+        output = self.forward.graph.output
+        found = torch.zeros(len(self.rows), len(self.senders), dtype=torch.bool)
+        for row, number in enumerate(self.rows):
+            if number == 0:
+                met = set(self.below[output])
+            else:
+                producers = (v.producer for v in self.lies[number - 1])
+                operands = [v for p in producers if p is not None for v in p.operands]
+                met = {sender for operand in operands for sender in self.below[operand]}
+                met -= {number - 1}
+            found[row, list(met)] = True
+        return found
+
+    @cached_property
     def ends(self) -> Tensor:
         """`[senders]`: whether walks may end there: it is a leaf, or lies at one."""
         lies = [any(v.is_leaf for v in lies) for lies in self.lies]
