@@ -457,3 +457,60 @@ def test_language_models(torchvision_models, name, half):
     R, S = both(model.eval(), half, inputs, (-1, 7), output="logits")
     assert_same(R, S)
     torch.testing.assert_close(R.tokens(), S.tokens(), rtol=1e-4, atol=1e-5)
+
+
+def convolutions_are_full() -> bool:
+    """Whether convolutions would be in full precision on a GPU that has a shorter one."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32
+
+
+class Watched(nn.Module):
+    """A convolution that notes in which precision it runs, also when it is captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(2, 2)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(convolutions_are_full())
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("telescopes", [True, False])
+def test_relevance_is_found_in_full_precision(monkeypatch, telescopes):
+    """On GPUs torch rounds convolutions by default: never those of nrm, and always put back."""
+    assert not convolutions_are_full()
+    model, seen = Watched().eval(), []
+    composite = nrm.composites.LRPZero() if telescopes else GammaFlat()
+    x = torch.rand(2, 1, 6, 6)
+    R = nrm.Explainer(model, composite, bias="input" if telescopes else None)(x, target=0)
+    assert all(model.seen)
+    assert model.seen
+    backward, forward = torch.autograd.grad, torch.nn.functional.conv2d
+
+    def noted(function):
+        def call(*args, **kwargs):
+            seen.append(convolutions_are_full())
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.autograd, "grad", noted(backward))
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noted(forward))
+    R.heatmap()
+    R.joint("conv", "head")
+    R.conditionals(nrm.channels("conv", 1))
+    R(~nrm.channels("conv", 1))
+    assert all(seen)
+    assert not convolutions_are_full()
+
+
+def test_precision_is_put_back_after_an_error():
+    from nrm.tensors import full_precision
+
+    with pytest.raises(KeyError), full_precision():
+        assert convolutions_are_full()
+        raise KeyError
+    assert not convolutions_are_full()

@@ -25,6 +25,7 @@ from torch import Tensor
 from nrm.engine import send_between
 from nrm.graph import Graph, Operation, Variable
 from nrm.prepare import Pass
+from nrm.tensors import full_precision
 
 # -- The one way between two layers, and the weighted sum on it by which channels are joined.
 
@@ -305,6 +306,7 @@ def find_contraction(forward: Pass, upper: Variable, lower: Variable) -> Contrac
     return None if rows is None or columns is None else Contraction(bridge, rows, columns)
 
 
+@full_precision()
 def contracted_pairs(
     forward: Pass,
     message: Tensor,

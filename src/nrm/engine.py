@@ -28,6 +28,7 @@ from nrm.operators import Propagation
 from nrm.prepare import Pass
 from nrm.rules import Normalized
 from nrm.sets import Mask
+from nrm.tensors import full_precision
 
 Messages = dict[Variable, Tensor]
 
@@ -53,6 +54,7 @@ class Itinerary(Protocol[S]):
         """What is known of walks in a state when they come to a variable; `None`: drop them."""
 
 
+@full_precision()
 def travel(
     forward: Pass,
     travelling: Travelling[S],
@@ -216,6 +218,7 @@ def send_between(forward: Pass, message: Tensor, upper: Variable, lower: Variabl
     return arrived
 
 
+@full_precision()
 def push_between(forward: Pass, mass: Tensor, lower: Variable, upper: Variable) -> Tensor:
     """`F(j) = sum_i R(i|j) F(i)` over the walks from `upper` to `lower`.
 

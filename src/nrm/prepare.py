@@ -29,6 +29,7 @@ from nrm.operators.secants import change
 from nrm.rules import PathIntegrated
 from nrm.rules.contributions import Baseline
 from nrm.telescope import Differentiating, Fusion, HiddenSumError, Telescope, fusions, telescopes
+from nrm.tensors import full_precision
 from nrm.zeros import ExplicitZeros
 
 
@@ -282,6 +283,7 @@ class Program:
         """
         return Pass(self, inputs, check, reference)
 
+    @full_precision()
     def prepare(
         self, inputs: Sequence[Tensor], reference: Sequence[Tensor] | None = None
     ) -> Prepared:
@@ -293,6 +295,7 @@ class Program:
     def _at(self, reference: Sequence[Tensor]) -> Reference:
         return Reference(self.graph, self.graph.captured.constants | self._given(reference))
 
+    @full_precision()
     def difference(
         self, inputs: Sequence[Tensor], reference: Sequence[Tensor]
     ) -> tuple[Telescope, Tensor, Tensor]:
@@ -305,6 +308,7 @@ class Program:
         captured = self.graph.captured
         return run.telescope(), values[self.graph.explained], values[captured.output]
 
+    @full_precision()
     def differentiate(self, inputs: Sequence[Tensor]) -> tuple[Telescope, Tensor]:
         """The derivatives by which relevance goes, and the model's output.
 
@@ -323,6 +327,7 @@ class Program:
         returned: Tensor = run.compute()[self.graph.captured.output]
         return run.telescope(), returned.detach()
 
+    @full_precision()
     def values(
         self, inputs: Sequence[Tensor], wanted: Collection[Node], known: Values | None = None
     ) -> Values:

@@ -26,6 +26,7 @@ from nrm.graph import Variable
 from nrm.prepare import Pass
 from nrm.rules import Normalized, Original
 from nrm.sets import Mask, Stops, resolve, variables_of
+from nrm.tensors import full_precision
 
 Starts = Mapping[bool, Messages]
 """The messages at the output: normalised, by `True`, and unnormalised."""
@@ -486,6 +487,7 @@ class ForwardMessages:
                         needed.setdefault(operand, set()).update(unknown)
         return {variable: states for variable, states in needed.items() if states}
 
+    @full_precision()
     def _push(self, variable: Variable, states: Collection[State]) -> dict[State, Tensor]:
         if variable.producer is None:  # all is settled, and holds: what fails is known
             return {state: self._ones(variable) for state in states}

@@ -28,7 +28,7 @@ from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Setting
 from nrm.operators.call import Call
 from nrm.operators.columns import column_floor, smaller_than, without_vanished
-from nrm.tensors import gradient_share
+from nrm.tensors import full_precision, gradient_share
 
 
 @dataclass
@@ -323,6 +323,7 @@ class Telescope:
     ) -> None:
         self.graph, self.values, self.small, self.last = graph, values, small or {}, last
 
+    @full_precision()
     def send(self, messages: Messages, stops: Mapping[Variable, Tensor | None]) -> Messages | None:
         """What arrives at the stops (see `nrm.engine.send`); `None`: it cannot say."""
         if any(variable not in self.values for variable in (*messages, *stops)):

@@ -1,4 +1,4 @@
-"""What the library needs of tensors beyond torch: types and axes, derivatives, threads.
+"""What the library needs of tensors beyond torch: types and axes, derivatives, threads, precision.
 
 `torch.as_tensor(0.7)` is of single precision whatever it meets later, so that a double model loses
 half its digits. Whatever a user gives, and whatever constant a graph holds, comes through `like`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -140,7 +141,7 @@ class _Transpose(torch.autograd.Function):
         return ctx.transpose(gradient), None, None
 
 
-# -- How many threads PyTorch computes with.
+# -- How PyTorch computes: threads, and how precisely.
 
 
 @contextmanager
@@ -152,3 +153,41 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Single precision as it is: without the shorter mantissa (TF32) of some GPUs.
+
+    torch takes it for convolutions there unless told otherwise. Relevance divides what one
+    convolution adds up by what another does, and totals would be off in the third digit. The
+    setting is the process's: it is put back.
+    """
+    switches = _switches()
+    before = [get() for get, _, _ in switches]
+    for (_, put, full), was in zip(switches, before, strict=True):
+        if was != full:
+            put(full)
+    try:
+        yield
+    finally:
+        for (_, put, full), was in zip(switches, before, strict=True):
+            if was != full:
+                put(was)
+
+
+Switch = tuple[Callable[[], Any], Callable[[Any], None], Any]
+"""What says how precise some products are, what sets it, and the full precision."""
+
+
+@cache
+def _switches() -> list[Switch]:
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    if hasattr(cudnn, "conv"):  # since torch 2.9
+        holders: list[Any] = [cudnn.conv, cudnn.rnn, cuda.matmul]
+        return [_switch(holder, "fp32_precision", "ieee") for holder in holders]
+    return [_switch(cudnn, "allow_tf32", False), _switch(cuda.matmul, "allow_tf32", False)]
+
+
+def _switch(holder: Any, name: str, full: Any) -> Switch:
+    return partial(getattr, holder, name), partial(setattr, holder, name), full

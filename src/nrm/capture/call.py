@@ -25,6 +25,7 @@ from nrm.capture.cache import closed, opened
 from nrm.capture.digest import place_of
 from nrm.errors import CaptureError, InputError
 from nrm.operators.call import BITS, CAST
+from nrm.tensors import full_precision
 
 Output = str | int | Sequence[str | int] | Callable[[Any], Tensor] | None
 """Which of a model's outputs is explained: a name, an index, a path of them, or a function of the
@@ -291,9 +292,11 @@ def as_rounded(node: Node, value: Any) -> Any:
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """`torch.autocast` off, on the CPU and where the model is: it would round what we compute."""
+    """`torch.autocast` off, on the CPU and where the model is, and full precision: it would round
+    what we compute."""
     devices = {"cpu", *(parameter.device.type for parameter in model.parameters())}
     with ExitStack() as stack:
+        stack.enter_context(full_precision())
         for device in devices:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
