@@ -461,8 +461,7 @@ def test_language_models(torchvision_models, name, half):
 
 def convolutions_are_full() -> bool:
     """Whether convolutions would be in full precision on a GPU that has a shorter one."""
-    cudnn = torch.backends.cudnn
-    return cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32
+    return not torch.backends.cudnn.allow_tf32
 
 
 class Watched(nn.Module):
@@ -510,7 +509,28 @@ def test_relevance_is_found_in_full_precision(monkeypatch, telescopes):
 def test_precision_is_put_back_after_an_error():
     from nrm.tensors import full_precision
 
-    with pytest.raises(KeyError), full_precision():
-        assert convolutions_are_full()
-        raise KeyError
+    def fails():
+        with full_precision():
+            assert convolutions_are_full()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
     assert not convolutions_are_full()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="since torch 2.9")
+def test_precision_as_later_releases_of_torch_name_it():
+    """Who has set it in the new way is not read in the old one, which torch refuses."""
+    from nrm.tensors import full_precision
+
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, conv.fp32_precision, matmul.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with full_precision():
+            assert conv.fp32_precision == matmul.fp32_precision == "ieee"
+        assert conv.fp32_precision == matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision, conv.fp32_precision, matmul.fp32_precision = before
+    assert torch.backends.cudnn.allow_tf32

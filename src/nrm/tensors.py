@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -180,13 +180,17 @@ Switch = tuple[Callable[[], Any], Callable[[Any], None], Any]
 """What says how precise some products are, what sets it, and the full precision."""
 
 
-@cache
 def _switches() -> list[Switch]:
+    """Those of torch's ways to say so that it was told by: it refuses to read the other then."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-    if hasattr(cudnn, "conv"):  # since torch 2.9
-        holders: list[Any] = [cudnn.conv, cudnn.rnn, cuda.matmul]
+    legacy = [_switch(cudnn, "allow_tf32", False), _switch(cuda.matmul, "allow_tf32", False)]
+    try:
+        for get, _, _ in legacy:
+            get()
+    except RuntimeError:  # since torch 2.9
+        holders: list[Any] = [cudnn.conv, cudnn.rnn, cuda.matmul]  # type: ignore[attr-defined]
         return [_switch(holder, "fp32_precision", "ieee") for holder in holders]
-    return [_switch(cudnn, "allow_tf32", False), _switch(cuda.matmul, "allow_tf32", False)]
+    return legacy
 
 
 def _switch(holder: Any, name: str, full: Any) -> Switch:
