@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nrm.dataset.drivers import TRIES, Engine, packed, unpacked
 from nrm.dataset.shard import ShardResult, Work
-from nrm.errors import InputError, NrmError, QueryError
+from nrm.errors import InputError, NrmError, QueryError, first_line
 
 try:
     import ray
@@ -80,7 +81,7 @@ class _Connected:
 def _results(work: Work, shards: Iterator[int], num_gpus: float) -> Iterator[ShardResult]:
     content = packed(work)
     mark = hashlib.sha256(content).hexdigest()
-    held = ray.put(content)
+    held, path = ray.put(content), list(sys.path)
     task = ray.remote(_shard).options(
         num_cpus=work.question.threads, num_gpus=num_gpus, max_retries=TRIES
     )
@@ -90,7 +91,7 @@ def _results(work: Work, shards: Iterator[int], num_gpus: float) -> Iterator[Sha
     def start() -> None:
         number = next(shards, None)
         if number is not None:
-            running[task.remote(held, mark, number, num_gpus > 0)] = number
+            running[task.remote(held, mark, number, num_gpus > 0, path)] = number
 
     for _ in range(_AHEAD * places):
         start()
@@ -111,17 +112,25 @@ def _taken(ready: Any, number: int) -> ShardResult:
     try:
         found: ShardResult | NrmError = ray.get(ready)
     except ray.exceptions.RayError as error:
+        why = getattr(error, "cause", None) or error
         raise QueryError(
-            f"ray: shard {number} was not computed: {str(error).splitlines()[0]}"
+            f"ray: shard {number} was not computed: {type(why).__name__}: {first_line(why)}"
         ) from error
     if isinstance(found, NrmError):
         raise found
     return found
 
 
-def _shard(content: bytes, mark: str, number: int, on_gpu: bool) -> ShardResult | NrmError:
-    """What a process of the cluster computes; errors on purpose are results, as they are."""
+def _shard(
+    content: bytes, mark: str, number: int, on_gpu: bool, path: Sequence[str]
+) -> ShardResult | NrmError:
+    """What a process of the cluster computes; errors on purpose are results, as they are.
+
+    Arguments:
+        path: where the run's own process looks for modules; looked at last.
+    """
     if mark not in _KEPT:
+        sys.path += [place for place in path if place not in sys.path]
         _KEPT.clear()
         _KEPT[mark] = unpacked(content, "cuda:0" if on_gpu else None)  # Ray shows a task its own
     try:

@@ -515,6 +515,11 @@ def _members(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     yield key, parts
                 key, parts = here, {}
             parts[suffix.lower()] = content.read()
+        # The library takes an archive that was cut off for one that ends.
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the archive was cut off: what follows is missing")
     if key is not None:
         yield key, parts
 

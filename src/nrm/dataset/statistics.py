@@ -194,7 +194,9 @@ class Joint:
 
     @classmethod
     def of(cls, values: Floats, samples: Ints, classes: Ints) -> Self:
-        """Of some samples: `[samples, a, b]`, their numbers in order and classes `[samples]`."""
+        """Of some samples: `[samples, a, b]`, their numbers and classes `[samples]`."""
+        order = np.argsort(samples)  # so that of equal values the first is the smallest number's
+        values, samples, classes = values[order], samples[order], classes[order]
         met, count = np.unique(classes, return_counts=True)
         rows = [values[classes == one] for one in met]
         numbers = [samples[classes == one] for one in met]
