@@ -153,7 +153,7 @@ def _run(
     def left() -> Iterator[int]:
         total = work.source.shards
         for number in itertools.count() if total is None else range(total):
-            if any(counts.ended and at < number for at, counts in done.items()):
+            if total is None and any(c.ended and at < number for at, c in done.items()):
                 return
             if number not in done:
                 yield number

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nrm.dataset import tables
 from nrm.dataset.shard import Known, Pair, Quantity, ShardResult
 from nrm.dataset.statistics import Joint, Statistics
@@ -235,10 +237,11 @@ def _still_wanted(
 ) -> dict[int, Known]:
     """The samples that are still among the largest of anything."""
     wanted: set[int] = set()
-    for one in statistics.values():
-        wanted.update(one.top.samples.ravel().tolist())
-    for each in joint.values():
-        wanted.update(each.samples.ravel().tolist())
+    for samples in (
+        *(s.top.samples for s in statistics.values()),
+        *(j.samples for j in joint.values()),
+    ):
+        wanted.update(np.unique(samples).tolist())
     return {number: found for number, found in known.items() if number in wanted}
 
 
