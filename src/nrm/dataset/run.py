@@ -31,6 +31,7 @@ from nrm.errors import InputError, QueryError
 from nrm.evaluation.store import described
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
+from nrm.io import check_folder
 from nrm.joint import Division
 from nrm.methods import Scale, reading
 
@@ -113,6 +114,8 @@ def relmax(
             starts.
         StorageError: nothing can be written, or the disk is full; what is finished is kept.
     """
+    out = Path(out)
+    check_folder(out, "results folder")  # before anything takes long
     source = as_source(data, read, shard)
     joint = tuple((a, b) for a, b in joint)
     classes = None if joint_classes is None else frozenset(joint_classes)
@@ -127,7 +130,6 @@ def relmax(
     _check_joint(shape, classes)
     weights = of_weights(explainer.model)
     manifest = _manifest(work, shape, weights) | {MADE_FROM: dict(made_from or {})}
-    out = Path(out)
     with Folder.writing(out, manifest) as folder:
         done = folder.committed()
         _run(folder, work, engine, done, progress)
