@@ -226,7 +226,7 @@ class Pass:
                     f"{variable.name!r} is a leaf that enters late; it has no activation."
                 )
             nodes[variable] = variable.node
-        found = self._program.values(self._inputs, set(nodes.values()))
+        found = self.program.values(self.inputs, set(nodes.values()))
         return {variable: found[node].contiguous() for variable, node in nodes.items()}
 
     def value_at(self, node: Node) -> Tensor:
