@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from nrm.dataset import Archives, Pictures, Rows, Sample, Source, Stream, as_source
+from nrm.dataset.sources import _members
 from nrm.errors import InputError
 
 X = torch.arange(7 * 4.0).view(7, 4)
@@ -182,7 +183,7 @@ def test_archives(tmp_path: Path) -> None:
             assert bad[-1].name == "0.tar"
 
 
-def test_webdataset_and_hugging_face() -> None:
+def test_hugging_face() -> None:
     datasets = pytest.importorskip("datasets", reason="Hugging Face datasets are not installed")
     found = datasets.Dataset.from_dict({"x": X.tolist(), "label": Y.tolist()})
     source = as_source(found.with_format("torch"), shard=4)
@@ -191,6 +192,22 @@ def test_webdataset_and_hugging_face() -> None:
     assert source.sample(5).label == 2
     other = datasets.Dataset.from_dict({"x": (X + 1).tolist(), "label": Y.tolist()})
     assert source.fingerprint() != as_source(other.with_format("torch"), shard=4).fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files left open
+def test_archives_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        for number in range(5):
+            sample = {"png": _png(40 * number), "cls": str(number), "seg.txt": f"at {number}"}
+            writer.write({"__key__": f"sub/{number:03}", **sample})
+    theirs = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
+    ours = list(_members(tmp_path / "0.tar"))
+    assert [key for key, _ in ours] == [sample["__key__"] for sample in theirs]
+    for (_, parts), sample in zip(ours, theirs, strict=True):
+        assert parts == {name: sample[name] for name in parts}
+        assert len(parts) == 3
+    assert [sample.label for sample in _all(as_source(tmp_path, pixels))] == [0, 1, 2, 3, 4]
 
 
 def test_fingerprints_tell_data_sets_apart(folder: Path) -> None:
