@@ -22,6 +22,7 @@ import torch
 
 from nrm.dataset.shard import ShardResult, Work
 from nrm.errors import InputError, NrmError, QueryError
+from nrm.torchvision_mismatch import import_torchvision, is_mismatch
 
 Engine = Callable[[Work, Iterator[int]], Iterator[ShardResult]]
 
@@ -75,8 +76,18 @@ def packed(work: Work) -> bytes:
 
 def unpacked(content: bytes, device: str | None = None) -> Work:
     """Work that was packed, with its model on a device; by default where it was."""
-    found: Work = torch.load(io.BytesIO(content), map_location=device, weights_only=False)
-    return found
+
+    def load() -> Work:
+        found: Work = torch.load(io.BytesIO(content), map_location=device, weights_only=False)
+        return found
+
+    try:
+        return load()
+    except RuntimeError as error:
+        if not is_mismatch(error):
+            raise
+        import_torchvision()  # as the run's own process has it
+        return load()
 
 
 def device_of(work: Work, place: int) -> str | None:
