@@ -96,9 +96,12 @@ def made(name: str, device: str) -> nn.Module:
     return MODELS[name][0]().eval().to(device)
 
 
-def rates(name: str, device: str, batch: int, times: int, readers: int) -> dict[str, Any]:
+def rates(
+    name: str, device: str, batch: int, times: int, readers: int, samples: int | None
+) -> dict[str, Any]:
     """Samples per second, plain and with statistics, the median of several turns."""
-    _, shape, layers, count = MODELS[name]
+    _, shape, layers, usual = MODELS[name]
+    count = samples or usual
     model, data = made(name, device), Made(count, shape)
     asked = tuple(Layer(layer) for layer in layers)
     question = Question(
@@ -211,6 +214,7 @@ def main(given: Iterable[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--readers", type=int, default=0, help="threads that read ahead")
+    parser.add_argument("--samples", type=int, help="how many are timed at once")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
@@ -230,7 +234,10 @@ def main(given: Iterable[str] | None = None) -> None:
         sys.stdout.flush()
 
     for name in asked.models if "rate" in asked.only else ():
-        tell("rate", rates(name, asked.device, asked.batch, asked.times, asked.readers))
+        tell(
+            "rate",
+            rates(name, asked.device, asked.batch, asked.times, asked.readers, asked.samples),
+        )
     for samples in asked.sizes if "memory" in asked.only else ():
         tell("memory", memory(samples))
     for name in asked.models[:1] if "workers" in asked.only else ():

@@ -76,12 +76,13 @@ def _all(source: Source) -> list[Sample]:
     "data",
     [
         (X, Y),
+        (X.numpy(), Y.tolist()),
         list(zip(X, Y.tolist(), strict=True)),
         [{"image": x.numpy(), "label": np.int64(y)} for x, y in zip(X, Y.tolist(), strict=True)],
         Streamed(),
         Streamed().__iter__,
     ],
-    ids=["tensors", "list", "mappings", "iterable", "function"],
+    ids=["tensors", "arrays", "list", "mappings", "iterable", "function"],
 )
 def test_all_kinds_give_the_same_samples(data: Any) -> None:
     source = as_source(data, shard=3)
@@ -238,6 +239,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
         (tmp_path / "missing", "no such folder"),
         (tmp_path / "empty", "no pictures"),
         (iter([1, 2]), "read once"),
+        ((X, Y[:3]), "7, 3 samples"),
         (3, "a data set is"),
     ):
         with pytest.raises(InputError, match=text):

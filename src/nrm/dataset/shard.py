@@ -165,6 +165,10 @@ class Work:
         explainer = copy.copy(question.explainer)
         explainer.check = "none"  # looked at once, by whoever starts the run, and not every batch
         self.question, self.source = replace(question, explainer=explainer), source
+        self._seen: set[object] = set()
+
+    def __reduce__(self) -> tuple[type[Work], tuple[Question, Source]]:
+        return Work, (self.question, self.source)
 
     def probe(self) -> Shape:
         """What a first sample shows; whatever is wrong with the question shows here too.
@@ -239,6 +243,10 @@ class Work:
             torch.stack(each).to(device)
             for each in zip(*(sample.inputs for sample in samples), strict=True)
         ]
+        looks = tuple((x.shape[1:], x.dtype) for x in inputs)
+        if looks not in self._seen:  # captured on one sample everywhere, whatever shard comes first
+            self.question.explainer.graph(*(x[:1] for x in inputs))
+            self._seen.add(looks)
         target: Any = self.question.target
         if target == "predicted":
             target = None

@@ -386,7 +386,7 @@ def as_source(data: Any, read: Read | None = None, shard: int = SHARD) -> Source
 
     Arguments:
         data: a source, as it is; a folder of pictures; tar files, or a folder of them; tensors
-            `x` or `(x, labels)`; whatever has `len` and `[i]`; whatever can be iterated over.
+            or arrays `x` or `(x, labels)`; what has `len` and `[i]`; what can be iterated over.
         read: makes an item the model's input, or (input, label); of a folder of pictures, a
             Pillow picture a tensor.
 
@@ -398,10 +398,16 @@ def as_source(data: Any, read: Read | None = None, shard: int = SHARD) -> Source
         return found
     if isinstance(data, str | os.PathLike):
         return _at_path(Path(data), read, shard)
-    if isinstance(data, Tensor):
+    if isinstance(data, Tensor | np.ndarray):
         data = (data,)
-    if isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data):
-        return Rows(torch.utils.data.TensorDataset(*data), read, shard, name=described(list(data)))
+    if isinstance(data, tuple) and data and isinstance(data[0], Tensor | np.ndarray):
+        columns = [torch.as_tensor(column) for column in data]
+        if len({len(column) for column in columns}) > 1:
+            raise InputError(
+                f"the tensors are of {', '.join(str(len(column)) for column in columns)} samples"
+            )
+        made = torch.utils.data.TensorDataset(*columns)
+        return Rows(made, read, shard, name=described(columns))
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         return Rows(data, read, shard)
     if callable(data) or isinstance(data, Iterable):
