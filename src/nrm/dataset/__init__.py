@@ -5,7 +5,8 @@
 
 from nrm.dataset.results import Flow, Heatmaps, Reference, Results, open_results
 from nrm.dataset.run import relmax
-from nrm.dataset.sources import Archives, Pictures, Rows, Sample, Source, Stream, as_source
+from nrm.dataset.samples import Sample
+from nrm.dataset.sources import Archives, Pictures, Rows, Source, Stream, as_source
 
 __all__ = [
     "Archives",

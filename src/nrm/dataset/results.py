@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nrm.capture.digest import of_weights
 from nrm.dataset import tables
+from nrm.dataset.samples import Read
 from nrm.dataset.shard import QUANTITIES, Quantity
 from nrm.dataset.sketch import BINS, OUTERMOST, Floats, quantiles
-from nrm.dataset.sources import SHARD, Read, Source, as_source
+from nrm.dataset.sources import SHARD, Source, as_source
 from nrm.dataset.storage import Counts, Folder
 from nrm.display import Shown, Table
 from nrm.errors import InputError, QueryError

@@ -15,6 +15,7 @@ from nrm import __version__
 from nrm.capture.digest import of_weights
 from nrm.dataset.drivers import Engine, loop, workers
 from nrm.dataset.results import Results
+from nrm.dataset.samples import Read
 from nrm.dataset.shard import (
     Activation,
     Explains,
@@ -24,7 +25,7 @@ from nrm.dataset.shard import (
     Shape,
     Work,
 )
-from nrm.dataset.sources import SHARD, Read, as_source
+from nrm.dataset.sources import SHARD, as_source
 from nrm.dataset.storage import MADE_FROM, Counts, Folder, stopped_by_full_disk
 from nrm.display import counted
 from nrm.errors import InputError, QueryError

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nrm.dataset.samples import Load, Sample
 from nrm.dataset.sketch import Floats, Ints
-from nrm.dataset.sources import Load, Sample, Source
+from nrm.dataset.sources import Source
 from nrm.dataset.statistics import NOBODY, Joint, Statistics, merged
 from nrm.errors import InputError, NrmError, QueryError, RelevanceWarning, TargetError, one_line
 from nrm.explainer import Explainer

@@ -28,45 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nrm.errors import InputError, one_line
+from nrm.dataset.samples import Held, Load, Read, Sample, attempted, plain, reason
+from nrm.errors import InputError
 from nrm.evaluation.store import described
 from nrm.io import imagenet, read_image
 
 SHARD = 1024
 """Samples of a shard, by default."""
 
-Inputs = tuple[Tensor, ...]
-"""The model's arguments for one sample, without a batch axis."""
-Read = Callable[[Any], Any]
-"""What makes an item of a data set the model's input, or a pair of that and a label."""
-
-_IMAGES = ("image", "img", "pixel_values", "jpg", "jpeg", "png", "webp", "x", "input")
-_LABELS = ("label", "labels", "cls", "y", "target")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
 _PIECE = 2**32
 _PROBED = 16
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample, or why there is none.
-
-    Attributes:
-        number: its own in the data set.
-        name: where it is from, to read.
-        label: its true class, where that is known.
-        error: why it could not be read; there are no inputs then.
-    """
-
-    number: int
-    name: str
-    inputs: Inputs = ()
-    label: int | None = None
-    error: str | None = None
-
-
-Load = Callable[[], Sample]
-"""Reads a sample; several may be called at once."""
 
 
 class Source(Protocol):
@@ -156,7 +128,7 @@ class Rows:
         parts = [type(self.data).__qualname__, str(count)]
         for number in chosen if count else ():
             try:
-                parts.append(described(_plain(self.data[number])))
+                parts.append(described(plain(self.data[number])))
             except Exception as error:  # it is counted when it is read
                 parts.append(type(error).__name__)
         return _hash(parts)
@@ -271,9 +243,9 @@ class Archives:
         file, first = self.files[shard], shard * _PIECE
         try:
             for place, (key, parts) in enumerate(_members(file)):
-                yield _Held(first + place, f"{file.name}:{key}", parts, self._read or _decoded)
+                yield Held(first + place, f"{file.name}:{key}", parts, self._read or _decoded)
         except (tarfile.TarError, OSError, EOFError) as error:
-            broken = Sample(first + _PIECE - 1, file.name, error=_reason(error))
+            broken = Sample(first + _PIECE - 1, file.name, error=reason(error))
             yield lambda: broken
 
     def sample(self, number: int) -> Sample:
@@ -339,7 +311,7 @@ class Stream:
             if item is self:
                 return
             self._at += 1
-            yield _Held(number, str(number), item, self._read)
+            yield Held(number, str(number), item, self._read)
 
     def sample(self, number: int) -> Sample:
         first, place = divmod(number, self.size)
@@ -352,7 +324,7 @@ class Stream:
         name = self._name
         if name is None:
             first = next(iter(self._begin()), None)
-            name = _hash([type(self.data).__qualname__, described(_plain(first))])
+            name = _hash([type(self.data).__qualname__, described(plain(first))])
         return {
             "kind": type(self).__name__,
             "shard": self.size,
@@ -366,19 +338,6 @@ class Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_at": 0, "_items": iter(())}
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Makes a sample of what was read already."""
-
-    number: int
-    name: str
-    item: Any
-    read: Read | None
-
-    def __call__(self) -> Sample:
-        return attempted(self.number, self.name, lambda: self.item, self.read)
 
 
 def as_source(data: Any, read: Read | None = None, shard: int = SHARD) -> Source:
@@ -430,66 +389,7 @@ def _at_path(path: Path, read: Read | None, shard: int) -> Source:
     return Pictures(path, read, shard=shard)
 
 
-# -- one sample ------------------------------------------------------------------------------------
-
-
-def attempted(number: int, name: str, get: Callable[[], Any], read: Read | None) -> Sample:
-    """A sample, or the reason why it cannot be read: any code and any file may be behind it."""
-    try:
-        inputs, label = as_sample(get() if read is None else read(get()))
-        for x in inputs:
-            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-                raise InputError("it holds NaN or infinite values")
-    except Exception as error:
-        return Sample(number, name, error=_reason(error))
-    return Sample(number, name, inputs, label)
-
-
-def as_sample(item: Any) -> tuple[Inputs, int | None]:
-    """The inputs of an item of a data set, and its label.
-
-    A tensor or an array; a pair of such and a label; a tuple of several inputs with a label at the
-    end, where that is a whole number; or a mapping with an image (`image`, `img`, `pixel_values`,
-    `jpg`, ...) and perhaps a label (`label`, `cls`, `y`, ...).
-
-    Raises:
-        InputError: it is none of these; a picture needs a function that makes it a tensor.
-    """
-    if isinstance(item, Mapping):
-        image = next((item[name] for name in _IMAGES if name in item), None)
-        label = next((item[name] for name in _LABELS if name in item), None)
-        return (_tensor(image),), _label(label)
-    if isinstance(item, tuple | list):
-        *inputs, last = item
-        if inputs and (last is None or _is_label(last)):
-            return tuple(map(_tensor, inputs)), _label(last)
-        return tuple(map(_tensor, item)), None
-    return (_tensor(item),), None
-
-
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
-    raise InputError(
-        f"an input is a tensor, not a {type(value).__name__}: give read= a function that makes an "
-        "item (input, label)"
-    )
-
-
-def _is_label(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_floating_point()
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _label(value: Any) -> int | None:
-    if value is None:
-        return None
-    if not _is_label(value):
-        raise InputError(f"a label is a whole number, not {value!r}")
-    return int(value)
+# -- what archives hold ----------------------------------------------------------------------------
 
 
 def _decoded(parts: Mapping[str, bytes]) -> tuple[Tensor, int | None]:
@@ -528,22 +428,6 @@ def _members(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             raise tarfile.ReadError("the archive was cut off: what follows is missing")
     if key is not None:
         yield key, parts
-
-
-def _plain(item: Any) -> Any:
-    """An item, with what is no tensor or number by its bytes or its text."""
-    if isinstance(item, Mapping):
-        return {name: _plain(value) for name, value in item.items()}
-    if isinstance(item, tuple | list):
-        return [_plain(value) for value in item]
-    if hasattr(item, "tobytes") and hasattr(item, "size") and not isinstance(item, np.ndarray):
-        return hashlib.sha256(item.tobytes()).hexdigest()  # a Pillow picture
-    return item
-
-
-def _reason(error: Exception) -> str:
-    text = one_line(error)
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 def _hash(parts: Iterable[str]) -> str:
