@@ -277,6 +277,37 @@ MUTANTS = (
         "high = torch.maximum(high, highest",
         ("search",),
     ),
+    # -- data sets ---------------------------------------------------------------------------------
+    Mutant(
+        "merged variance forgets the gap between means",
+        "squares = one.squares + two.squares + gap**2 * (one.count[:, None] * share)",
+        "squares = one.squares + two.squares",
+        ("dataset_statistics",),
+    ),
+    Mutant(
+        "ties among the largest go by arrival",
+        'by_number = np.argsort(samples, axis=1, kind="stable")',
+        "by_number = np.broadcast_to(np.arange(samples.shape[1]), samples.shape)",
+        ("dataset_statistics",),
+    ),
+    Mutant(
+        "a batch with one bad sample is skipped",
+        "                self._add([sample], collected)",
+        "                collected.skip(sample, one_line(error))",
+        ("dataset_run",),
+    ),
+    Mutant(
+        "an archive that was cut off is taken for whole",
+        "if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:",
+        "if not tarfile.BLOCKSIZE:",
+        ("dataset_sources",),
+    ),
+    Mutant(
+        "a shard with a missing table counts as whole",
+        "        except (OSError, pa.ArrowException):\n            return False",
+        "        except (OSError, pa.ArrowException):\n            pass",
+        ("dataset_run",),
+    ),
     # -- capture and evaluation --------------------------------------------------------------------
     Mutant(
         "inputs called masks are inputs like others",

@@ -124,7 +124,7 @@ def test_paths_of_python_files_are_no_modules(here: Path, name: str, hint: str) 
 
 def test_pictures_of_relevance_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "nrm.plot")
+    monkeypatch.delitem(sys.modules, "nrm.plot", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib.* pip install 'nrm\[cli\]'"):
         importlib.import_module("nrm.plot")
 
@@ -150,7 +150,7 @@ def test_completion_needs_no_torch() -> None:
         "assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
     )
     for words, expected in (
-        ("nrm ", {"explain", "layers", "demo", "tokens", "reproduce"}),
+        ("nrm ", {"explain", "layers", "demo", "tokens", "relmax", "reproduce"}),
         ("nrm explain --composite Gam", {"GammaFlat"}),
     ):
         asked = {"_NRM_COMPLETE": "complete_bash", "COMP_WORDS": words}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nrm import (
         circuits,
         composites,
+        dataset,
         errors,
         evaluation,
         graph_networks,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nrm.blocks import Blocks
     from nrm.circuits import Circuit, Components, Edges, components
     from nrm.condition import Condition
+    from nrm.dataset import open_results
     from nrm.diagnostics import Diagnostics
     from nrm.errors import NrmError, RelevanceWarning
     from nrm.evaluation import Evaluation, Interventions, evaluate
@@ -71,6 +73,7 @@ __all__ = [
     "clusters",
     "components",
     "composites",
+    "dataset",
     "errors",
     "evaluate",
     "evaluation",
@@ -80,6 +83,7 @@ __all__ = [
     "mask",
     "methods",
     "neurons",
+    "open_results",
     "operators",
     "patch",
     "rules",
@@ -89,6 +93,7 @@ _HOMES = {
     "blocks": ("Blocks",),
     "circuits": ("Circuit", "Components", "Edges", "components"),
     "condition": ("Condition",),
+    "dataset": ("open_results",),
     "diagnostics": ("Diagnostics",),
     "errors": ("NrmError", "RelevanceWarning"),
     "evaluation": ("Evaluation", "Interventions", "evaluate"),

@@ -123,19 +123,24 @@ def numbers(values: Sequence[float], most: int = 4) -> str:
 
 @contextmanager
 def counted(
-    progress: bool | Callable[[int], None], what: str, total: int
+    progress: bool | Callable[[int], None],
+    what: str,
+    total: int | None,
+    rate: str | None = None,
 ) -> Iterator[Callable[[int], None]]:
     """A function to call with how many of `total` things have just been done.
 
     Arguments:
         progress: whether to show a bar, or what to call instead.
+        total: `None` where it is not known.
+        rate: the unit of how many are done in a second, to show that too.
     """
     if callable(progress):
         yield progress
     elif not progress:
         yield lambda done: None
     else:
-        bars = _bars()
+        bars = _bars(rate)
         with bars:
             task = bars.add_task(what, total=total)
             yield lambda done: bars.advance(task, done)
@@ -166,13 +171,20 @@ def narrowed(
             yield advance
 
 
-def _bars() -> Any:
+def _bars(rate: str | None = None) -> Any:
     """On stderr, gone when it is full."""
     try:
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import Progress, ProgressColumn
+        from rich.text import Text
     except ModuleNotFoundError:
         raise QueryError(
             "progress bars need rich: pip install 'nrm[cli]', or give a function to call."
         ) from None
-    return Progress(console=Console(stderr=True), transient=True)
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.4g} {rate}")
+
+    columns = [*Progress.get_default_columns(), *([Rate()] if rate else [])]
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -53,6 +53,10 @@ class QueryError(NrmError, ValueError):
     """A query that the measure does not answer, or cannot answer on this graph."""
 
 
+class StorageError(NrmError, OSError):
+    """Results cannot be kept: the disk is full, a folder cannot be written, another run has it."""
+
+
 class RelevanceWarning(UserWarning):
     """A result is exact and yet says little: it cancels, its output is zero, or columns vanished.
 

@@ -1,10 +1,10 @@
 """Files: what a run writes is there as a whole or not at all; pictures and labels.
 
-Writing. `written_at_once` makes one file beside its place and then renames it. `filled_at_once`
-makes a folder of files: in a temporary folder beside the result, `.OUT-nrm-XXXXXXXX`, which holds
-a file that the process keeps locked. The system frees the lock when the process ends, however it
-ends: folders of that name whose lock is free are what a killed run left, and the next run removes
-them.
+Writing. `written_at_once` makes one file beside its place and then renames it; `made_at_once` does
+so with a folder that is new. `filled_at_once` moves files to a folder, from a temporary folder
+beside it, `.OUT-nrm-XXXXXXXX`, which holds a file that the process keeps locked. The system frees
+the lock when the process ends, however it ends: folders of that name whose lock is free are what a
+killed run left, and the next run removes them.
 
 Reading. Pictures need Pillow, which comes with `nrm[cli]`; nothing else here needs it.
 """
@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nrm.errors import InputError, one_line, printable
+from nrm.errors import InputError, StorageError, one_line, printable
 
 try:
     import fcntl
@@ -53,6 +53,7 @@ LARGEST = 4096
 _LOCK = "in-use"
 _FILES = "files"
 _TEMPORARY = re.compile(r"\..*-nrm-[a-z0-9_]{8}")  # as tempfile names folders
+_PART = re.compile(r"\..*\.[0-9a-f]{8}\.part")
 _MOMENT = 60.0  # seconds, in which a folder that was made is locked
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose greys beyond 8 bits are 0 to 65535 in Pillow
@@ -76,6 +77,63 @@ def written_at_once(file: Path) -> Iterator[Path]:
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_at_once(folder: Path) -> Iterator[Path]:
+    """A new folder beside its place, to fill: at the end it is renamed; after an error removed.
+
+    What is there by then stays as it is, and what was filled is dropped: of a folder that several
+    make, the first counts. What killed runs left is found by `unfinished`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        beside.mkdir()
+        yield beside
+        for file in beside.iterdir():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())  # a name must not outlive what it names in a power cut
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def unfinished(parent: Path) -> list[Path]:
+    """The folders and files that `made_at_once` and `written_at_once` had not finished."""
+    return [path for path in parent.glob(".*.part") if _PART.fullmatch(path.name)]
+
+
+@contextmanager
+def locked(file: Path, named: str) -> Iterator[None]:
+    """Hold a file, that nobody else holds it: freed when the process ends, however it ends.
+
+    Arguments:
+        named: what a refusal says is in use.
+
+    Raises:
+        StorageError: another process holds it, or it cannot be made.
+    """
+    try:
+        stream = open(file, "a+")  # noqa: SIM115 # closed below
+    except OSError as error:
+        raise StorageError(f"{named}: nothing can be written: {error.strerror}") from error
+    with stream:
+        if fcntl is not None and not _lock(stream.fileno()):
+            stream.seek(0)
+            by = printable(stream.read(20).strip())
+            raise StorageError(
+                f"{named} is in use by another run{f', process {by}' if by else ''}. Wait for it "
+                "or end it, or give another folder."
+            )
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
 
 
 def write_text(file: Path, text: str) -> None:

@@ -63,6 +63,10 @@ class Partition(ABC):
         """`[K, *shape]` summed over the neurons of each part: `[K, batch, parts]`."""
 
     @abstractmethod
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of `[K, *shape]` among the neurons of each part: `[K, batch, parts]`."""
+
+    @abstractmethod
     def set_of(self, part: int) -> NeuronSet:
         """One part, to query on with."""
 
@@ -114,6 +118,10 @@ class ByChannel(Partition):
         by_channel = self.variable.canonical(message).movedim(self._along, 2)
         return by_channel.reshape(*by_channel.shape[:3], -1).sum(-1)
 
+    def largest(self, values: Tensor) -> Tensor:
+        by_channel = self.variable.canonical(values).movedim(self._along, 2)
+        return by_channel.reshape(*by_channel.shape[:3], -1).amax(-1)
+
     def set_of(self, part: int) -> NeuronSet:
         return channels(self.variable.name, part, axis=self.axis)
 
@@ -139,6 +147,9 @@ class ByNeuron(Partition):
     def add_up(self, message: Tensor) -> Tensor:
         view = self.variable.canonical(message)
         return view.reshape(*view.shape[:2], -1)
+
+    def largest(self, values: Tensor) -> Tensor:
+        return self.add_up(values)
 
     def set_of(self, part: int) -> NeuronSet:
         place = np.unravel_index(part, self.shape)
@@ -201,6 +212,14 @@ class BySet(Partition):
             ],
             -1,
         )
+
+    def largest(self, values: Tensor) -> Tensor:
+        view = self.variable.canonical
+        found = [
+            view(values.masked_fill(self._mask(part) == 0, -torch.inf)).flatten(2).amax(-1)
+            for part in range(self.size)
+        ]
+        return torch.stack(found, -1)
 
     def set_of(self, part: int) -> NeuronSet:
         return self.sets[part]

@@ -212,9 +212,23 @@ class Pass:
         Raises:
             QueryError: it stands for neurons without a value of their own.
         """
-        if variable.node is None:
-            raise QueryError(f"{variable.name!r} is a leaf that enters late; it has no activation.")
-        return self.value_at(variable.node)
+        return self.values([variable])[variable]
+
+    def values(self, variables: Collection[Variable]) -> dict[Variable, Tensor]:
+        """The values of several variables, computed anew in one run.
+
+        Raises:
+            QueryError: as for `value`.
+        """
+        nodes: dict[Variable, Node] = {}
+        for variable in variables:
+            if variable.node is None:
+                raise QueryError(
+                    f"{variable.name!r} is a leaf that enters late; it has no activation."
+                )
+            nodes[variable] = variable.node
+        found = self.program.values(self.inputs, set(nodes.values()))
+        return {variable: found[node].contiguous() for variable, node in nodes.items()}
 
     def value_at(self, node: Node) -> Tensor:
         """The value of a node of the captured graph, also of one that carries no relevance."""

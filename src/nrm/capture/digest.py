@@ -20,7 +20,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nrm.errors import QueryError
 
@@ -234,6 +234,15 @@ def lasting(tensor: Tensor) -> str:
     plain = plain.resolve_conj().resolve_neg().contiguous().reshape(-1)
     raw = plain.view(torch.uint8) if plain.numel() else plain
     return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def of_weights(model: nn.Module) -> str:
+    """The SHA-256 of all parameters and buffers, with their names."""
+    lines = [
+        f"{name} {value.dtype} {tuple(value.shape)} {lasting(value)}\n"
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @cache

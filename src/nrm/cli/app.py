@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import nrm
+from nrm.cli import relmax
 from nrm.cli.commands import (
     AUTO,
     COMPOSITES,
@@ -35,6 +35,21 @@ from nrm.cli.commands import (
     composites_beginning,
     one_line_errors,
     refuse_unread,
+)
+from nrm.cli.options import (
+    AsJson,
+    Bias,
+    Debug,
+    Device,
+    Head,
+    HeadChoice,
+    ModelName,
+    OutputName,
+    Weights,
+    WeightsPart,
+    check_part,
+    named_layers,
+    progress,
 )
 
 app = typer.Typer(
@@ -57,53 +72,7 @@ MOST_NUMBERS = 2**27
 MOST_AXES = 12
 
 
-class Bias(StrEnum):
-    """What becomes of biases (see `nrm.Explainer`)."""
-
-    drop = "drop"
-    input = "input"
-
-
-class Head(StrEnum):
-    """What becomes of the last function (see `nrm.Explainer`)."""
-
-    logits = "logits"
-    keep = "keep"
-
-
-ModelName = Annotated[
-    str,
-    typer.Option("--model", help="module:factory of the model, called without arguments."),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        help="State dict to load, alone or in a checkpoint: .safetensors, .pt, .pth, .ckpt, ..."
-    ),
-]
-WeightsPart = Annotated[
-    str | None,
-    typer.Option(help="Which part of --weights holds them, where there are several: ema, ..."),
-]
-OutputName = Annotated[
-    str | None,
-    typer.Option(
-        "--output",
-        help="Which output to explain, of a model with several: its name or index, or a path of "
-        "these with dots between.",
-    ),
-]
-HeadChoice = Annotated[
-    Head,
-    typer.Option(
-        "--head",
-        help="Explain the logits behind a last softmax or sigmoid, or keep it and explain the "
-        "output as it is.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+app.add_typer(relmax.app, name="relmax")
 
 
 def _version(wanted: bool) -> None:
@@ -216,8 +185,8 @@ def explain(
     from nrm.cli.task import Run, Task
 
     with one_line_errors(debug):
-        say = _say(quiet=as_json)
-        named = _layers(layers)
+        say = progress(quiet=as_json)
+        named = named_layers(layers)
         if not named:
             search = {"--top": top, "--search-seconds": search_seconds}
             refuse_unread(search, "without --layers: there is nothing to search")
@@ -225,7 +194,7 @@ def explain(
             raise CommandError("--search-seconds: give a number of seconds, not nan")
         if transform != IMAGENET:
             refuse_unread({"--size": size}, f"beside --transform {transform}, which decides it")
-        _check_part(weights, weights_part)
+        check_part(weights, weights_part)
         io.check_folder(out, "--out")
         if size is not None and size > io.LARGEST:
             raise CommandError(f"--size {size}: the largest is {io.LARGEST}")
@@ -277,7 +246,7 @@ def explain(
 
 
 @app.command("layers", cls=Command)
-def list_layers(
+def listnamed_layers(
     model: ModelName,
     weights: Weights = None,
     weights_part: WeightsPart = None,
@@ -297,7 +266,7 @@ def list_layers(
 
     with one_line_errors(debug):
         where = models.find_device(device)
-        _check_part(weights, weights_part)
+        check_part(weights, weights_part)
         x = torch.rand(_shape(input_shape), generator=torch.Generator().manual_seed(0)).to(where)
         network, _ = models.loaded(model, weights, where, weights_part)
         chosen, _ = models.output_of(network, x, output, "inputs")
@@ -393,7 +362,7 @@ def explain_tokens(
     from nrm.cli import models, report, tokens
 
     with one_line_errors(debug):
-        named = _layers(layers)
+        named = named_layers(layers)
         if not named:
             refuse_unread({"--top": top}, "without --layers: there is nothing to search")
         if generate is not None:
@@ -402,7 +371,7 @@ def explain_tokens(
         for file in (json_file, html_file, picture):
             if file is not None and file.is_dir():
                 raise CommandError(f"{as_text(file)} is a folder: name a file")
-        where, say = models.find_device(device), _say(quiet=False)
+        where, say = models.find_device(device), progress(quiet=False)
         rules = models.find_composite(composite, None)
         loaded = tokens.load(model, where, say)
         explainer = nrm.Explainer(
@@ -439,7 +408,7 @@ def run_demo(
 
     with one_line_errors(debug):
         io.check_folder(out, "--out")
-        say = _say(quiet=False)
+        say = progress(quiet=False)
         say("training a small network on scikit-learn's digits")
         trained = demo.trained(epochs)
         typer.echo(
@@ -454,11 +423,6 @@ def run_demo(
             _summarise(result, folder)
 
 
-def _say(quiet: bool) -> Callable[[str], None]:
-    """Progress, on stderr."""
-    return lambda text: None if quiet else typer.echo(f"{text} …", err=True)
-
-
 def _told(out: Path, quiet: bool) -> Callable[[Any, dict[str, Any] | str], None]:
     """Shows what became of each of several pictures."""
     from nrm.cli import report
@@ -471,23 +435,6 @@ def _told(out: Path, quiet: bool) -> Callable[[Any, dict[str, Any] | str], None]
                 typer.echo(f"{line} → {as_text(out / job.folder)}")
 
     return tell
-
-
-def _check_part(weights: Path | None, part: str | None) -> None:
-    if weights is None:
-        refuse_unread({"--weights-part": part}, "without --weights")
-    if part == "":
-        raise CommandError("--weights-part: name a part of the file, e.g. ema")
-
-
-def _layers(given: Sequence[str] | None) -> list[str]:
-    """The names in all of them, with commas between."""
-    named = [name.strip() for text in given or () for name in text.split(",")]
-    if given and not all(named):
-        raise CommandError(
-            f"--layers {','.join(given)!r}: give names of layers, e.g. 'conv1,conv2'"
-        )
-    return named
 
 
 def _shape(text: str) -> list[int]:

@@ -195,13 +195,17 @@ def output_of(
     if wanted in found:
         steps, tensor = found[wanted]
     else:
-        numbers = re.compile(r"-?\d+")
-        steps = tuple(int(s) if numbers.fullmatch(s) else s for s in wanted.split("."))
+        steps = steps_of(wanted)
         try:
             tensor = choose(result, steps, "the model")
         except CaptureError as error:
             raise CommandError(f"--output {wanted!r}: there is none; there are: {there}") from error
     return steps[0] if len(steps) == 1 else steps, tensor
+
+
+def steps_of(output: str) -> tuple[str | int, ...]:
+    """The names and indices of an output that is named by a path with dots between."""
+    return tuple(int(s) if re.fullmatch(r"-?\d+", s) else s for s in output.split("."))
 
 
 def _tensors(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nrm import __version__, plot
-from nrm.capture.digest import lasting
+from nrm.capture.digest import of_weights
 from nrm.cli.commands import RESULT, CommandError, as_text
 from nrm.cli.models import classes_of
 from nrm.cli.weights import Read
@@ -460,7 +460,7 @@ def weights_used(model: nn.Module, file: Path | None, read: Read | None = None) 
         "part": None if read is None else read.part,
         "names": None if read is None else read.names,
         "sha256": None if file is None else file_digest(file),
-        "values_sha256": _values_digest(model),
+        "values_sha256": of_weights(model),
     }
 
 
@@ -494,12 +494,3 @@ def _installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-
-
-def _values_digest(model: nn.Module) -> str:
-    """The SHA-256 of all parameters and buffers, with their names."""
-    lines = [
-        f"{name} {value.dtype} {tuple(value.shape)} {lasting(value)}\n"
-        for name, value in (*model.named_parameters(), *model.named_buffers())
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
