@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 
 import nrm
 from nrm import composites
+from nrm_reproduce.pretrained import CIFAR_CLASSES, cifar_picture, cifar_resnet
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "cifar10"
@@ -21,26 +21,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def cifar(torchvision_models):
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import cifar_resnet
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
-    return cifar_resnet
-
-
-@pytest.fixture(scope="module")
-def pictures(cifar) -> tuple[Tensor, list[int]]:
+def pictures() -> tuple[Tensor, list[int]]:
     """Two of every class."""
-    names = [f"{name}_000{n}" for name in cifar.CLASSES for n in (1, 2)]
-    x = torch.cat([cifar.read(DATA / f"{name}.jpg") for name in names])
-    return x, [cifar.CLASSES.index(name.rpartition("_")[0]) for name in names]
+    names = [f"{name}_000{n}" for name in CIFAR_CLASSES for n in (1, 2)]
+    x = torch.cat([cifar_picture(DATA / f"{name}.jpg") for name in names])
+    return x, [CIFAR_CLASSES.index(name.rpartition("_")[0]) for name in names]
 
 
 @pytest.mark.parametrize(("weights", "blocks"), [("resnet20", 3), ("resnet56", 9)])
-def test_every_cut_is_exact_and_lrp_0_is_gradient_times_input(cifar, pictures, weights, blocks):
-    model = cifar.pretrained(DATA / f"{weights}.safetensors", blocks)
+def test_every_cut_is_exact_and_lrp_0_is_gradient_times_input(pictures, weights, blocks):
+    model = cifar_resnet(DATA / f"{weights}.safetensors", blocks)
     x, classes = pictures
     with torch.no_grad():
         right = (model(x).argmax(1) == torch.tensor(classes)).float().mean()
@@ -62,9 +52,9 @@ def test_every_cut_is_exact_and_lrp_0_is_gradient_times_input(cifar, pictures, w
     dense.check_walks(R, queries=1)
 
 
-def test_shortcuts_without_weights_lead_the_pairs(cifar, pictures) -> None:
+def test_shortcuts_without_weights_lead_the_pairs(pictures) -> None:
     """`F.pad` puts channel k at k + 8 (of 32) and k + 16 (of 64): most of the strongest pairs."""
-    model = cifar.pretrained(DATA / "resnet20.safetensors")
+    model = cifar_resnet(DATA / "resnet20.safetensors")
     x, _ = pictures
     for before, after, pad in (("layer1.2", "layer2.0", 8), ("layer2.2", "layer3.0", 16)):
         for sample in (0, 14):

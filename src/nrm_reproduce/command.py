@@ -34,12 +34,15 @@ EXPERIMENTS = {
     "mutag": "mutag:EXPERIMENT",
     "tracr": "tracr:EXPERIMENT",
     "circuits": "circuits:EXPERIMENT",
+    "networks": "across_networks:EXPERIMENT",
 }
 """Where each is, in this package."""
 ALL = "all"
 """The paper's experiments one after the other: all but those on graphs and on circuits, which have
-data of their own kind."""
-OF_ALL = tuple(name for name in EXPERIMENTS if name not in ("mutag", "tracr", "circuits"))
+data of their own kind, and on many networks, which takes long."""
+OF_ALL = tuple(
+    name for name in EXPERIMENTS if name not in ("mutag", "tracr", "circuits", "networks")
+)
 KEPT = "kept"
 """The folder in `--out` that a run after an interruption goes on from."""
 INCOMPLETE = 1
@@ -70,7 +73,16 @@ def reproduce(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a language model of transformers, for circuits.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where that runs: cpu, cuda, …")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where that runs, or networks do: cpu, cuda, …")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Which of several networks, with commas between.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Do this part of the work alone: 1/4 is the first of four."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Of training, choices and the bootstrap.")
     ] = 0,
@@ -85,7 +97,14 @@ def reproduce(
     with one_line_errors(debug):
         experiment = find(name)
         io.check_folder(out, "--out")
-        given_ones = {"layers": layers, "weights": weights, "model": model, "device": device}
+        given_ones = {
+            "layers": layers,
+            "weights": weights,
+            "model": model,
+            "device": device,
+            "only": only,
+            "part": part,
+        }
         for option, given in given_ones.items():
             if given and option not in experiment.options:
                 raise CommandError(f"--{option}: {name} takes none")
@@ -100,6 +119,8 @@ def reproduce(
                 seed,
                 model,
                 device or _CPU,
+                tuple(name.strip() for name in (only or "").split(",") if name.strip()),
+                None if part is None else _part(part),
             )
         )
         with io.filled_at_once(out, _RESULT, "--out") as folder:
@@ -203,6 +224,8 @@ def _request(
     seed: int,
     model: Path | None,
     device: str,
+    only: tuple[str, ...],
+    part: tuple[int, int] | None,
 ) -> Request:
     from nrm_reproduce.report import Request
 
@@ -215,6 +238,8 @@ def _request(
         seed,
         model,
         device,
+        only,
+        part,
         progress=sys.stderr.isatty(),
         say=lambda line: typer.echo(line, err=True),
     )
@@ -236,6 +261,14 @@ def _layers(text: str) -> tuple[str, ...]:
     if len(names) < 2 or not all(names):
         raise CommandError(f"--layers {text}: give names of layers with commas between")
     return names
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Which of how many parts."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise CommandError(f"--part {text}: give which of how many, such as 1/4")
+    return int(number), int(of)
 
 
 def _summarise(report: Report) -> None:

@@ -104,7 +104,7 @@ class JointRelevance:
         """`[n1, n2, ...]`: `f(x) R(S_1, S_2, ...)`."""
         explainer: Explainer = self._explainer  # type: ignore[attr-defined]
         R = self._measure(explainer, families.R)
-        by = self.by if isinstance(self.by, str) else _found(self.layers, families)
+        by = self.by if isinstance(self.by, str) else same_sets(self.layers, families)
         return (Families(R, self.layers, by).joint() * R.scale).contiguous()
 
     def _measure(self, explainer: Explainer, R: Measure) -> Measure:
@@ -118,7 +118,7 @@ class JointRelevance:
         return explainer(x, output_relevance=chosen)
 
 
-def _found(layers: tuple[str, ...], families: Families) -> By:
+def same_sets(layers: Sequence[str], families: Families) -> By:
     """The sets of other walks' families: clusters are not found again."""
     known = dict(zip(layers, families.sets, strict=True))
 

@@ -203,6 +203,33 @@ def class_names(data: Path) -> list[str] | None:
     return io.read_labels(data / LABELS) if (data / LABELS).is_file() else None
 
 
+# -- pairs of sentences ---------------------------------------------------------------------------
+
+SENTENCES = (
+    ("The boy threw the ball over the fence.", "A child tossed a ball into the next garden."),
+    ("Our flight was cancelled because of snow.", "The storm kept our plane on the ground."),
+    ("She poured milk into her tea.", "The woman likes her tea with milk."),
+    ("The museum opens at nine on Sundays.", "You can visit the gallery on Sunday morning."),
+    ("He broke his leg while skiing.", "The skier was hurt in a bad fall."),
+    ("The library bought two hundred new books.", "There are many new novels to borrow."),
+    ("My sister plays chess every evening.", "My brother spends his nights with board games."),
+    ("The river froze in January.", "The lake was covered with ice all winter."),
+    ("A fire destroyed the wooden church.", "The old chapel burned to the ground."),
+    ("Please turn off the light in the kitchen.", "The lamp above the stove is still on."),
+    ("The farmer feeds his cows with fresh grass.", "Cattle graze on the green meadow."),
+    ("They painted the front door blue.", "The new colour of the house is white."),
+    ("The students wrote an exam in physics.", "The class was tested on mechanics."),
+    ("A loud noise woke the baby.", "The infant started to cry in the night."),
+    ("The shop sells shoes and leather bags.", "She bought a pair of boots in the city."),
+    ("The mayor promised cheaper bus tickets.", "Public transport will cost less next year."),
+    ("We cooked rice with vegetables for lunch.", "There was fried rice on the table at noon."),
+    ("The satellite measures the height of the sea.", "Oceans rise as the ice melts."),
+    ("The dog buried a bone in the garden.", "Our puppy dug a hole under the tree."),
+    ("The singer forgot the words of her song.", "The concert ended with a long applause."),
+)
+"""Written for the experiment `networks`, before any result."""
+
+
 # -- series whose label is set at one step ---------------------------------------------------------
 
 

@@ -54,7 +54,10 @@ class Request:
         weights: a file of weights, for experiments that explain a pretrained network.
         seed: of all that is drawn at random.
         model: a folder with a language model, for experiments that explain one.
-        device: where that one runs.
+        device: where that one runs, and the networks of `networks`.
+        only: which networks, for experiments on several; by default all.
+        part: which of how many equal parts of the work is to be done, for experiments whose work
+            several processes may share; by default all.
         progress: whether to show bars.
         say: told what happens, a line at a time.
     """
@@ -67,6 +70,8 @@ class Request:
     seed: int = 0
     model: Path | None = None
     device: str = "cpu"
+    only: tuple[str, ...] = ()
+    part: tuple[int, int] | None = None
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
 
@@ -78,7 +83,8 @@ class Experiment:
     Attributes:
         name: by which it is run.
         run: runs it, from where an interrupted run stopped.
-        options: which of a request's `layers`, `weights`, `model` and `device` it heeds.
+        options: which of a request's `layers`, `weights`, `model`, `device`, `only` and
+            `part` it heeds.
     """
 
     name: str

@@ -32,6 +32,7 @@ class Families:
     Attributes:
         R: the measure of the sample.
         parts: of each layer, in the order given; an axis of every score is that of a layer.
+        memory: bytes that messages may take at once, roughly.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Families:
         if isinstance(layers, str) or not layers:
             raise QueryError("layers are a list of one name or more.")
         self.R = R
-        self._memory = memory
+        self.memory = memory
         self._by: Division = "channel"
         if callable(by):
             self._given: list[str | list[NeuronSet]] = [list(by(R, layer)) for layer in layers]
@@ -66,14 +67,14 @@ class Families:
         if len(self._given) == 1:
             (marginal,) = self.marginals()
             return marginal
-        return self.R.joint(*self._given, by=self._by, memory=self._memory)[0]
+        return self.R.joint(*self._given, by=self._by, memory=self.memory)[0]
 
     def blocks(self, interventions: Interventions) -> Tensor:
         """`[n1, n2, ...]`: by walks through blocks, the sets of the lowest layer removed as the
         interventions remove them."""
         lowest = min(range(len(self.parts)), key=lambda place: self.parts[place].variable.index)
         layer, removal = self._given[lowest], interventions.removal
-        blocks = Blocks(self.R, layer, by=self._by, removal=removal, memory=self._memory)
+        blocks = Blocks(self.R, layer, by=self._by, removal=removal, memory=self.memory)
         others = [given for place, given in enumerate(self._given) if place != lowest]
         if not others:
             return blocks.each()[0]

@@ -1,0 +1,281 @@
+"""Walks on a network that are candidates for its default: what they say, cost, and cancel.
+
+For the experiment `networks`: a score for `evaluate`; total variations, which tell a calm heatmap
+from a noisy one; and seconds, as multiples of a forward and backward pass of the same network.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nrm import Explainer, Measure
+from nrm.errors import QueryError, RelevanceWarning
+from nrm.evaluation import Evaluation, Families, Interventions, evaluate, joint_contributions
+from nrm.evaluation.scores import SCORES, By, Score
+from nrm.evaluation.store import Store, digest
+from nrm_reproduce.comparison import BASELINES, Walks, same_sets, steps
+from nrm_reproduce.report import Request
+from nrm_reproduce.studies import Pair, Sample, Study
+
+BLOCKS = "blocks"
+"""Walks through blocks, among the methods."""
+CONTRIBUTION = "joint contribution"
+"""Among what takes time: all interventions of a pair of layers."""
+HALVES = ("choosing", "reporting")
+"""Of the samples: to choose walks on, and to report on."""
+TIMED = 2
+"""On how many samples times are measured."""
+_MOST_KS = 2_000
+_REPEATS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class ByWalks:
+    """A score for `evaluate`: `f(x) R(S_1, S_2)` by some walks, with sets found before.
+
+    Where relevances overflow it is zero everywhere, so that its correlation is not defined.
+
+    Arguments:
+        explainer: by these walks. No field: what it captures is no part of the setting that a
+            store compares.
+    """
+
+    walks: Walks
+    layers: tuple[str, ...]
+    by: By
+    explainer: InitVar[Explainer]
+
+    def __post_init__(self, explainer: Explainer) -> None:
+        object.__setattr__(self, "_explainer", explainer)
+
+    def __call__(self, families: Families, interventions: Interventions) -> Tensor:
+        """`[n1, n2]`."""
+        explainer: Explainer = self._explainer  # type: ignore[attr-defined]
+        by = self.by if isinstance(self.by, str) else same_sets(self.layers, families)
+        try:
+            R = explainer(*families.R.forward_pass.inputs, target=families.R.target)
+            found = Families(R, self.layers, by, families.memory).joint() * R.scale
+        except QueryError:  # not finite
+            return torch.zeros(families.shape, device=families.R.scale.device)
+        return found.contiguous() if bool(found.isfinite().all()) else torch.zeros_like(found)
+
+
+class Trial:
+    """All walks and scores on one study.
+
+    Arguments:
+        device: where it runs.
+    """
+
+    def __init__(self, study: Study, device: torch.device) -> None:
+        self.study, self.device = study, device
+        study.model.to(device)
+        self.weights = digest(study.model)[:12]
+        self.memory = 2**32 if device.type == "cuda" else 2**28
+        self.explainers = {walks.key: study.explainer(walks) for walks in study.walks}
+
+    @property
+    def gammas(self) -> list[Walks]:
+        """What may be chosen."""
+        return [walks for walks in self.study.walks if walks not in self.study.further]
+
+    def place(self, request: Request, what: str) -> Any:
+        """A folder for what is kept of this network."""
+        return request.kept / f"{self.study.name}-{self.weights}-{request.seed}" / what
+
+    def evaluation(self, pair: Pair, half: str, request: Request) -> Evaluation:
+        """All walks beside the joint contributions of a pair of layers.
+
+        Arguments:
+            half: of the samples: on those to choose on, the walks alone; on those to report on
+                everything.
+        """
+        choosing = half == "choosing"
+        samples = self.study.choosing if choosing else self.study.reporting
+        methods = self.scores(pair)
+        if choosing:
+            methods = {walks.key: methods[walks.key] for walks in self.study.walks}
+        place = digest([pair.part, pair.layers, pair.by])[:12]
+        with quietly():
+            return evaluate(
+                self.explainers[self.study.default.key],
+                [(name, self.inputs(sample)) for name, sample in samples],
+                list(pair.layers),
+                by=pair.by,
+                methods=methods,
+                ks=() if choosing else steps(_MOST_KS),
+                ranked=0,
+                memory=self.memory,
+                progress=request.progress,
+                store=self.place(request, f"{place}-{half}"),
+                seed=request.seed,
+            )
+
+    def scores(self, pair: Pair) -> dict[str, Score]:
+        """Of all walks, walks through blocks, and the baselines of the default walks."""
+        walks: dict[str, Score] = {
+            walks.key: ByWalks(walks, pair.layers, pair.by, self.explainers[walks.key])
+            for walks in self.study.walks
+        }
+        return walks | {name: SCORES[name] for name in (BLOCKS, *BASELINES)}
+
+    def inputs(self, sample: tuple[Tensor, ...]) -> list[Tensor]:
+        """A sample's, where the network is."""
+        return [x.to(self.device) for x in sample]
+
+    # -- what cancels ----------------------------------------------------------------------------
+
+    def variations(self, request: Request) -> dict[str, dict[str, list[float]]]:
+        """The sums of absolute relevances, of every sample that is reported on: by walks, at the
+        inputs (`"inputs"`) and at every layer that is compared."""
+        layers = sorted({layer for pair in self.study.pairs for layer in pair.layers})
+        settings = {"layers": layers, "walks": [repr(walks) for walks in self.study.walks]}
+        store = Store(self.place(request, "variations"), settings)
+        found: dict[str, dict[str, list[float]]] = {}
+        for name, sample in self.study.reporting:
+            one = store.once(digest([name, sample]), lambda sample=sample: self._cancel(sample, layers))  # type: ignore[misc]
+            for key, each in one.items():
+                known = found.setdefault(key, {})
+                for place, value in each.items():
+                    known.setdefault(place, []).append(value)
+        return found
+
+    def _cancel(self, sample: tuple[Tensor, ...], layers: list[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        with quietly():
+            for key, explainer in self.explainers.items():
+                R = explainer(*self.inputs(sample))
+                inputs = [variable.name for variable in R.graph.inputs]
+                sizes = _sizes(R, [*inputs, *layers])
+                if sizes is not None:
+                    total = sum(sizes[name] for name in inputs)
+                    found[key] = {"inputs": total} | {name: sizes[name] for name in layers}
+        return found
+
+    # -- what it costs ---------------------------------------------------------------------------
+
+    def costs(self, request: Request) -> list[dict[str, Any]]:
+        """Times as multiples of a forward and backward pass: of every pair of layers, its part and
+        layers, `seconds` of that pass, on which `device`, and `ratios` by method; and of heatmaps
+        by all walks, where there are no layers. Medians over a few samples; measured once, on
+        whatever device, and kept."""
+        settings = {"walks": [repr(walks) for walks in self.study.walks], "samples": TIMED}
+        store = Store(self.place(request, "costs"), settings)
+        samples = self.study.reporting[:TIMED]
+        whole = store.once("heatmaps", lambda: self._timed(samples, self._heatmaps))
+        found = [{"part": "input", "layers": []} | whole]
+        for pair in self.study.pairs:
+            key = digest([pair.part, pair.layers, pair.by])
+
+            def runs(sample: tuple[Tensor, ...], pair: Pair = pair) -> dict[str, Any]:
+                return self._joint(pair, sample)
+
+            one = store.once(key, lambda runs=runs: self._timed(samples, runs))  # type: ignore[misc]
+            found.append({"part": pair.part, "layers": list(pair.layers)} | one)
+        return found
+
+    def _timed(
+        self,
+        samples: Any,
+        runs: Callable[[tuple[Tensor, ...]], Mapping[str, Callable[[], object]]],
+    ) -> dict[str, Any]:
+        ratios: dict[str, list[float]] = {}
+        passes = []
+        with quietly():
+            for _, sample in samples:
+                once = self.seconds(lambda sample=sample: self._pass(sample))  # type: ignore[misc]
+                passes.append(once)
+                for key, work in runs(sample).items():
+                    ratios.setdefault(key, []).append(self.seconds(work) / once)
+        medians = {key: statistics.median(values) for key, values in ratios.items()}
+        device = f"{self.device.type}, {torch.get_num_threads()} threads"
+        return {"device": device, "seconds": statistics.median(passes), "ratios": medians}
+
+    def _pass(self, sample: tuple[Tensor, ...]) -> None:
+        """Forward, and backward to the inputs; of integers, to the weights of their embedding."""
+        inputs = [x.detach().clone() for x in self.inputs(sample)]
+        embeddings = [m.weight for m in self.study.model.modules() if isinstance(m, nn.Embedding)]
+        leaves = [x for x in inputs if x.is_floating_point()] + embeddings[:1]
+        with torch.enable_grad():
+            for leaf in leaves:
+                leaf.requires_grad_()
+            torch.autograd.grad(self.study.model(*inputs).max(), leaves)
+        for weight in embeddings:
+            weight.requires_grad_(False)
+
+    def _heatmaps(self, sample: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+        inputs = self.inputs(sample)
+
+        def heatmap(explainer: Explainer) -> object:
+            R = explainer(*inputs)
+            return R.marginals(layers=[variable.name for variable in R.graph.inputs])
+
+        return {
+            key: (lambda explainer=explainer: heatmap(explainer))  # type: ignore[misc]
+            for key, explainer in self.explainers.items()
+        }
+
+    def _joint(self, pair: Pair, sample: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+        """All scores of a pair of layers, its sets being known, and the interventions."""
+        inputs, explainer = self.inputs(sample), self.explainers[self.study.default.key]
+        R = explainer(*inputs)
+        families = Families(R, pair.layers, pair.by, self.memory)
+        given = Interventions(explainer, *inputs, target=R.target, memory=self.memory)
+        by = pair.by if isinstance(pair.by, str) else same_sets(pair.layers, families)
+
+        def scored(score: Score) -> object:
+            return score(Families(explainer(*inputs), pair.layers, by, self.memory), given)
+
+        # Of walks by gamma one says what all take.
+        few = {self.study.default.key, "LRP-0", "occlusion walks", "AttnLRP", BLOCKS, *BASELINES}
+        found: dict[str, Callable[[], object]] = {
+            key: (lambda score=score: scored(score))  # type: ignore[misc]
+            for key, score in self.scores(pair).items()
+            if key in few
+        }
+        found[CONTRIBUTION] = lambda: joint_contributions(given, *families.sets)
+        return found
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """The least of some times, after a run that prepares what is kept; of what takes long,
+        the time of one further run."""
+        run()
+        times = []
+        while len(times) < _REPEATS and sum(times) < 1:
+            self._wait()
+            begin = time.perf_counter()
+            run()
+            self._wait()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without gradients, and without a word about walks that cancel: that is what is measured."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", RelevanceWarning)
+        yield
+
+
+def _sizes(R: Measure, names: list[str]) -> dict[str, float] | None:
+    """`sum |R|` of layers; `None` where they overflow."""
+    try:
+        found = R.marginals(layers=names)
+    except QueryError:
+        return None
+    sizes = {name: float(values.double().abs().sum()) for name, values in found.items()}
+    return sizes if all(value < float("inf") for value in sizes.values()) else None
