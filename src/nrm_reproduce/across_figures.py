@@ -111,7 +111,12 @@ def _marks(ax: Axes, points: Sequence[Point]) -> None:
         if point.default or point.best:
             marker = "o" if point.default else "s"
             ax.scatter(
-                *place, s=4 * size + 60, marker=marker, facecolor="none", edgecolor="black", zorder=4
+                *place,
+                s=4 * size + 60,
+                marker=marker,
+                facecolor="none",
+                edgecolor="black",
+                zorder=4,
             )
         gamma = name.partition("(")[2].rstrip(")")
         ax.annotate(gamma or name, place, (4, 3), textcoords="offset points", fontsize=6)

@@ -3,7 +3,7 @@
 For every network pairs of adjacent and of distant layers, their channels, clusters, heads, tokens
 or nodes: joint relevance by walks from layer to layer and through blocks beside joint contributions
 (eq. 57), and what it costs. And which walks should be the default: gamma and biases are chosen on
-one half of the samples, and reported on the other.
+samples that are not reported on.
 
 Networks are independent of each other, and so are the pairs of their layers: `--only` runs some
 networks, `--part 1/4` a quarter of the work, and what several processes have kept, copied into one
@@ -18,16 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from nrm.cli.models import find_device
 from nrm.errors import InputError, one_line
 from nrm.evaluation import Evaluation
 from nrm.evaluation.metrics import Mean, bootstrap, bootstrap_difference
 from nrm_reproduce import across_figures, comparison
-from nrm_reproduce.candidates import BLOCKS, CONTRIBUTION, HALVES, TIMED, Trial
+from nrm_reproduce.candidates import BLOCKS, CONTRIBUTION, PURPOSES, TIMED, Trial
 from nrm_reproduce.comparison import BASELINES, Walks
-from nrm_reproduce.report import Experiment, Picture, Report, Request, Row, Table, Value, versions
+from nrm_reproduce.report import Experiment, Picture, Report, Request, Table, Value, versions
 from nrm_reproduce.studies import DEFAULTS, STRONGEST, STUDIES, Kind, Pair, Study
 
 NAME = "networks"
@@ -42,7 +40,7 @@ class Compared:
     """A pair of layers of a network.
 
     Attributes:
-        chosen_on, reported: on one half of the samples, and on the other.
+        chosen_on, reported: on samples to choose walks on, and on those that are reported on.
     """
 
     pair: Pair
@@ -145,7 +143,7 @@ def _found(trial: Trial, request: Request) -> Found:
     study, pairs = trial.study, []
     for pair in study.pairs:
         request.say(f"{study.name}: {pair.part}s of {' x '.join(pair.layers)} …")
-        each = (trial.evaluation(pair, half, request) for half in HALVES)
+        each = (trial.evaluation(pair, purpose, request) for purpose in PURPOSES)
         pairs.append(Compared(pair, *each))
     request.say(f"{study.name}: total variation and time …")
     return Found(study, pairs, trial.variations(request), trial.costs(request), trial.weights)
@@ -155,10 +153,10 @@ def _part(trial: Trial, request: Request, number: int, of: int) -> str:
     """Every `of`-th step of the work on a network, and what was done."""
     study = trial.study
     steps: dict[str, Callable[[], object]] = {
-        f"{half} on {pair.part}s of {' x '.join(pair.layers)}": partial(
-            trial.evaluation, pair, half, request
+        f"{purpose} on {pair.part}s of {' x '.join(pair.layers)}": partial(
+            trial.evaluation, pair, purpose, request
         )
-        for half in reversed(HALVES)  # reporting takes longer
+        for purpose in reversed(PURPOSES)  # reporting takes longer
         for pair in study.pairs
     }
     steps["total variations"] = partial(trial.variations, request)
@@ -334,7 +332,9 @@ def _kinds(found: Sequence[Found]) -> Table:
             continue
         ranked = sorted(_shared(some), key=lambda key, some=some: -_mean_chosen(some, key))  # type: ignore[misc]
         for key in dict.fromkeys([*ranked[:3], default]):
-            lines.append((_SAID[kind], len(some), key, _mean_chosen(some, key), *_reported(some, key)))
+            lines.append(
+                (_SAID[kind], len(some), key, _mean_chosen(some, key), *_reported(some, key))
+            )
     return Table(
         "Which walks, by kind of network",
         ("networks", "how many", "walks", "where chosen", "reported", "total variation", "time"),
@@ -408,7 +408,8 @@ def _costs(found: Sequence[Found]) -> Table:
         "Time, in forward and backward passes of the network",
         ("network", "sets", "layers", "on", "one pass, s", *methods),
         lines,
-        note=f"Medians over {TIMED} samples; captures are made before. Each score is that of all pairs of sets, which are known.",
+        note=f"Medians over {TIMED} samples; captures are made before. Each score is that of all "
+        "pairs of sets, which are known.",
     )
 
 
@@ -458,7 +459,7 @@ def _pictures(found: Sequence[Found]) -> list[Picture]:
             "defaults.png",
             "Faithful or calm",
             "Each mark stands for walks: their correlation with joint contribution, the mean over "
-            "samples and pairs of layers, against the total variation of their heatmaps (1: nothing "
+            "samples and pairs of layers, against the total variation of their heatmaps (1: none "
             "cancels). Larger marks take longer. A ring: the default; a square: the best where "
             "walks were chosen.",
             across_figures.draw_trade(points),

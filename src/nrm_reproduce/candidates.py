@@ -9,9 +9,11 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from nrm import Explainer, Measure
 from nrm.errors import QueryError, RelevanceWarning
 from nrm.evaluation import Evaluation, Families, Interventions, evaluate, joint_contributions
+from nrm.evaluation.faithfulness import Row
 from nrm.evaluation.scores import SCORES, By, Score
 from nrm.evaluation.store import Store, digest
 from nrm_reproduce.comparison import BASELINES, Walks, same_sets, steps
@@ -30,7 +33,7 @@ BLOCKS = "blocks"
 """Walks through blocks, among the methods."""
 CONTRIBUTION = "joint contribution"
 """Among what takes time: all interventions of a pair of layers."""
-HALVES = ("choosing", "reporting")
+PURPOSES = ("choosing", "reporting")
 """Of the samples: to choose walks on, and to report on."""
 TIMED = 2
 """On how many samples times are measured."""
@@ -83,30 +86,42 @@ class Trial:
         self.memory = 2**32 if device.type == "cuda" else 2**28
         self.explainers = {walks.key: study.explainer(walks) for walks in study.walks}
 
-    @property
-    def gammas(self) -> list[Walks]:
-        """What may be chosen."""
-        return [walks for walks in self.study.walks if walks not in self.study.further]
-
-    def place(self, request: Request, what: str) -> Any:
+    def place(self, request: Request, what: str) -> Path:
         """A folder for what is kept of this network."""
         return request.kept / f"{self.study.name}-{self.weights}-{request.seed}" / what
 
-    def evaluation(self, pair: Pair, half: str, request: Request) -> Evaluation:
+    def evaluation(self, pair: Pair, purpose: str, request: Request) -> Evaluation:
         """All walks beside the joint contributions of a pair of layers.
 
+        Each sample is kept, and all of them together once they are there, by their names: what one
+        machine found another one reads.
+
         Arguments:
-            half: of the samples: on those to choose on, the walks alone; on those to report on
+            purpose: of the samples: on those to choose on, the walks alone; on those to report on
                 everything.
         """
-        choosing = half == "choosing"
+        choosing = purpose == "choosing"
         samples = self.study.choosing if choosing else self.study.reporting
+        key = digest([pair.part, pair.layers, pair.by, purpose, [name for name, _ in samples]])
+        store = Store(self.place(request, "evaluations"), self._settings)
+        rows = store.once(
+            key, lambda: [asdict(row) for row in self._evaluate(pair, choosing, samples, request)]
+        )
+        return Evaluation(pair.layers, tuple(Row(**row) for row in rows), request.seed)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"walks": [repr(walks) for walks in self.study.walks]}
+
+    def _evaluate(
+        self, pair: Pair, choosing: bool, samples: Sequence[Sample], request: Request
+    ) -> Sequence[Row]:
         methods = self.scores(pair)
         if choosing:
             methods = {walks.key: methods[walks.key] for walks in self.study.walks}
         place = digest([pair.part, pair.layers, pair.by])[:12]
         with quietly():
-            return evaluate(
+            found = evaluate(
                 self.explainers[self.study.default.key],
                 [(name, self.inputs(sample)) for name, sample in samples],
                 list(pair.layers),
@@ -116,9 +131,10 @@ class Trial:
                 ranked=0,
                 memory=self.memory,
                 progress=request.progress,
-                store=self.place(request, f"{place}-{half}"),
+                store=self.place(request, f"{place}-{'choosing' if choosing else 'reporting'}"),
                 seed=request.seed,
             )
+        return found.rows
 
     def scores(self, pair: Pair) -> dict[str, Score]:
         """Of all walks, walks through blocks, and the baselines of the default walks."""
@@ -138,11 +154,11 @@ class Trial:
         """The sums of absolute relevances, of every sample that is reported on: by walks, at the
         inputs (`"inputs"`) and at every layer that is compared."""
         layers = sorted({layer for pair in self.study.pairs for layer in pair.layers})
-        settings = {"layers": layers, "walks": [repr(walks) for walks in self.study.walks]}
+        settings = {**self._settings, "layers": layers}
         store = Store(self.place(request, "variations"), settings)
         found: dict[str, dict[str, list[float]]] = {}
         for name, sample in self.study.reporting:
-            one = store.once(digest([name, sample]), lambda sample=sample: self._cancel(sample, layers))  # type: ignore[misc]
+            one = store.once(digest(name), partial(self._cancel, sample, layers))
             for key, each in one.items():
                 known = found.setdefault(key, {})
                 for place, value in each.items():
@@ -168,18 +184,14 @@ class Trial:
         layers, `seconds` of that pass, on which `device`, and `ratios` by method; and of heatmaps
         by all walks, where there are no layers. Medians over a few samples; measured once, on
         whatever device, and kept."""
-        settings = {"walks": [repr(walks) for walks in self.study.walks], "samples": TIMED}
-        store = Store(self.place(request, "costs"), settings)
+        store = Store(self.place(request, "costs"), {**self._settings, "samples": TIMED})
         samples = self.study.reporting[:TIMED]
-        whole = store.once("heatmaps", lambda: self._timed(samples, self._heatmaps))
+        whole = store.once("heatmaps", partial(self._timed, samples, self._heatmaps))
         found = [{"part": "input", "layers": []} | whole]
         for pair in self.study.pairs:
             key = digest([pair.part, pair.layers, pair.by])
-
-            def runs(sample: tuple[Tensor, ...], pair: Pair = pair) -> dict[str, Any]:
-                return self._joint(pair, sample)
-
-            one = store.once(key, lambda runs=runs: self._timed(samples, runs))  # type: ignore[misc]
+            work = partial(self._timed, samples, partial(self._joint, pair))
+            one = store.once(key, work)
             found.append({"part": pair.part, "layers": list(pair.layers)} | one)
         return found
 
@@ -192,7 +204,7 @@ class Trial:
         passes = []
         with quietly():
             for _, sample in samples:
-                once = self.seconds(lambda sample=sample: self._pass(sample))  # type: ignore[misc]
+                once = self.seconds(partial(self._pass, sample))
                 passes.append(once)
                 for key, work in runs(sample).items():
                     ratios.setdefault(key, []).append(self.seconds(work) / once)
@@ -219,10 +231,7 @@ class Trial:
             R = explainer(*inputs)
             return R.marginals(layers=[variable.name for variable in R.graph.inputs])
 
-        return {
-            key: (lambda explainer=explainer: heatmap(explainer))  # type: ignore[misc]
-            for key, explainer in self.explainers.items()
-        }
+        return {key: partial(heatmap, explainer) for key, explainer in self.explainers.items()}
 
     def _joint(self, pair: Pair, sample: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
         """All scores of a pair of layers, its sets being known, and the interventions."""
@@ -238,18 +247,16 @@ class Trial:
         # Of walks by gamma one says what all take.
         few = {self.study.default.key, "LRP-0", "occlusion walks", "AttnLRP", BLOCKS, *BASELINES}
         found: dict[str, Callable[[], object]] = {
-            key: (lambda score=score: scored(score))  # type: ignore[misc]
-            for key, score in self.scores(pair).items()
-            if key in few
+            key: partial(scored, score) for key, score in self.scores(pair).items() if key in few
         }
-        found[CONTRIBUTION] = lambda: joint_contributions(given, *families.sets)
+        found[CONTRIBUTION] = partial(joint_contributions, given, *families.sets)
         return found
 
     def seconds(self, run: Callable[[], object]) -> float:
         """The least of some times, after a run that prepares what is kept; of what takes long,
         the time of one further run."""
         run()
-        times = []
+        times: list[float] = []
         while len(times) < _REPEATS and sum(times) < 1:
             self._wait()
             begin = time.perf_counter()

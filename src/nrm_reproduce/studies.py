@@ -60,7 +60,7 @@ Sample = tuple[str, tuple[Tensor, ...]]
 """A name, and the model's inputs with their batch axis."""
 
 SAMPLES = 20
-"""Reported on by default; walks are chosen on as many others."""
+"""Reported on by default; walks are chosen on half as many others."""
 GAMMAS = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5)
 CLUSTERS, STRONGEST = 10, 32
 """Of each layer: clusters of positions; channels, where there are more."""
@@ -218,10 +218,15 @@ def _clusters(seed: int, k: int = CLUSTERS) -> KMeans:
     return KMeans(k, seed)
 
 
+def _half(count: int) -> int:
+    """On how many samples walks are chosen, where so many are reported on."""
+    return -(-count // 2)
+
+
 def _last(samples: Sequence[Sample], count: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """The last samples to report on, and as many before them to choose on."""
+    """The last samples to report on, and half as many before them to choose on."""
     reported = samples[-count:]
-    return samples[: -len(reported)][-count:], reported
+    return samples[: -len(reported)][-_half(count) :], reported
 
 
 # -- networks with photographs ---------------------------------------------------------------------
@@ -235,10 +240,14 @@ def _photographs(request: Request) -> list[Path]:
 def squeezenet_study(request: Request) -> Study:
     """SqueezeNet: channels and clusters from the third module to the last Fire module."""
     count = request.samples or SAMPLES
-    files = _photographs(request)[-2 * count :]
+    files = _photographs(request)[-count - _half(count) :]
     model = squeezenet(Path(request.data))
     choosing, reporting = _last([(file.stem, (read_photo(file).x,)) for file in files], count)
-    far = [("features.5", "features.10"), ("features.5", "features.12"), ("features.3", "features.7")]
+    far = [
+        ("features.5", "features.10"),
+        ("features.5", "features.12"),
+        ("features.3", "features.7"),
+    ]
     squeeze = ("features.12.squeeze_activation", "features.12.expand3x3_activation")
     return Study(
         "squeezenet",
@@ -257,9 +266,9 @@ def squeezenet_study(request: Request) -> Study:
 
 
 def efficientnet_study(request: Request) -> Study:
-    """EfficientNet-Lite0: depthwise convolutions, ReLU6, and blocks that end without a rectifier."""
+    """EfficientNet-Lite0: depthwise convolutions, ReLU6, blocks that end without a rectifier."""
     count = request.samples or SAMPLES
-    files = _photographs(request)[-2 * count :]
+    files = _photographs(request)[-count - _half(count) :]
     model = efficientnet()
     samples = [(file.stem, (as_efficientnet_takes(read_photo(file).shown),)) for file in files]
     choosing, reporting = _last(samples, count)
@@ -283,12 +292,13 @@ def cifar_study(name: str, blocks: int, request: Request) -> Study:
     """A residual network on CIFAR-10."""
     folder = Path(request.data) / "cifar10"
     model = cifar_resnet(folder / f"{name}.safetensors", blocks)
-    each = -(-(request.samples or SAMPLES) // len(CIFAR_CLASSES))
+    count = request.samples or SAMPLES
+    each = -(-count // len(CIFAR_CLASSES))
 
-    def read(begin: int, end: int) -> list[Sample]:
-        files = [sorted(folder.glob(f"{of}_*.jpg"))[begin : end or None] for of in CIFAR_CLASSES]
-        found = [(file.stem, (cifar_picture(file),)) for some in files for file in some]
-        return found[: request.samples or SAMPLES]
+    def read(begin: int, end: int, count: int) -> list[Sample]:
+        every = [sorted(folder.glob(f"{of}_*.jpg"))[begin : end or None] for of in CIFAR_CLASSES]
+        files = [some[n] for n in range(each) for some in every if n < len(some)]
+        return [(file.stem, (cifar_picture(file),)) for file in files[:count]]
 
     end = blocks - 1
     far = [(f"layer1.{end}", f"layer3.{end - 1}"), ("layer2.0", f"layer3.{end - 1}")]
@@ -299,8 +309,8 @@ def cifar_study(name: str, blocks: int, request: Request) -> Study:
         "pictures of CIFAR-10, the last of each class",
         "rectified",
         model,
-        read(-2 * each, -each),
-        read(-each, 0),
+        read(-2 * each, -each, _half(count)),
+        read(-each, 0, count),
         [
             *_pairs("cluster", _clusters(request.seed), [("layer3.0", "layer3.1")], far),
             *_pairs("channel", Strongest(), [inside, ("layer2.0", "layer2.1")], far),
@@ -316,14 +326,17 @@ def mlp_study(request: Request) -> Study:
     data = load_flat(request.data)
     network = perceptron(data, request)
     count = request.samples or SAMPLES
-    parts = {"held out": data.held_out, "test": data.test}
     choosing, reporting = (
-        [(f"{name} {n}", (part.x[n : n + 1],)) for n in range(min(count, len(part)))]
-        for name, part in parts.items()
+        [(f"{name} {n}", (part.x[n : n + 1],)) for n in range(min(most, len(part)))]
+        for name, part, most in (
+            ("held out", data.held_out, _half(count)),
+            ("test", data.test, count),
+        )
     )
+    widths = "-".join(map(str, (*network.widths.values(), 10)))
     return Study(
         "mlp",
-        f"{'-'.join(map(str, network.widths.values()))}-10 perceptron, {network.accuracy:.2%} right",
+        f"perceptron of {widths} neurons, {network.accuracy:.2%} right",
         f"digits of {data.name}, the first test pictures",
         "rectified",
         network.model,
@@ -378,7 +391,7 @@ def _digit_study(
         data,
         "rectified",
         model,
-        samples[1::2],
+        samples[1::2][: _half(len(samples[::2]))],
         samples[::2],
         [
             *_pairs("channel", "channel", near, [("relu1", "relu3")]),
@@ -468,7 +481,7 @@ def mutag_study(request: Request) -> Study:
         "molecules of MUTAG, every eighth",
         "rectified",
         model,
-        samples[4::8][:count],
+        samples[4::8][: _half(count)],
         samples[::8][:count],
         [
             *_pairs(

@@ -185,6 +185,10 @@ def test_walks_are_chosen_on_one_half_and_means_count_what_is_not_defined_as_non
 # -- a network from beginning to end ---------------------------------------------------------------
 
 
+def not_again(*_):
+    raise AssertionError("found anew")
+
+
 def test_a_network_is_compared_timed_and_kept(few, tmp_path, monkeypatch):
     request = Request("digits", tmp_path)
     found = across_networks._found(Trial(study(), torch.device("cpu")), request)
@@ -206,9 +210,8 @@ def test_a_network_is_compared_timed_and_kept(few, tmp_path, monkeypatch):
     assert all(value > 0 for value in (*heatmaps["ratios"].values(), *joint["ratios"].values()))
     assert not any(x.requires_grad for _, inputs in found.study.reporting for x in inputs)
 
-    monkeypatch.setattr(candidates.Trial, "_cancel", None)  # all is kept
-    monkeypatch.setattr(candidates.Trial, "_timed", None)
-    monkeypatch.setattr(candidates, "Families", None)
+    for method in ("_evaluate", "_cancel", "_timed"):  # all is kept
+        monkeypatch.setattr(candidates.Trial, method, not_again)
     again = across_networks._found(Trial(study(), torch.device("cpu")), request)
     assert again.pairs[0].reported.rows == pair.reported.rows
     assert again.costs == found.costs
@@ -226,20 +229,11 @@ def test_parts_of_the_work_make_the_same_page(few, tmp_path, monkeypatch):
         done += across_networks.run(request).facts["mlp"]
     assert done.count(" on neurons of 1 x 3") == 2
     assert done.count("total variations") == 1
-    monkeypatch.setattr(candidates, "evaluate", kept_only(candidates.evaluate))
+    for method in ("_evaluate", "_cancel"):  # all is kept
+        monkeypatch.setattr(candidates.Trial, method, not_again)
     again = across_networks.run(Request("digits", tmp_path / "parts", only=("mlp",)))
     for n in (0, 1, 2, 5):  # those without times
         assert again.tables[n].lines == whole.tables[n].lines
-
-
-def kept_only(evaluate):
-    """What there is in the folder, and nothing new."""
-
-    def found(explainer, *arguments, **options):
-        assert any(options["store"].glob("*.json"))
-        return evaluate(explainer, *arguments, **options)
-
-    return found
 
 
 def test_blocks_are_complete_over_the_pairs(few):
@@ -317,7 +311,7 @@ def test_studies_name_layers_in_their_order_and_keep_samples_apart(
 ):
     made = STUDIES[name](Request(str(shared), tmp_path, samples=2))
     names = [name for name, _ in (*made.choosing, *made.reporting)]
-    assert len(set(names)) == len(names) == 4
+    assert len(set(names)) == len(names) == 3
     graph = made.explainer(made.default).graph(*made.reporting[0][1])
     for pair in made.pairs:
         lower, upper = (graph.variable(layer) for layer in pair.layers)
