@@ -7,6 +7,7 @@ from a noisy one; and seconds, as multiples of a forward and backward pass of th
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,12 +101,11 @@ class Trial:
             purpose: of the samples: on those to choose on, the walks alone; on those to report on
                 everything.
         """
-        choosing = purpose == "choosing"
-        samples = self.study.choosing if choosing else self.study.reporting
+        samples = self.study.choosing if purpose == "choosing" else self.study.reporting
         key = digest([pair.part, pair.layers, pair.by, purpose, [name for name, _ in samples]])
         store = Store(self.place(request, "evaluations"), self._settings)
         rows = store.once(
-            key, lambda: [asdict(row) for row in self._evaluate(pair, choosing, samples, request)]
+            key, lambda: [asdict(row) for row in self._evaluate(pair, purpose, samples, request)]
         )
         return Evaluation(pair.layers, tuple(Row(**row) for row in rows), request.seed)
 
@@ -114,12 +114,15 @@ class Trial:
         return {"walks": [repr(walks) for walks in self.study.walks]}
 
     def _evaluate(
-        self, pair: Pair, choosing: bool, samples: Sequence[Sample], request: Request
+        self, pair: Pair, purpose: str, samples: Sequence[Sample], request: Request
     ) -> Sequence[Row]:
+        choosing = purpose == "choosing"
         methods = self.scores(pair)
         if choosing:
             methods = {walks.key: methods[walks.key] for walks in self.study.walks}
-        place = digest([pair.part, pair.layers, pair.by])[:12]
+        place = f"{digest([pair.part, pair.layers, pair.by])[:12]}-{purpose}"
+        # Its settings hold the code of rules' selectors, whose bytes differ between versions.
+        place += f"-{sys.implementation.cache_tag}"
         with quietly():
             found = evaluate(
                 self.explainers[self.study.default.key],
@@ -131,7 +134,7 @@ class Trial:
                 ranked=0,
                 memory=self.memory,
                 progress=request.progress,
-                store=self.place(request, f"{place}-{'choosing' if choosing else 'reporting'}"),
+                store=self.place(request, place),
                 seed=request.seed,
             )
         return found.rows

@@ -281,6 +281,13 @@ def test_what_cannot_be_run_is_refused(command, tmp_path, only, message):
     assert message in found.output
 
 
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
+def test_a_part_is_one_of_some(command, tmp_path, part):
+    found = command("networks", "--out", tmp_path / "out", "--part", part)
+    assert found.exit_code == 2
+    assert f"--part {part}: give which of how many" in found.output
+
+
 # -- the networks ----------------------------------------------------------------------------------
 
 
