@@ -26,6 +26,7 @@ from nrm.joint import Partition
 from nrm.prepare import Pass, Program
 from nrm.query import Starts
 from nrm.removal import Removal, by_variable, replacement
+from nrm.tensors import full_precision
 
 _HELD = 4
 """How many of a value there are, roughly: in both runs, their difference, and its derivative."""
@@ -52,7 +53,8 @@ class Ablation:
     def __init__(self, of: Explanation, parts: Partition, removal: Removal) -> None:
         self._of, self._parts, self._variable = of, parts, parts.variable
         forward = of.forward_pass
-        part, self._program = _part(of.graph, parts.variable, forward)
+        self._part, self._program = part_above(of.graph, parts.variable, forward)
+        part = self._part
         self.graph = self._program.graph
         # Refused before anything runs, if at all.
         self._removed = self._activations_removed(by_variable(removal, of.graph))
@@ -86,29 +88,46 @@ class Ablation:
         Returns:
             messages of the share of what is explained that each set has, and in its units.
         """
-        copies, of = len(chosen), self._of
+        copies = len(chosen)
         here, *others = self._copied(copies)
+        inputs, reference = [here, *others], [self._without(chosen).to(here), *others]
+        forward = self._program.run(inputs, lambda: None, reference)
+        return forward, starts_of(forward, self._of, copies)
+
+    def values(self, nodes: Sequence[Node], chosen: Sequence[int]) -> list[Any]:
+        """What nodes of the whole model hold without some sets, one copy for each.
+
+        Arguments:
+            nodes: of the model; those that do not depend on the layer hold what they always do.
+        """
+        copies, part = len(chosen), self._part
+        inside = {node: copy for copy, node in part.origin.items()}
+        wanted = [inside[node] for node in nodes if node in inside]
+        _, *others = self._copied(copies)
+        given = dict(zip(part.captured.inputs, [self._without(chosen), *others], strict=True))
+        known = part.captured.constants | given
+        with torch.inference_mode(False), torch.no_grad(), full_precision():
+            found = Interpreter(Plan.of(part.captured.graph, wanted, known), known).compute()
+        rest = [node for node in nodes if node not in inside]
+        forward = self._of.forward_pass
+        alike = forward.program.values(forward.inputs, rest) if rest else {}
+        place = torch.zeros(copies, dtype=torch.long, device=self._value.device)
+        taken = {
+            node: value
+            if copies == 1
+            else Copies({node: value}, self._copies.layouts).take(node, value, place)
+            for node, value in alike.items()
+        }
+        return [found[inside[node]] if node in inside else taken[node] for node in nodes]
+
+    def _without(self, chosen: Sequence[int]) -> Tensor:
+        """The layer's values without each of some sets."""
         masks = self._parts.split(torch.ones_like(self._value).unsqueeze(0), chosen)
-        reference = torch.where(masks != 0, self._removed, self._value)
-        if copies > 1:
-            samples = self._variable.canonical(reference).flatten(0, 1).unsqueeze(0)
-            reference = self._variable.restored(samples, copies * of.batch)
-        before = reference[0].to(here)
-        forward = self._program.run([here, *others], lambda: None, [before, *others])
-        forward.copies, forward.cautions = copies, of.forward_pass.cautions
-        output = of.graph.output
-
-        def for_copies(values: Tensor) -> Tensor:
-            view = output.canonical(values.unsqueeze(0))
-            view = view.repeat(1, copies, *[1] * (view.dim() - 2))
-            return output.restored(view, copies * of.batch)
-
-        weights = for_copies(of.output_weights())
-        # Others may be infinite.
-        terms = torch.where(weights == 0, 0.0, weights * forward.amount.unsqueeze(0))
-        scale = output.by_sample(of.scale).expand(of.output_weights().shape)
-        top = self.graph.output
-        return forward, {True: {top: terms / for_copies(scale)}, False: {top: terms}}
+        removed = torch.where(masks != 0, self._removed, self._value)
+        if len(chosen) > 1:
+            samples = self._variable.canonical(removed).flatten(0, 1).unsqueeze(0)
+            removed = self._variable.restored(samples, len(chosen) * self._of.batch)
+        return removed[0]
 
     def _copied(self, copies: int) -> list[Tensor]:
         """The inputs of the part, of several copies of all samples."""
@@ -120,25 +139,53 @@ class Ablation:
     def _activations_removed(
         self, removal: str | float | dict[Variable, str | float | Tensor]
     ) -> Tensor:
-        """What the activations of the layer become, shaped like the layer."""
-        variable = self._variable
-        if isinstance(removal, dict) and set(removal) != {variable}:
+        if isinstance(removal, dict) and set(removal) != {self._variable}:
             raise QueryError(
                 f"only neurons of {self._parts.name!r} are removed: say what they become."
             )
-        view = variable.canonical(self._of.forward_pass.value(variable).unsqueeze(0))
-        samples = [
-            replacement(removal, variable, variable.restored(view[:, s : s + 1], 1)[0])
-            for s in range(view.shape[1])
-        ]
-        return variable.restored(torch.stack(samples).view_as(view), view.shape[1])[0]
+        return activations_removed(self._of, self._variable, removal)
+
+
+def activations_removed(
+    of: Explanation, variable: Variable, removal: str | float | dict[Variable, str | float | Tensor]
+) -> Tensor:
+    """What the activations of a layer become where they are removed, shaped like the layer."""
+    view = variable.canonical(of.forward_pass.value(variable).unsqueeze(0))
+    samples = [
+        replacement(removal, variable, variable.restored(view[:, s : s + 1], 1)[0])
+        for s in range(view.shape[1])
+    ]
+    return variable.restored(torch.stack(samples).view_as(view), view.shape[1])[0]
+
+
+def starts_of(forward: Pass, of: Explanation, copies: int) -> Starts:
+    """The messages at the output of a pass of differences: of shares, and in units of the output.
+
+    Arguments:
+        forward: of copies of all samples, one after another.
+        of: what is explained of them.
+    """
+    output = of.graph.output
+
+    def for_copies(values: Tensor) -> Tensor:
+        view = output.canonical(values.unsqueeze(0))
+        view = view.repeat(1, copies, *[1] * (view.dim() - 2))
+        return output.restored(view, copies * of.batch)
+
+    forward.copies, forward.cautions = copies, of.forward_pass.cautions
+    weights = for_copies(of.output_weights())
+    # Others may be infinite.
+    terms = torch.where(weights == 0, 0.0, weights * forward.amount.unsqueeze(0))
+    scale = output.by_sample(of.scale).expand(of.output_weights().shape)
+    top = forward.graph.output
+    return {True: {top: terms / for_copies(scale)}, False: {top: terms}}
 
 
 _PARTS: WeakKeyDictionary[Graph, dict[Variable, tuple[Above, Program]]] = WeakKeyDictionary()
 """The parts above layers of each graph, with their programs: they hold for all inputs."""
 
 
-def _part(graph: Graph, variable: Variable, forward: Pass) -> tuple[Above, Program]:
+def part_above(graph: Graph, variable: Variable, forward: Pass) -> tuple[Above, Program]:
     """The part above a layer, for differences between two runs.
 
     Raises:

@@ -31,6 +31,7 @@ from nrm.engine import checked, finite, in_chunks, send_between
 from nrm.errors import NeuronSetError, NrmError, QueryError
 from nrm.explanation import Target
 from nrm.formulas import Formula, holds_of_nothing
+from nrm.gating import Worth
 from nrm.graph import Variable, first_tokens
 from nrm.joint import BySet, Division, Method, Partition, Parts, partitions
 from nrm.measure import Measure
@@ -199,12 +200,16 @@ class Blocks(Shown):
         given: Given = None,
         by: Division = "channel",
         method: Method = "auto",
+        gating: float = 0.0,
     ) -> Tensor:
         """The relevance of every set of this layer with every part of layers above it.
 
         Arguments:
             layer: by name, or sets of one layer.
             more: further layers; single sets, formulas and conditions hold jointly with all.
+            gating: where a set changes how much a part above matters, by what it changes in
+                others: how much of that is credited to the part, and not to those others
+                (`nrm.gating`). Of two layers alone.
             others: as for `Measure.joint`.
 
         Returns:
@@ -213,6 +218,9 @@ class Blocks(Shown):
         held = [part for part in more if isinstance(part, Formula | Condition)]
         layers = [layer, *(part for part in more if not isinstance(part, Formula | Condition))]
         with self._asking(held, given) as condition:
+            if gating:
+                self._check_gating(gating, layers, condition)
+                return self._halved(layer, by, gating)
 
             def answer(answers: Answers) -> Tensor:
                 table = answers.joint(layers, by, method, self.memory)
@@ -372,6 +380,37 @@ class Blocks(Shown):
 
         first, *more = self._put_together(condition, answer)
         return finite(sum(more, first))
+
+    def _check_gating(self, gating: float, layers: Sequence[Parts], condition: Condition) -> None:
+        if isinstance(gating, bool) or not 0 <= gating <= 1:
+            raise QueryError(f"gating is a number from 0 to 1, not {gating!r}.")
+        if len(layers) > 1 or condition.formula is not True:
+            raise QueryError(
+                "what a part gates is known of two layers alone: name one layer above, and "
+                "nothing else. gating=0 takes further layers and conditions."
+            )
+
+    def _halved(self, layer: Parts, by: Division, gating: float) -> Tensor:
+        """`[batch, sets, parts]`, by slopes and by what the parts are worth."""
+        layer = layer if isinstance(layer, str) else list(layer)
+        slopes = self.joint(layer, by=by) if gating < 1 else None
+        worth = Worth(self.R, self._ablation, layer, by, self._asked[2])
+        found: list[Tensor] = []
+
+        def work(chosen: Sequence[int]) -> None:
+            found.append(worth.without(chosen))
+            advance(len(chosen))
+
+        each = self._ablation.bytes if self._ablation.together else self.memory
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            counted(self._progress, "removing sets", self.size) as advance,
+        ):
+            whole = worth.with_all()
+            in_chunks(range(self.size), self.memory, each, work)
+        gated = (whole - torch.cat(found)).movedim(1, 0)
+        return finite(gated if slopes is None else torch.lerp(slopes, gated, gating)).contiguous()
 
     def _known(self, condition: Condition) -> Tensor | None:
         """`[batch]`, the relevance of what is given; `None` if nothing is."""

@@ -69,16 +69,20 @@ class Families:
             return marginal
         return self.R.joint(*self._given, by=self._by, memory=self.memory)[0]
 
-    def blocks(self, interventions: Interventions) -> Tensor:
+    def blocks(self, interventions: Interventions, gating: float = 0.0) -> Tensor:
         """`[n1, n2, ...]`: by walks through blocks, the sets of the lowest layer removed as the
-        interventions remove them."""
+        interventions remove them.
+
+        Arguments:
+            gating: as for `Blocks.joint`.
+        """
         lowest = min(range(len(self.parts)), key=lambda place: self.parts[place].variable.index)
         layer, removal = self._given[lowest], interventions.removal
         blocks = Blocks(self.R, layer, by=self._by, removal=removal, memory=self.memory)
         others = [given for place, given in enumerate(self._given) if place != lowest]
         if not others:
             return blocks.each()[0]
-        return blocks.joint(*others, by=self._by)[0].movedim(0, lowest)
+        return blocks.joint(*others, by=self._by, gating=gating)[0].movedim(0, lowest)
 
     def marginals(self) -> list[Tensor]:
         """`[n]` for each family: the relevance of every set."""
@@ -105,6 +109,11 @@ def blocks(families: Families, interventions: Interventions) -> Tensor:
     return (families.blocks(interventions) * families.R.scale).contiguous()
 
 
+def gated(families: Families, interventions: Interventions) -> Tensor:
+    """The same, half of what sets of the upper layer gate credited to them; of two layers."""
+    return (families.blocks(interventions, 0.5) * families.R.scale).contiguous()
+
+
 def lrp(families: Families, interventions: Interventions | None = None) -> Tensor:
     """`f(x) (R(S_1) + R(S_2) + ...)`: conventional LRP, which has relevance of single sets."""
     return sums(families.marginals()) * families.R.scale
@@ -125,6 +134,7 @@ def occlusion(families: Families, interventions: Interventions) -> Tensor:
 SCORES: dict[str, Score] = {
     "joint": joint,
     "blocks": blocks,
+    "blocks, gating": gated,
     "lrp": lrp,
     "activation": activation,
     "occlusion": occlusion,
