@@ -16,6 +16,8 @@ cluster of something else has hardly any. Needs scikit-learn.
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from nrm.dataset.shard import Explains
 from nrm.dataset.sketch import Floats, Ints
 from nrm.dataset.sources import Read, Sample, Source, as_source
 from nrm.display import Shown, Table, counted
-from nrm.errors import InputError, NrmError, QueryError
+from nrm.errors import InputError, NrmError, QueryError, RelevanceWarning, TargetError, first_line
 from nrm.explainer import Explainer
 from nrm.measure import Measure
 from nrm.methods import in_units
@@ -119,6 +121,7 @@ class Strategies(Shown):
         eigenvalues: of the graph's Laplacian, the smallest ones; none for HDBSCAN.
         places: `[n, 2]`, where to draw each sample, similar ones side by side.
         skipped: how many samples could not be read or explained.
+        cautions: how many batches each kind of warning was given for (`nrm.errors.Cautions`).
     """
 
     explained: int
@@ -131,6 +134,7 @@ class Strategies(Shown):
     eigenvalues: Floats
     places: Floats
     skipped: int
+    cautions: dict[str, int]
 
     @property
     def outstanding(self) -> list[Strategy]:
@@ -170,6 +174,9 @@ class Strategies(Shown):
             )
         if self.skipped:
             notes.append(f"{self.skipped} samples could not be read or explained.")
+        if self.cautions:
+            said = ", ".join(f"{kind} in {count} batches" for kind, count in self.cautions.items())
+            notes.append(f"Warnings (docs/dataset.md): {said}.")
         return Table(
             f"Clusters of {len(self.samples)} heatmaps of class {self.explained}",
             ("cluster", "samples", "conductance", "silhouette", "", "typical"),
@@ -218,14 +225,17 @@ def strategies(
     kept = _Kept()
     members = itertools.islice(_members(explainer, source, explained, target, batch, kept), most)
     maps: list[Tensor] = []
-    with counted(progress, f"samples of class {explained}", None, rate="samples/s") as advance:
+    bar = counted(progress, f"samples of class {explained}", None, rate="samples/s")
+    with bar as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RelevanceWarning)  # counted
         for group in _groups(members, batch):
             maps += _coarse(explainer, group, explained, side, kept)
             advance(len(group))
     if len(maps) < FEWEST:
+        why = f" ({kept.skipped} could not be, the last because: {kept.last})" if kept.last else ""
         raise InputError(
-            f"class {explained} has {len(maps)} samples that could be explained: clusters need "
-            f"{FEWEST}"
+            f"class {explained} has {len(maps)} samples that could be explained{why}: clusters "
+            f"need {FEWEST}"
         )
     heatmaps = torch.stack(maps).numpy()
     flat = heatmaps.reshape(len(heatmaps), -1)
@@ -248,6 +258,7 @@ def strategies(
         eigenvalues,
         _places(flat, embedding),
         kept.skipped,
+        dict(sorted(kept.cautions.items())),
     )
 
 
@@ -260,6 +271,12 @@ class _Kept:
     def __init__(self) -> None:
         self.samples: list[Sample] = []
         self.skipped = 0
+        self.last = ""
+        self.cautions: Counter[str] = Counter()
+
+    def skip(self, reason: str) -> None:
+        """A sample that cannot be read or explained."""
+        self.skipped, self.last = self.skipped + 1, reason
 
 
 def _members(
@@ -273,24 +290,25 @@ def _members(
     """The samples of the class, in the order of the data set."""
     for group in _groups(_readable(source, batch, kept), batch):
         if target == "predicted":
-            try:
-                output = _measure(explainer, group, None).target
-            except NrmError:
-                output = None
-            if output is not None:
-                yield from (s for s, one in zip(group, output.tolist(), strict=True)
-                            if one == explained)  # fmt: skip
-                continue
-            for sample in group:  # one of them fails: the others do not
-                try:
-                    output = _measure(explainer, [sample], None).target
-                except NrmError:
-                    kept.skipped += 1
-                    continue
-                if output is not None and output.tolist() == [explained]:
-                    yield sample
+            classes = _predicted(explainer, group, kept)
+            yield from (s for s, one in zip(group, classes, strict=True) if one == explained)
         else:
             yield from (s for s in group if target == explained or s.label == explained)
+
+
+def _predicted(explainer: Explainer, group: Sequence[Sample], kept: _Kept) -> list[int | None]:
+    """The largest output of each; `None` where it cannot be computed."""
+    try:
+        found = _measure(explainer, group, None).target
+    except NrmError as error:
+        if len(group) > 1:
+            return [one for sample in group for one in _predicted(explainer, [sample], kept)]
+        kept.skip(first_line(error))
+        return [None]
+    if found is None or found.dim() != 1:
+        raise TargetError("classes are those of a model whose output is [batch, classes]")
+    classes: list[int | None] = found.tolist()
+    return classes
 
 
 def _readable(source: Source, batch: int, kept: _Kept) -> Iterator[Sample]:
@@ -304,7 +322,7 @@ def _readable(source: Source, batch: int, kept: _Kept) -> Iterator[Sample]:
                     if sample.error is None:
                         yield sample
                     else:
-                        kept.skipped += 1
+                        kept.skip(sample.error)
             if source.shards is None and not some:
                 return
 
@@ -332,9 +350,9 @@ def _coarse(
     try:
         R = _measure(explainer, group, explained)
         found = in_units(R, R.heatmap(), "logit").detach().to("cpu", torch.float64)
-    except NrmError:
+    except NrmError as error:
         if len(group) == 1:
-            kept.skipped += 1
+            kept.skip(first_line(error))
             return []
         each = (_coarse(explainer, [sample], explained, side, kept) for sample in group)
         return [one for maps in each for one in maps]
@@ -345,6 +363,7 @@ def _coarse(
     found = found.sum(1) if found.dim() == 4 else found
     high, wide = found.shape[1:]
     coarse = adaptive_avg_pool2d(found[:, None], (min(side, high), min(side, wide)))[:, 0]
+    kept.cautions.update(R.forward_pass.cautions.said)
     length = coarse.flatten(1).norm(dim=1)[:, None, None]
     kept.samples += [Sample(s.number, s.name, label=s.label) for s in group]
     return list((coarse / torch.where(length == 0, 1.0, length)).unbind())
