@@ -34,7 +34,7 @@ LEAST = 8
 
 _TILE = 1.35  # inches
 _LABEL = 0.3
-_TITLE = 0.12  # a line above a tile
+_TITLE = 0.13  # a line above a tile
 _HEAD = 0.22
 _LINE = 0.15
 _MARGIN = 0.08
@@ -272,7 +272,7 @@ def _scatter(
         ax.scatter(x, y, s=7, color=colour, label=f"{label}: {len(x)}", linewidth=0)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5) if alone else None)
+    ax.legend(fontsize=6.5, loc="best")
 
 
 def _spectrum(upper: Any, eigenvalues: npt.NDArray[np.float64], chosen: int) -> None:

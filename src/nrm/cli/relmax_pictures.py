@@ -324,7 +324,8 @@ def _opened(
     say(f"loading {made.model}")
     explainer = made.explainer()
     results.require(explainer)
-    seen = pictures.denormalised if made.transform == IMAGENET else shown
+    normalised = made.is_path and made.transform == IMAGENET  # others make their own tensors
+    seen = pictures.denormalised if normalised else shown
     return _Opened(results, explainer, source, seen, names)
 
 
