@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from nrm.dataset.samples import Read, Sample
 from nrm.dataset.shard import Explains
 from nrm.dataset.sketch import Floats, Ints
-from nrm.dataset.sources import Read, Sample, Source, as_source
+from nrm.dataset.sources import Source, as_source
 from nrm.display import Shown, Table, counted
 from nrm.errors import InputError, NrmError, QueryError, RelevanceWarning, TargetError, first_line
 from nrm.explainer import Explainer
