@@ -121,16 +121,21 @@ class Ways:
             found.run(rules(), 0, len(samples), batch_size=self.batch)
 
     def difference(self) -> float:
-        """Of relevance of channels between the two, in logits, to the largest of them."""
+        """Of relevance of channels between the two, in logits, to the largest of them.
+
+        Of strong inputs, beside which what zennit adds to denominators is nothing.
+        """
         from crp.attribution import CondAttribution
         from crp.concepts import ChannelConcept
 
+        from benchmarks.methods.hooks import STRONG
+
         layer, attribution = self.layers[1], CondAttribution(self.model)
         some = slice(0, min(8, self.count))
-        worst = 0.0
-        R = self.explainer(self.x[some], target=self.y[some])
+        worst, strong = 0.0, self.x[some] * STRONG
+        R = self.explainer(strong, target=self.y[some])
         ours = nrm.methods.conrel(R, self.layers[1], scale="logit")
-        for row, (x, y) in enumerate(zip(self.x[some], self.y[some].tolist(), strict=True)):
+        for row, (x, y) in enumerate(zip(strong, self.y[some].tolist(), strict=True)):
             seen = attribution(
                 x[None].clone().requires_grad_(), [{"y": [y]}], rules(), record_layer=[layer]
             ).relevances[layer]
