@@ -24,7 +24,7 @@ def inside_crp() -> bool:
 
 def run_inside_crp(environment: Path, module: str) -> int:
     """Run a benchmark again, with its arguments, in an environment with zennit-crp."""
-    python = with_packages(environment, CRP)
+    python = with_packages(environment, CRP, "pyarrow")
     command = [str(python), "-m", module, *sys.argv[1:]]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, _INSIDE: "1"}, check=False

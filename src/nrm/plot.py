@@ -239,9 +239,9 @@ def single(
     figure = Figure(figsize=(4.6, 4.3), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     colours = heatmap(relevance, ax, picture=picture)
-    ax.set_title(_plain(title), fontsize=9, parse_math=False)
+    ax.set_title(plain(title), fontsize=9, parse_math=False)
     bar = figure.colorbar(colours, ax=ax, shrink=0.85, pad=0.02, extend="both")
-    label = _plain(f"relevance of a pixel: red {ends[1]}, blue {ends[0]}")
+    label = plain(f"relevance of a pixel: red {ends[1]}, blue {ends[0]}")
     bar.set_label(label, fontsize=8, color=_GREY, parse_math=False)
     bar.ax.ticklabel_format(scilimits=(-2, 2))
     bar.ax.yaxis.get_offset_text().set_fontsize(7)
@@ -289,7 +289,7 @@ def overview(
             ax = figure.add_subplot(grid[row, column])
             heatmap(panel.relevance, ax, picture=picture, title=panel.title)
             if column == 0:
-                ax.set_ylabel(_plain(rows[row - 1]), fontsize=9, parse_math=False)
+                ax.set_ylabel(plain(rows[row - 1]), fontsize=9, parse_math=False)
     return figure
 
 
@@ -302,12 +302,12 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
         columns: letters in a row, after which a line goes on below.
     """
     limit = limit_of(lines)
-    before = max((len(_plain(line.title)) for line in lines), default=0)
+    before = max((len(plain(line.title)) for line in lines), default=0)
     before = before + 2 if before else 0
     placed: list[tuple[float, int, str, float | None, bool]] = []
     row = 0
     for line in lines:
-        placed.append((0, row, _plain(line.title), None, False))
+        placed.append((0, row, plain(line.title), None, False))
         at = 0
         for place, (word, value) in enumerate(zip(line.words, line.values, strict=True)):
             for begin in range(0, len(shown(word)), columns):
@@ -333,7 +333,7 @@ def text(lines: Sequence[Line], *, title: str = "", columns: int = 76) -> Figure
         drawn = ax.text(x, y + 0.5, part, zorder=4, parse_math=False, color=letters)
         drawn.set(family="monospace", fontsize=9, va="center_baseline")
     if title:
-        head = figure.text(0.1 / wide, 1 - 0.2 / high, _plain(title), parse_math=False)
+        head = figure.text(0.1 / wide, 1 - 0.2 / high, plain(title), parse_math=False)
         head.set(fontsize=9, weight="bold", va="center")
     ends = figure.add_axes((0.35 / wide, 0.22 / high, min(0.5, 2.2 / wide), 0.1 / high))
     shades = np.linspace(-1, 1, 101)
@@ -388,7 +388,7 @@ def circuit(
         )
     for name, (x, y) in places.items():
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": _GREY}
-        ax.text(x, y, _plain(name), ha="center", va="center", fontsize=8, zorder=3, bbox=box)
+        ax.text(x, y, plain(name), ha="center", va="center", fontsize=8, zorder=3, bbox=box)
     rows = [y for _, y in places.values()]
     columns = [x for x, _ in places.values()]
     ax.set_xlim(min(columns) - 0.8, max(columns) + 0.8)
@@ -397,7 +397,7 @@ def circuit(
     if title is None:
         shown = "" if len(edges) == len(found) else f"{len(edges)} of "
         title = f"{shown}{len(found)} edges, which keep {found.kept:.2f} of the relevance"
-    ax.set_title(_plain(title), fontsize=9)
+    ax.set_title(plain(title), fontsize=9)
 
 
 def _levels(found: Edged, edges: Sequence[tuple[str, str]]) -> dict[str, tuple[float, float]]:
@@ -432,7 +432,7 @@ def _describe(
     """Facts, and what the colours mean, in a place of their own."""
     ax.set_axis_off()
     if facts:
-        head, others = _plain(facts[0]), _plain("\n".join(facts[1:]))
+        head, others = plain(facts[0]), plain("\n".join(facts[1:]))
         ax.text(0.04, 0.99, head, fontsize=13, weight="bold", va="top", parse_math=False)
         ax.text(0.04, 0.83, others, fontsize=8, va="top", linespacing=1.5, parse_math=False)
     long = max(map(len, ends)) > len(ENDS[0])
@@ -442,7 +442,7 @@ def _describe(
         orientation="horizontal",
         ticks=[-1, 0, 1],
     )
-    meanings = [_plain(ends[0]), "no relevance", _plain(ends[1])]
+    meanings = [plain(ends[0]), "no relevance", plain(ends[1])]
     names = bar.ax.set_xticklabels(meanings, fontsize=8, parse_math=False)
     names[0].set_horizontalalignment("left")
     names[-1].set_horizontalalignment("right")
@@ -465,10 +465,10 @@ def _show(pixels: Array, ax: Axes, title: str) -> None:
         side.set_linewidth(0.4)
         side.set_color(_GREY)
     if title:
-        ax.set_title(_plain(title), fontsize=8, pad=3, parse_math=False)
+        ax.set_title(plain(title), fontsize=8, pad=3, parse_math=False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text to draw: without what cannot be seen, and with lines that end."""
     lines = [
         "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)

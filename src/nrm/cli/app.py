@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import nrm
-from nrm.cli import relmax
+from nrm.cli import relmax_pictures
 from nrm.cli.commands import (
     AUTO,
     COMPOSITES,
@@ -72,7 +72,7 @@ MOST_NUMBERS = 2**27
 MOST_AXES = 12
 
 
-app.add_typer(relmax.app, name="relmax")
+app.add_typer(relmax_pictures.app, name="relmax")
 
 
 def _version(wanted: bool) -> None:

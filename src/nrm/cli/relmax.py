@@ -124,6 +124,11 @@ class Made:
         head: Any = self.head
         return nrm.Explainer(model, composite, bias=bias, output=output, head=head)
 
+    @property
+    def is_path(self) -> bool:
+        """Whether the data are files, and not a data set by its name."""
+        return ":" not in self.data or Path(self.data).exists()
+
     def source(self, shard: int) -> Any:
         """The data set in shards."""
         from nrm.cli import models
@@ -132,7 +137,7 @@ class Made:
         read = None
         if self.transform != IMAGENET:
             read = models.find_attribute(self.transform)
-        if ":" not in self.data or Path(self.data).exists():
+        if self.is_path:
             return as_source(Path(self.data), read, shard)
         found = models.find_attribute(self.data)
         return as_source(found() if callable(found) else found, read, shard)

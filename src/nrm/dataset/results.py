@@ -179,21 +179,24 @@ class Results(Shown):
         part: int | str,
         quantity: Quantity = "relevance",
         k: int | None = None,
+        *,
+        explained: int | None = None,
     ) -> list[Reference]:
         """The samples in which a part has its largest values, the largest first.
 
         Arguments:
             part: its number, or its name.
             k: how many; by default as many as were kept.
+            explained: a class: of those that were kept, the ones that were explained as it.
         """
         number = self.part(layer, part, quantity)
         words = {"layer": layer, "quantity": quantity, "part": number}
         rows = tables.chosen(self.kept("top"), words).sort_by("rank").to_pylist()
         known = self._known()
-        return [
-            Reference(row["sample"], value=row["value"], **known[row["sample"]])
-            for row in (rows if k is None else rows[:k])
-        ]
+        found = [Reference(r["sample"], value=r["value"], **known[r["sample"]]) for r in rows]
+        if explained is not None:
+            found = [one for one in found if one.explained == explained]
+        return found[:k]
 
     def flows(
         self,
@@ -248,6 +251,7 @@ class Results(Shown):
         quantity: Quantity = "relevance",
         k: int | None = None,
         *,
+        explained: int | None = None,
         concept: NeuronSet | None = None,
         conditional: bool = False,
         read: Read | None = None,
@@ -259,6 +263,7 @@ class Results(Shown):
         Arguments:
             explainer: that of the run.
             data, read: as for `relmax`.
+            explained: as for `references`.
             concept: the part's neurons, where parts were given as sets.
             conditional: divide by the part's own relevance (eq. 11).
 
@@ -269,7 +274,8 @@ class Results(Shown):
         self.require(explainer)
         source = self.source(data, read)
         neurons_of = concept or self._set_of(layer, number)
-        references, inputs, found = self.references(layer, number, quantity, k), [], []
+        references = self.references(layer, number, quantity, k, explained=explained)
+        inputs, found = [], []
         for one in references:
             sample = source.sample(one.sample)
             if sample.error is not None:
@@ -278,7 +284,9 @@ class Results(Shown):
             found.append(crp(R, neurons_of, conditional=conditional)[0])
             inputs.append(sample.inputs[0])
         if not references:
-            raise QueryError(f"there are no samples of {layer!r}, part {part!r}")
+            kept = "" if explained is None else f" among the {self.manifest['k']} that were kept"
+            of = "" if explained is None else f" of class {explained}"
+            raise QueryError(f"there are no samples{of} of {layer!r}, part {part!r}{kept}")
         return Heatmaps(references, torch.stack(inputs), torch.stack(found))
 
     def require(self, explainer: Explainer) -> None:
