@@ -21,6 +21,7 @@ from nrm_reproduce.comparison import (
     BASELINES,
     DOTS,
     OTHERS,
+    READING,
     Cloud,
     Comparison,
     Curve,
@@ -160,7 +161,7 @@ _READING = (
     "mean over the first pictures of the test set. Neurons are removed by setting them to zero.",
     "The paper's figures are those of Table 2, for a network that its authors trained on MNIST "
     "(784-256-128-10). The NRM with gamma = 0.1 and without biases is the paper's; the other two "
-    "walks are not. LRP, occlusion and activation add up what is known of single neurons.",
+    "walks are not. " + READING.format(parts="neurons"),
     "Both others divide the relevance of a neuron, which is a part of its activation, by that "
     "activation: nothing is amplified. Occlusion walks take no more from it than the neuron has, "
     "and what no input alone takes is the share of the bias.",
