@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "rnn": "recurrent:EXPERIMENT",
     "additive": "additive:EXPERIMENT",
     "rules": "rules:EXPERIMENT",
+    "bounds": "bounds:EXPERIMENT",
     "mutag": "mutag:EXPERIMENT",
     "tracr": "tracr:EXPERIMENT",
     "circuits": "circuits:EXPERIMENT",
