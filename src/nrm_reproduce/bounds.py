@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nrm import Blocks
 from nrm.display import counted
@@ -29,7 +29,6 @@ from nrm.search import Flows, Order
 from nrm_reproduce import comparison
 from nrm_reproduce.cnn import KMeans
 from nrm_reproduce.comparison import BASELINES, OTHERS, READING
-from nrm_reproduce.data import Photo
 from nrm_reproduce.networks import Kind, Pictured, of_class, pictured
 from nrm_reproduce.readings import HERE, Between, best_additive, gauss
 from nrm_reproduce.report import Experiment, Report, Request, Row, Table, versions
@@ -38,7 +37,7 @@ NAME = "bounds"
 SAMPLES = 10
 WALKS = OTHERS[0]
 """LRP-0 with biases as inputs: beside which blocks are compared, and whose baselines these are."""
-POINTS = (1, 2, 3, 5, 10, 32)
+POINTS = (1, 2, 3, 5, 10)
 """Of the path."""
 REMOVALS: tuple[Removal, ...] = ("zero", "mean")
 TOPS = (1, 5, 10, 50)
@@ -223,8 +222,14 @@ def run(request: Request) -> Report:
     """All cases, with removal to zero and to the mean, on some pictures."""
     network = pictured(request, request.samples or SAMPLES)
     cases = tuple(map(_case, request.layers)) or CASES[network.kind]
-    with torch.no_grad():
-        found = [_found(case, removal, network, request) for case in cases for removal in REMOVALS]
+    weights = digest(network.model)
+    network.model.to(request.device)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        found = [
+            _found(case, removal, network, weights, request)
+            for case in cases
+            for removal in REMOVALS
+        ]
     return Report(
         NAME,
         f"What bounds relevance between distant layers of {network.kind}",
@@ -253,7 +258,7 @@ _READING = (
     "Walks, and the baselines of single sets, are those of LRP-0 with biases as inputs. "
     + READING.format(parts="sets"),
     "Path: what removing A changes at B, times the output's gradient, averaged from without A to "
-    "with A at so many points of Gauss and Legendre; 32 stand for the integral. Blocks take slopes "
+    "with A at so many points of Gauss and Legendre. Blocks take slopes "
     "between the two runs instead. The best additive reading has the same sums over B, what is "
     "lost without A, and is fitted to the contributions: a bound, and no way to explain anything.",
     "Through B alone: f(x) less f with B as it is without A and all else as it is; at the other "
@@ -272,18 +277,21 @@ def _case(layers: tuple[str, ...]) -> Case:
     return Case(layers)
 
 
-def _found(case: Case, removal: Removal, network: Pictured, request: Request) -> Found:
+def _found(
+    case: Case, removal: Removal, network: Pictured, weights: str, request: Request
+) -> Found:
     by: By = "channel"
     if case.part == "cluster":
         by = KMeans(CLUSTERS[network.kind], request.seed)
-    settings = {"weights": digest(network.model), "seed": request.seed, "by": digest(by)}
+    settings = {"weights": weights, "seed": request.seed, "by": digest(by)}
     settings |= {"layers": case.layers, "removal": removal}
     store = Store(request.kept / digest(settings)[:12], settings)
     rows: list[Correlation] = []
     request.say(f"{case.title}, removed: {removal}: {len(network.photos)} pictures ...")
     with counted(request.progress, "pictures", len(network.photos)) as advance:
         for photo in network.photos:
-            find = partial(one_picture, network, photo, case, removal, by, request.device)
+            x = photo.x.to(request.device)
+            find = partial(one_picture, network.model, x, case, removal, by)
             found = store.once(digest([photo.name, photo.x]), find)
             methods = dict.fromkeys(m for each in found["figures"].values() for m in each)
             rows += [
@@ -301,12 +309,11 @@ def _found(case: Case, removal: Removal, network: Pictured, request: Request) ->
 
 
 def one_picture(
-    network: Pictured, photo: Photo, case: Case, removal: Removal, by: By, device: str
+    model: nn.Module, x: Tensor, case: Case, removal: Removal, by: By
 ) -> dict[str, Any]:
     """What JSON keeps of a picture: `target`, `logit`, `figures`."""
-    number = int(network.model(photo.x)[0].argmax())
-    x = photo.x.to(device)
-    explainer = WALKS.explainer(of_class(network.model, number).to(device))
+    number = int(model(x)[0].argmax())
+    explainer = WALKS.explainer(of_class(model, number))
     families = Families(explainer(x, target=0), case.layers, by)
     interventions = Interventions(explainer, x, target=0, removal=removal)
     find = pairs if len(case.layers) == 2 else triples

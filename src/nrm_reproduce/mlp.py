@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from nrm_reproduce.comparison import (
 )
 from nrm_reproduce.data import DIGITS, Data, Part, load_flat
 from nrm_reproduce.networks import INPUT, LAYERS, RECIPES, Perceptron, trained_mlp
-from nrm_reproduce.report import Experiment, Picture, Report, Request, Row, versions
+from nrm_reproduce.report import Experiment, Picture, Report, Request, Row, Table, Value, versions
 
 NAME = "mlp-mnist"
 PAPERS = Walks("joint", "NRM (gamma 0.1)", PlainGamma(0.1), "drop")
@@ -68,6 +68,12 @@ class Order:
 
 SECOND = Order(LAYERS, 20, {"joint": 0.947, "lrp": 0.46, "occlusion": 0.20, "activation": 0.15})
 THIRD = Order((INPUT, *LAYERS), 4, {"joint": 0.447})
+WIDTHS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "mnist": ((64, 32), (128, 64), (512, 256)),
+    DIGITS: (),
+}
+"""Of the hidden layers of other networks, by data, whose pairs are compared too."""
+WIDTHS_SAMPLES = 30
 
 
 @dataclass
@@ -79,6 +85,7 @@ class Found:
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     clouds: dict[str, list[Cloud]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    widths: list[Sequence[Value]] = field(default_factory=list)
 
 
 def run(request: Request) -> Report:
@@ -89,6 +96,8 @@ def run(request: Request) -> Report:
     with torch.no_grad():
         for order in (SECOND, THIRD):
             _add(found, order, network, data, request)
+        if WIDTHS[data.name]:
+            _add_widths(found, network, data, request)
     return Report(
         NAME,
         "Joint relevance in a multilayer perceptron, beside interventions",
@@ -104,6 +113,7 @@ def run(request: Request) -> Report:
         },
         [*_READING, *([_OTHER_DATA] if data.name == DIGITS else []), *found.notes],
         found.details,
+        tables=[_other_widths(found)] if found.widths else [],
     )
 
 
@@ -117,6 +127,13 @@ def perceptron(data: Data, request: Request) -> Perceptron:
     how = "loaded" if network.loaded else "trained"
     request.say(f"{_widths(network)}, {how}: {network.accuracy:.2%} right")
     return network
+
+
+def wider(data: Data, hidden: tuple[int, int], request: Request) -> Perceptron:
+    """The same with hidden layers of other widths; narrow ones may be right less often."""
+    recipe = replace(RECIPES[data.name], hidden=hidden, accuracy=0.9)
+    file = request.kept / f"{data.name}-{hidden[0]}-{hidden[1]}.safetensors"
+    return trained_mlp(data, file, request.seed, recipe=recipe)
 
 
 def compared(network: Perceptron, order: Order) -> Comparison:
@@ -153,6 +170,29 @@ def _add(found: Found, order: Order, network: Perceptron, data: Data, request: R
         "choosing": comparison.means(chosen_on, METHODS),
         **comparison.details(reported, METHODS),
     }
+
+
+def _add_widths(found: Found, network: Perceptron, data: Data, request: Request) -> None:
+    """Pairs of the network, and of networks of other widths, on the same pictures."""
+    pictures = samples(data.test, "test", request.samples or WIDTHS_SAMPLES)
+    others = (wider(data, hidden, request) for hidden in WIDTHS[data.name])
+    for one in sorted((network, *others), key=lambda one: one.widths[LAYERS[0]]):
+        name = _widths(one)
+        request.say(f"{name}: {SECOND.title} …")
+        reported = compared(one, SECOND).report(pictures, request)
+        means = [reported.mean(method).mean for method in METHODS]
+        found.widths.append((name, f"{one.accuracy:.2%}", len(pictures), *means))
+        found.details[name] = comparison.means(reported, METHODS)
+
+
+def _other_widths(found: Found) -> Table:
+    papers = ("the paper's, 784-256-128-10", None, None, *map(SECOND.paper.get, METHODS))
+    heads = ("network", "test accuracy", "pictures", *METHODS.values())
+    return Table(
+        f"Networks of other widths: Pearson correlation, {SECOND.title}",
+        heads,
+        [papers, *found.widths],
+    )
 
 
 _READING = (
