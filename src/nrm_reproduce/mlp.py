@@ -68,12 +68,30 @@ class Order:
 
 SECOND = Order(LAYERS, 20, {"joint": 0.947, "lrp": 0.46, "occlusion": 0.20, "activation": 0.15})
 THIRD = Order((INPUT, *LAYERS), 4, {"joint": 0.447})
-WIDTHS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "mnist": ((64, 32), (128, 64), (512, 256)),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another network on the same data, of which pairs are compared too.
+
+    Attributes:
+        hidden: widths of the hidden layers.
+        standardised: of pixels with mean zero and deviation one, as networks are often fed.
+    """
+
+    hidden: tuple[int, int]
+    standardised: bool
+
+
+VARIANTS: Mapping[str, tuple[Variant, ...]] = {
+    "mnist": tuple(
+        Variant(hidden, standardised)
+        for standardised in (False, True)
+        for hidden in ((64, 32), (128, 64), (256, 128), (512, 256))
+    ),
     DIGITS: (),
 }
-"""Of the hidden layers of other networks, by data, whose pairs are compared too."""
-WIDTHS_SAMPLES = 30
+VARIANTS_SAMPLES = 30
 
 
 @dataclass
@@ -85,7 +103,7 @@ class Found:
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     clouds: dict[str, list[Cloud]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
-    widths: list[Sequence[Value]] = field(default_factory=list)
+    variants: list[Sequence[Value]] = field(default_factory=list)
 
 
 def run(request: Request) -> Report:
@@ -96,8 +114,8 @@ def run(request: Request) -> Report:
     with torch.no_grad():
         for order in (SECOND, THIRD):
             _add(found, order, network, data, request)
-        if WIDTHS[data.name]:
-            _add_widths(found, network, data, request)
+        for variant in VARIANTS[data.name]:
+            _add_variant(found, variant, data, request)
     return Report(
         NAME,
         "Joint relevance in a multilayer perceptron, beside interventions",
@@ -113,7 +131,7 @@ def run(request: Request) -> Report:
         },
         [*_READING, *([_OTHER_DATA] if data.name == DIGITS else []), *found.notes],
         found.details,
-        tables=[_other_widths(found)] if found.widths else [],
+        tables=[_variants(found)] if found.variants else [],
     )
 
 
@@ -127,13 +145,6 @@ def perceptron(data: Data, request: Request) -> Perceptron:
     how = "loaded" if network.loaded else "trained"
     request.say(f"{_widths(network)}, {how}: {network.accuracy:.2%} right")
     return network
-
-
-def wider(data: Data, hidden: tuple[int, int], request: Request) -> Perceptron:
-    """The same with hidden layers of other widths; narrow ones may be right less often."""
-    recipe = replace(RECIPES[data.name], hidden=hidden, accuracy=0.9)
-    file = request.kept / f"{data.name}-{hidden[0]}-{hidden[1]}.safetensors"
-    return trained_mlp(data, file, request.seed, recipe=recipe)
 
 
 def compared(network: Perceptron, order: Order) -> Comparison:
@@ -172,26 +183,31 @@ def _add(found: Found, order: Order, network: Perceptron, data: Data, request: R
     }
 
 
-def _add_widths(found: Found, network: Perceptron, data: Data, request: Request) -> None:
-    """Pairs of the network, and of networks of other widths, on the same pictures."""
-    pictures = samples(data.test, "test", request.samples or WIDTHS_SAMPLES)
-    others = (wider(data, hidden, request) for hidden in WIDTHS[data.name])
-    for one in sorted((network, *others), key=lambda one: one.widths[LAYERS[0]]):
-        name = _widths(one)
-        request.say(f"{name}: {SECOND.title} …")
-        reported = compared(one, SECOND).report(pictures, request)
-        means = [reported.mean(method).mean for method in METHODS]
-        found.widths.append((name, f"{one.accuracy:.2%}", len(pictures), *means))
-        found.details[name] = comparison.means(reported, METHODS)
+def _add_variant(found: Found, variant: Variant, data: Data, request: Request) -> None:
+    """Pairs of another network, on the first of the same pictures."""
+    recipe = replace(RECIPES[data.name], hidden=variant.hidden, accuracy=0.8)
+    if variant.standardised:
+        data = data.standardised()
+    name = "-".join(map(str, (*variant.hidden, *["standardised"] * variant.standardised)))
+    request.say(f"{name}: {SECOND.title} …")
+    file = request.kept / f"{data.name}-{name}.safetensors"
+    network = trained_mlp(data, file, request.seed, recipe=recipe)
+    pictures = samples(data.test, "test", request.samples or VARIANTS_SAMPLES)
+    reported = compared(network, SECOND).report(pictures, request)
+    means = [reported.mean(method).mean for method in METHODS]
+    pixels = "standardised" if variant.standardised else "from 0 to 1"
+    said = (_widths(network), pixels, f"{network.accuracy:.2%}", len(pictures))
+    found.variants.append((*said, *means))
+    found.details[name] = comparison.means(reported, METHODS)
 
 
-def _other_widths(found: Found) -> Table:
-    papers = ("the paper's, 784-256-128-10", None, None, *map(SECOND.paper.get, METHODS))
-    heads = ("network", "test accuracy", "pictures", *METHODS.values())
+def _variants(found: Found) -> Table:
+    papers = ("the paper's, 784-256-128-10", None, None, None, *map(SECOND.paper.get, METHODS))
     return Table(
-        f"Networks of other widths: Pearson correlation, {SECOND.title}",
-        heads,
-        [papers, *found.widths],
+        f"Other networks: Pearson correlation, {SECOND.title}",
+        ("network", "pixels", "test accuracy", "pictures", *METHODS.values()),
+        [papers, *found.variants],
+        group=2,
     )
 
 
