@@ -435,11 +435,10 @@ def test_sets_that_also_lie_on_a_branch_beside_the_weighted_sum(
     model, x = Gated().double().eval(), torch.ones(1, 3).double()
     both = nrm.neurons("a", 0) | nrm.neurons("b", 0) | nrm.neurons("b", 1) | nrm.neurons("b", 2)
     families = [[both, nrm.neurons("a", 1)], [nrm.neurons("n", c) for c in range(4)]]
-    interventions = Interventions(nrm.Explainer(model), x, target=0)
-    found = []
+    explainer, found = nrm.Explainer(model), []
     for shortcuts in (True, False):
         recorded(monkeypatch, shortcuts)
-        found.append(interventions.joint(*families))
+        found.append(Interventions(explainer, x, target=0).joint(*families))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
     assert found[0].abs().max() > 0.01
 

@@ -36,7 +36,6 @@ from nrm.evaluation import (
     pearson,
 )
 from nrm.evaluation.faithfulness import Row as Correlation
-from nrm.evaluation.scores import SCORES as SINGLE
 from nrm.evaluation.store import Store, digest
 from nrm_reproduce.cnn import Pair, count_pairs, layer_pairs
 from nrm_reproduce.comparison import Array, Cloud, draw_correlations, draw_scatter, some
@@ -166,8 +165,7 @@ def effects(families: Families, interventions: Interventions) -> dict[Effect, Te
     `f(x) - f(x \\ (S_a | S_b))`.
     """
     joint = joint_contributions(interventions, *families.sets)
-    alone = SINGLE["occlusion"](families, interventions)  # of both, added up
-    return {Effect.JOINT: joint, Effect.TOTAL: alone - joint}
+    return {Effect.JOINT: joint, Effect.TOTAL: interventions.united(*families.sets)}
 
 
 def overlap(a: Tensor, b: Tensor, first: int, second: int) -> Tensor:

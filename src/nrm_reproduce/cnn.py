@@ -25,6 +25,7 @@ from nrm_reproduce import comparison
 from nrm_reproduce.comparison import (
     BASELINES,
     OTHERS,
+    READING,
     Comparison,
     Shown,
     Walks,
@@ -292,7 +293,7 @@ _READING = (
     "of each layer, to the logit of the predicted class: over all pairs of a picture, then the "
     "mean over pictures. Neurons are removed by setting them to zero.",
     "The NRM with gamma = 0.25 and without biases is the paper's; the other two walks are not. "
-    "LRP, occlusion and activation add up what is known of single sets.",
+    + READING.format(parts="sets"),
 )
 
 _PAPER = {

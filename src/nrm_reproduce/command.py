@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "rnn": "recurrent:EXPERIMENT",
     "additive": "additive:EXPERIMENT",
     "rules": "rules:EXPERIMENT",
+    "bounds": "bounds:EXPERIMENT",
     "mutag": "mutag:EXPERIMENT",
     "tracr": "tracr:EXPERIMENT",
     "circuits": "circuits:EXPERIMENT",
@@ -74,7 +75,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder of a language model of transformers, for circuits.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where that runs, or networks do: cpu, cuda, …")
+        str | None, typer.Option(help="Where that, networks or bounds run: cpu, cuda, …")
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Which of several networks, with commas between.")

@@ -41,12 +41,24 @@ Sample = tuple[str, Tensor]
 Explained = Literal["logit", "logits", "probabilities"]
 """The output relevance R~ (eq. 13): that of the target alone, all logits, or their softmax."""
 
-BASELINES = {"lrp": "LRP", "occlusion": "occlusion", "activation": "activation"}
-"""What `evaluate` calls them, and tables do."""
+BASELINES = {
+    "lrp": "LRP",
+    "lrp product": "LRP, product",
+    "occlusion": "occlusion",
+    "occlusion sum": "occlusion, each alone",
+    "activation": "activation",
+}
+"""What `evaluate` calls them, and tables do: the paper's three, and two in their place."""
+READING = (
+    "LRP adds up the relevances of the single {parts}, its product multiplies them; occlusion is "
+    "what the output loses without all of them, each alone what it loses without each, added up; "
+    "activation adds up their activations."
+)
+"""What the baselines are."""
 DOTS = 20_000
 """At most so many points of a scatter plot are drawn."""
 
-_PALETTE = ("#b2182b", "#2166ac", "#1b7837", "#e08214", "#762a83", "#4d4d4d", "#999999")
+_PALETTE = ("#b2182b", "#2166ac", "#1b7837", "#e08214", "#762a83", "#4d4d4d", "#999999", "#35978f")
 
 
 # -- walks ----------------------------------------------------------------------------------------

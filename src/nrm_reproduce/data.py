@@ -72,6 +72,12 @@ class Data:
     held_out: Part
     test: Part
 
+    def standardised(self) -> Data:
+        """With mean zero and deviation one over the pixels that the network learns from."""
+        mean, deviation = self.train.x.mean(), self.train.x.std()
+        parts = (self.train, self.held_out, self.test)
+        return Data(self.name, *(Part((part.x - mean) / deviation, part.y) for part in parts))
+
 
 def load_flat(data: str) -> Data:
     """The data set that a command line names: a folder with MNIST in it, or `digits`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from nrm_reproduce.comparison import (
     BASELINES,
     DOTS,
     OTHERS,
+    READING,
     Cloud,
     Comparison,
     Curve,
@@ -33,7 +34,7 @@ from nrm_reproduce.comparison import (
 )
 from nrm_reproduce.data import DIGITS, Data, Part, load_flat
 from nrm_reproduce.networks import INPUT, LAYERS, RECIPES, Perceptron, trained_mlp
-from nrm_reproduce.report import Experiment, Picture, Report, Request, Row, versions
+from nrm_reproduce.report import Experiment, Picture, Report, Request, Row, Table, Value, versions
 
 NAME = "mlp-mnist"
 PAPERS = Walks("joint", "NRM (gamma 0.1)", PlainGamma(0.1), "drop")
@@ -69,6 +70,30 @@ SECOND = Order(LAYERS, 20, {"joint": 0.947, "lrp": 0.46, "occlusion": 0.20, "act
 THIRD = Order((INPUT, *LAYERS), 4, {"joint": 0.447})
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Another network on the same data, of which pairs are compared too.
+
+    Attributes:
+        hidden: widths of the hidden layers.
+        standardised: of pixels with mean zero and deviation one, as networks are often fed.
+    """
+
+    hidden: tuple[int, int]
+    standardised: bool
+
+
+VARIANTS: Mapping[str, tuple[Variant, ...]] = {
+    "mnist": tuple(
+        Variant(hidden, standardised)
+        for standardised in (False, True)
+        for hidden in ((64, 32), (128, 64), (256, 128), (512, 256))
+    ),
+    DIGITS: (),
+}
+VARIANTS_SAMPLES = 30
+
+
 @dataclass
 class Found:
     """What is found of all orders, for the report."""
@@ -78,6 +103,7 @@ class Found:
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     clouds: dict[str, list[Cloud]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    variants: list[Sequence[Value]] = field(default_factory=list)
 
 
 def run(request: Request) -> Report:
@@ -88,6 +114,8 @@ def run(request: Request) -> Report:
     with torch.no_grad():
         for order in (SECOND, THIRD):
             _add(found, order, network, data, request)
+        for variant in VARIANTS[data.name]:
+            _add_variant(found, variant, data, request)
     return Report(
         NAME,
         "Joint relevance in a multilayer perceptron, beside interventions",
@@ -103,6 +131,7 @@ def run(request: Request) -> Report:
         },
         [*_READING, *([_OTHER_DATA] if data.name == DIGITS else []), *found.notes],
         found.details,
+        tables=[_variants(found)] if found.variants else [],
     )
 
 
@@ -154,13 +183,41 @@ def _add(found: Found, order: Order, network: Perceptron, data: Data, request: R
     }
 
 
+def _add_variant(found: Found, variant: Variant, data: Data, request: Request) -> None:
+    """Pairs of another network, on the first of the same pictures."""
+    recipe = replace(RECIPES[data.name], hidden=variant.hidden, accuracy=0.8)
+    if variant.standardised:
+        data = data.standardised()
+    name = "-".join(map(str, (*variant.hidden, *["standardised"] * variant.standardised)))
+    request.say(f"{name}: {SECOND.title} …")
+    file = request.kept / f"{data.name}-{name}.safetensors"
+    network = trained_mlp(data, file, request.seed, recipe=recipe)
+    pictures = samples(data.test, "test", request.samples or VARIANTS_SAMPLES)
+    reported = compared(network, SECOND).report(pictures, request)
+    means = [reported.mean(method).mean for method in METHODS]
+    pixels = "standardised" if variant.standardised else "from 0 to 1"
+    said = (_widths(network), pixels, f"{network.accuracy:.2%}", len(pictures))
+    found.variants.append((*said, *means))
+    found.details[name] = comparison.means(reported, METHODS)
+
+
+def _variants(found: Found) -> Table:
+    papers = ("the paper's, 784-256-128-10", None, None, None, *map(SECOND.paper.get, METHODS))
+    return Table(
+        f"Other networks: Pearson correlation, {SECOND.title}",
+        ("network", "pixels", "test accuracy", "pictures", *METHODS.values()),
+        [papers, *found.variants],
+        group=2,
+    )
+
+
 _READING = (
     "The Pearson correlation of a score with the joint contribution of neurons, one of each "
     "layer, to the logit of the predicted class: over all combinations of a picture, then the "
     "mean over the first pictures of the test set. Neurons are removed by setting them to zero.",
     "The paper's figures are those of Table 2, for a network that its authors trained on MNIST "
     "(784-256-128-10). The NRM with gamma = 0.1 and without biases is the paper's; the other two "
-    "walks are not. LRP, occlusion and activation add up what is known of single neurons.",
+    "walks are not. " + READING.format(parts="neurons"),
     "Both others divide the relevance of a neuron, which is a part of its activation, by that "
     "activation: nothing is amplified. Occlusion walks take no more from it than the neuron has, "
     "and what no input alone takes is the share of the bias.",

@@ -54,7 +54,7 @@ class Request:
         weights: a file of weights, for experiments that explain a pretrained network.
         seed: of all that is drawn at random.
         model: a folder with a language model, for experiments that explain one.
-        device: where that one runs, and the networks of `networks`.
+        device: where that one runs, and the networks of `networks` and `bounds`.
         only: which networks, for experiments on several; by default all.
         part: which of how many equal parts of the work is to be done, for experiments whose work
             several processes may share; by default all.

@@ -117,6 +117,32 @@ def test_more_samples_keep_those_before(run, result, undrawn, tmp_path):
     assert [row["sample"] for row in after[:: len(METHODS)]] == ["test 0", "test 1", "test 2"]
 
 
+def test_other_networks(run, result, undrawn, tmp_path, monkeypatch):
+    same = mlp.Variant((12, 8), False)
+    others = (same, mlp.Variant((12, 8), True), mlp.Variant((16, 8), False))
+    monkeypatch.setitem(mlp.VARIANTS, "digits", others)
+    run(tmp_path / "out", samples=1)
+    told = result(tmp_path / "out")
+    (table,) = told["tables"]
+    papers, *lines = table["lines"]
+    assert papers[4:] == [mlp.SECOND.paper.get(method) for method in METHODS]
+    assert [line[:2] for line in lines] == [
+        ["64-12-8-10", "from 0 to 1"],
+        ["64-12-8-10", "standardised"],
+        ["64-16-8-10", "from 0 to 1"],
+    ]
+    assert lines[0][4:] == [row["pearson"] for row in told["rows"][: len(METHODS)]]
+    assert len({line[4] for line in lines}) == 3
+
+
+def test_standardised_pixels(digits):
+    found = digits.standardised()
+    assert float(found.train.x.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(found.train.x.std()) == pytest.approx(1, abs=1e-5)
+    back = found.test.x * digits.train.x.std() + digits.train.x.mean()
+    torch.testing.assert_close(back, digits.test.x, atol=1e-5, rtol=0)
+
+
 def test_figures_against_contributions_written_out(small, digits, tmp_path):
     """The second-order correlation from the formula of this network, without the engine's."""
     net = trained_mlp(digits, tmp_path / "w.safetensors")

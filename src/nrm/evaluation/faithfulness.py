@@ -174,7 +174,8 @@ def evaluate(
         ranked: with more combinations than this there is no Spearman correlation, for which all of
             them are sorted once for every method; 0 for never.
         memory: bytes that what travels at once may take, roughly. Beside it there are, for all
-            combinations, contributions and the scores of one method at a time.
+            combinations, outputs without them, contributions and the scores of one method at a
+            time.
         progress: whether to show a progress bar; or a function to call instead, with the number of
             samples just done.
         store: a folder where every sample is kept as soon as it is there. Called again, `evaluate`

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,21 @@ from nrm.removal import Removal, by_variable, replacement
 Progress = bool | Callable[[int], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What `Combinations.effects` found.
+
+    Attributes:
+        families: in the order in which they are computed.
+        values: of all combinations of a set or none of each.
+        affine: those of the last family are losses, and have no place for none.
+    """
+
+    families: tuple[Family, ...]
+    values: Tensor
+    affine: bool
+
+
 class Interventions:
     """What an output becomes without the activations of some neurons, for one sample.
 
@@ -46,7 +62,8 @@ class Interventions:
             layer where channels have one neuron each; a number; or for each layer, by name, a
             number, `"mean"` or a tensor shaped like its neurons (layers not named: zero).
         memory: bytes that the copies of the sample may take while they are computed; results
-            come on top.
+            come on top, and the outputs of the combinations that were asked for last, which are
+            kept.
 
     Attributes:
         output: `f_y(x)`, a scalar: the logit, where a last softmax or sigmoid is looked through.
@@ -87,6 +104,7 @@ class Interventions:
         self.output: Tensor = output.reshape(-1)[self._flat_target]
         self.removal, self._removal = removal, by_variable(removal, self.graph)
         self._removed: dict[Variable, Tensor] = {}
+        self._last: Effects | None = None
         for variable in self._removal if isinstance(self._removal, dict) else ():
             self._removed_at(variable)  # refused now, if at all
 
@@ -122,6 +140,40 @@ class Interventions:
 
     def joint(self, *families: Sequence[NeuronSet], progress: Progress = False) -> Tensor:
         """See `joint_contributions`."""
+        order, effects = self._effects(families, progress)
+        found = effects.values
+        for axis in range(len(families) - effects.affine):
+            # f without less: eq. 57, one layer after the other
+            found = found.narrow(axis, 0, 1) - found.narrow(axis, 1, found.shape[axis] - 1)
+        return _finite(_as_given(found, order))
+
+    def united(self, *families: Sequence[NeuronSet], progress: Progress = False) -> Tensor:
+        """What is lost without a set of each family: `f(x) - f(x without all of them)`.
+
+        From the same runs as their joint contributions: after `joint` of the same families nothing
+        is run again, but where the output is affine in the highest of them, what is lost without
+        sets of the lower ones.
+
+        Arguments, result and errors: those of `joint_contributions`.
+        """
+        order, effects = self._effects(families, progress)
+        inner = [slice(1, None)] * (len(families) - effects.affine)
+        if not effects.affine:
+            return _finite(_as_given(self.output - effects.values[tuple(inner)], order))
+        found = effects.values[tuple(inner)]
+        if len(families) > 1:
+            kept = self._last
+            found = found + self.united(*(families[i] for i in order[:-1])).unsqueeze(-1)
+            self._last = kept
+        return _finite(_as_given(found, order))
+
+    def _effects(
+        self, families: Sequence[Sequence[NeuronSet]], progress: Progress
+    ) -> tuple[list[int], Effects]:
+        """The order in which families are computed, and the effects of removing sets of them.
+
+        The last are kept: contributions and losses are told from the same.
+        """
         if not families:
             raise QueryError("give at least one family of neuron sets.")
         sets = [_sets(family) for family in families]
@@ -131,13 +183,14 @@ class Interventions:
             _ = self._measure.forward_pass  # refused where the model has changed since
             compiled = [self._family(family) for family in sets]
             order = sorted(range(len(families)), key=lambda i: self._place(compiled[i]))
-            run = self._combinations([compiled[i] for i in order])
-            with counted(progress, "interventions", run.total) as advance:
-                found = run.effects(advance)
-            for axis in range(len(families) - run.affine):
-                # f without less: eq. 57, one layer after the other
-                found = found.narrow(axis, 0, 1) - found.narrow(axis, 1, found.shape[axis] - 1)
-        return _finite(found.permute([order.index(i) for i in range(len(families))]).contiguous())
+            asked = tuple(compiled[i] for i in order)
+            known = self._last
+            if known is None or known.families != asked:
+                known = self._last = None  # they may be large
+                run = self._combinations(asked)
+                with counted(progress, "interventions", run.total) as advance:
+                    known = self._last = Effects(asked, run.effects(advance), run.affine)
+        return order, known
 
     # -- what is removed -------------------------------------------------------------------------
 
@@ -265,6 +318,11 @@ def _flat(target: Tensor, shape: torch.Size) -> int:
     for place, size in zip(index, shape, strict=True):
         flat = flat * size + place
     return flat
+
+
+def _as_given(found: Tensor, order: Sequence[int]) -> Tensor:
+    """With the axes of families in the order given, not that of computation."""
+    return found.permute([order.index(i) for i in range(len(order))]).contiguous()
 
 
 def _finite(values: Tensor) -> Tensor:

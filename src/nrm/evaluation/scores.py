@@ -1,14 +1,15 @@
 """Scores: a number for every combination of one neuron set of each of some layers.
 
 The neuron sets of layers (`Families`) are combined, one of each. A score is their joint relevance,
-or what it is compared with (appendix I): sums over the layers, which say nothing of how sets act
-together. Relevances are in units of the output (times `Measure.scale`), as contributions are: so
-they have their sign also where the explained output is negative.
+or what it is compared with (section 4.1, appendix I): sums over the layers, which say nothing of
+how sets act together, what is lost without all of them, and others beside these. Relevances are in
+units of the output (times `Measure.scale`), as contributions are: so they have their sign also
+where the explained output is negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, reduce
 
 import torch
@@ -119,12 +120,22 @@ def lrp(families: Families, interventions: Interventions | None = None) -> Tenso
     return sums(families.marginals()) * families.R.scale
 
 
+def lrp_product(families: Families, interventions: Interventions | None = None) -> Tensor:
+    """`f(x) R(S_1) R(S_2) ...`: the same, as if the layers did not interact."""
+    return products(families.marginals()) * families.R.scale
+
+
 def activation(families: Families, interventions: Interventions | None = None) -> Tensor:
     """The activations of all neurons of the sets, added up."""
     return sums(families.activations())
 
 
 def occlusion(families: Families, interventions: Interventions) -> Tensor:
+    """`f(x) - f(x \\ (S_1 | S_2 | ...))`: what the output loses without all of the sets."""
+    return interventions.united(*families.sets)
+
+
+def occlusion_sum(families: Families, interventions: Interventions) -> Tensor:
     """`sum over l of f(x) - f(x \\ S_l)`: what the output loses without each set alone."""
     alone = [[chosen] for family in families.sets for chosen in family]
     lost = interventions.output - interventions.without(alone)
@@ -136,20 +147,29 @@ SCORES: dict[str, Score] = {
     "blocks": blocks,
     "blocks, gating": gated,
     "lrp": lrp,
+    "lrp product": lrp_product,
     "activation": activation,
     "occlusion": occlusion,
+    "occlusion sum": occlusion_sum,
 }
 """By the name under which `evaluate` knows them."""
 METHODS = ("joint", "lrp", "activation", "occlusion")
-"""What `evaluate` compares if nothing else is said."""
+"""What `evaluate` compares if nothing else is said: joint relevance and the paper's baselines."""
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:
     """`[n1, n2, ...]`: the sum of a number `[n]` of each family, for all combinations."""
-    apart = (
-        value.view(-1, *(1,) * (len(values) - place - 1)) for place, value in enumerate(values)
-    )
-    return reduce(torch.add, apart)
+    return reduce(torch.add, _apart(values))
+
+
+def products(values: Sequence[Tensor]) -> Tensor:
+    """`[n1, n2, ...]`: the product of a number `[n]` of each family, for all combinations."""
+    return reduce(torch.mul, _apart(values))
+
+
+def _apart(values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Each along an axis of its own."""
+    return (value.view(-1, *(1,) * (len(values) - place - 1)) for place, value in enumerate(values))
 
 
 def _added_up(part: Partition, values: Tensor) -> Tensor:
