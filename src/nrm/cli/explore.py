@@ -1,0 +1,171 @@
+"""What `nrm explore` opens: the digits, or a model of one's own with a picture; and the server."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nrm.cli import demo, models
+from nrm.cli.commands import IMAGENET, CommandError
+from nrm.explainer import Explainer
+from nrm.explore.opened import Input, Opened
+from nrm.io import Picture, Say, imagenet, read_image, read_sent, transformed
+
+EPOCHS = 6
+"""For which the network of the digits is trained: it is to be there in seconds."""
+LOCAL = "127.0.0.1"
+
+
+def digits(say: Say) -> Opened:
+    """The network of `nrm demo`, trained for a shorter time, and a digit of each kind."""
+    say("training a small network on scikit-learn's digits")
+    network = demo.trained(EPOCHS)
+    inputs = []
+    for digit in range(10):
+        picture, _ = demo.example(network, digit)
+        python = (
+            f"picture, _ = demo.example(network, {digit})\ninputs, named = (picture.x,), {{}}"
+        )
+        inputs.append(Input(f"digit {digit}", (picture.x,), python, pixels=picture.shown))
+    python = (
+        "from nrm.cli import demo\n"
+        f"network = demo.trained({EPOCHS})\n"
+        "explainer = nrm.Explainer(network.model)"
+    )
+    labels = [str(k) for k in range(10)]
+    inputs = [*inputs[3:], *inputs[:3]]  # begins with the three, as the demo does
+    return Opened("DigitNet", "picture", Explainer(network.model), inputs, python, labels)
+
+
+def pictures(
+    spec: str,
+    weights: Path | None,
+    files: list[Path],
+    labels: list[str] | None,
+    transform: str,
+    size: int,
+    composite: str,
+    say: Say,
+) -> Opened:
+    """A model of pictures, and those that are named; others may be sent."""
+    find = models.find_composite(composite, None)
+    read = [_picture(file, transform, size, say) for file in files]
+    say(f"loading {spec}")
+    device = models.find_device("cpu")
+    model: nn.Module = models.load_model(spec, weights, device)
+    names = labels
+    inputs = []
+    for file, picture in zip(files, read, strict=True):
+        python = _read_again(repr(str(file.resolve())), transform, size)
+        inputs.append(Input(file.name, (picture.x,), python, pixels=picture.shown))
+    if names is None:
+        outputs = models.classes_of(models.output_of(model, read[0].x, None)[1])
+        names = models.known_labels(len(outputs))
+
+    def sent(data: bytes, name: str) -> Input:
+        picture = _transformed(read_sent(data), transform, size)
+        python = _read_again("sys.argv[1]", transform, size, "import sys\n")
+        return Input(name or "sent", (picture.x,), python, pixels=picture.shown)
+
+    chosen = "" if find is None else f", models.find_composite({composite!r}, None)"
+    file = "None" if weights is None else f"Path({str(weights.resolve())!r})"
+    python = (
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from nrm.cli import models\n"
+        f"model = models.load_model({spec!r}, {file}, torch.device('cpu'))\n"
+        f"explainer = nrm.Explainer(model{chosen})"
+    )
+    return Opened(spec, "picture", Explainer(model, find), inputs, python, names, sent)
+
+
+def _picture(file: Path, transform: str, size: int, say: Say) -> Picture:
+    return _transformed(read_image(file, say), transform, size)
+
+
+def _transformed(image: Any, transform: str, size: int) -> Picture:
+    if transform == IMAGENET:
+        return imagenet(image, size)
+    return transformed(image, models.find_attribute(transform), transform)
+
+
+def _read_again(path: str, transform: str, size: int, more: str = "") -> str:
+    opened = f"from pathlib import Path\n{more}from nrm import io\n"
+    image = f"io.read_image(Path({path}))"
+    if transform == IMAGENET:
+        return f"{opened}inputs, named = (io.imagenet({image}, {size}).x,), {{}}"
+    made = f"io.transformed({image}, models.find_attribute({transform!r}), {transform!r})"
+    return f"{opened}from nrm.cli import models\ninputs, named = ({made}.x,), {{}}"
+
+
+def serve(
+    opened: Opened, host: str, port: int, browse: bool, told: Callable[[str], None]
+) -> None:
+    """Answer until somebody ends it.
+
+    Arguments:
+        port: 0 for any that is free.
+        told: is given the address, once there is something to see.
+
+    Raises:
+        CommandError: the port cannot be had, or a package is missing.
+    """
+    try:
+        import uvicorn
+
+        from nrm.explore.server import make_app, new_token
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"{error.name} is not installed: pip install 'nrm[explore]'"
+        ) from error
+    with contextlib.closing(_listen(host, port)) as listening:
+        port = listening.getsockname()[1]
+        hosts = frozenset(f"{_bracketed(name)}:{port}".lower() for name in _names(host))
+        token = new_token()
+        address = f"http://{_bracketed(host)}:{port}/{token}/"
+        app = make_app(opened, token, hosts)
+        told(address)
+        if browse:
+            webbrowser.open(address)
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        uvicorn.Server(config).run([listening])
+
+
+def _names(host: str) -> set[str]:
+    """What a server that listens at a host may be called."""
+    if host in (LOCAL, "localhost", "::1"):
+        return {host, "localhost", LOCAL}
+    if host not in ("0.0.0.0", "::"):
+        return {host}
+    own = socket.gethostname()
+    names = {own, socket.getfqdn(), "localhost", LOCAL, host}
+    with contextlib.suppress(OSError):
+        names |= {str(found[4][0]) for found in socket.getaddrinfo(own, None)}
+    return names
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen()
+    except OSError as error:
+        raise CommandError(
+            f"--port {port}: {host} cannot be listened at: {error.strerror}; leave --port out for "
+            "any that is free"
+        ) from error
+    return found
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+

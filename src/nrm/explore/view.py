@@ -1,0 +1,457 @@
+"""What the explorer asks of a measure, and its answer: totals, columns, flows, a heatmap.
+
+An answer comes in parts, the quickest first (`answer`): what is explained; every column with the
+relevance of its parts, from one run forward and back; then the flows between adjacent columns,
+pair by pair. Every number says which relevance it is, what it took, and the Python that gives it.
+All of them are public queries of `Measure`.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nrm.condition import Condition
+from nrm.errors import QueryError
+from nrm.explore.opened import Column, Opened, columns_of, target_of
+from nrm.explore.selection import Selected, parse, part_of
+from nrm.joint import partition
+from nrm.measure import Measure
+
+Mode = Literal["joint", "given"]
+
+MOST_SHOWN, MOST_LAYERS, MOST_MESSAGES = 64, 16, 64
+"""Parts of a column that are drawn, columns, and messages at once that a formula may need."""
+LINKS = 48
+"""Flows that are drawn between two columns."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        target, against: outputs; `None`: the largest, and nothing.
+        columns: layers, from the inputs to the output.
+        selection: as `nrm.explore.selection` reads it.
+        mode: whether numbers are jointly with the selection or given it.
+        top: parts of a column to show.
+    """
+
+    target: int | None = None
+    against: int | None = None
+    columns: Sequence[str] = ()
+    selection: Any = None
+    mode: Mode = "joint"
+    top: int = 12
+
+    @classmethod
+    def read(cls, given: Any) -> Request:
+        """A request from JSON.
+
+        Raises:
+            QueryError: it is none.
+        """
+        if not isinstance(given, dict):
+            raise QueryError("a request is an object.")
+        columns, top = given.get("columns", []), given.get("top", cls.top)
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            raise QueryError("columns are a list of names of layers.")
+        if len(columns) > MOST_LAYERS:
+            raise QueryError(f"at most {MOST_LAYERS} columns are shown at once.")
+        if not isinstance(top, int) or isinstance(top, bool) or not 1 <= top <= MOST_SHOWN:
+            raise QueryError(f"of a column 1 to {MOST_SHOWN} parts are shown.")
+        mode = given.get("mode", "joint")
+        if mode not in ("joint", "given"):
+            raise QueryError("numbers are 'joint' with the selection or 'given' it.")
+        return cls(
+            given.get("target"), given.get("against"), columns, given.get("selection"), mode, top
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took.
+
+    Attributes:
+        passes: messages through the network or a part of it; a contraction of all pairs counts as
+            one.
+    """
+
+    milliseconds: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """A relevance, which it is in the paper's notation, and the Python that gives it."""
+
+    value: float
+    notation: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Explained:
+    """The output that is explained: its number and name, and its value in the model's units."""
+
+    target: int | None
+    against: int | None
+    label: str
+    scale: float
+    what: str
+    outputs: list[tuple[int, str, float]]
+    kind: Literal["explained"] = "explained"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One channel of a layer, or one place."""
+
+    index: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A column: its most relevant parts, and what all others hold together."""
+
+    layer: str
+    axis: int | None
+    size: int
+    total: float
+    nodes: list[Node]
+    others: int
+    rest: float
+    notation: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Relevance at the input.
+
+    Attributes:
+        values: 32-bit floats in base64, of this shape: `[H, W]` of a picture, added up over
+            colours; `[places]` otherwise.
+    """
+
+    layer: str
+    shape: list[int]
+    values: str
+    total: float
+    notation: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What one run forward and back gives."""
+
+    total: Number
+    columns: list[Shown]
+    heatmap: Heatmap
+    cost: Cost
+    cautions: list[str] = field(default_factory=list)
+    kind: Literal["columns"] = "columns"
+
+
+@dataclass(frozen=True)
+class Flows:
+    """The joint relevance of parts of two adjacent columns: `[lower, upper, relevance]`."""
+
+    lower: str
+    upper: str
+    links: list[tuple[int, int, float]]
+    how: str
+    notation: str
+    python: str
+    cost: Cost
+    kind: Literal["flows"] = "flows"
+
+
+@dataclass(frozen=True)
+class Done:
+    """The whole answer is there."""
+
+    cost: Cost
+    kind: Literal["done"] = "done"
+
+
+Part = Explained | Columns | Flows | Done
+Check = Callable[[], None]
+"""Raises, where nobody waits for the answer any more."""
+
+
+def answer(R: Measure, request: Request, opened: Opened, check: Check) -> Iterator[Part]:
+    """The parts of an answer.
+
+    Arguments:
+        R: of the input, of any target.
+        check: is called between passes.
+
+    Raises:
+        NrmError: something is asked for that is not there.
+    """
+    target, said, symbol = target_of(request.target, request.against, R)
+    asked = _Asked(R.of(target), request, opened, said, symbol, check)
+    yield asked.explained()
+    found = asked.columns()
+    yield found
+    costs = [found.cost]
+    for lower, upper in zip(found.columns, found.columns[1:], strict=False):
+        check()
+        flows = asked.flows(lower, upper)
+        costs.append(flows.cost)
+        yield flows
+    yield Done(Cost(sum(c.milliseconds for c in costs), sum(c.passes for c in costs)))
+
+
+class _Asked:
+    """A request to a measure, with what both its columns and its flows need."""
+
+    def __init__(
+        self, R: Measure, request: Request, opened: Opened, said: str, symbol: str, check: Check
+    ) -> None:
+        self.R, self.request, self.opened, self.check = R, request, opened, check
+        self.target, self.symbol = said, symbol
+        self.selected: Selected | None = parse(request.selection, R.graph)
+        known = {column.layer: column for column in columns_of(R.graph, opened, R)}
+        for layer in request.columns:
+            if layer not in known:
+                R.graph.variable(layer)  # says so, where there is none of that name
+                raise QueryError(f"{layer!r} is no cut with channels, so that it is no column.")
+        names = [layer for layer in known if layer in request.columns]
+        self.layers: list[Column] = [known[name] for name in names]
+        self.messages = 1
+        if self.selected is not None:
+            self.messages = R.plan(self.selected.formula).channels
+            if self.messages > MOST_MESSAGES:
+                raise QueryError(
+                    f"this formula needs {self.messages} messages at once, more than "
+                    f"{MOST_MESSAGES}: select less."
+                )
+        # Kept here, so that the measure keeps what it works out about it.
+        formula = () if self.selected is None else (self.selected.formula,)
+        self.condition = Condition(*formula)
+        self.given = request.mode == "given" and self.selected is not None
+        self.known = 1.0  # what joint relevances are divided by
+
+    # -- how numbers are named -------------------------------------------------------------------
+
+    def notation(self, *first: str) -> str:
+        """`R(first, selection, k)`; or `R(first | selection, k)`."""
+        selection = [] if self.selected is None else [self.selected.notation]
+        if self.given and first:
+            return f"R({', '.join(first)} | {', '.join([*selection, self.symbol])})"
+        return f"R({', '.join([*first, *selection, self.symbol])})"
+
+    def python(self, *first: str, query: str = "R", last: str = "") -> str:
+        """The query with the selection, jointly or given."""
+        arguments = list(first)
+        if self.selected is not None:
+            given = self.given and (first or query != "R")
+            arguments.append(f"{'given=' if given else ''}{self.selected.python}")
+        if last:
+            arguments.append(last)
+        return f"{query}({', '.join(arguments)})"
+
+    def divided(self, joint: float) -> float:
+        """A joint relevance as it is shown: divided by what is given, 0 where that is 0."""
+        if not self.given:
+            return joint
+        return joint / self.known if self.known else 0.0
+
+    # -- what is shown ---------------------------------------------------------------------------
+
+    def explained(self) -> Explained:
+        """The output, and the largest of all outputs."""
+        R, request = self.R, self.request
+        values = R.output.reshape(-1)
+        chosen, label = None, str(R.quantity)
+        if request.against is None:
+            chosen = int(self.target)
+            label = self.opened.label(chosen)
+        else:
+            of = int(values.argmax()) if request.target is None else request.target
+            label = f"{self.opened.label(of)} − {self.opened.label(request.against)}"
+            chosen = of
+        largest = values.topk(min(10, len(values))).indices.tolist()
+        wanted = [k for k in (chosen, request.against) if k is not None and k not in largest]
+        outputs = [(k, self.opened.label(k), float(values[k])) for k in [*largest, *wanted]]
+        scale = float(R.scale[0])
+        return Explained(chosen, request.against, label, scale, R.explained, outputs)
+
+    def columns(self) -> Columns:
+        """All columns and the heatmap at the input."""
+        R, opened = self.R, self.opened
+        place = opened.place or R.graph.inputs[0].name
+        begin = time.perf_counter()
+        with warnings.catch_warnings(record=True) as met:
+            warnings.simplefilter("always")
+            if self.selected is not None:
+                self.known = float(R(self.condition)[0])
+            self.check()
+            layers = [place, *(column.layer for column in self.layers)]
+            found = R.marginals(self.condition, layers=layers)
+        heat = self._heatmap(place, found[place])
+        shown = [self._column(column, found[column.layer]) for column in self.layers]
+        none = self.selected is None
+        passes = 1 if none else 3 * self.messages
+        total = Number(self.known if not none else heat.total, self._total(), self._line())
+        cautions = list(dict.fromkeys(str(one.message) for one in met))
+        return Columns(total, shown, heat, _cost(begin, passes), cautions)
+
+    def _total(self) -> str:
+        selection = [] if self.selected is None else [self.selected.notation]
+        return f"R({', '.join([*selection, self.symbol])})"
+
+    def _line(self) -> str:
+        return "R()" if self.selected is None else f"R({self.selected.python})"
+
+    def _heatmap(self, place: str, message: Tensor) -> Heatmap:
+        """Relevance at the places of the input."""
+        variable = self.R.graph.variable(place)
+        shaped = variable.canonical(message.unsqueeze(0))[0, 0]
+        if self.opened.kind == "picture":
+            values = shaped.sum(variable.channel_axis_of(shaped.shape)) if shaped.dim() == 3 else (
+                shaped
+            )
+        else:
+            along = variable.axis_of(shaped.shape, self.opened.axis)
+            values = shaped.movedim(along, 0).flatten(1).sum(1) if shaped.dim() > 1 else shaped
+        values = values.double() / self.known if self.given and self.known else values.double()
+        if self.given and not self.known:
+            values = torch.zeros_like(values)
+        small = values.float().contiguous().cpu().numpy().astype("<f4")
+        index = f"i_{{{place}}}"
+        plain = self.opened.place is None
+        query = self.python(
+            *([] if plain else [repr(place)]), query="R.heatmap" if plain else "R.marginal"
+        )
+        return Heatmap(
+            place,
+            list(small.shape),
+            base64.b64encode(small.tobytes()).decode(),
+            float(values.sum()),
+            self.notation(index),
+            query,
+        )
+
+    def _column(self, column: Column, message: Tensor) -> Shown:
+        values = self._by_part(column, message)
+        largest = values.abs().topk(min(self.request.top, len(values))).indices.tolist()
+        chosen = [k for k in self._selected_in(column) if k not in largest and k < len(values)]
+        shown = [*largest, *chosen[: self.request.top]]
+        nodes = [Node(k, self.divided(float(values[k]))) for k in shown]
+        total = self.divided(math.fsum(values.tolist()))
+        rest = total - math.fsum(node.value for node in nodes)
+        query = "R.channels" if column.axis is None else "R.marginal"
+        return Shown(
+            column.layer,
+            column.axis,
+            column.size,
+            total,
+            nodes,
+            len(values) - len(nodes),
+            rest if len(values) > len(nodes) else 0.0,
+            self.notation(f"S_{{{column.layer}}}"),
+            self.python(repr(column.layer), query=query),
+        )
+
+    def _by_part(self, column: Column, message: Tensor) -> Tensor:
+        """The relevance of each part of a column, in double precision: `[parts]`."""
+        parts = partition(
+            column.layer, "channel" if column.axis is None else column.axis, self.R.forward_pass
+        )
+        return parts.add_up(message.double().unsqueeze(0))[0, 0].cpu()
+
+    def _selected_in(self, column: Column) -> list[int]:
+        """The channels of a column that the selection names."""
+        return sorted(set(_named(self.request.selection, column)))
+
+    # -- flows -----------------------------------------------------------------------------------
+
+    def flows(self, lower: Shown, upper: Shown) -> Flows:
+        """The joint relevance of the parts shown of two columns."""
+        R, begin = self.R, time.perf_counter()
+        graph = R.graph
+        one, two = self._known(lower), self._known(upper)
+        above = self.selected is None or self.selected.above(graph.variable(upper.layer), graph)
+        channels = one.axis is None and two.axis is None
+        a, b = [node.index for node in lower.nodes], [node.index for node in upper.nodes]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said of the columns already
+            if above and channels and R.joint_method(lower.layer, upper.layer) == "contraction":
+                how, passes = "one contraction of all pairs", 1 + self.messages
+                more = () if self.selected is None else (self.condition,)
+                table = R.joint(lower.layer, upper.layer, *more)[0][a][:, b]
+            else:
+                held = [node for node in upper.nodes if node.value != 0]
+                b = [node.index for node in held]
+                each = [[part_of(two.layer, k, two.axis).formula, self.condition] for k in b]
+                table = self._from_above(each, one, a)
+                how = f"a message from each of {len(b)} parts of {upper.layer}"
+                passes = len(b) * (1 if above else 2 * self.messages)
+        links = [
+            (i, j, self.divided(float(table[row, column])))
+            for row, i in enumerate(a)
+            for column, j in enumerate(b)
+        ]
+        links = [link for link in links if link[2] != 0.0]
+        links.sort(key=lambda link: -abs(link[2]))
+        first, second = (_of(c) for c in (one, two))
+        return Flows(
+            lower.layer,
+            upper.layer,
+            links[:LINKS],
+            how,
+            self.notation(f"S_{{{lower.layer}}}", f"S_{{{upper.layer}}}"),
+            self.python(f"{first}, {second}"),
+            _cost(begin, passes),
+        )
+
+    def _from_above(self, each: Sequence[Any], lower: Column, chosen: Sequence[int]) -> Tensor:
+        """`[chosen, conditions]`: parts of a layer jointly with each condition."""
+        if not each:
+            return torch.zeros(len(chosen), 0)
+        found = self.R.heatmaps(each, at=lower.layer, progress=lambda done: self.check())
+        return torch.stack([self._by_part(lower, row)[list(chosen)] for row in found], 1)
+
+    def _known(self, shown: Shown) -> Column:
+        return next(column for column in self.layers if column.layer == shown.layer)
+
+
+def _of(column: Column) -> str:
+    """How one part of a column is written; the page puts the number in."""
+    along = "" if column.axis is None else f", axis={column.axis}"
+    return f"nrm.channels({column.layer!r}, #{along})"
+
+
+def _named(given: Any, column: Column) -> Iterator[int]:
+    if not isinstance(given, dict):
+        return
+    if given.get("layer") == column.layer and given.get("axis") == column.axis:
+        yield from given.get("channels", [])
+    if "not" in given:
+        yield from _named(given["not"], column)
+    for part in given.get("parts", []):
+        yield from _named(part, column)
+
+
+def _cost(begin: float, passes: int) -> Cost:
+    return Cost(1000 * (time.perf_counter() - begin), passes)
+
+
+def numbers(heatmap: Heatmap) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The values of a heatmap, as they were."""
+    return np.frombuffer(base64.b64decode(heatmap.values), "<f4").reshape(heatmap.shape)
