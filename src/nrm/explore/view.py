@@ -123,7 +123,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Shown:
-    """A column: its most relevant parts, and what all others hold together."""
+    """A column: its most relevant parts, and what all others hold together.
+
+    Attributes:
+        each: Python for one part, whose number takes the place of `#`.
+    """
 
     layer: str
     axis: int | None
@@ -134,6 +138,7 @@ class Shown:
     rest: float
     notation: str
     python: str
+    each: str
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class Heatmap:
     Attributes:
         values: 32-bit floats in base64, of this shape: `[H, W]` of a picture, added up over
             colours; `[places]` otherwise.
+        each: Python for one place, whose number takes the place of `#`.
     """
 
     layer: str
@@ -151,6 +157,7 @@ class Heatmap:
     total: float
     notation: str
     python: str
+    each: str
 
 
 @dataclass(frozen=True)
@@ -345,6 +352,7 @@ class _Asked:
             float(values.sum()),
             self.notation(index),
             query,
+            self.python(_of(place, self.opened.axis)),
         )
 
     def _column(self, column: Column, message: Tensor) -> Shown:
@@ -355,7 +363,8 @@ class _Asked:
         nodes = [Node(k, self.divided(float(values[k]))) for k in shown]
         total = self.divided(math.fsum(values.tolist()))
         rest = total - math.fsum(node.value for node in nodes)
-        query = "R.channels" if column.axis is None else "R.marginal"
+        each = self.python(_of(column.layer, column.axis))
+        whole = column.axis is None
         return Shown(
             column.layer,
             column.axis,
@@ -365,7 +374,8 @@ class _Asked:
             len(values) - len(nodes),
             rest if len(values) > len(nodes) else 0.0,
             self.notation(f"S_{{{column.layer}}}"),
-            self.python(repr(column.layer), query=query),
+            self.python(repr(column.layer), query="R.channels") if whole else each,
+            each,
         )
 
     def _by_part(self, column: Column, message: Tensor) -> Tensor:
@@ -409,7 +419,7 @@ class _Asked:
         ]
         links = [link for link in links if link[2] != 0.0]
         links.sort(key=lambda link: -abs(link[2]))
-        first, second = (_of(c) for c in (one, two))
+        first, second = (_of(c.layer, c.axis) for c in (one, two))
         return Flows(
             lower.layer,
             upper.layer,
@@ -431,10 +441,10 @@ class _Asked:
         return next(column for column in self.layers if column.layer == shown.layer)
 
 
-def _of(column: Column) -> str:
+def _of(layer: str, axis: int | None) -> str:
     """How one part of a column is written; the page puts the number in."""
-    along = "" if column.axis is None else f", axis={column.axis}"
-    return f"nrm.channels({column.layer!r}, #{along})"
+    along = "" if axis is None else f", axis={axis}"
+    return f"nrm.channels({layer!r}, #{along})"
 
 
 def _named(given: Any, column: Column) -> Iterator[int]:

@@ -1,0 +1,300 @@
+// The page: what is open, what is asked, the input, the network, and what a number is.
+
+import { make, notation, relevance, amount } from "./marks.js";
+import { drawNetwork } from "./network.js";
+import { drawPixels, drawHeatmap, drawScale } from "./picture.js";
+import { drawPlaces } from "./places.js";
+import { asRequest, firstState, fromHash, toHash, toggled, withFlow, withPatch } from "./state.js";
+import { offerFiles } from "./files.js";
+
+const PATIENCE = 250; // milliseconds until the page says that it waits
+
+// Build the page in `root`.
+//   source: {open, look, script, send}, as `askServer` makes it.
+//   linked: whether what is chosen lies in the address.
+export async function explore(root, source, linked = true) {
+  root.classList.add("explorer");
+  const parts = {
+    head: make("header"), asked: make("section", { class: "asked", "aria-label": "What is asked" }),
+    input: make("section", { class: "input", "aria-label": "Input" }),
+    network: make("section", { class: "columns", "aria-label": "Network" }),
+    foot: make("footer", { "aria-live": "polite" }), note: make("p", { class: "note", role: "status" }),
+    wait: make("div", { class: "wait", hidden: true, role: "progressbar", "aria-label": "computing" }),
+  };
+  root.replaceChildren(parts.wait, parts.head, parts.asked, parts.note, make("main", {}, parts.input, parts.network), parts.foot);
+  let opened;
+  try {
+    opened = await source.open();
+  } catch (error) {
+    parts.note.textContent = error.message;
+    parts.note.classList.add("error");
+    return null;
+  }
+  const page = new Page(root, parts, source, opened, linked);
+  page.start();
+  return page;
+}
+
+class Page {
+  constructor(root, parts, source, opened, linked) {
+    Object.assign(this, { root, parts, source, opened, linked });
+    this.depth = 0;
+    this.past = [];
+    this.running = null;
+    this.seen = null;
+    this.point = this.point.bind(this);
+  }
+
+  start() {
+    const first = firstState(this.opened.first);
+    this.state = (this.linked && fromHash(location.hash, this.opened.first)) || first;
+    if (this.linked) {
+      window.addEventListener("popstate", () => {
+        this.depth = Math.max(0, this.depth - 1);
+        this.show(fromHash(location.hash, this.opened.first) ?? first);
+      });
+    }
+    document.addEventListener("keydown", (event) => {
+      if ((event.ctrlKey || event.metaKey) && event.key === "z" && this.root.isConnected) {
+        event.preventDefault();
+        this.undo();
+      }
+    });
+    let width = this.parts.network.clientWidth;
+    new ResizeObserver(() => {
+      if (Math.abs(this.parts.network.clientWidth - width) < 8) return;
+      width = this.parts.network.clientWidth;
+      this.drawNetwork();
+    }).observe(this.parts.network);
+    this.drawHead();
+    this.show(this.state);
+  }
+
+  // A new choice, which can be undone.
+  choose(state) {
+    this.past.push(this.state);
+    this.depth += 1;
+    if (this.linked) history.pushState(null, "", toHash(state));
+    this.show(state);
+  }
+
+  undo() {
+    if (!this.depth) return;
+    if (this.linked) {
+      history.back();
+      return;
+    }
+    this.depth -= 1;
+    this.show(this.past.pop());
+  }
+
+  // Ask for a state and draw the answer part by part; whatever was asked before is forgotten.
+  async show(state) {
+    this.state = state;
+    this.running?.abort();
+    const running = new AbortController();
+    this.running = running;
+    const waiting = setTimeout(() => { this.parts.wait.hidden = false; }, PATIENCE);
+    this.note("");
+    this.drawHead();
+    const seen = { explained: null, columns: null, flows: [], cost: null };
+    try {
+      await this.source.look(state.input, asRequest(state), (part) => {
+        if (this.running === running) this.take(seen, part);
+      }, running.signal);
+    } catch (error) {
+      if (error.name !== "AbortError" && this.running === running) this.note(error.message, true);
+    } finally {
+      clearTimeout(waiting);
+      if (this.running === running) {
+        this.parts.wait.hidden = true;
+        this.root.dataset.ready = String(Number(this.root.dataset.ready ?? 0) + 1);
+      }
+    }
+  }
+
+  take(seen, part) {
+    if (part.kind === "error") {
+      this.note(part.error, true);
+      return;
+    }
+    if (part.kind === "superseded") return;
+    if (part.kind === "flows") seen.flows.push(part);
+    else if (part.kind === "done") seen.cost = part.cost;
+    else seen[part.kind] = part;
+    if (!seen.columns) return; // the old view stays until there is more than a name
+    this.seen = seen;
+    if (part.kind === "columns") {
+      this.drawAsked();
+      this.drawInput();
+      this.note(part.cautions.join(" "));
+    }
+    this.drawNetwork();
+    this.point(null);
+  }
+
+  note(text, wrong = false) {
+    this.parts.note.textContent = text;
+    this.parts.note.classList.toggle("error", wrong);
+  }
+
+  // -- what is open --------------------------------------------------------------------------------
+
+  drawHead() {
+    const { opened, state } = this;
+    const thumbs = make("div", { class: "inputs", role: "group", "aria-label": "Inputs" }, opened.inputs.map((input, k) => make("button", {
+      type: "button", class: k === state.input ? "thumb chosen" : "thumb", title: input.name, "aria-pressed": k === state.input, "data-input": k,
+      click: () => this.choose({ ...this.state, input: k, target: null, against: null }),
+    }, input.pixels ? drawPixels(input) : input.name)));
+    const name = make("h1", {}, make("span", { class: "brand" }, "nrm"), ` ${opened.model}`);
+    this.parts.head.replaceChildren(name, thumbs, ...(opened.sends ? [this.sender()] : []),
+      make("span", { class: "gap" }), this.columnChooser(), ...offerFiles(this),
+      make("button", { type: "button", class: "plain undo", disabled: this.depth === 0, title: "Ctrl+Z", click: () => this.undo() }, "Undo"));
+  }
+
+  sender() {
+    const field = make("input", { type: "file", accept: "image/*", class: "away", change: () => this.send(field.files[0]) });
+    return make("label", { class: "plain button" }, "Open a picture", field);
+  }
+
+  async send(file) {
+    if (!file) return;
+    if (file.size > 2 ** 24) {
+      this.note("At most 16 MB are taken: send a smaller file.", true);
+      return;
+    }
+    try {
+      const { input, ...opened } = await this.source.send(file);
+      this.opened = opened;
+      this.choose({ ...this.state, input, target: null, against: null });
+    } catch (error) {
+      this.note(error.message, true);
+    }
+  }
+
+  columnChooser() {
+    const boxes = this.opened.columns.map((column) => make("label", {}, make("input", {
+      type: "checkbox", value: column.layer, checked: this.state.columns.includes(column.layer),
+      change: (event) => {
+        const held = new Set(this.state.columns);
+        if (event.target.checked) held.add(column.layer);
+        else held.delete(column.layer);
+        this.kept = true;
+        this.choose({ ...this.state, columns: this.opened.columns.map((one) => one.layer).filter((layer) => held.has(layer)) });
+      },
+    }), ` ${column.layer} `, make("span", { class: "muted" }, `${column.kind}, ${column.size}`)));
+    const count = make("input", { type: "number", min: 1, max: 64, value: this.state.top, "aria-label": "channels of a column", change: (event) => {
+      const top = Math.min(64, Math.max(1, Math.round(Number(event.target.value)) || 12));
+      this.choose({ ...this.state, top });
+    } });
+    const held = make("details", { class: "chooser", open: this.kept }, make("summary", { class: "plain button" }, "Columns"),
+      make("div", { class: "menu" }, make("label", {}, "most relevant ", count), ...boxes));
+    held.addEventListener("toggle", () => { this.kept = held.open; });
+    return held;
+  }
+
+  // -- what is asked -------------------------------------------------------------------------------
+
+  drawAsked() {
+    const { seen, state } = this;
+    const { total } = seen.columns;
+    const share = `${relevance(total.value)}`;
+    const line = make("p", { class: "formula", "data-value": total.value }, notation(total.notation), " = ", make("b", { class: "value" }, share));
+    const units = make("p", { class: "muted" }, `${amount(total.value * seen.explained.scale)} of ${amount(seen.explained.scale)}, the ${seen.explained.what} ${seen.explained.label}`);
+    const rather = make("select", { "aria-label": "rather than", change: (event) => this.choose({ ...state, target: seen.explained.target, against: event.target.value === "" ? null : Number(event.target.value) }) },
+      make("option", { value: "" }, "—"),
+      ...this.outputNames().filter(([k]) => k !== seen.explained.target).map(([k, label]) => make("option", { value: k, selected: k === state.against }, label)));
+    const why = make("select", { "aria-label": "explained output", change: (event) => this.choose({ ...state, target: Number(event.target.value), against: null }) },
+      ...this.outputNames().map(([k, label]) => make("option", { value: k, selected: k === seen.explained.target }, label)));
+    this.parts.asked.replaceChildren(
+      make("div", { class: "total" }, line, units),
+      make("div", { class: "why" }, make("label", {}, "Why ", why), make("label", {}, " rather than ", rather)),
+      this.chips());
+  }
+
+  outputNames() {
+    if (this.opened.labels) return this.opened.labels.map((label, k) => [k, label]);
+    return this.seen.explained.outputs.map(([k, label]) => [k, label]).sort((a, b) => a[0] - b[0]);
+  }
+
+  // The selection, part by part: each may be negated or taken away, and how they are joined.
+  chips() {
+    const { state } = this;
+    if (!state.sets.length) {
+      return make("p", { class: "hint" }, "Click a channel, a flow, or drag over the input: all numbers then are of the walks that pass there.");
+    }
+    const change = (k, set) => this.choose({ ...state, sets: state.sets.flatMap((one, at) => (at === k ? (set ? [set] : []) : [one])) });
+    const joined = make("button", { type: "button", class: "join", title: "joined by and, or by or", "aria-label": `parts are joined by ${state.op}: change`, click: () => this.choose({ ...state, op: state.op === "and" ? "or" : "and" }) }, state.op === "and" ? "∧ and" : "∨ or");
+    const chips = state.sets.map((set, k) => [
+      ...(k === 1 ? [joined] : k ? [make("span", { class: "muted" }, state.op === "and" ? "∧" : "∨")] : []),
+      make("span", { class: set.not ? "chip not" : "chip" },
+        make("button", { type: "button", "aria-pressed": set.not, "aria-label": "not", title: "not", class: "negate", click: () => change(k, { ...set, not: !set.not }) }, "¬"),
+        make("span", {}, set.patch ? `${set.layer} [${set.patch[0]}–${set.patch[1] - 1}, ${set.patch[2]}–${set.patch[3] - 1}]` : `${set.layer}: ${set.channels.join(", ")}`),
+        make("button", { type: "button", "aria-label": "take away", title: "take away", class: "away-part", click: () => change(k, null) }, "×")),
+    ]);
+    const mode = (name, text) => make("label", {}, make("input", { type: "radio", name: "mode", value: name, checked: state.mode === name, change: () => this.choose({ ...state, mode: name }) }), text);
+    return make("div", { class: "chips" }, ...chips.flat(),
+      make("fieldset", { class: "mode" }, make("legend", { class: "away" }, "numbers are"), mode("joint", "jointly with it"), mode("given", "given it")),
+      make("button", { type: "button", class: "plain", click: () => this.choose({ ...state, sets: [] }) }, "Clear"));
+  }
+
+  // -- the input and the network -------------------------------------------------------------------
+
+  drawInput() {
+    const { seen, state } = this;
+    const heatmap = seen.columns.heatmap;
+    const input = this.opened.inputs[state.input];
+    const title = make("h2", {}, notation(heatmap.notation), make("span", { class: "muted" }, ` total ${relevance(heatmap.total)}`));
+    title.addEventListener("pointerenter", () => this.point({ ...heatmap, value: heatmap.total }));
+    title.addEventListener("pointerleave", () => this.point(null));
+    if (this.opened.kind !== "picture") {
+      this.parts.input.replaceChildren(title, drawPlaces(this.opened, input, heatmap, state, (k) => this.choose(toggled(state, heatmap.layer, this.opened.axis, k)), this.point));
+      return;
+    }
+    const chosen = state.sets.find((set) => set.patch && set.layer === heatmap.layer)?.patch;
+    const field = drawHeatmap(heatmap, input, chosen, {
+      patch: (patch) => this.choose(withPatch(state, heatmap.layer, patch)),
+      pixel: (y, x, value) => this.point({ value, notation: heatmap.notation.replace(`i_{${heatmap.layer}}`, `i_{${heatmap.layer}:(${y}, ${x})}`), python: `${heatmap.python}[0, :, ${y}, ${x}].sum()` }),
+      leave: () => this.point(null),
+    });
+    const drawn = drawPixels(input);
+    drawn.classList.add("plainly");
+    this.parts.input.replaceChildren(title, field, drawScale(heatmap), drawn);
+  }
+
+  drawNetwork() {
+    if (!this.seen?.columns) return;
+    const focus = this.root.contains(document.activeElement) ? keyOf(document.activeElement) : null;
+    const { state } = this;
+    const place = this.opened.inputs[state.input];
+    for (const column of this.seen.columns.columns) if (column.axis !== null) column.marks = place.words ?? place.marks;
+    const svg = drawNetwork(this.seen, state, this.parts.network.clientWidth, {
+      node: (column, node) => this.choose(toggled(state, column.layer, column.axis, node.index)),
+      flow: (lower, upper, link) => this.choose(withFlow(state, lower, link[0], upper, link[1])),
+      output: (k, event) => this.choose(event.shiftKey ? { ...state, target: this.seen.explained.target, against: k } : { ...state, target: k, against: null }),
+      point: this.point,
+    });
+    this.parts.network.replaceChildren(svg);
+    if (focus) svg.querySelector(focus)?.focus();
+  }
+
+  // -- what a number is ----------------------------------------------------------------------------
+
+  point(number) {
+    if (!this.seen?.columns) return;
+    const { cost } = this.seen;
+    const shown = number ?? this.seen.columns.total;
+    const took = cost ? `${cost.passes} passes, ${cost.milliseconds.toFixed(0)} ms` : "…";
+    this.parts.foot.replaceChildren(
+      make("span", { class: "which" }, notation(shown.notation), " = ", make("b", {}, relevance(shown.value))),
+      make("code", {}, shown.python),
+      make("span", { class: "took muted" }, took));
+  }
+}
+
+// How to find again what had the focus, when all is drawn anew.
+function keyOf(element) {
+  const { layer, index, output } = element.dataset;
+  if (layer !== undefined && index !== undefined) return `.node[data-layer="${CSS.escape(layer)}"][data-index="${CSS.escape(index)}"]`;
+  return output === undefined ? null : `.output[data-output="${CSS.escape(output)}"]`;
+}
