@@ -332,21 +332,20 @@ def read_sent(data: bytes, say: Say = lambda text: None) -> Image.Image:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    too_many = f"pixels are too many: at most {MOST_SENT:,} are read. Make the picture smaller."
     named = Path("sent")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its size, which is looked at below
             image = Image.open(BytesIO(data), formats=SENT_FORMATS)
-            pixels = image.width * image.height
-            if pixels > MOST_SENT:
-                raise InputError(
-                    f"the picture has {image.width} x {image.height} pixels: at most "
-                    f"{MOST_SENT:,} are read. Make it smaller."
-                )
+            if image.width * image.height > MOST_SENT:
+                raise InputError(f"{image.width} x {image.height} {too_many}")
             scale = _grey_scale(image)
             return _in_rgb(ImageOps.exif_transpose(image), scale, named, say)
     except InputError:
         raise
+    except Image.DecompressionBombError as error:  # its size was too large to be told
+        raise InputError(f"so many {too_many}") from error
     except UnidentifiedImageError as error:
         formats = ", ".join(SENT_FORMATS)
         raise InputError(f"what was sent is no picture: send one of {formats}") from error

@@ -12,30 +12,29 @@ from typing import Any
 from torch import nn
 
 from nrm.cli import demo, models
-from nrm.cli.commands import IMAGENET, CommandError
+from nrm.cli.commands import IMAGENET, CommandError, as_text
 from nrm.explainer import Explainer
+from nrm.explore.kept import keep
 from nrm.explore.opened import Input, Opened
-from nrm.io import Picture, Say, imagenet, read_image, read_sent, transformed
+from nrm.io import Picture, Say, check_folder, imagenet, read_image, read_sent, transformed
 
 EPOCHS = 6
 """For which the network of the digits is trained: it is to be there in seconds."""
 LOCAL = "127.0.0.1"
 
 
-def digits(say: Say) -> Opened:
+def digits(say: Say, epochs: int = EPOCHS) -> Opened:
     """The network of `nrm demo`, trained for a shorter time, and a digit of each kind."""
     say("training a small network on scikit-learn's digits")
-    network = demo.trained(EPOCHS)
+    network = demo.trained(epochs)
     inputs = []
     for digit in range(10):
         picture, _ = demo.example(network, digit)
-        python = (
-            f"picture, _ = demo.example(network, {digit})\ninputs, named = (picture.x,), {{}}"
-        )
+        python = f"picture, _ = demo.example(network, {digit})\ninputs, named = (picture.x,), {{}}"
         inputs.append(Input(f"digit {digit}", (picture.x,), python, pixels=picture.shown))
     python = (
         "from nrm.cli import demo\n"
-        f"network = demo.trained({EPOCHS})\n"
+        f"network = demo.trained({epochs})\n"
         "explainer = nrm.Explainer(network.model)"
     )
     labels = [str(k) for k in range(10)]
@@ -61,9 +60,9 @@ def pictures(
     model: nn.Module = models.load_model(spec, weights, device)
     names = labels
     inputs = []
-    for file, picture in zip(files, read, strict=True):
-        python = _read_again(repr(str(file.resolve())), transform, size)
-        inputs.append(Input(file.name, (picture.x,), python, pixels=picture.shown))
+    for path, picture in zip(files, read, strict=True):
+        python = _read_again(repr(str(path.resolve())), transform, size)
+        inputs.append(Input(path.name, (picture.x,), python, pixels=picture.shown))
     if names is None:
         outputs = models.classes_of(models.output_of(model, read[0].x, None)[1])
         names = models.known_labels(len(outputs))
@@ -104,9 +103,15 @@ def _read_again(path: str, transform: str, size: int, more: str = "") -> str:
     return f"{opened}from nrm.cli import models\ninputs, named = ({made}.x,), {{}}"
 
 
-def serve(
-    opened: Opened, host: str, port: int, browse: bool, told: Callable[[str], None]
-) -> None:
+def keep_file(opened: Opened, file: Path, say: Say) -> None:
+    """Write the explorer as one HTML file."""
+    check_folder(file.parent, "--keep")
+    if file.is_dir():
+        raise CommandError(f"--keep {as_text(file)}: it is a folder; name a file")
+    keep(opened, file, say=say)
+
+
+def serve(opened: Opened, host: str, port: int, browse: bool, told: Callable[[str], None]) -> None:
     """Answer until somebody ends it.
 
     Arguments:
@@ -121,9 +126,7 @@ def serve(
 
         from nrm.explore.server import make_app, new_token
     except ModuleNotFoundError as error:
-        raise CommandError(
-            f"{error.name} is not installed: pip install 'nrm[explore]'"
-        ) from error
+        raise CommandError(f"{error.name} is not installed: pip install 'nrm[explore]'") from error
     with contextlib.closing(_listen(host, port)) as listening:
         port = listening.getsockname()[1]
         hosts = frozenset(f"{_bracketed(name)}:{port}".lower() for name in _names(host))
@@ -168,4 +171,3 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
 from nrm.errors import QueryError
 from nrm.explainer import Explainer
 from nrm.graph import Graph, Variable

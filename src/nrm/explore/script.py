@@ -13,7 +13,6 @@ _TEXT = '''"""Reproduces what the explorer of nrm {version} showed: {title}."""
 {imports}
 
 {model}
-{given}
 R = explainer(*inputs, **named, target={target})
 
 # {notation}
@@ -40,7 +39,7 @@ def script(R: Measure, request: Request, opened: Opened, chosen: Input) -> str:
     lines = []
     if selected is None:
         notation, given = f"R({symbol}) = 1", ""
-        lines.append("print(f\"total at the input: {float(R.heatmap().sum()):.6f}\")")
+        lines.append('print(f"total at the input: {float(R.heatmap().sum()):.6f}")')
     else:
         notation = f"R({selected.notation}, {symbol})"
         lines.append(f"selection = {selected.python}")
@@ -61,7 +60,6 @@ def script(R: Measure, request: Request, opened: Opened, chosen: Input) -> str:
         title=f"{opened.name}, {chosen.name}",
         imports="\n".join(sorted(dict.fromkeys(imports))),
         model="\n".join(kept).strip(),
-        given="",
         target=target,
         notation=notation,
         total="\n".join(lines),

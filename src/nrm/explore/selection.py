@@ -16,7 +16,7 @@ from operator import and_, or_
 from typing import Any
 
 from nrm.errors import QueryError
-from nrm.formulas import Formula, Not
+from nrm.formulas import Formula, Not, conjunction
 from nrm.graph import Graph, Variable
 from nrm.sets import channels, patch, variables_of
 
@@ -34,20 +34,36 @@ class Selected:
         formula: as queries take it.
         notation: in the paper's symbols; `_{...}` stands below the line.
         python: the line that makes it.
+        joined: whether it is made of parts, so that brackets are needed around it.
     """
 
     formula: Formula
     notation: str
     python: str
+    joined: bool = False
 
-    def above(self, variable: Variable, graph: Graph) -> bool:
-        """Whether all of its neurons lie further down a walk than those of a layer."""
+    def enclosed(self) -> Selected:
+        """In brackets, where they are needed."""
+        if not self.joined:
+            return self
+        return Selected(self.formula, f"({self.notation})", f"({self.python})")
+
+    def apart_at(
+        self, variable: Variable, graph: Graph
+    ) -> tuple[list[Formula], list[Formula]] | None:
+        """What is decided of a walk once it is at a layer, and what is decided further up.
+
+        The formula is their conjunction. `None` where a part of it is decided by both.
+        """
         upstream = graph.upstream(variable)
-        return not any(
-            place in upstream
-            for event in self.formula.events
-            for place in variables_of(event, graph)
-        )
+        so_far: list[Formula] = []
+        onward: list[Formula] = []
+        for part in conjunction([self.formula]):
+            lie = {v in upstream for event in part.events for v in variables_of(event, graph)}
+            if len(lie) > 1:
+                return None
+            (onward if True in lie else so_far).append(part)
+        return so_far, onward
 
 
 def parse(given: Any, graph: Graph) -> Selected | None:
@@ -86,13 +102,10 @@ def _count(given: Any, depth: int) -> int:
     return sum(_count(part, depth + 1) for part in parts)
 
 
-def _parsed(given: dict[str, Any], graph: Graph) -> Selected | None:
+def _parsed(given: dict[str, Any], graph: Graph) -> Selected:
     if "not" in given:
-        inner = _parsed(given["not"], graph)
-        assert inner is not None
-        return Selected(
-            Not(inner.formula), f"{_NOT}{_closed(inner.notation)}", f"~{_closed(inner.python)}"
-        )
+        inner = _parsed(given["not"], graph).enclosed()
+        return Selected(Not(inner.formula), f"{_NOT}{inner.notation}", f"~{inner.python}")
     if "op" in given:
         return _joined(given, graph)
     layer = given.get("layer", graph.inputs[0].name)
@@ -112,14 +125,15 @@ def _parsed(given: dict[str, Any], graph: Graph) -> Selected | None:
 def _joined(given: dict[str, Any], graph: Graph) -> Selected:
     if given["op"] not in ("and", "or"):
         raise QueryError(f"parts are joined by 'and' or 'or', not {_short(given['op'])}.")
-    parts = [part for part in (_parsed(one, graph) for one in given["parts"]) if part is not None]
-    if len(parts) == 1:
-        return parts[0]
+    if len(given["parts"]) == 1:
+        return _parsed(given["parts"][0], graph)
+    parts = [_parsed(part, graph).enclosed() for part in given["parts"]]
     both = given["op"] == "and"
     return Selected(
         reduce(and_ if both else or_, (part.formula for part in parts)),
-        f" {_AND if both else _OR} ".join(_closed(part.notation) for part in parts),
-        f" {'&' if both else '|'} ".join(_closed(part.python) for part in parts),
+        f" {_AND if both else _OR} ".join(part.notation for part in parts),
+        f" {'&' if both else '|'} ".join(part.python for part in parts),
+        joined=True,
     )
 
 
@@ -156,12 +170,6 @@ def _whole(given: Any, what: str) -> list[int]:
 
 def _is_index(given: Any) -> bool:
     return isinstance(given, int) and not isinstance(given, bool) and -(2**31) < given < 2**31
-
-
-def _closed(text: str) -> str:
-    """In brackets, where it is joined of parts."""
-    joined = any(f" {sign} " in text for sign in (_AND, _OR, "&", "|"))
-    return f"({text})" if joined else text
 
 
 def _short(given: Any) -> str:

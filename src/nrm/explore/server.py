@@ -27,7 +27,7 @@ from nrm.explore import view
 from nrm.explore.described import described
 from nrm.explore.opened import Opened
 from nrm.explore.script import script
-from nrm.explore.session import MOST_INPUTS, Sessions, Superseded
+from nrm.explore.session import MOST_INPUTS, Sessions, SupersededError
 
 PAGE = Path(__file__).with_name("page")
 MOST_JSON, MOST_FILE = 2**17, 2**24
@@ -50,7 +50,7 @@ _HEADERS = {
 }
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """A body of more bytes than are taken."""
 
 
@@ -90,8 +90,8 @@ def make_app(opened: Opened, token: str, hosts: frozenset[str]) -> FastAPI:
     async def refused(request: Request, error: NrmError) -> Response:
         return _refuse(422, one_line(error))
 
-    @app.exception_handler(TooLarge)
-    async def too_large(request: Request, error: TooLarge) -> Response:
+    @app.exception_handler(TooLargeError)
+    async def too_large(request: Request, error: TooLargeError) -> Response:
         return _refuse(413, str(error))
 
     @app.get(f"/{token}/")
@@ -166,7 +166,7 @@ def _lines(parts: Iterator[view.Part]) -> Iterator[bytes]:
     try:
         for part in parts:
             yield json.dumps(asdict(part)).encode() + b"\n"
-    except Superseded:
+    except SupersededError:
         yield b'{"kind": "superseded"}\n'
     except NrmError as error:
         yield json.dumps({"kind": "error", "error": one_line(error)}).encode() + b"\n"
@@ -192,7 +192,7 @@ async def _body(request: Request, most: int) -> bytes:
     """A body of at most so many bytes: what is more is thrown away as it comes.
 
     Raises:
-        TooLarge: it has more.
+        TooLargeError: it has more.
     """
     told = request.headers.get("content-length", "0")
     size, held = 0, bytearray()
@@ -208,7 +208,7 @@ async def _body(request: Request, most: int) -> bytes:
         if size > _DISCARDED:
             break
     if too_large:
-        raise TooLarge(f"at most {most / 2**20:g} MB are taken: send a smaller file.")
+        raise TooLargeError(f"at most {most / 2**20:g} MB are taken: send a smaller file.")
     return bytes(held)
 
 

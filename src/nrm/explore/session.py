@@ -23,7 +23,7 @@ MOST_SESSIONS, MOST_INPUTS = 16, 8
 """Browser tabs at once; inputs that somebody sent, in each."""
 
 
-class Superseded(NrmError):
+class SupersededError(NrmError):
     """A newer request of the same tab took the place of this one."""
 
 
@@ -36,7 +36,7 @@ class Turn:
 
     def check(self) -> None:
         if self.session.newest != self.number:
-            raise Superseded("a newer click took the place of this one.")
+            raise SupersededError("a newer click took the place of this one.")
 
 
 class Session:
@@ -72,8 +72,7 @@ class Session:
 
     def input(self, number: Any) -> Input:
         """An input by its number."""
-        whole = isinstance(number, int) and not isinstance(number, bool)
-        if not whole or not 0 <= number < len(self._inputs):
+        if type(number) is not int or not 0 <= number < len(self._inputs):
             raise QueryError(f"there is no input {str(number)[:20]} in this tab.")
         return self._inputs[number]
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nrm.condition import Condition
+from nrm.condition import Condition, Sets
 from nrm.errors import QueryError
 from nrm.explore.opened import Column, Opened, columns_of, target_of
 from nrm.explore.selection import Selected, parse, part_of
@@ -303,18 +303,17 @@ class _Asked:
         R, opened = self.R, self.opened
         place = opened.place or R.graph.inputs[0].name
         begin = time.perf_counter()
+        end = R.graph.output.name
         with warnings.catch_warnings(record=True) as met:
             warnings.simplefilter("always")
-            if self.selected is not None:
-                self.known = float(R(self.condition)[0])
-            self.check()
-            layers = [place, *(column.layer for column in self.layers)]
+            layers = [place, *(column.layer for column in self.layers), end]
             found = R.marginals(self.condition, layers=layers)
+        if self.selected is not None:  # all walks begin at the output
+            self.known = math.fsum(found[end].double().reshape(-1).tolist())
         heat = self._heatmap(place, found[place])
         shown = [self._column(column, found[column.layer]) for column in self.layers]
-        none = self.selected is None
-        passes = 1 if none else 3 * self.messages
-        total = Number(self.known if not none else heat.total, self._total(), self._line())
+        passes = 1 if self.selected is None else 2 * self.messages
+        total = Number(self.known, self._total(), self._line())
         cautions = list(dict.fromkeys(str(one.message) for one in met))
         return Columns(total, shown, heat, _cost(begin, passes), cautions)
 
@@ -330,8 +329,10 @@ class _Asked:
         variable = self.R.graph.variable(place)
         shaped = variable.canonical(message.unsqueeze(0))[0, 0]
         if self.opened.kind == "picture":
-            values = shaped.sum(variable.channel_axis_of(shaped.shape)) if shaped.dim() == 3 else (
-                shaped
+            values = (
+                shaped.sum(variable.channel_axis_of(shaped.shape))
+                if shaped.dim() == 3
+                else (shaped)
             )
         else:
             along = variable.axis_of(shaped.shape, self.opened.axis)
@@ -394,24 +395,20 @@ class _Asked:
     def flows(self, lower: Shown, upper: Shown) -> Flows:
         """The joint relevance of the parts shown of two columns."""
         R, begin = self.R, time.perf_counter()
-        graph = R.graph
         one, two = self._known(lower), self._known(upper)
-        above = self.selected is None or self.selected.above(graph.variable(upper.layer), graph)
         channels = one.axis is None and two.axis is None
         a, b = [node.index for node in lower.nodes], [node.index for node in upper.nodes]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said of the columns already
+            above = self._above(upper.layer)
             if above and channels and R.joint_method(lower.layer, upper.layer) == "contraction":
                 how, passes = "one contraction of all pairs", 1 + self.messages
                 more = () if self.selected is None else (self.condition,)
                 table = R.joint(lower.layer, upper.layer, *more)[0][a][:, b]
             else:
-                held = [node for node in upper.nodes if node.value != 0]
-                b = [node.index for node in held]
-                each = [[part_of(two.layer, k, two.axis).formula, self.condition] for k in b]
-                table = self._from_above(each, one, a)
+                b = [node.index for node in upper.nodes if node.value != 0]
+                table, passes = self._from_above(one, a, two, b)
                 how = f"a message from each of {len(b)} parts of {upper.layer}"
-                passes = len(b) * (1 if above else 2 * self.messages)
         links = [
             (i, j, self.divided(float(table[row, column])))
             for row, i in enumerate(a)
@@ -430,12 +427,43 @@ class _Asked:
             _cost(begin, passes),
         )
 
-    def _from_above(self, each: Sequence[Any], lower: Column, chosen: Sequence[int]) -> Tensor:
-        """`[chosen, conditions]`: parts of a layer jointly with each condition."""
-        if not each:
-            return torch.zeros(len(chosen), 0)
-        found = self.R.heatmaps(each, at=lower.layer, progress=lambda done: self.check())
-        return torch.stack([self._by_part(lower, row)[list(chosen)] for row in found], 1)
+    def _above(self, layer: str) -> bool:
+        """Whether a walk at a layer has nothing more to meet of the selection."""
+        if self.selected is None:
+            return True
+        apart = self.selected.apart_at(self.R.graph.variable(layer), self.R.graph)
+        return apart is not None and not apart[1]
+
+    def _from_above(
+        self, lower: Column, a: Sequence[int], upper: Column, b: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """`[a, b]`: parts of a layer jointly with parts of one above; and the messages it took.
+
+        Every walk crosses the lower layer once. Where what is selected is decided either before or
+        after, a message from each part of the upper layer is weighed at the lower one by how walks
+        go on from there: one forward message for all.
+        """
+        R = self.R
+        if not b:
+            return torch.zeros(len(a), 0), 0
+        parts = [part_of(upper.layer, k, upper.axis).formula for k in b]
+        apart = None
+        if self.selected is not None:
+            apart = self.selected.apart_at(R.graph.variable(lower.layer), R.graph)
+        weight: Tensor | None = None
+        if self.selected is None or apart is None:
+            each: list[list[Sets]] = [[part, self.condition] for part in parts]
+            passes = len(b) * (1 if self.selected is None else 2 * self.messages)
+        else:
+            so_far, onward = apart
+            each = [[part, *so_far] for part in parts]
+            passes = len(b)
+            if onward:
+                weight = R.conditionals(*onward, layers=[lower.layer])[lower.layer]
+                passes += self.messages
+        found = R.heatmaps(each, at=lower.layer, progress=lambda done: self.check())
+        rows = found if weight is None else found * weight
+        return torch.stack([self._by_part(lower, row)[list(a)] for row in rows], 1), passes
 
     def _known(self, shown: Shown) -> Column:
         return next(column for column in self.layers if column.layer == shown.layer)

@@ -42,7 +42,7 @@ export function asSvg(page) {
   const svg = draw("svg", { xmlns: "http://www.w3.org/2000/svg", width, height, viewBox: `0 0 ${width} ${height}`, "font-family": "Helvetica, Arial, sans-serif" },
     draw("rect", { width, height, fill: "#fff" }),
     draw("text", { x: 16, y: 30, "font-size": 17, "font-style": "italic", "font-family": "STIX Two Text, Georgia, serif" }, text));
-  if (heatmap) svg.append(draw("image", { x: 16, y: 56, width: side, height: (side * heatmap.height) / heatmap.width, href: heatmap.toDataURL(), style: "image-rendering: pixelated" }));
+  if (heatmap) svg.append(draw("image", { x: 16, y: 56, width: side, height: (side * heatmap.height) / heatmap.width, href: heatmap.toDataURL(), "image-rendering": "pixelated" }));
   columns.setAttribute("x", String(left));
   columns.setAttribute("y", "48");
   svg.append(columns);

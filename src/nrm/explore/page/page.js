@@ -46,12 +46,12 @@ class Page {
   }
 
   start() {
-    const first = firstState(this.opened.first);
-    this.state = (this.linked && fromHash(location.hash, this.opened.first)) || first;
+    const first = firstState(this.opened);
+    this.state = (this.linked && fromHash(location.hash, this.opened)) || first;
     if (this.linked) {
       window.addEventListener("popstate", () => {
         this.depth = Math.max(0, this.depth - 1);
-        this.show(fromHash(location.hash, this.opened.first) ?? first);
+        this.show(fromHash(location.hash, this.opened) ?? first);
       });
     }
     document.addEventListener("keydown", (event) => {

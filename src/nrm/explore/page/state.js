@@ -3,8 +3,8 @@
 
 const FIRST = { input: 0, target: null, against: null, columns: [], op: "and", sets: [], mode: "joint", top: 12 };
 
-export function firstState(columns) {
-  return { ...FIRST, columns: [...columns] };
+export function firstState(opened) {
+  return { ...FIRST, columns: [...opened.first], top: opened.top ?? FIRST.top };
 }
 
 // The set with one more channel, or without it: one set for each layer.
@@ -54,15 +54,15 @@ export function toHash(state) {
 }
 
 // The state of a link; `null` where it says none. The server checks what is in it.
-export function fromHash(hash, columns) {
+export function fromHash(hash, opened) {
   if (hash.length < 2) return null;
   try {
     const text = hash.slice(1).replace(/-/g, "+").replace(/_/g, "/");
     const found = JSON.parse(decodeURIComponent(escape(atob(text))));
     const sets = (Array.isArray(found.sets) ? found.sets : []).filter((set) => set && typeof set.layer === "string" && (Array.isArray(set.patch) || Array.isArray(set.channels)));
-    const state = { ...firstState(columns) };
+    const state = firstState(opened);
     for (const key of Object.keys(FIRST)) if (key in found) state[key] = found[key];
-    if (!Array.isArray(state.columns)) state.columns = [...columns];
+    if (!Array.isArray(state.columns)) state.columns = [...opened.first];
     return { ...state, sets };
   } catch {
     return null;

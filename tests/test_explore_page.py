@@ -1,0 +1,540 @@
+"""The explorer as a person and as a stranger meets it: a real browser, and requests by hand."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("fastapi", reason="the explorer's packages are not installed")
+pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
+
+from PIL import Image
+from support.serving import browser, served
+
+import nrm
+from nrm.explore.bundle import modules
+from nrm.explore.kept import keep
+from nrm.explore.opened import Input, Opened
+from nrm.explore.server import PAGE
+from nrm.io import imagenet, read_sent
+from nrm.measure import Measure
+
+SIDE = 32
+NAMES = ["cat", "<b>dog</b>", "owl", "fish"]
+"""One of them would be markup, if anything took it for such."""
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer, on pictures in colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.a = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()
+        self.pool = nn.MaxPool2d(4)
+        self.conv2, self.b = nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()
+        self.head = nn.Linear(8 * 8 * 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.conv2(self.pool(self.a(self.conv1(x))))).flatten(1))
+
+
+def photograph(seed: int) -> Image.Image:
+    """Blobs of colour."""
+    values = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    large = nn.functional.interpolate(values, (48, 48), mode="bilinear")[0]
+    return Image.fromarray((large.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+
+
+def as_input(image: Image.Image, name: str) -> Input:
+    picture = imagenet(image, SIDE)
+    return Input(name, (picture.x,), "", pixels=picture.shown)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    torch.manual_seed(0)
+    model = Net().eval()
+    inputs = [as_input(photograph(k), f"picture {k}") for k in range(3)]
+    explainer = nrm.Explainer(model)
+    explainer(*inputs[0].args)  # captured before anybody waits for it
+    read = lambda data, name: as_input(read_sent(data), name)  # noqa: E731
+    return Opened("Net", "picture", explainer, inputs, "", NAMES, read)
+
+
+@pytest.fixture(scope="module")
+def R(opened: Opened) -> Measure:
+    return opened.measure(opened.inputs[0])
+
+
+@pytest.fixture(scope="module")
+def address(opened: Opened) -> Iterator[str]:
+    with served(opened) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture
+def page(chromium: Any, address: str) -> Iterator[Any]:
+    """The page, loaded; whatever it complains of fails the test."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    found = context.new_page()
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    asked: list[str] = []
+    found.on("request", lambda request: asked.append(request.url))
+    found.goto(address)
+    settled(found)
+    yield found
+    context.close()
+    assert [text for text in wrong if "422" not in text and "413" not in text] == []
+    assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} <= {
+        urlsplit(address).netloc, ""
+    }  # fmt: skip
+
+
+def settled(page: Any, times: int = 1) -> None:
+    """Wait until so many answers are whole. (Its own way to wait runs code that the page's policy
+    forbids.)"""
+    root, end = page.locator("#explorer"), time.monotonic() + 30
+    while int(root.get_attribute("data-ready") or 0) < times:
+        assert time.monotonic() < end, page.locator("#explorer").inner_text()
+        page.wait_for_timeout(10)
+
+
+def does(page: Any, act: Any) -> None:
+    """Do something, and wait for the answer."""
+    before = int(page.locator("#explorer").get_attribute("data-ready"))
+    act()
+    settled(page, before + 1)
+
+
+def total(page: Any) -> str:
+    found: str = page.locator(".formula .value").inner_text()
+    return found
+
+
+def shown(value: Tensor) -> str:
+    """As the page writes a relevance."""
+    number = float(value)
+    return f"{number:.4f}".replace("-", "−")
+
+
+def node(page: Any, layer: str, index: int) -> Any:
+    return page.locator(f".node[data-layer='{layer}'][data-index='{index}']")
+
+
+# -- what a person sees ----------------------------------------------------------------------------
+
+
+def test_it_loads_with_the_librarys_numbers(page: Any, R: Measure) -> None:
+    assert page.locator("h1").inner_text() == "nrm Net"
+    assert total(page) == "1.0000"
+    for layer in ("a", "b"):
+        for index, value in enumerate(R.channels(layer)[0]):
+            found = node(page, layer, index)
+            assert float(found.get_attribute("data-value")) == pytest.approx(float(value), abs=1e-6)
+    label = node(page, "a", 2).get_attribute("aria-label")
+    assert label == f"a, channel 2, relevance {shown(R.channels('a')[0, 2])}"
+    assert page.locator(".output[aria-pressed='true']").count() == 1
+    assert page.locator("footer code").inner_text() == "R()"
+
+
+def test_a_click_on_a_channel_conditions_everything(page: Any, R: Measure) -> None:
+    does(page, lambda: node(page, "b", 2).click())
+    chosen = nrm.channels("b", 2)
+    assert total(page) == shown(R(chosen))
+    for index, value in enumerate(R.channels("a", chosen)[0]):
+        found = float(node(page, "a", index).get_attribute("data-value"))
+        assert found == pytest.approx(float(value), abs=1e-6)
+    page.mouse.move(640, 2)  # away from all numbers
+    assert page.locator("footer code").inner_text() == "R(nrm.channels('b', 2))"
+    assert "passes" in page.locator("footer .took").inner_text()
+    does(page, lambda: page.get_by_label("given it").check())
+    value = R.channels("a", given=chosen)[0, 1]
+    assert float(node(page, "a", 1).get_attribute("data-value")) == pytest.approx(
+        float(value), abs=1e-5
+    )
+    does(page, lambda: node(page, "b", 2).click())  # and away again
+    assert total(page) == "1.0000"
+
+
+def test_a_click_on_a_flow_selects_both_of_its_ends(page: Any, R: Measure) -> None:
+    flow = page.locator(".flow").last  # the most relevant is drawn last, on top
+    i, j = (int(flow.get_attribute(name)) for name in ("data-from", "data-to"))
+    does(page, lambda: flow.dispatch_event("click"))
+    assert total(page) == shown(R(nrm.channels("a", i), nrm.channels("b", j)))
+
+
+def test_a_patch_of_the_picture_and_a_formula(page: Any, R: Measure) -> None:
+    """Dragged; negated; joined with a channel by and, then by or; a part taken away."""
+    box = page.locator(".picture").bounding_box()
+    unit = box["width"] / SIDE
+
+    def drag() -> None:
+        page.mouse.move(box["x"] + 4.5 * unit, box["y"] + 8.5 * unit)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 19.5 * unit, box["y"] + 15.5 * unit)
+        page.mouse.up()
+
+    does(page, drag)
+    patch = nrm.patch("input", slice(8, 16), slice(4, 20))
+    assert total(page) == shown(R(patch))
+    does(page, lambda: page.get_by_label("not", exact=True).click())
+    assert total(page) == shown(R(~patch))
+    does(page, lambda: node(page, "a", 3).click())
+    channel = nrm.channels("a", 3)
+    assert total(page) == shown(R(channel & ~patch))
+    does(page, lambda: page.get_by_label("parts are joined by and: change").click())
+    assert total(page) == shown(R(channel | ~patch))
+    does(page, lambda: page.get_by_label("take away").first.click())
+    assert total(page) == shown(R(channel))
+
+
+def test_targets_and_contrasts_by_name(page: Any, R: Measure) -> None:
+    does(page, lambda: page.get_by_label("explained output").select_option("<b>dog</b>"))
+    assert page.locator("b", has_text="dog").count() == 0  # a name is no markup
+    does(page, lambda: page.get_by_label("rather than").select_option("owl"))
+    does(page, lambda: node(page, "b", 1).click())
+    assert total(page) == shown(R.of(nrm.Contrast(1, 2))(nrm.channels("b", 1)))
+    assert "<b>dog</b> − owl" in page.locator(".asked .total").inner_text()
+
+
+def test_undo_and_a_link_that_restores_the_view(page: Any, chromium: Any, R: Measure) -> None:
+    does(page, lambda: page.locator("[data-input='1']").click())
+    does(page, lambda: node(page, "b", 0).click())
+    one = total(page)
+    does(page, lambda: node(page, "a", 1).click())
+    link, both = page.url, total(page)
+    other = chromium.new_page()
+    other.goto(link)
+    settled(other)
+    assert total(other) == both
+    other.close()
+    does(page, lambda: page.get_by_role("button", name="Undo").click())
+    assert total(page) == one
+    does(page, lambda: page.keyboard.press("Control+z"))
+    assert total(page) == "1.0000"
+
+
+def test_two_tabs_do_not_mix(page: Any, chromium: Any, address: str, opened: Opened) -> None:
+    other = chromium.new_page()
+    other.goto(address)
+    settled(other)
+    does(other, lambda: other.locator("[data-input='2']").click())
+    does(page, lambda: node(page, "b", 3).click())
+    does(other, lambda: node(other, "a", 0).click())
+    first, third = (opened.measure(opened.inputs[k]) for k in (0, 2))
+    assert total(page) == shown(first(nrm.channels("b", 3)))
+    assert total(other) == shown(third(nrm.channels("a", 0)))
+    other.close()
+
+
+def test_the_keyboard_is_enough(page: Any, R: Measure) -> None:
+    order = R.channels("a")[0].abs().argsort(descending=True).tolist()
+    node(page, "a", order[0]).focus()
+    page.keyboard.press("ArrowDown")
+    does(page, lambda: page.keyboard.press("Enter"))
+    assert total(page) == shown(R(nrm.channels("a", order[1])))
+    focused = page.evaluate("document.activeElement.dataset.index")
+    assert focused == str(order[1])  # it stays where it was
+    page.locator(".picture").focus()
+    page.keyboard.press("ArrowRight")
+    does(page, lambda: page.keyboard.press("Enter"))
+    assert "input:[" in page.locator(".formula").inner_text()
+
+
+def test_a_small_screen_needs_no_scrolling_sideways(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_contrast_of_texts(page: Any) -> None:
+    """Every colour of text stands out from white by 4.5 at least (WCAG AA)."""
+    css = (PAGE / "explore.css").read_text()
+    drawn = (PAGE / "network.js").read_text()
+    muted = re.findall(r"--muted: (#\w{6})", css) + re.findall(r'MUTED = "(#\w{6})"', drawn)
+    assert len(muted) == 2
+    for colour in muted:
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        brightness = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (brightness + 0.05) >= 4.5
+
+
+def test_pictures_are_exported(page: Any) -> None:
+    does(page, lambda: node(page, "b", 2).click())
+    page.get_by_text("Export").click()
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Picture (SVG)").click()
+    drawn = Path(waiting.value.path()).read_text()
+    assert drawn.startswith("<svg")
+    assert "<image" in drawn
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Picture (PNG)").click()
+    with Image.open(waiting.value.path()) as image:
+        assert min(image.size) > 400
+
+
+# -- files that are sent ---------------------------------------------------------------------------
+
+
+def png(image: Image.Image) -> bytes:
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return held.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of so many pixels a side in few bytes: its header says so."""
+    row = zlib.compress(bytes(side + 1))
+    parts = [(b"IHDR", side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])), (b"IDAT", row)]
+    found = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [*parts, (b"IEND", b"")]:
+        found += len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4)
+    return found
+
+
+def test_a_picture_is_sent_and_looked_at(page: Any, opened: Opened, tmp_path: Path) -> None:
+    image = photograph(7)
+    file = tmp_path / "mine.png"
+    file.write_bytes(png(image))
+    does(page, lambda: page.locator("input[type=file]").set_input_files(file))
+    does(page, lambda: node(page, "b", 2).click())
+    own = opened.measure(as_input(image, "mine"))
+    assert total(page) == shown(own(nrm.channels("b", 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("no.png", b"this is no picture", "no picture"),
+        ("cut.png", png(photograph(1))[:200], "cannot be read"),
+        ("bomb.png", bomb(60_000), "pixels are too many"),
+        ("wide.png", bomb(8_000), "8000 x 8000 pixels are too many"),
+        ("large.png", bytes(2**24 + 1), "At most 16 MB"),
+    ],
+    ids=["text", "cut", "bomb", "wide", "large"],
+)
+def test_wrong_files_are_refused_with_a_sentence(
+    page: Any, tmp_path: Path, name: str, data: bytes, why: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    page.locator("input[type=file]").set_input_files(tmp_path / name)
+    page.locator(".note", has_text=why).wait_for()
+    assert total(page) == "1.0000"  # what was seen stays
+
+
+# -- requests by hand ------------------------------------------------------------------------------
+
+
+def ask(
+    address: str, path: str, body: Any = None, method: str = "POST", **headers: str
+) -> tuple[int, str]:
+    """The status and the text that the server answers."""
+    where = urlsplit(address)
+    connection = http.client.HTTPConnection(where.netloc, timeout=60)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.putrequest(method, path, skip_host="Host" in named)
+    if body is not None and "Transfer-Encoding" not in named:
+        named.setdefault("Content-Length", str(len(body)))
+    for name, value in named.items():
+        connection.putheader(name, value)
+    connection.endheaders(body, encode_chunked="Transfer-Encoding" in named)
+    answer = connection.getresponse()
+    found = answer.status, answer.read().decode()
+    connection.close()
+    return found
+
+
+def session_of(address: str) -> str:
+    status, text = ask(address, urlsplit(address).path + "api/open", b"{}")
+    assert status == 200
+    found = re.search(r'"session":"([^"]+)"', text)
+    assert found is not None
+    return found[1]
+
+
+def test_strangers_are_refused(address: str) -> None:
+    """Without the token, under another host's name, or from another page."""
+    where = urlsplit(address)
+    root = where.path
+    for path in ("/", "/api/open", "/wrong/", "/wrong/api/open", root[:-2] + "/"):
+        assert ask(address, path, b"{}")[0] == 403
+    assert ask(address, root, method="GET", Host=where.netloc)[0] == 200
+    for host in ("evil.example", f"evil.example:{where.port}", "127.0.0.1", "127.0.0.1:1", ""):
+        status, text = ask(address, root, method="GET", Host=host)
+        assert (status, "Host" in text) == (403, True)
+    for origin in ("http://evil.example", "null", f"http://localhost:{where.port}"):
+        assert ask(address, root + "api/open", b"{}", Origin=origin)[0] == 403
+    assert ask(address, root + "api/open", b"{}", Sec_Fetch_Site="cross-site")[0] == 403
+    assert ask(address, root + "api/open", b"{}", Origin=f"http://{where.netloc}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../server.py", "..%2fserver.py", "%2e%2e/server.py", "....//server.py", "/etc/passwd",
+     "vendor/../../server.py", "vendor", "vendor/SHA256SUMS", "__init__.py", "api/nothing"],
+)  # fmt: skip
+def test_nothing_outside_of_the_page_is_read(address: str, path: str) -> None:
+    status, text = ask(address, urlsplit(address).path + path, method="GET")
+    assert status in (403, 404)
+    assert "import" not in text
+    assert "root:" not in text
+
+
+def test_large_bodies_are_refused_however_they_are_sent(address: str) -> None:
+    """100 MB, with their length told and without; and a request of too much JSON."""
+    root, session = urlsplit(address).path, session_of(address)
+    send = f"{root}api/send?session={session}&name=large.png"
+    status, text = ask(address, send, bytes(100_000_000))
+    assert (status, "at most 16 MB" in text) == (413, True)
+    chunks = (bytes(2**20) for _ in range(20))
+    status, text = ask(address, send, chunks, Transfer_Encoding="chunked")
+    assert (status, "at most 16 MB" in text) == (413, True)
+    status, text = ask(address, root + "api/view", b" " * 200_000)
+    assert (status, "at most 0.125 MB" in text) == (413, True)
+
+
+def test_what_is_no_request_is_refused_with_a_sentence(address: str) -> None:
+    root = urlsplit(address).path
+    assert ask(address, root + "api/view", b"[")[0] == 422
+    assert ask(address, root + "api/view", b"[]")[0] == 422
+    assert "has ended" in ask(address, root + "api/view", b'{"session": "no"}')[1]
+    assert ask(address, root + "api/view", b"[" * 100_000)[0] == 422
+    body = f'{{"session": "{session_of(address)}", "input": 99, "request": {{}}}}'
+    assert "there is no input 99" in ask(address, root + "api/view", body.encode())[1]
+
+
+def test_the_page_says_what_it_may_load(address: str) -> None:
+    where = urlsplit(address)
+    connection = http.client.HTTPConnection(where.netloc, timeout=60)
+    connection.request("GET", where.path)
+    answer = connection.getresponse()
+    answer.read()
+    policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+    assert answer.headers["Referrer-Policy"] == "no-referrer"  # the address holds the token
+    connection.close()
+
+
+def test_vendored_files_are_what_they_were() -> None:
+    """As listed in SHA256SUMS, with a licence each; nothing else lies there."""
+    folder = PAGE / "vendor"
+    rows = [line.split() for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    listed = {name: digest for digest, name in rows}
+    assert {file.name for file in folder.iterdir()} == {*listed, "SHA256SUMS"}
+    for name, digest in listed.items():
+        assert sha256((folder / name).read_bytes()).hexdigest() == digest
+    scripts = [name for name in listed if name.endswith(".js")]
+    assert {f"{name.removesuffix('.min.js')}.LICENSE" for name in scripts} == {
+        name for name in listed if name.endswith(".LICENSE")
+    }
+
+
+def test_the_page_makes_no_markup_of_texts() -> None:
+    for file in PAGE.glob("*.js"):
+        text = file.read_text()
+        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert way not in text, file.name
+        assert not re.search(r"https?://(?!www\.w3\.org)", text), file.name
+
+
+# -- one file that needs no server -----------------------------------------------------------------
+
+
+def test_a_kept_file_opens_from_disk(
+    chromium: Any, opened: Opened, R: Measure, tmp_path: Path
+) -> None:
+    """Every single click is in it; what is not, it says. It loads nothing else."""
+    two = replace(opened, inputs=opened.inputs[:2], name="</script><b>Net")
+    count = keep(two, tmp_path / "kept.html", top=3)
+    assert count == 2 * (1 + 2 * 2 * 3)
+    page = chromium.new_page()
+    wrong: list[str] = []
+    asked: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{tmp_path / 'kept.html'}")
+    settled(page)
+    assert page.locator("h1").inner_text() == "nrm </script><b>Net"
+    index = int(R.channels("b")[0].abs().argmax())
+    does(page, lambda: node(page, "b", index).click())
+    assert total(page) == shown(R(nrm.channels("b", index)))
+    does(page, lambda: page.get_by_label("given it").check())
+    does(page, lambda: page.locator(".node[data-layer='a']").first.click())
+    assert "start `nrm explore`" in page.locator(".note").inner_text()
+    page.close()
+    assert wrong == []
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+
+
+def test_the_modules_of_the_page_declare_no_name_twice() -> None:
+    """So that they can be joined; and nothing else is imported than by a line of its own."""
+    text = modules("main.js") + modules("kept.js").replace(modules("page.js"), "")
+    assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
+    assert "import(" not in text
+    names = re.findall(r"^(?:async )?(?:function|const|let|class) (\w+)", text, re.MULTILINE)
+    assert len(names) == len(set(names))
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Opened:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from nrm.cli import explore
+
+    return explore.digits(lambda text: None, epochs=1)
+
+
+def test_an_exported_script_gives_the_number_when_it_is_run(chromium: Any, digits: Opened) -> None:
+    with served(digits) as address:
+        page = chromium.new_page()
+        page.goto(address)
+        settled(page)
+        does(page, lambda: node(page, "relu2", 3).click())
+        page.get_by_text("Export").click()
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name="Script (Python)").click()
+        script = Path(waiting.value.path()).read_text()
+        seen = total(page)
+        columns = page.locator(".node[data-layer='relu1']").evaluate_all(
+            "nodes => nodes.map((node) => [node.dataset.index, Number(node.dataset.value)])"
+        )
+        page.close()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"R\(selection\) = (\S+)", done.stdout)
+    assert found is not None
+    assert f"{float(found[1]):.4f}" == seen
+    rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("relu1 ")]
+    assert [row[0] for row in rows] == [index for index, _ in columns]
+    for (_, value), (_, number) in zip(rows, columns, strict=True):
+        assert float(value) == pytest.approx(number, abs=2e-6)
