@@ -25,13 +25,14 @@ pytest.importorskip("fastapi", reason="the explorer's packages are not installed
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
 from PIL import Image
-from support.serving import browser, served
+from support.browser import browser
 
 import nrm
 from nrm.explore.bundle import modules
 from nrm.explore.kept import keep
 from nrm.explore.opened import Input, Opened
 from nrm.explore.server import PAGE
+from nrm.explore.serving import running
 from nrm.io import imagenet, read_sent
 from nrm.measure import Measure
 
@@ -84,7 +85,7 @@ def R(opened: Opened) -> Measure:
 
 @pytest.fixture(scope="module")
 def address(opened: Opened) -> Iterator[str]:
-    with served(opened) as found:
+    with running(opened) as found:
         yield found
 
 
@@ -513,7 +514,7 @@ def digits() -> Opened:
 
 
 def test_an_exported_script_gives_the_number_when_it_is_run(chromium: Any, digits: Opened) -> None:
-    with served(digits) as address:
+    with running(digits) as address:
         page = chromium.new_page()
         page.goto(address)
         settled(page)

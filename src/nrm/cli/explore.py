@@ -1,11 +1,7 @@
-"""What `nrm explore` opens: the digits, or a model of one's own with a picture; and the server."""
+"""What `nrm explore` opens: the digits, or a model of one's own with pictures."""
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ from nrm.io import Picture, Say, check_folder, imagenet, read_image, read_sent, 
 
 EPOCHS = 6
 """For which the network of the digits is trained: it is to be there in seconds."""
-LOCAL = "127.0.0.1"
 
 
 def digits(say: Say, epochs: int = EPOCHS) -> Opened:
@@ -109,65 +104,3 @@ def keep_file(opened: Opened, file: Path, say: Say) -> None:
     if file.is_dir():
         raise CommandError(f"--keep {as_text(file)}: it is a folder; name a file")
     keep(opened, file, say=say)
-
-
-def serve(opened: Opened, host: str, port: int, browse: bool, told: Callable[[str], None]) -> None:
-    """Answer until somebody ends it.
-
-    Arguments:
-        port: 0 for any that is free.
-        told: is given the address, once there is something to see.
-
-    Raises:
-        CommandError: the port cannot be had, or a package is missing.
-    """
-    try:
-        import uvicorn
-
-        from nrm.explore.server import make_app, new_token
-    except ModuleNotFoundError as error:
-        raise CommandError(f"{error.name} is not installed: pip install 'nrm[explore]'") from error
-    with contextlib.closing(_listen(host, port)) as listening:
-        port = listening.getsockname()[1]
-        hosts = frozenset(f"{_bracketed(name)}:{port}".lower() for name in _names(host))
-        token = new_token()
-        address = f"http://{_bracketed(host)}:{port}/{token}/"
-        app = make_app(opened, token, hosts)
-        told(address)
-        if browse:
-            webbrowser.open(address)
-        config = uvicorn.Config(app, log_level="warning", access_log=False)
-        uvicorn.Server(config).run([listening])
-
-
-def _names(host: str) -> set[str]:
-    """What a server that listens at a host may be called."""
-    if host in (LOCAL, "localhost", "::1"):
-        return {host, "localhost", LOCAL}
-    if host not in ("0.0.0.0", "::"):
-        return {host}
-    own = socket.gethostname()
-    names = {own, socket.getfqdn(), "localhost", LOCAL, host}
-    with contextlib.suppress(OSError):
-        names |= {str(found[4][0]) for found in socket.getaddrinfo(own, None)}
-    return names
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen()
-    except OSError as error:
-        raise CommandError(
-            f"--port {port}: {host} cannot be listened at: {error.strerror}; leave --port out for "
-            "any that is free"
-        ) from error
-    return found
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -5,6 +5,7 @@ The command line opens models and pictures (`nrm.cli.explore`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -100,33 +101,45 @@ class Opened:
 
 
 def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:
-    """The cuts of a graph that have channels, from the inputs to the output.
+    """The cuts of a graph that have parts to show, from the inputs to the output.
 
-    Those whose channels lie along one axis with nothing beside them are left out where the layer
-    before says the same: a flattened layer has a channel for every neuron.
+    Layers in which the places of a text, a series or a graph lie along the same axis as in the
+    input are divided by these, all others into channels.
     """
+    places = None
+    if opened.axis is not None:
+        places = _sizes(graph.variable(opened.place or graph.inputs[0].name), R)[opened.axis]
     found: list[Column] = []
-    for variable in reversed(graph.cuts):
-        if variable.is_leaf or variable is graph.output:
+    # Walks that end at biases, where these are inputs, cross no more layers.
+    for variable in reversed(graph.crossings(leaving_out=("bias", "constant"))):
+        producer = variable.producer
+        if producer is None or variable is graph.output or producer.kind in _SAME:
             continue
-        shape = variable.neuron_shape(R.activations(variable.name).shape)
-        if not shape or not _has_channels(variable):
+        sizes = _sizes(variable, R)
+        if not sizes:
             continue
-        size = shape[variable.channel_axis_of(shape)]
-        kind = variable.producer.kind if variable.producer else variable.kind
-        found.append(Column(variable.name, size, kind))
+        axis = opened.axis
+        if axis is None or len(sizes) <= max(axis, 1) or sizes[axis] != places:
+            axis = None
+        size = sizes[variable.channel_axis_of(sizes) if axis is None else axis]
+        if size > 1:
+            found.append(Column(variable.name, size, producer.kind, axis))
     return found
 
 
-def _has_channels(variable: Variable) -> bool:
-    """Whether a layer is more than another look at the one before it."""
-    producer = variable.producer
-    return producer is not None and producer.kind not in ("view", "dropout", "identity")
+_SAME = ("view", "dropout", "identity")
+"""Kinds of operations after which a layer is the one before it once more."""
+
+
+def _sizes(variable: Variable, R: Measure) -> Sequence[int]:
+    """The axes of a layer's neurons."""
+    return variable.neuron_shape(R.forward_pass.shape(variable))
 
 
 def chosen_at_first(columns: Sequence[Column], most: int = MOST_COLUMNS - 1) -> list[str]:
-    """Some of them, spread over the depth: activations, where there are any."""
-    fit = [column for column in columns if column.kind == "activation"] or list(columns)
+    """Some of them, spread over the depth: those divided into places, else activations."""
+    fit = [column for column in columns if column.axis is not None]
+    fit = fit or [column for column in columns if column.kind == "activation"] or list(columns)
     if len(fit) <= most:
         return [column.layer for column in fit]
     step = (len(fit) - 1) / (most - 1)
@@ -142,17 +155,28 @@ def target_of(chosen: Any, against: Any, R: Measure) -> tuple[Any, str, str]:
     Raises:
         QueryError: they are no outputs.
     """
-    outputs = R.output.shape[-1] if R.output.dim() > 1 else 1
+    output = R.graph.output
+    axes = output.neuron_shape(R.output.shape)
+    outputs = axes[-1] if axes else 1
+    if math.prod(axes) != outputs:
+        raise QueryError(
+            "the explorer shows models with one output for each class, not outputs "
+            f"{tuple(axes)}: give Explainer(output=...) a function that picks one row of them."
+        )
     for one in (chosen, against):
         whole = isinstance(one, int) and not isinstance(one, bool)
         if one is not None and not (whole and 0 <= one < outputs):
             raise QueryError(f"there is no output {str(one)[:20]}: they are 0 to {outputs - 1}.")
-    if R.output.dim() != 2 and not (R.output.dim() < 2 and chosen in (None, 0)):
-        raise QueryError("the explorer shows models with one output for each class.")
     if chosen is None:
         chosen = int(R.output.reshape(-1).argmax())
+    before = (0,) * (len(axes) - 1)
+
+    def place(index: int) -> Any:
+        return (*before, index) if before else index
+
     if against is None:
-        return chosen, str(chosen), str(chosen)
+        return place(chosen), str(place(chosen)), str(chosen)
     if against == chosen:
         raise QueryError("an output is explained against another one, not against itself.")
-    return Contrast(chosen, against), f"nrm.Contrast({chosen}, {against})", f"{chosen} − {against}"
+    contrast = Contrast(place(chosen), place(against))
+    return contrast, f"nrm.Contrast({place(chosen)}, {place(against)})", f"{chosen} − {against}"

@@ -209,8 +209,8 @@ def answer(R: Measure, request: Request, opened: Opened, check: Check) -> Iterat
     Raises:
         NrmError: something is asked for that is not there.
     """
-    target, said, symbol = target_of(request.target, request.against, R)
-    asked = _Asked(R.of(target), request, opened, said, symbol, check)
+    target, _, symbol = target_of(request.target, request.against, R)
+    asked = _Asked(R.of(target), request, opened, symbol, check)
     yield asked.explained()
     found = asked.columns()
     yield found
@@ -227,10 +227,10 @@ class _Asked:
     """A request to a measure, with what both its columns and its flows need."""
 
     def __init__(
-        self, R: Measure, request: Request, opened: Opened, said: str, symbol: str, check: Check
+        self, R: Measure, request: Request, opened: Opened, symbol: str, check: Check
     ) -> None:
         self.R, self.request, self.opened, self.check = R, request, opened, check
-        self.target, self.symbol = said, symbol
+        self.symbol = symbol
         self.selected: Selected | None = parse(request.selection, R.graph)
         known = {column.layer: column for column in columns_of(R.graph, opened, R)}
         for layer in request.columns:
@@ -286,7 +286,7 @@ class _Asked:
         values = R.output.reshape(-1)
         chosen, label = None, str(R.quantity)
         if request.against is None:
-            chosen = int(self.target)
+            chosen = int(self.symbol)
             label = self.opened.label(chosen)
         else:
             of = int(values.argmax()) if request.target is None else request.target
