@@ -96,7 +96,8 @@ def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens there."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        found = socket.socket(family, socket.SOCK_STREAM)
+        # Named TCP, or asyncio does not switch off waiting for more to send, of 40 ms each time.
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
         found.listen()

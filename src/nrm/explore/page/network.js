@@ -6,8 +6,7 @@ import { isSelected } from "./state.js";
 const ROW = 25;
 const BAR = 17;
 const TOP = 58;
-const LABEL = 34;
-const NARROWEST = 196;
+const NARROWEST = 180;
 const FONT = "ui-sans-serif, system-ui, 'Helvetica Neue', Arial, sans-serif";
 const INK = "#1d1d1f";
 const MUTED = "#6a6a70";
@@ -28,8 +27,9 @@ export function drawNetwork(seen, state, width, on) {
   });
   const flows = draw("g", { class: "flows" });
   svg.append(flows);
-  const block = Math.min(step * 0.56, 150);
-  const scale = barScale(columns, block - LABEL);
+  const label = columns.some((column) => column.marks?.length) ? 66 : 34;
+  const block = Math.min(step * 0.56, 116) + (label - 34);
+  const scale = barScale(columns, block, label);
   const places = columns.map((column, c) => column.nodes.map((node, k) => ({
     node, x: c * step, y: TOP + k * ROW + ROW / 2, end: c * step + scale.zero + Math.max(0, node.value) * scale.unit + 5,
   })));
@@ -45,18 +45,18 @@ export function drawNetwork(seen, state, width, on) {
 }
 
 // Where zero lies in a column of bars, and how long a relevance is: one scale for all columns.
-function barScale(columns, room) {
+function barScale(columns, block, label) {
   const values = columns.flatMap((column) => [...column.nodes.map((node) => node.value), column.rest]);
   const up = Math.max(0, ...values);
   const down = Math.max(0, ...values.map((value) => -value));
-  const unit = up + down > 0 ? (room - 4) / (up + down) : 0;
-  return { zero: LABEL + 2 + down * unit, unit };
+  const unit = up + down > 0 ? (block - label - 4) / (up + down) : 0;
+  return { zero: label + 2 + down * unit, unit, label };
 }
 
 function drawColumn(svg, column, places, x, block, scale, state, on) {
   const head = draw("g", { class: "head", transform: `translate(${x},0)` },
-    draw("text", { x: LABEL, y: 18, "font-weight": 600 }, clipped(column.layer, 20)),
-    draw("text", { x: LABEL, y: 35, fill: MUTED, "font-size": 11, class: "total", "data-layer": column.layer, "data-value": column.total },
+    draw("text", { x: scale.label, y: 18, "font-weight": 600, "font-size": column.layer.length > 18 ? 11 : 12 }, shortened(column.layer, 24)),
+    draw("text", { x: scale.label, y: 35, fill: MUTED, "font-size": 11, class: "total", "data-layer": column.layer, "data-value": column.total },
       `${column.size} ${column.axis === null ? "channels" : "places"} · total ${relevance(column.total)}`));
   head.append(draw("title", {}, column.layer));
   pointed(head, { value: column.total, notation: column.notation, python: column.python }, on);
@@ -64,7 +64,7 @@ function drawColumn(svg, column, places, x, block, scale, state, on) {
   svg.append(draw("line", { x1: x + scale.zero, x2: x + scale.zero, y1: TOP, y2: TOP + (places.length + (column.others ? 1 : 0)) * ROW, stroke: "#c9c9ce" }));
   for (const { node, y } of places) {
     const chosen = isSelected(state, column.layer, column.axis, node.index);
-    const label = column.marks?.[node.index] ?? String(node.index);
+    const label = column.marks?.length ? `${clipped(column.marks[node.index], 7)} ${node.index}` : String(node.index);
     const group = draw("g", {
       class: chosen ? "node chosen" : "node", transform: `translate(${x},${y})`, tabindex: 0, role: "button", "aria-pressed": chosen,
       "aria-label": `${column.layer}, ${column.axis === null ? "channel" : "place"} ${label}, relevance ${relevance(node.value)}`,
@@ -72,7 +72,7 @@ function drawColumn(svg, column, places, x, block, scale, state, on) {
       click: (event) => on.node(column, node, event), keydown: (event) => pressed(event, () => on.node(column, node, event)),
     },
     draw("rect", { x: 0, y: -ROW / 2 + 1, width: block, height: ROW - 2, rx: 4, fill: chosen ? "#fdf0e4" : "transparent", stroke: chosen ? "#1d1d1f" : "none", class: "ground" }),
-    draw("text", { x: LABEL - 6, y: 4, "text-anchor": "end", "font-weight": chosen ? 700 : 400, fill: node.value === 0 ? MUTED : INK }, clipped(label, 5)),
+    draw("text", { x: scale.label - 6, y: 4, "text-anchor": "end", "font-weight": chosen ? 700 : 400, fill: node.value === 0 ? MUTED : INK }, label),
     draw("rect", barAt(node.value, scale)));
     pointed(group, nodeNumber(column, node), on);
     svg.append(group);
@@ -80,7 +80,7 @@ function drawColumn(svg, column, places, x, block, scale, state, on) {
   if (column.others) {
     const y = TOP + places.length * ROW + ROW / 2;
     const rest = draw("g", { class: "rest", transform: `translate(${x},${y})`, opacity: 0.75 },
-      draw("text", { x: LABEL - 6, y: 4, "text-anchor": "end", fill: MUTED, "font-size": 11 }, `+${column.others}`),
+      draw("text", { x: scale.label - 6, y: 4, "text-anchor": "end", fill: MUTED, "font-size": 11 }, `+${column.others}`),
       draw("rect", { ...barAt(column.rest, scale), "fill-opacity": 0.35 }));
     rest.append(draw("title", {}, `the other ${column.others} together: ${relevance(column.rest)}`));
     svg.append(rest);
@@ -212,5 +212,10 @@ function nextTo(element, key) {
 }
 
 function clipped(text, most) {
-  return text.length > most ? `…${text.slice(1 - most)}` : text;
+  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
+}
+
+// The name of a layer, its beginning and its end.
+function shortened(text, most) {
+  return text.length > most ? `${text.slice(0, most - 12)}…${text.slice(-11)}` : text;
 }

@@ -208,7 +208,7 @@ class Page {
       ...this.outputNames().map(([k, label]) => make("option", { value: k, selected: k === seen.explained.target }, label)));
     this.parts.asked.replaceChildren(
       make("div", { class: "total" }, line, units),
-      make("div", { class: "why" }, make("label", {}, "Why ", why), make("label", {}, " rather than ", rather)),
+      make("div", { class: "why", hidden: seen.explained.outputs.length < 2 }, make("label", {}, "Why ", why), make("label", {}, " rather than ", rather)),
       this.chips());
   }
 
@@ -221,7 +221,8 @@ class Page {
   chips() {
     const { state } = this;
     if (!state.sets.length) {
-      return make("p", { class: "hint" }, "Click a channel, a flow, or drag over the input: all numbers then are of the walks that pass there.");
+      const place = { picture: "drag over the picture", words: "a word", series: "a step", graph: "a node" }[this.opened.kind];
+      return make("p", { class: "hint" }, `Click a channel, a flow, or ${place}: all numbers then are of the walks that pass there.`);
     }
     const change = (k, set) => this.choose({ ...state, sets: state.sets.flatMap((one, at) => (at === k ? (set ? [set] : []) : [one])) });
     const joined = make("button", { type: "button", class: "join", title: "joined by and, or by or", "aria-label": `parts are joined by ${state.op}: change`, click: () => this.choose({ ...state, op: state.op === "and" ? "or" : "and" }) }, state.op === "and" ? "∧ and" : "∨ or");

@@ -2,7 +2,7 @@
 
 import { make, bytes, floats, shade, relevance } from "./marks.js";
 
-const EDGE = 0.65;
+const EDGE = 0.42;
 const FEW = 64; // pixels a side, below which a line around the bright parts shows more than outlines
 const ENLARGED = 14;
 

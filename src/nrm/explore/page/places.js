@@ -57,27 +57,52 @@ function drawGraph(input, values, colour, dark, label, dressed, click) {
   return svg;
 }
 
-// Places of nodes by springs along edges and repulsion between all, always the same.
+// Places of nodes so that distances on the paper are those in the graph, as well as can be: stress
+// majorisation, from a circle, so that it is the same every time.
 function laidOut(count, edges) {
-  const at = Array.from({ length: count }, (_, k) => [Math.cos((2 * Math.PI * k) / count), Math.sin((2 * Math.PI * k) / count)]);
-  for (let round = 0; round < 400; round += 1) {
-    const push = at.map(() => [0, 0]);
-    const rate = 0.05 * (1 - round / 400);
-    for (let a = 0; a < count; a += 1) {
-      for (let b = 0; b < a; b += 1) {
-        const [dx, dy] = [at[a][0] - at[b][0], at[a][1] - at[b][1]];
-        const size = 0.12 / (dx * dx + dy * dy + 0.001);
-        push[a][0] += size * dx; push[a][1] += size * dy; push[b][0] -= size * dx; push[b][1] -= size * dy;
+  const far = distances(count, edges);
+  let at = Array.from({ length: count }, (_, k) => [Math.cos(2.4 * k), Math.sin(2.4 * k)].map((part) => part * (1 + k / count)));
+  for (let round = 0; round < 300; round += 1) {
+    at = at.map((own, k) => {
+      let [x, y, sum] = [0, 0, 0];
+      at.forEach((other, j) => {
+        if (j === k) return;
+        const [dx, dy] = [own[0] - other[0], own[1] - other[1]];
+        const stretch = far[k][j] / (Math.hypot(dx, dy) || 1e-9);
+        const weight = 1 / far[k][j] ** 2;
+        x += weight * (other[0] + stretch * dx);
+        y += weight * (other[1] + stretch * dy);
+        sum += weight;
+      });
+      return sum ? [x / sum, y / sum] : own;
+    });
+  }
+  const ends = [0, 1].map((axis) => [Math.min(...at.map((place) => place[axis])), Math.max(...at.map((place) => place[axis]))]);
+  const size = Math.max(...ends.map(([low, high]) => high - low), 1e-6);
+  return at.map((place) => place.map((part, axis) => (100 * (part - ends[axis][0])) / size));
+}
+
+// How many edges lie between any two nodes; one more than any of these, where there is no way.
+function distances(count, edges) {
+  const next = Array.from({ length: count }, () => []);
+  for (const [a, b] of edges) {
+    next[a].push(b);
+    next[b].push(a);
+  }
+  const found = next.map((_, from) => {
+    const steps = new Array(count).fill(Infinity);
+    steps[from] = 0;
+    const waiting = [from];
+    while (waiting.length) {
+      const node = waiting.shift();
+      for (const other of next[node]) {
+        if (steps[other] < Infinity) continue;
+        steps[other] = steps[node] + 1;
+        waiting.push(other);
       }
     }
-    for (const [a, b] of edges) {
-      const [dx, dy] = [at[a][0] - at[b][0], at[a][1] - at[b][1]];
-      const size = 1.5 * (Math.hypot(dx, dy) - 0.35);
-      push[a][0] -= size * dx; push[a][1] -= size * dy; push[b][0] += size * dx; push[b][1] += size * dy;
-    }
-    at.forEach((place, k) => { place[0] += rate * push[k][0]; place[1] += rate * push[k][1]; });
-  }
-  const [low, high] = [0, 1].map((axis) => at.map((place) => place[axis])).reduce(([l, h], line) => [[...l, Math.min(...line)], [...h, Math.max(...line)]], [[], []]);
-  const size = Math.max(high[0] - low[0], high[1] - low[1], 1e-6);
-  return at.map(([x, y]) => [(100 * (x - low[0])) / size, (100 * (y - low[1])) / size]);
+    return steps;
+  });
+  const most = 1 + Math.max(...found.flat().filter((steps) => steps < Infinity));
+  return found.map((steps) => steps.map((one) => Math.min(one, most)));
 }
