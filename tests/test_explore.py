@@ -158,6 +158,35 @@ def test_the_line_of_python_gives_the_number(R: Measure, opened: Opened, mode: s
         assert float(run(line)) == pytest.approx(value)
 
 
+@pytest.mark.parametrize("mode", ["joint", "given"])
+def test_a_search_finds_the_most_relevant_flows(R: Measure, opened: Opened, mode: str) -> None:
+    """All of them at once, and the gap is told until it is closed."""
+    wanted = {"columns": LAYERS, "target": 1, "selection": C, "mode": mode}
+    session, parts = Sessions(opened).new(), []
+    parts = list(session.search(0, view.Request.read(wanted), session.turn()))
+    found = parts[-1]
+    assert isinstance(found, view.Found)
+    assert {part.kind for part in parts[:-1]} <= {"searching"}
+    chosen = nrm.channels("c", 3)
+    every = R.of(1).joint("a", "b", chosen)[0]
+    every = every / float(R.of(1)(chosen)) if mode == "given" else every
+    largest = every.flatten().abs().topk(10)
+    assert found.gap == 0
+    assert [abs(value) for _, value in found.flows] == pytest.approx(largest.values.tolist())
+    for (i, j, k), value in found.flows:
+        assert k == 3
+        assert value == pytest.approx(float(every[i, j]))
+    run: Any = eval(found.python, {"nrm": nrm, "R": R.of(1)})
+    assert [flow.relevance for flow in run] == pytest.approx([value for _, value in found.flows])
+
+
+def test_a_search_refuses_what_it_cannot_answer(opened: Opened) -> None:
+    session = Sessions(opened).new()
+    for wanted in ({"columns": ["a"]}, {"columns": LAYERS, "selection": PATCH}):
+        with pytest.raises(QueryError):
+            list(session.search(0, view.Request.read(wanted), session.turn()))
+
+
 def test_only_the_most_relevant_are_shown_and_the_rest_is_added_up(
     R: Measure, opened: Opened
 ) -> None:

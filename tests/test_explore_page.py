@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import re
 import subprocess
 import sys
@@ -220,6 +221,18 @@ def test_targets_and_contrasts_by_name(page: Any, R: Measure) -> None:
     does(page, lambda: node(page, "b", 1).click())
     assert total(page) == shown(R.of(nrm.Contrast(1, 2))(nrm.channels("b", 1)))
     assert "<b>dog</b> − owl" in page.locator(".asked .total").inner_text()
+
+
+def test_a_search_of_flows(page: Any, R: Measure) -> None:
+    page.get_by_role("button", name="Find flows").click()
+    row = page.locator(".found tbody tr").first
+    row.wait_for()
+    every = R.joint("a", "b")[0]
+    i, j = divmod(int(every.abs().argmax()), every.shape[1])
+    assert row.inner_text().split()[:3] == [str(i), str(j), shown(every[i, j])]
+    assert "no other is larger" in page.locator(".found h2").inner_text()
+    does(page, lambda: row.get_by_role("button").click())
+    assert total(page) == shown(R(nrm.channels("a", i), nrm.channels("b", j)))
 
 
 def test_undo_and_a_link_that_restores_the_view(page: Any, chromium: Any, R: Measure) -> None:
@@ -493,9 +506,79 @@ def test_a_kept_file_opens_from_disk(
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
 
 
+# -- in a notebook ---------------------------------------------------------------------------------
+
+NOTEBOOK = """<!DOCTYPE html><div id="cell"></div><script type="module">
+{module}
+const listeners = [];
+window.model = {{
+  on: (name, hear) => listeners.push(hear),
+  send: (content) => window.kernel(JSON.stringify(content)),
+}};
+window.hear = (message) => listeners.forEach((hear) => hear(message));
+const widget = {{ render }};
+widget.render({{ model: window.model, el: document.getElementById("cell") }});
+</script>"""
+
+
+def test_the_widget_shows_the_same_page(
+    chromium: Any, opened: Opened, R: Measure, tmp_path: Path
+) -> None:
+    """The module that notebooks get, with the kernel's answers; the notebook itself is played."""
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    from nrm.explore.session import Sessions
+    from nrm.explore.widget import Explorer, answers
+
+    session = Sessions(opened).new()
+    page = chromium.new_page()
+    heard: list[dict[str, Any]] = []
+    page.expose_function("kernel", lambda text: heard.append(json.loads(text)))
+    file = tmp_path / "notebook.html"
+    module = Explorer._esm.replace("export default { render };", "")
+    file.write_text(NOTEBOOK.format(module=module))
+    page.goto(f"file://{file}")
+
+    def answer_all() -> None:
+        for _ in range(200):
+            page.wait_for_timeout(10)
+            while heard:
+                content = heard.pop(0)
+                for part in answers(opened, session, content):
+                    page.evaluate("(m) => window.hear(m)", {"id": content["id"], **part})
+            if page.locator("footer .took", has_text="passes").count() and not heard:
+                return
+
+    answer_all()
+    assert total(page) == "1.0000"
+    node(page, "b", 2).click()
+    page.wait_for_timeout(50)
+    answer_all()
+    assert total(page) == shown(R(nrm.channels("b", 2)))
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_timeout(50)
+    answer_all()
+    assert total(page) == "1.0000"
+    assert "#" not in page.url
+    page.close()
+
+
+def test_the_widget_refuses_with_a_sentence(opened: Opened) -> None:
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    from nrm.explore.session import Sessions
+    from nrm.explore.widget import answers
+
+    session = Sessions(opened).new()
+    for content in ({"what": "view", "request": 3}, {"what": "script", "request": {}}):
+        *_, wrong, over = answers(opened, session, content)
+        assert set(wrong) == {"error"}
+        assert over == {"over": True}
+
+
 def test_the_modules_of_the_page_declare_no_name_twice() -> None:
     """So that they can be joined; and nothing else is imported than by a line of its own."""
-    text = modules("main.js") + modules("kept.js").replace(modules("page.js"), "")
+    page = modules("page.js")
+    others = [modules(name).replace(page, "") for name in ("main.js", "kept.js", "widget.js")]
+    text = "\n".join([page, *others]).replace("export default { render };", "")
     assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
     assert "import(" not in text
     names = re.findall(r"^(?:async )?(?:function|const|let|class) (\w+)", text, re.MULTILINE)

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from nrm.errors import QueryError
+from nrm.errors import InputError, QueryError
 from nrm.explainer import Explainer
 from nrm.graph import Graph, Variable
+from nrm.io import shown as as_seen
 from nrm.measure import Measure
 from nrm.targets import Contrast
 
@@ -98,6 +100,32 @@ class Opened:
         """The name of an output."""
         known = self.labels is not None and index < len(self.labels)
         return self.labels[index] if known and self.labels is not None else f"output {index}"
+
+
+def pictures(
+    explainer: Explainer,
+    x: Tensor,
+    labels: Sequence[str] | None = None,
+    shown: Sequence[npt.NDArray[np.float32]] | None = None,
+) -> Opened:
+    """A model of pictures that is there already, with a batch of them.
+
+    Arguments:
+        x: the model's input, `[N, C, H, W]`.
+        shown: how people see each, `[H, W, 3]` or `[H, W]` from 0 to 1; by default `x` itself,
+            from its smallest value to its largest.
+
+    Example:
+        >>> nrm.explore.widget.show(nrm.explore.opened.pictures(explainer, images, names))
+    """
+    if x.dim() != 4:
+        raise InputError(f"pictures are [N, C, H, W], not of shape {tuple(x.shape)}")
+    each = [as_seen(one) for one in x] if shown is None else shown
+    inputs = [
+        Input(f"picture {k}", (x[k : k + 1],), "", pixels=pixels) for k, pixels in enumerate(each)
+    ]
+    name = type(explainer.model).__name__
+    return Opened(name, "picture", explainer, inputs, "", labels)
 
 
 def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:

@@ -31,6 +31,10 @@ def script(R: Measure, request: Request, opened: Opened, chosen: Input) -> str:
     """
     from nrm import __version__
 
+    if not (opened.python and chosen.python):
+        raise QueryError(
+            "this was opened in Python, so that no script knows how: take the line below a number."
+        )
     _, target, symbol = target_of(request.target, request.against, R)
     selected = parse(request.selection, R.graph)
     if any('"' in part or "\\" in part for part in (opened.name, chosen.name)):

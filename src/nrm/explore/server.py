@@ -12,8 +12,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,8 +25,7 @@ from nrm.errors import NrmError, one_line
 from nrm.explore import view
 from nrm.explore.described import described
 from nrm.explore.opened import Opened
-from nrm.explore.script import script
-from nrm.explore.session import MOST_INPUTS, Sessions, SupersededError
+from nrm.explore.session import Session, Sessions, Turn, told
 
 PAGE = Path(__file__).with_name("page")
 MOST_JSON, MOST_FILE = 2**17, 2**24
@@ -48,6 +46,8 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
+Asked = Callable[[Session, Any, view.Request, Turn], Iterator[view.Part]]
 
 
 class TooLargeError(Exception):
@@ -103,22 +103,26 @@ def make_app(opened: Opened, token: str, hosts: frozenset[str]) -> FastAPI:
         session = sessions.new()
         return {"session": session.id, **described(opened, session)}
 
-    @app.post(f"/{token}/api/view")
-    async def look(request: Request) -> Response:
+    async def streamed(request: Request, asked: Asked) -> Response:
         body = await _json(request)
         session = sessions[body.get("session")]
         wanted = view.Request.read(body.get("request"))
-        turn = session.turn()
-        parts = session.answer(body.get("input", 0), wanted, turn)
+        parts = asked(session, body.get("input", 0), wanted, session.turn())
         return StreamingResponse(_lines(parts), media_type="application/x-ndjson")
+
+    @app.post(f"/{token}/api/view")
+    async def look(request: Request) -> Response:
+        return await streamed(request, Session.answer)
+
+    @app.post(f"/{token}/api/search")
+    async def search(request: Request) -> Response:
+        return await streamed(request, Session.search)
 
     @app.post(f"/{token}/api/script")
     async def export(request: Request) -> Any:
         body = await _json(request)
-        session, number = sessions[body.get("session")], body.get("input", 0)
-        wanted, chosen = view.Request.read(body.get("request")), session.input(number)
-        R = await run_in_threadpool(session.measure, number)
-        return {"script": script(R, wanted, opened, chosen)}
+        session, wanted = sessions[body.get("session")], view.Request.read(body.get("request"))
+        return {"script": await run_in_threadpool(session.script, body.get("input", 0), wanted)}
 
     @app.post(f"/{token}/api/send")
     async def send(request: Request) -> Any:
@@ -143,7 +147,7 @@ def _refusal(request: Request, token: str, hosts: frozenset[str]) -> tuple[int, 
     if host not in hosts:
         return 403, "this server is not known by that name (Host)."
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() not in hosts:
+    if origin is not None and urlsplit(origin).netloc.lower() != host:
         return 403, "the request comes from another page (Origin)."
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return 403, "the request comes from another page (Sec-Fetch-Site)."
@@ -163,13 +167,8 @@ def _file(file: Path) -> Response:
 
 def _lines(parts: Iterator[view.Part]) -> Iterator[bytes]:
     """The parts of an answer, each a line of JSON; what went wrong in a line of its own."""
-    try:
-        for part in parts:
-            yield json.dumps(asdict(part)).encode() + b"\n"
-    except SupersededError:
-        yield b'{"kind": "superseded"}\n'
-    except NrmError as error:
-        yield json.dumps({"kind": "error", "error": one_line(error)}).encode() + b"\n"
+    for part in told(parts):
+        yield json.dumps(part).encode() + b"\n"
 
 
 async def _json(request: Request) -> dict[str, Any]:
@@ -210,6 +209,3 @@ async def _body(request: Request, most: int) -> bytes:
     if too_large:
         raise TooLargeError(f"at most {most / 2**20:g} MB are taken: send a smaller file.")
     return bytes(held)
-
-
-__all__ = ["MOST_INPUTS", "PAGE", "make_app", "new_token"]

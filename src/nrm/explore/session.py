@@ -7,20 +7,27 @@ computing goes on in one thread at a time, because passes use all cores.
 
 from __future__ import annotations
 
+import logging
+import math
+import queue
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from nrm.errors import InputError, NrmError, QueryError
+from nrm.errors import InputError, NrmError, QueryError, one_line
 from nrm.explore.opened import Input, Opened, chosen_at_first, columns_of
-from nrm.explore.view import Part, Request, answer
+from nrm.explore.script import script
+from nrm.explore.view import Found, Part, Request, Searching, answer, search
 from nrm.measure import Measure
 
 MOST_SESSIONS, MOST_INPUTS = 16, 8
 """Browser tabs at once; inputs that somebody sent, in each."""
+EVERY = 0.1
+"""Seconds between what is said of a search."""
 
 
 class SupersededError(NrmError):
@@ -99,6 +106,43 @@ class Session:
                 return
             yield part
 
+    def search(self, number: Any, request: Request, turn: Turn) -> Iterator[Part]:
+        """The gap that is left, whenever it is asked for, and at last the flows."""
+        waiting: queue.Queue[Part | NrmError] = queue.Queue()
+        said = 0.0
+
+        def tell(gap: float) -> None:
+            nonlocal said
+            turn.check()
+            if time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                waiting.put(Searching(gap if math.isfinite(gap) else None))
+
+        def work() -> None:
+            try:
+                with self._computing:
+                    turn.check()
+                    waiting.put(search(self.measure(number), request, self._opened, tell))
+            except NrmError as error:
+                waiting.put(error)
+            except Exception as error:  # or the one that waits would wait for ever
+                waiting.put(QueryError(f"the search failed: {one_line(error)}"))
+
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            found = waiting.get()
+            if isinstance(found, NrmError):
+                raise found
+            yield found
+            if isinstance(found, Found):
+                return
+
+    def script(self, number: Any, request: Request) -> str:
+        """Python that gives the numbers of a view when it is run."""
+        chosen = self.input(number)
+        with self._computing:
+            return script(self.measure(number), request, self._opened, chosen)
+
     def columns(self, number: int) -> tuple[list[dict[str, Any]], list[str]]:
         """The layers that may be columns, and those that are at first."""
         with self._computing:
@@ -106,6 +150,20 @@ class Session:
             found = columns_of(R.graph, self._opened, R)
         rows = [{"layer": c.layer, "size": c.size, "kind": c.kind, "axis": c.axis} for c in found]
         return rows, chosen_at_first(found)
+
+
+def told(parts: Iterator[Part]) -> Iterator[dict[str, Any]]:
+    """The parts of an answer for JSON, and after them what went wrong, if anything did."""
+    try:
+        for part in parts:
+            yield asdict(part)
+    except SupersededError:
+        yield {"kind": "superseded"}
+    except NrmError as error:
+        yield {"kind": "error", "error": one_line(error)}
+    except Exception as error:  # a model's code; there is somebody who waits for an answer
+        logging.getLogger(__name__).exception("an answer failed")
+        yield {"kind": "error", "error": f"it failed: {type(error).__name__}: {one_line(error)}"}
 
 
 class Sessions:

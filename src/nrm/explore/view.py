@@ -24,7 +24,7 @@ from nrm.condition import Condition, Sets
 from nrm.errors import QueryError
 from nrm.explore.opened import Column, Opened, columns_of, target_of
 from nrm.explore.selection import Selected, parse, part_of
-from nrm.joint import partition
+from nrm.joint import Division, partition
 from nrm.measure import Measure
 
 Mode = Literal["joint", "given"]
@@ -33,6 +33,8 @@ MOST_SHOWN, MOST_LAYERS, MOST_MESSAGES = 64, 16, 64
 """Parts of a column that are drawn, columns, and messages at once that a formula may need."""
 LINKS = 48
 """Flows that are drawn between two columns."""
+FLOWS, SECONDS = 10, 30.0
+"""Flows through all columns that a search finds, and when it ends at the latest."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,32 @@ class Done:
     kind: Literal["done"] = "done"
 
 
-Part = Explained | Columns | Flows | Done
+@dataclass(frozen=True)
+class Searching:
+    """How far a search is: nothing that is not found yet is larger by more than the gap.
+
+    Attributes:
+        gap: `None` while nothing is known.
+    """
+
+    gap: float | None
+    kind: Literal["searching"] = "searching"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The most relevant flows through all columns: of each its parts, from the inputs up."""
+
+    layers: list[str]
+    flows: list[tuple[list[int], float]]
+    gap: float | None
+    notation: str
+    python: str
+    cost: Cost
+    kind: Literal["found"] = "found"
+
+
+Part = Explained | Columns | Flows | Done | Searching | Found
 Check = Callable[[], None]
 """Raises, where nobody waits for the answer any more."""
 
@@ -221,6 +248,19 @@ def answer(R: Measure, request: Request, opened: Opened, check: Check) -> Iterat
         costs.append(flows.cost)
         yield flows
     yield Done(Cost(sum(c.milliseconds for c in costs), sum(c.passes for c in costs)))
+
+
+def search(R: Measure, request: Request, opened: Opened, tell: Callable[[float], None]) -> Found:
+    """The most relevant flows through all columns, found by the exact search or until time is up.
+
+    Arguments:
+        tell: is called after every message with the gap that is left; it may raise.
+
+    Raises:
+        NrmError: something is asked for that is not there, or lies below a column.
+    """
+    target, _, symbol = target_of(request.target, request.against, R)
+    return _Asked(R.of(target), request, opened, symbol, lambda: None).search(tell)
 
 
 class _Asked:
@@ -464,6 +504,40 @@ class _Asked:
         found = R.heatmaps(each, at=lower.layer, progress=lambda done: self.check())
         rows = found if weight is None else found * weight
         return torch.stack([self._by_part(lower, row)[list(a)] for row in rows], 1), passes
+
+    def search(self, tell: Callable[[float], None]) -> Found:
+        """The most relevant flows through all columns."""
+        axes = {column.axis for column in self.layers}
+        if len(self.layers) < 2 or len(axes) > 1:
+            raise QueryError("flows go through two columns or more that are divided alike.")
+        (axis,) = axes
+        names = [column.layer for column in self.layers]
+        by: Division = "channel" if axis is None else axis
+        begin = time.perf_counter()
+        more = () if self.selected is None else (self.condition,)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = self.R.top(
+                *names, *more, k=FLOWS, by=by, order="absolute", seconds=SECONDS, progress=tell
+            )
+            if self.given:
+                self.known = float(self.R(self.condition)[0])
+        options = f"k={FLOWS}, by={by!r}, order='absolute', seconds={SECONDS:g}"
+        sets = [] if self.selected is None else [f"nrm.Condition({self.selected.python})"]
+        given = self.given and self.selected is not None
+        if given and self.selected is not None:
+            sets, options = [], f"given={self.selected.python}, {options}"
+        return Found(
+            names,
+            [
+                ([flow.parts[name] for name in names], self.divided(flow.relevance))
+                for flow in found
+            ],
+            found.gap if math.isfinite(found.gap) else None,
+            self.notation(*(f"S_{{{name}}}" for name in names)),
+            f"R.top({', '.join([*map(repr, names), *sets, options])})",
+            _cost(begin, found.expanded),
+        )
 
     def _known(self, shown: Shown) -> Column:
         return next(column for column in self.layers if column.layer == shown.layer)

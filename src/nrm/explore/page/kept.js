@@ -17,7 +17,8 @@ export function askKept(kept) {
     async open() {
       return kept.opened;
     },
-    async look(input, request, take) {
+    async look(what, input, request, take) {
+      if (what !== "view") throw new Error(more);
       const key = keyOfRequest(input, request);
       const first = String(kept.opened.first) === String(request.columns) && request.top === kept.opened.top;
       const parts = first && key !== null ? kept.answers[key] : undefined;

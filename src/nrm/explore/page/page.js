@@ -18,10 +18,11 @@ export async function explore(root, source, linked = true) {
     head: make("header"), asked: make("section", { class: "asked", "aria-label": "What is asked" }),
     input: make("section", { class: "input", "aria-label": "Input" }),
     network: make("section", { class: "columns", "aria-label": "Network" }),
+    found: make("section", { class: "found", "aria-label": "Most relevant flows" }),
     foot: make("footer", { "aria-live": "polite" }), note: make("p", { class: "note", role: "status" }),
     wait: make("div", { class: "wait", hidden: true, role: "progressbar", "aria-label": "computing" }),
   };
-  root.replaceChildren(parts.wait, parts.head, parts.asked, parts.note, make("main", {}, parts.input, parts.network), parts.foot);
+  root.replaceChildren(parts.wait, parts.head, parts.asked, parts.note, make("main", {}, parts.input, make("div", {}, parts.network, parts.found)), parts.foot);
   let opened;
   try {
     opened = await source.open();
@@ -96,10 +97,11 @@ class Page {
     this.running = running;
     const waiting = setTimeout(() => { this.parts.wait.hidden = false; }, PATIENCE);
     this.note("");
+    this.parts.found.replaceChildren();
     this.drawHead();
     const seen = { explained: null, columns: null, flows: [], cost: null };
     try {
-      await this.source.look(state.input, asRequest(state), (part) => {
+      await this.source.look("view", state.input, asRequest(state), (part) => {
         if (this.running === running) this.take(seen, part);
       }, running.signal);
     } catch (error) {
@@ -133,6 +135,56 @@ class Page {
     this.point(null);
   }
 
+  // Search the most relevant flows through all columns; the gap closes as one watches.
+  async search() {
+    this.running?.abort();
+    const running = new AbortController();
+    this.running = running;
+    const line = make("p", { class: "muted", role: "status" }, "searching the most relevant flows …");
+    const stop = make("button", { type: "button", class: "plain", click: () => running.abort() }, "Stop");
+    this.parts.found.replaceChildren(line, stop);
+    try {
+      await this.source.look("search", this.state.input, asRequest(this.state), (part) => {
+        if (this.running !== running) return;
+        if (part.kind === "searching") line.textContent = part.gap === null ? "searching the most relevant flows …" : `searching: nothing left is larger than what is found by more than ${relevance(part.gap)}`;
+        else if (part.kind === "found") this.drawFound(part);
+        else if (part.kind === "error") {
+          this.parts.found.replaceChildren();
+          this.note(part.error, true);
+        }
+      }, running.signal);
+    } catch (error) {
+      if (this.running !== running) return;
+      this.parts.found.replaceChildren();
+      if (error.name !== "AbortError") this.note(error.message, true);
+    }
+  }
+
+  drawFound(found) {
+    const largest = Math.max(1e-30, ...found.flows.map(([, value]) => Math.abs(value)));
+    const columns = found.layers.map((layer) => this.seen.columns.columns.find((column) => column.layer === layer));
+    const rows = found.flows.map(([parts, value]) => {
+      const number = {
+        value,
+        notation: found.layers.reduce((text, layer, k) => text.replace(`S_{${layer}}`, `S_{${layer}:${parts[k]}}`), found.notation),
+        python: found.python,
+      };
+      const bar = make("span", { class: value < 0 ? "size less" : "size" });
+      bar.style.width = `${(100 * Math.abs(value)) / largest}px`;
+      const choose = () => this.choose({ ...this.state, op: "and", sets: columns.map((column, k) => ({ layer: column.layer, axis: column.axis, channels: [parts[k]], not: false })) });
+      const row = make("tr", {}, ...parts.map((part) => make("td", {}, String(part))), make("td", {}, relevance(value)), make("td", {}, bar),
+        make("td", {}, make("button", { type: "button", class: "plain", click: choose }, "select")));
+      row.addEventListener("pointerenter", () => this.point(number));
+      row.addEventListener("pointerleave", () => this.point(null));
+      return row;
+    });
+    const exact = found.gap === 0 ? "no other is larger" : `others may be larger by ${found.gap === null ? "any amount" : relevance(found.gap)}: time was up`;
+    this.parts.found.replaceChildren(
+      make("h2", {}, "The most relevant flows", make("span", { class: "muted" }, ` ${exact} · ${found.cost.passes} messages, ${found.cost.milliseconds.toFixed(0)} ms`)),
+      make("table", {}, make("thead", {}, make("tr", {}, ...found.layers.map((layer) => make("th", { scope: "col" }, layer)), make("th", { scope: "col" }, "relevance"), make("th"), make("th"))), make("tbody", {}, rows)));
+    this.root.dataset.found = String(found.flows.length);
+  }
+
   note(text, wrong = false) {
     this.parts.note.textContent = text;
     this.parts.note.classList.toggle("error", wrong);
@@ -148,7 +200,9 @@ class Page {
     }, input.pixels ? drawPixels(input) : input.name)));
     const name = make("h1", {}, make("span", { class: "brand" }, "nrm"), ` ${opened.model}`);
     this.parts.head.replaceChildren(name, thumbs, ...(opened.sends ? [this.sender()] : []),
-      make("span", { class: "gap" }), this.columnChooser(), ...offerFiles(this),
+      make("span", { class: "gap" }),
+      make("button", { type: "button", class: "plain", title: "the most relevant flows through all columns", click: () => this.search() }, "Find flows"),
+      this.columnChooser(), ...offerFiles(this),
       make("button", { type: "button", class: "plain undo", disabled: this.depth === 0, title: "Ctrl+Z", click: () => this.undo() }, "Undo"));
   }
 

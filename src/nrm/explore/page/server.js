@@ -21,9 +21,9 @@ export function askServer(base = new URL(".", location.href)) {
       session = found.session;
       return found;
     },
-    // Calls `take` with each part of the answer as it comes.
-    async look(input, request, take, signal) {
-      const answer = await post("view", JSON.stringify({ session, input, request }), signal);
+    // Calls `take` with each part of an answer as it comes; `what` is "view" or "search".
+    async look(what, input, request, take, signal) {
+      const answer = await post(what, JSON.stringify({ session, input, request }), signal);
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
       let rest = "";
       for (;;) {
