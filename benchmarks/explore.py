@@ -17,6 +17,7 @@ import http.client
 import json
 import os
 import random
+import runpy
 import shutil
 import statistics
 import sys
@@ -51,6 +52,18 @@ NETWORKS: dict[str, Callable[[], Opened]] = {
     "digits": lambda: explore.digits(lambda text: None),
     "squeezenet": squeezenet,
 }
+
+
+def examples() -> dict[str, Callable[[], Opened]]:
+    """What `examples/explore.py` opens."""
+    folder = Path(__file__).parents[1] / "examples"
+    sys.path.append(str(folder))
+    made = runpy.run_path(str(folder / "explore.py"))
+    return {
+        "series": made["series"],
+        "sentences": lambda: made["sentences"](*made["SENTENCES"][0]),
+        "molecules": lambda: made["molecules"](DATA / "graphs"),
+    }
 
 
 class Tab:
@@ -123,47 +136,52 @@ def measured(opened: Opened, clicks: int, seed: int = 0) -> dict[str, Any]:
 
 
 def pictures(folder: Path, names: list[str]) -> None:
-    """What a person sees, at both widths, before and after clicks."""
+    """What a person sees, at both widths, after a click."""
     from playwright.sync_api import sync_playwright
 
     folder.mkdir(parents=True, exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    every = NETWORKS | examples()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name in names:
-            with running(NETWORKS[name]()) as address:
+        for name in names or list(every):
+            with running(every[name]()) as address:
                 for width, (x, y) in WIDTHS.items():
                     page = browser.new_page(viewport={"width": x, "height": y})
                     page.goto(address)
-                    _settled(page)
-                    for place in page.locator(".node").all()[:1]:
-                        place.click()
-                        _settled(page)
+                    _settled(page, 1)
+                    if name != "molecules":
+                        clicked = page.locator(".place" if name in examples() else ".node")
+                        # Of the second column, or of the words or steps.
+                        clicked.nth(min(CLICKED[name], clicked.count() - 1)).click()
+                        _settled(page, 2)
                     page.mouse.move(x / 2, 3)
                     page.screenshot(path=folder / f"explore_{name}_{width}.png")
                     page.close()
         browser.close()
 
 
-def _settled(page: Any) -> None:
-    """Wait until nothing more is drawn."""
-    page.wait_for_selector("#explorer[data-ready]", timeout=120_000)
-    page.wait_for_timeout(300)
-    while page.locator("footer .took", has_text="passes").count() == 0:
-        page.wait_for_timeout(50)
+CLICKED = {"digits": 12, "squeezenet": 14, "series": 4, "sentences": 4}
+
+
+def _settled(page: Any, times: int) -> None:
+    """Wait until so many answers are whole."""
+    root, end = page.locator("#explorer"), time.monotonic() + 120
+    while int(root.get_attribute("data-ready") or 0) < times and time.monotonic() < end:
+        page.wait_for_timeout(20)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", choices=list(NETWORKS), action="append")
+    parser.add_argument("--network", action="append", help="digits, squeezenet; for pictures more")
     parser.add_argument("--clicks", type=int, default=50)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path)
     given = parser.parse_args()
-    names = given.network or list(NETWORKS)
     if given.pictures is not None:
-        pictures(given.pictures, names)
+        pictures(given.pictures, given.network or [])
         return
+    names = given.network or list(NETWORKS)
     results = {}
     for name in names:
         results[name] = found = measured(NETWORKS[name](), given.clicks)

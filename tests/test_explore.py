@@ -261,6 +261,29 @@ def test_columns_are_cuts_spread_over_the_depth(R: Measure, opened: Opened) -> N
     assert chosen_at_first(found, 2) == ["a", "c"]
 
 
+def test_what_the_page_of_the_docs_opens() -> None:
+    """A text, whose columns are divided into its words."""
+    page = Path(__file__).parents[1] / "docs" / "explorer.md"
+    told: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        exec(block, told)
+    opened = told["opened"]
+    R = opened.measure(opened.inputs[0])
+    found = columns_of(R.graph, opened, R)
+    assert {(column.size, column.axis) for column in found if column.axis is not None} == {(3, 0)}
+    layers = [column.layer for column in found if column.axis == 0]
+    part = {"layer": "embedding", "channels": [1], "axis": 0}
+    answer = answered(R, opened, columns=layers, selection=part, target=0)
+    (columns,) = answer["columns"]
+    word = nrm.channels("embedding", 1, axis=0)
+    assert columns.total.value == pytest.approx(float(R.of(0)(word)), abs=1e-6)
+    assert view.numbers(columns.heatmap) == pytest.approx([0, float(R.of(0)(word)), 0], abs=1e-6)
+    for column in columns.columns:  # a word stays where it is in this network
+        assert {node.index: node.value for node in column.nodes if node.value != 0} == {
+            1: pytest.approx(float(R.of(0)(word)), abs=1e-6)
+        }
+
+
 # -- sessions --------------------------------------------------------------------------------------
 
 

@@ -94,14 +94,15 @@ def _names(host: str) -> set[str]:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named TCP, or asyncio does not switch off waiting for more to send, of 40 ms each time.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Named TCP, or asyncio does not switch off waiting for more to send, of 40 ms each time.
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
         found.listen()
     except OSError as error:
+        found.close()
         raise InputError(
             f"--port {port}: {host} cannot be listened at: {error.strerror}; leave --port out for "
             "any that is free"

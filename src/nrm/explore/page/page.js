@@ -339,7 +339,8 @@ class Page {
     if (!this.seen?.columns) return;
     const { cost } = this.seen;
     const shown = number ?? this.seen.columns.total;
-    const took = cost ? `${cost.passes} passes, ${cost.milliseconds.toFixed(0)} ms` : "…";
+    const { columns } = this.seen.columns;
+    const took = cost ? `${cost.passes} passes, ${cost.milliseconds.toFixed(0)} ms` : `flows: ${this.seen.flows.length} of ${columns.length - 1} …`;
     this.parts.foot.replaceChildren(
       make("span", { class: "which" }, notation(shown.notation), " = ", make("b", {}, relevance(shown.value))),
       make("code", {}, shown.python),
