@@ -23,9 +23,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 import nrm
 from nrm.cli import explore
@@ -156,7 +159,9 @@ def pictures(folder: Path, names: list[str]) -> None:
                         clicked.nth(min(CLICKED[name], clicked.count() - 1)).click()
                         _settled(page, 2)
                     page.mouse.move(x / 2, 3)
-                    page.screenshot(path=folder / f"explore_{name}_{width}.png")
+                    seen = Image.open(BytesIO(page.screenshot()))
+                    few = seen.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+                    few.save(folder / f"explore_{name}_{width}.png", optimize=True)
                     page.close()
         browser.close()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
