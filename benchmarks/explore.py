@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 import nrm
-from nrm.cli import explore
+from nrm.cli import opening
 from nrm.cli.report import versions
 from nrm.explore.opened import Opened
 from nrm.explore.selection import parse
@@ -45,14 +45,14 @@ WIDTHS = {"wide": (1280, 820), "narrow": (390, 844)}
 def squeezenet() -> Opened:
     """With a photograph."""
     picture = next((DATA / "imagenet").glob("*robin*.JPEG"))
-    return explore.pictures(
+    return opening.pictures(
         "torchvision.models:squeezenet1_0", DATA / "squeezenet" / "squeezenet1_0.safetensors",
         [picture], None, "imagenet", 224, "auto", lambda text: None,
     )  # fmt: skip
 
 
 NETWORKS: dict[str, Callable[[], Opened]] = {
-    "digits": lambda: explore.digits(lambda text: None),
+    "digits": lambda: opening.digits(lambda text: None),
     "squeezenet": squeezenet,
 }
 

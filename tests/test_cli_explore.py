@@ -25,13 +25,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import nrm
-from nrm.cli import explore
+from nrm.cli import opening
 from nrm.cli.app import app
 from nrm.explore import serving
+from nrm.explore.answers import Columns, Request
 from nrm.explore.opened import Opened, pictures
 from nrm.explore.serving import running
 from nrm.explore.session import Sessions
-from nrm.explore.view import Columns, Request
 from nrm.io import imagenet, read_image
 
 MODEL = f"{__name__}:tiny"
@@ -74,7 +74,7 @@ def test_what_is_refused(arguments: list[str], why: str) -> None:
 
 
 def opened_by(picture: Path, size: int = 16, transform: str = "imagenet") -> Opened:
-    return explore.pictures(
+    return opening.pictures(
         MODEL, None, [picture], ["a", "b", "c"], transform, size, "GammaFlat(0.1)",
         lambda text: None,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nrm
 from nrm.errors import NrmError, QueryError
-from nrm.explore import selection, view
+from nrm.explore import answers, selection, view
 from nrm.explore.opened import Input, Opened, chosen_at_first, columns_of
 from nrm.explore.session import MOST_SESSIONS, Sessions, SupersededError
 from nrm.measure import Measure
@@ -59,7 +59,7 @@ def R(opened: Opened) -> Measure:
 
 def answered(R: Measure, opened: Opened, **wanted: Any) -> dict[str, list[Any]]:
     """The parts of an answer by kind."""
-    request = view.Request.read({"columns": LAYERS, "target": 1, **wanted})
+    request = answers.Request.read({"columns": LAYERS, "target": 1, **wanted})
     found: dict[str, list[Any]] = {}
     for part in view.answer(R, request, opened, lambda: None):
         found.setdefault(part.kind, []).append(part)
@@ -104,7 +104,7 @@ def test_every_number_is_the_librarys(R: Measure, opened: Opened, chosen: Any, m
             assert node.value == pytest.approx(joint * scale, abs=1e-12)
         assert len(column.nodes) == column.size
     heatmap = target.heatmap(*formula)[0, 0] * scale
-    assert torch.allclose(torch.tensor(view.numbers(columns.heatmap)), heatmap.float())
+    assert torch.allclose(torch.tensor(answers.numbers(columns.heatmap)), heatmap.float())
     assert len(found["flows"]) == 2
     for flows in found["flows"]:
         sizes = [next(c.size for c in columns.columns if c.layer == name)
@@ -165,9 +165,9 @@ def test_a_search_finds_the_most_relevant_flows(R: Measure, opened: Opened, mode
     """All of them at once, and the gap is told until it is closed."""
     wanted = {"columns": LAYERS, "target": 1, "selection": C, "mode": mode}
     session, parts = Sessions(opened).new(), []
-    parts = list(session.search(0, view.Request.read(wanted), session.turn()))
+    parts = list(session.search(0, answers.Request.read(wanted), session.turn()))
     found = parts[-1]
-    assert isinstance(found, view.Found)
+    assert isinstance(found, answers.Found)
     assert {part.kind for part in parts[:-1]} <= {"searching"}
     chosen = nrm.channels("c", 3)
     every = R.of(1).joint("a", "b", chosen)[0]
@@ -186,7 +186,7 @@ def test_a_search_refuses_what_it_cannot_answer(opened: Opened) -> None:
     session = Sessions(opened).new()
     for wanted in ({"columns": ["a"]}, {"columns": LAYERS, "selection": PATCH}):
         with pytest.raises(QueryError):
-            list(session.search(0, view.Request.read(wanted), session.turn()))
+            list(session.search(0, answers.Request.read(wanted), session.turn()))
 
 
 def test_only_the_most_relevant_are_shown_and_the_rest_is_added_up(
@@ -279,7 +279,7 @@ def test_what_the_page_of_the_docs_opens() -> None:
     (columns,) = answer["columns"]
     word = nrm.channels("embedding", 1, axis=0)
     assert columns.total.value == pytest.approx(float(R.of(0)(word)), abs=1e-6)
-    assert view.numbers(columns.heatmap) == pytest.approx([0, float(R.of(0)(word)), 0], abs=1e-6)
+    assert answers.numbers(columns.heatmap) == pytest.approx([0, float(R.of(0)(word)), 0], abs=1e-6)
     for column in columns.columns:  # a word stays where it is in this network
         assert {node.index: node.value for node in column.nodes if node.value != 0} == {
             1: pytest.approx(float(R.of(0)(word)), abs=1e-6)
@@ -291,7 +291,7 @@ def test_what_the_page_of_the_docs_opens() -> None:
 
 def test_a_newer_request_ends_an_older_one(opened: Opened) -> None:
     session = Sessions(opened).new()
-    request = view.Request.read({"columns": LAYERS})
+    request = answers.Request.read({"columns": LAYERS})
     older = session.answer(0, request, session.turn())
     next(older)
     newer = session.answer(0, request, session.turn())
@@ -308,9 +308,9 @@ def test_sessions_do_not_mix(opened: Opened) -> None:
     def ask(number: int) -> None:
         session = sessions.new()
         for _ in range(4):
-            request = view.Request.read({"columns": LAYERS, "target": number, "selection": A})
+            request = answers.Request.read({"columns": LAYERS, "target": number, "selection": A})
             for part in session.answer(number, request, session.turn()):
-                if isinstance(part, view.Columns):
+                if isinstance(part, answers.Columns):
                     found[number].append(part.total.value)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1)]

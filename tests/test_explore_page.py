@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import re
@@ -12,71 +11,31 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("fastapi", reason="the explorer's packages are not installed")
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
 from PIL import Image
 from support.browser import browser
+from support.explored import SIDE, as_input, make_opened, photograph
 
 import nrm
-from nrm.explore.bundle import modules
 from nrm.explore.kept import keep
-from nrm.explore.opened import Input, Opened
+from nrm.explore.opened import Opened
 from nrm.explore.server import PAGE
 from nrm.explore.serving import running
-from nrm.io import imagenet, read_sent
 from nrm.measure import Measure
-
-SIDE = 32
-NAMES = ["cat", "<b>dog</b>", "owl", "fish"]
-"""One of them would be markup, if anything took it for such."""
-
-
-class Net(nn.Module):
-    """Two convolutions and a linear layer, on pictures in colour."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.a = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()
-        self.pool = nn.MaxPool2d(4)
-        self.conv2, self.b = nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()
-        self.head = nn.Linear(8 * 8 * 8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.b(self.conv2(self.pool(self.a(self.conv1(x))))).flatten(1))
-
-
-def photograph(seed: int) -> Image.Image:
-    """Blobs of colour."""
-    values = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    large = nn.functional.interpolate(values, (48, 48), mode="bilinear")[0]
-    return Image.fromarray((large.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
-
-
-def as_input(image: Image.Image, name: str) -> Input:
-    picture = imagenet(image, SIDE)
-    return Input(name, (picture.x,), "", pixels=picture.shown)
 
 
 @pytest.fixture(scope="module")
 def opened() -> Opened:
-    torch.manual_seed(0)
-    model = Net().eval()
-    inputs = [as_input(photograph(k), f"picture {k}") for k in range(3)]
-    explainer = nrm.Explainer(model)
-    explainer(*inputs[0].args)  # captured before anybody waits for it
-    read = lambda data, name: as_input(read_sent(data), name)  # noqa: E731
-    return Opened("Net", "picture", explainer, inputs, "", NAMES, read)
+    return make_opened()
 
 
 @pytest.fixture(scope="module")
@@ -361,121 +320,6 @@ def test_wrong_files_are_refused_with_a_sentence(
     assert total(page) == "1.0000"  # what was seen stays
 
 
-# -- requests by hand ------------------------------------------------------------------------------
-
-
-def ask(
-    address: str, path: str, body: Any = None, method: str = "POST", **headers: str
-) -> tuple[int, str]:
-    """The status and the text that the server answers."""
-    where = urlsplit(address)
-    connection = http.client.HTTPConnection(where.netloc, timeout=60)
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.putrequest(method, path, skip_host="Host" in named)
-    if body is not None and "Transfer-Encoding" not in named:
-        named.setdefault("Content-Length", str(len(body)))
-    for name, value in named.items():
-        connection.putheader(name, value)
-    connection.endheaders(body, encode_chunked="Transfer-Encoding" in named)
-    answer = connection.getresponse()
-    found = answer.status, answer.read().decode()
-    connection.close()
-    return found
-
-
-def session_of(address: str) -> str:
-    status, text = ask(address, urlsplit(address).path + "api/open", b"{}")
-    assert status == 200
-    found = re.search(r'"session":"([^"]+)"', text)
-    assert found is not None
-    return found[1]
-
-
-def test_strangers_are_refused(address: str) -> None:
-    """Without the token, under another host's name, or from another page."""
-    where = urlsplit(address)
-    root = where.path
-    for path in ("/", "/api/open", "/wrong/", "/wrong/api/open", root[:-2] + "/"):
-        assert ask(address, path, b"{}")[0] == 403
-    assert ask(address, root, method="GET", Host=where.netloc)[0] == 200
-    for host in ("evil.example", f"evil.example:{where.port}", "127.0.0.1", "127.0.0.1:1", ""):
-        status, text = ask(address, root, method="GET", Host=host)
-        assert (status, "Host" in text) == (403, True)
-    for origin in ("http://evil.example", "null", f"http://localhost:{where.port}"):
-        assert ask(address, root + "api/open", b"{}", Origin=origin)[0] == 403
-    assert ask(address, root + "api/open", b"{}", Sec_Fetch_Site="cross-site")[0] == 403
-    assert ask(address, root + "api/open", b"{}", Origin=f"http://{where.netloc}")[0] == 200
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["../server.py", "..%2fserver.py", "%2e%2e/server.py", "....//server.py", "/etc/passwd",
-     "vendor/../../server.py", "vendor", "vendor/SHA256SUMS", "__init__.py", "api/nothing"],
-)  # fmt: skip
-def test_nothing_outside_of_the_page_is_read(address: str, path: str) -> None:
-    status, text = ask(address, urlsplit(address).path + path, method="GET")
-    assert status in (403, 404)
-    assert "import" not in text
-    assert "root:" not in text
-
-
-def test_large_bodies_are_refused_however_they_are_sent(address: str) -> None:
-    """100 MB, with their length told and without; and a request of too much JSON."""
-    root, session = urlsplit(address).path, session_of(address)
-    send = f"{root}api/send?session={session}&name=large.png"
-    status, text = ask(address, send, bytes(100_000_000))
-    assert (status, "at most 16 MB" in text) == (413, True)
-    chunks = (bytes(2**20) for _ in range(20))
-    status, text = ask(address, send, chunks, Transfer_Encoding="chunked")
-    assert (status, "at most 16 MB" in text) == (413, True)
-    status, text = ask(address, root + "api/view", b" " * 200_000)
-    assert (status, "at most 0.125 MB" in text) == (413, True)
-
-
-def test_what_is_no_request_is_refused_with_a_sentence(address: str) -> None:
-    root = urlsplit(address).path
-    assert ask(address, root + "api/view", b"[")[0] == 422
-    assert ask(address, root + "api/view", b"[]")[0] == 422
-    assert "has ended" in ask(address, root + "api/view", b'{"session": "no"}')[1]
-    assert ask(address, root + "api/view", b"[" * 100_000)[0] == 422
-    body = f'{{"session": "{session_of(address)}", "input": 99, "request": {{}}}}'
-    assert "there is no input 99" in ask(address, root + "api/view", body.encode())[1]
-
-
-def test_the_page_says_what_it_may_load(address: str) -> None:
-    where = urlsplit(address)
-    connection = http.client.HTTPConnection(where.netloc, timeout=60)
-    connection.request("GET", where.path)
-    answer = connection.getresponse()
-    answer.read()
-    policy = answer.headers["Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
-    assert answer.headers["Referrer-Policy"] == "no-referrer"  # the address holds the token
-    connection.close()
-
-
-def test_vendored_files_are_what_they_were() -> None:
-    """As listed in SHA256SUMS, with a licence each; nothing else lies there."""
-    folder = PAGE / "vendor"
-    rows = [line.split() for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    listed = {name: digest for digest, name in rows}
-    assert {file.name for file in folder.iterdir()} == {*listed, "SHA256SUMS"}
-    for name, digest in listed.items():
-        assert sha256((folder / name).read_bytes()).hexdigest() == digest
-    scripts = [name for name in listed if name.endswith(".js")]
-    assert {f"{name.removesuffix('.min.js')}.LICENSE" for name in scripts} == {
-        name for name in listed if name.endswith(".LICENSE")
-    }
-
-
-def test_the_page_makes_no_markup_of_texts() -> None:
-    for file in PAGE.glob("*.js"):
-        text = file.read_text()
-        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-            assert way not in text, file.name
-        assert not re.search(r"https?://(?!www\.w3\.org)", text), file.name
-
-
 # -- one file that needs no server -----------------------------------------------------------------
 
 
@@ -574,26 +418,15 @@ def test_the_widget_refuses_with_a_sentence(opened: Opened) -> None:
         assert over == {"over": True}
 
 
-def test_the_modules_of_the_page_declare_no_name_twice() -> None:
-    """So that they can be joined; and nothing else is imported than by a line of its own."""
-    page = modules("page.js")
-    others = [modules(name).replace(page, "") for name in ("main.js", "kept.js", "widget.js")]
-    text = "\n".join([page, *others]).replace("export default { render };", "")
-    assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
-    assert "import(" not in text
-    names = re.findall(r"^(?:async )?(?:function|const|let|class) (\w+)", text, re.MULTILINE)
-    assert len(names) == len(set(names))
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def digits() -> Opened:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    from nrm.cli import explore
+    from nrm.cli import opening
 
-    return explore.digits(lambda text: None, epochs=1)
+    return opening.digits(lambda text: None, epochs=1)
 
 
 def test_an_exported_script_gives_the_number_when_it_is_run(chromium: Any, digits: Opened) -> None:

@@ -1,106 +1,87 @@
-"""What `nrm explore` opens: the digits, or a model of one's own with pictures."""
+"""`nrm explore`: the explorer in the browser, of the digits or of a model of one's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from torch import nn
+import typer
 
-from nrm.cli import demo, models
-from nrm.cli.commands import IMAGENET, CommandError, as_text
-from nrm.explainer import Explainer
-from nrm.explore.kept import keep
-from nrm.explore.opened import Input, Opened
-from nrm.io import Picture, Say, check_folder, imagenet, read_image, read_sent, transformed
+from nrm.cli.commands import (
+    AUTO,
+    IMAGENET,
+    CommandError,
+    composites_beginning,
+    one_line_errors,
+    refuse_unread,
+)
+from nrm.cli.options import Debug, Weights, progress
 
-EPOCHS = 6
-"""For which the network of the digits is trained: it is to be there in seconds."""
-
-
-def digits(say: Say, epochs: int = EPOCHS) -> Opened:
-    """The network of `nrm demo`, trained for a shorter time, and a digit of each kind."""
-    say("training a small network on scikit-learn's digits")
-    network = demo.trained(epochs)
-    inputs = []
-    for digit in range(10):
-        picture, _ = demo.example(network, digit)
-        python = f"picture, _ = demo.example(network, {digit})\ninputs, named = (picture.x,), {{}}"
-        inputs.append(Input(f"digit {digit}", (picture.x,), python, pixels=picture.shown))
-    python = (
-        "from nrm.cli import demo\n"
-        f"network = demo.trained({epochs})\n"
-        "explainer = nrm.Explainer(network.model)"
-    )
-    labels = [str(k) for k in range(10)]
-    inputs = [*inputs[3:], *inputs[:3]]  # begins with the three, as the demo does
-    return Opened("DigitNet", "picture", Explainer(network.model), inputs, python, labels)
+SIZE = 224
+LOCAL = "127.0.0.1"
 
 
-def pictures(
-    spec: str,
-    weights: Path | None,
-    files: list[Path],
-    labels: list[str] | None,
-    transform: str,
-    size: int,
-    composite: str,
-    say: Say,
-) -> Opened:
-    """A model of pictures, and those that are named; others may be sent."""
-    find = models.find_composite(composite, None)
-    read = [_picture(file, transform, size, say) for file in files]
-    say(f"loading {spec}")
-    device = models.find_device("cpu")
-    model: nn.Module = models.load_model(spec, weights, device)
-    names = labels
-    inputs = []
-    for path, picture in zip(files, read, strict=True):
-        python = _read_again(repr(str(path.resolve())), transform, size)
-        inputs.append(Input(path.name, (picture.x,), python, pixels=picture.shown))
-    if names is None:
-        outputs = models.classes_of(models.output_of(model, read[0].x, None)[1])
-        names = models.known_labels(len(outputs))
+def explore(
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures to look at (default: the digits).")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="module:factory of the model, called without arguments (default: a small network "
+            "that is trained on digits).",
+        ),
+    ] = None,
+    weights: Weights = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Names of the classes; line k (from 0) names class k.")
+    ] = None,
+    size: Annotated[
+        int, typer.Option(min=7, help="Side of the model's input, for the ImageNet transform.")
+    ] = SIZE,
+    transform: Annotated[
+        str, typer.Option(help=f"{IMAGENET}, or module:name of what makes a picture a tensor.")
+    ] = IMAGENET,
+    composite: Annotated[
+        str,
+        typer.Option(
+            help="Which rules apply, as for explain.", autocompletion=composites_beginning
+        ),
+    ] = AUTO,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one HTML file that needs no server, with the answers to single clicks, and "
+            "end."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help=f"Where to listen; other computers reach only what is not {LOCAL}.")
+    ] = LOCAL,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Look at relevance in a browser: click on channels, flows or places, and all else follows."""
+    from nrm import io
+    from nrm.cli import opening
+    from nrm.explore.serving import serve
 
-    def sent(data: bytes, name: str) -> Input:
-        picture = _transformed(read_sent(data), transform, size)
-        python = _read_again("sys.argv[1]", transform, size, "import sys\n")
-        return Input(name or "sent", (picture.x,), python, pixels=picture.shown)
-
-    chosen = "" if find is None else f", models.find_composite({composite!r}, None)"
-    file = "None" if weights is None else f"Path({str(weights.resolve())!r})"
-    python = (
-        "from pathlib import Path\n"
-        "import torch\n"
-        "from nrm.cli import models\n"
-        f"model = models.load_model({spec!r}, {file}, torch.device('cpu'))\n"
-        f"explainer = nrm.Explainer(model{chosen})"
-    )
-    return Opened(spec, "picture", Explainer(model, find), inputs, python, names, sent)
-
-
-def _picture(file: Path, transform: str, size: int, say: Say) -> Picture:
-    return _transformed(read_image(file, say), transform, size)
-
-
-def _transformed(image: Any, transform: str, size: int) -> Picture:
-    if transform == IMAGENET:
-        return imagenet(image, size)
-    return transformed(image, models.find_attribute(transform), transform)
-
-
-def _read_again(path: str, transform: str, size: int, more: str = "") -> str:
-    opened = f"from pathlib import Path\n{more}from nrm import io\n"
-    image = f"io.read_image(Path({path}))"
-    if transform == IMAGENET:
-        return f"{opened}inputs, named = (io.imagenet({image}, {size}).x,), {{}}"
-    made = f"io.transformed({image}, models.find_attribute({transform!r}), {transform!r})"
-    return f"{opened}from nrm.cli import models\ninputs, named = ({made}.x,), {{}}"
-
-
-def keep_file(opened: Opened, file: Path, say: Say) -> None:
-    """Write the explorer as one HTML file."""
-    check_folder(file.parent, "--keep")
-    if file.is_dir():
-        raise CommandError(f"--keep {as_text(file)}: it is a folder; name a file")
-    keep(opened, file, say=say)
+    with one_line_errors(debug):
+        say = progress(quiet=False)
+        if model is None:
+            given = {"PICTURES": pictures or None, "--weights": weights, "--labels": labels}
+            refuse_unread(given, "without --model")
+            opened = opening.digits(say)
+        else:
+            if not pictures:
+                raise CommandError("name a picture to begin with; others can be sent in the page")
+            names = None if labels is None else io.read_labels(labels)
+            opened = opening.pictures(
+                model, weights, pictures, names, transform, size, composite, say
+            )
+        if keep is not None:
+            opening.keep_file(opened, keep, say)
+            return
+        serve(opened, host, port, browser, lambda at: typer.echo(f"{at}\n(Ctrl-C ends)"))

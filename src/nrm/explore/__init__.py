@@ -2,7 +2,8 @@
 
 - `selection`: what was clicked, as a formula, in the paper's notation and as Python.
 - `opened`: a model with its inputs, and how a script makes them again.
-- `view`: what a request asks for, and its answer: totals, columns of channels, flows, a heatmap.
+- `answers`: what a request asks for, and the parts of an answer.
+- `view`: how they are found: totals, columns of channels, flows, a heatmap.
 - `session`: one browser tab, the measures it keeps; a newer click ends an older one.
 - `server`: the HTTP server behind the page, which alone needs `nrm[explore]`.
 

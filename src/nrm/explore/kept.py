@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nrm.explore.answers import Columns, Request
 from nrm.explore.bundle import modules, style, vendored
 from nrm.explore.described import described
 from nrm.explore.opened import Opened
 from nrm.explore.session import Session, Sessions
-from nrm.explore.view import Columns, Request
 from nrm.io import Say, write_text
 
 _PAGE = """<!DOCTYPE html>

@@ -1,6 +1,6 @@
 """What is open in the explorer: a model, inputs to explain, and the Python that makes them again.
 
-The command line opens models and pictures (`nrm.cli.explore`).
+The command line opens models and pictures (`nrm.cli.opening`).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nrm.errors import QueryError
+from nrm.explore.answers import Request
 from nrm.explore.opened import Input, Opened, target_of
 from nrm.explore.selection import parse
-from nrm.explore.view import Request
 from nrm.measure import Measure
 
 _TEXT = '''"""Reproduces what the explorer of nrm {version} showed: {title}."""

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from nrm.errors import NrmError, one_line
-from nrm.explore import view
+from nrm.explore import answers
 from nrm.explore.described import described
 from nrm.explore.opened import Opened
 from nrm.explore.session import Session, Sessions, Turn, told
@@ -47,7 +47,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
-Asked = Callable[[Session, Any, view.Request, Turn], Iterator[view.Part]]
+Asked = Callable[[Session, Any, answers.Request, Turn], Iterator[answers.Part]]
 
 
 class TooLargeError(Exception):
@@ -106,7 +106,7 @@ def make_app(opened: Opened, token: str, hosts: frozenset[str]) -> FastAPI:
     async def streamed(request: Request, asked: Asked) -> Response:
         body = await _json(request)
         session = sessions[body.get("session")]
-        wanted = view.Request.read(body.get("request"))
+        wanted = answers.Request.read(body.get("request"))
         parts = asked(session, body.get("input", 0), wanted, session.turn())
         return StreamingResponse(_lines(parts), media_type="application/x-ndjson")
 
@@ -121,7 +121,7 @@ def make_app(opened: Opened, token: str, hosts: frozenset[str]) -> FastAPI:
     @app.post(f"/{token}/api/script")
     async def export(request: Request) -> Any:
         body = await _json(request)
-        session, wanted = sessions[body.get("session")], view.Request.read(body.get("request"))
+        session, wanted = sessions[body.get("session")], answers.Request.read(body.get("request"))
         return {"script": await run_in_threadpool(session.script, body.get("input", 0), wanted)}
 
     @app.post(f"/{token}/api/send")
@@ -165,7 +165,7 @@ def _file(file: Path) -> Response:
     return Response(file.read_bytes(), media_type=_KINDS[file.suffix])
 
 
-def _lines(parts: Iterator[view.Part]) -> Iterator[bytes]:
+def _lines(parts: Iterator[answers.Part]) -> Iterator[bytes]:
     """The parts of an answer, each a line of JSON; what went wrong in a line of its own."""
     for part in told(parts):
         yield json.dumps(part).encode() + b"\n"

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nrm.errors import InputError, NrmError, QueryError, one_line
+from nrm.explore.answers import Found, Part, Request, Searching
 from nrm.explore.opened import Input, Opened, chosen_at_first, columns_of
 from nrm.explore.script import script
-from nrm.explore.view import Found, Part, Request, Searching, answer, search
+from nrm.explore.view import answer, search
 from nrm.measure import Measure
 
 MOST_SESSIONS, MOST_INPUTS = 16, 8

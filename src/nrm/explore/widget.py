@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from nrm.errors import NrmError, one_line
+from nrm.explore.answers import Request
 from nrm.explore.bundle import modules, style, vendored
 from nrm.explore.described import described
 from nrm.explore.opened import Opened
 from nrm.explore.session import Sessions, told
-from nrm.explore.view import Request
 
 try:
     import anywidget
