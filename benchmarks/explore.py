@@ -158,9 +158,10 @@ def pictures(folder: Path, names: list[str]) -> None:
                         # Of the second column, or of the words or steps.
                         clicked.nth(min(CLICKED[name], clicked.count() - 1)).click()
                         _settled(page, 2)
+                    page.evaluate("scrollTo(0, 0)")
                     page.mouse.move(x / 2, 3)
                     seen = Image.open(BytesIO(page.screenshot()))
-                    few = seen.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+                    few = seen.convert("RGB").quantize(256, dither=Image.Dither.NONE)
                     few.save(folder / f"explore_{name}_{width}.png", optimize=True)
                     page.close()
         browser.close()
