@@ -108,6 +108,37 @@ def test_the_script_of_a_picture_gives_its_numbers(
         assert columns.total.value == pytest.approx(right, abs=1e-6)
 
 
+def test_a_run_over_a_data_set_is_opened(tmp_path: Path) -> None:
+    """Its pictures, and for a channel the samples in which it is most relevant."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    chance = np.random.default_rng(1)
+    for k in range(4):
+        values = chance.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.fromarray(values).save(tmp_path / "data" / f"{k}.png")
+    arguments = ["relmax", "--model", MODEL, "--data", str(tmp_path / "data"), "--layers", "1,3"]
+    arguments += ["--transform", f"{__name__}:halves", "--out", str(tmp_path / "run"), "--quiet"]
+    done = CliRunner().invoke(app, [*arguments, "--k", "3"])
+    assert done.exit_code == 0, done.output
+    opened = opening.results(tmp_path / "run", lambda text: None)
+    assert [one.name for one in opened.inputs] == [f"{k}.png" for k in range(4)]
+    session = Sessions(opened).new()
+    assert session.columns(0)[1] == ["1", "3"]
+    samples = session.references("3", 2)
+    kept = nrm.open_results(tmp_path / "run").references("3", 2)
+    assert [(one.name, one.value) for one in samples] == [(one.name, one.value) for one in kept]
+    image = read_image(tmp_path / "data" / samples[0].name)
+    R = nrm.Explainer(tiny().eval())(halves(image)[None], target=kept[0].explained)
+    right = R.heatmap(nrm.channels("3", 2))[0].sum(0)
+    assert torch.allclose(torch.tensor(samples[0].relevance), right, atol=1e-6)
+    for layer, channel in (("5", 0), ("3", -1), ("3", "2"), (None, None)):
+        with pytest.raises(nrm.errors.NrmError):
+            session.references(layer, channel)
+    result = run("--results", str(tmp_path / "run"), "--model", MODEL)
+    assert "--model has no effect beside --results" in result.stderr
+    assert run("--results", str(tmp_path)).exit_code == 2
+
+
 def test_it_is_kept_as_a_file(picture: Path, tmp_path: Path) -> None:
     result = run(
         str(picture), "--model", MODEL, "--size", "16", "--keep", str(tmp_path / "kept.html")

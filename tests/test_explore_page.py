@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from support.explored import SIDE, as_input, make_opened, photograph
 
 import nrm
 from nrm.explore.kept import keep
-from nrm.explore.opened import Opened
+from nrm.explore.opened import Opened, Sample
 from nrm.explore.server import PAGE
 from nrm.explore.serving import running
 from nrm.measure import Measure
@@ -224,6 +225,25 @@ def test_two_tabs_do_not_mix(page: Any, chromium: Any, address: str, opened: Ope
     other.close()
 
 
+def test_two_views_side_by_side(page: Any, R: Measure, opened: Opened) -> None:
+    """Another target and another input beside the first view, each with its own numbers."""
+    does(page, lambda: node(page, "b", 2).click())
+    page.get_by_role("button", name="Compare").click()
+    second = page.locator(".explorer").nth(1)
+    second.locator("footer .took", has_text="passes").wait_for()
+    assert second.locator(".formula .value").inner_text() == total(page.locator(".explorer").first)
+    for view in page.locator(".explorer").all():
+        assert view.get_by_label("jointly with it").is_checked()
+    second.locator("[data-input='1']").click()
+    second.get_by_label("explained output").select_option("owl")
+    right = opened.measure(opened.inputs[1]).of(2)(nrm.channels("b", 2))
+    second.locator(".formula .value", has_text=shown(right)).wait_for()
+    assert total(page.locator(".explorer").first) == shown(R(nrm.channels("b", 2)))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    page.get_by_role("button", name="Compare").click()
+    assert page.locator(".explorer").count() == 1
+
+
 def test_the_keyboard_is_enough(page: Any, R: Measure) -> None:
     order = R.channels("a")[0].abs().argsort(descending=True).tolist()
     node(page, "a", order[0]).focus()
@@ -269,6 +289,23 @@ def test_pictures_are_exported(page: Any) -> None:
         page.get_by_role("button", name="Picture (PNG)").click()
     with Image.open(waiting.value.path()) as image:
         assert min(image.size) > 400
+
+
+def test_reference_samples_of_a_channel(chromium: Any, opened: Opened) -> None:
+    def references(layer: str, channel: int) -> list[Sample]:
+        relevance = np.full((SIDE, SIDE), channel, dtype=np.float32)
+        return [Sample(f"<i>{layer}</i>", 0.25, opened.inputs[1].pixels, relevance)]
+
+    with running(replace(opened, references=references, referenced=["b"])) as address:
+        page = chromium.new_page()
+        page.goto(address)
+        settled(page)
+        does(page, lambda: node(page, "b", 2).click())
+        page.locator(".samples figure").wait_for()
+        assert page.locator("figcaption").inner_text() == "0.2500 <i>b</i>"
+        does(page, lambda: node(page, "b", 2).click())
+        assert page.locator(".samples figure").count() == 0
+        page.close()
 
 
 # -- files that are sent ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from nrm.cli.commands import (
     IMAGENET,
     CommandError,
     composites_beginning,
+    needs,
     one_line_errors,
     refuse_unread,
 )
@@ -49,6 +50,13 @@ def explore(
             help="Which rules apply, as for explain.", autocompletion=composites_beginning
         ),
     ] = AUTO,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an `nrm relmax` run: its model and pictures, and for a channel the "
+            "samples in which it is most relevant."
+        ),
+    ] = None,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +78,13 @@ def explore(
 
     with one_line_errors(debug):
         say = progress(quiet=False)
-        if model is None:
+        if results is not None:
+            given = {"PICTURES": pictures or None, "--model": model, "--weights": weights}
+            refuse_unread({**given, "--labels": labels}, "beside --results, which name them")
+            with needs("dataset"):
+                import pyarrow  # noqa: F401
+            opened = opening.results(results, say)
+        elif model is None:
             given = {"PICTURES": pictures or None, "--weights": weights, "--labels": labels}
             refuse_unread(given, "without --model")
             opened = opening.digits(say)

@@ -9,10 +9,11 @@ from torch import nn
 
 from nrm.cli import demo, models
 from nrm.cli.commands import IMAGENET, CommandError, as_text
+from nrm.cli.relmax import Made
 from nrm.explainer import Explainer
 from nrm.explore.kept import keep
-from nrm.explore.opened import Input, Opened
-from nrm.io import Picture, Say, check_folder, imagenet, read_image, read_sent, transformed
+from nrm.explore.opened import Input, Opened, Sample
+from nrm.io import Picture, Say, check_folder, imagenet, read_image, read_sent, shown, transformed
 
 EPOCHS = 6
 """For which the network of the digits is trained: it is to be there in seconds."""
@@ -96,6 +97,46 @@ def _read_again(path: str, transform: str, size: int, more: str = "") -> str:
         return f"{opened}inputs, named = (io.imagenet({image}, {size}).x,), {{}}"
     made = f"io.transformed({image}, models.find_attribute({transform!r}), {transform!r})"
     return f"{opened}from nrm.cli import models\ninputs, named = ({made}.x,), {{}}"
+
+
+def results(folder: Path, say: Say, most: int = 6) -> Opened:
+    """The model of an `nrm relmax` run, with samples of its data set, and those of each channel.
+
+    Raises:
+        InputError, CommandError: there is no run, or it was not made by the command.
+    """
+    from nrm.dataset.results import open_results
+    from nrm.dataset.sources import SHARD
+
+    found = open_results(folder)
+    made = Made.from_manifest(found.manifest)
+    say(f"loading {made.model}")
+    explainer = made.explainer()
+    found.require(explainer)
+    source = made.source(found.manifest["data"].get("shard", SHARD))
+    names = None
+    inputs, numbers = [], range(min(most, found.samples))
+    for sample in (source.sample(number) for number in numbers):
+        if sample.error is not None:
+            continue
+        args = tuple(x.unsqueeze(0) for x in sample.inputs)
+        inputs.append(Input(sample.name, args, "", pixels=shown(sample.inputs[0])))
+        outputs = models.output_of(explainer.model, args[0], made.output)[1]
+        names = models.known_labels(len(models.classes_of(outputs)))
+
+    def references(layer: str, channel: int) -> list[Sample]:
+        kept = found.heatmaps(explainer, source, layer, channel, k=most)
+        return [
+            Sample(one.name, one.value, shown(x), relevance.sum(0).cpu().numpy())
+            for one, x, relevance in zip(kept.references, kept.inputs, kept.heatmaps, strict=True)
+        ]
+
+    if not inputs:
+        raise CommandError(f"--results {as_text(folder)}: no sample of its data can be read")
+    return Opened(
+        made.model, "picture", explainer, inputs, "", names,
+        references=references, referenced=list(found.layers),
+    )  # fmt: skip
 
 
 def keep_file(opened: Opened, file: Path, say: Say) -> None:

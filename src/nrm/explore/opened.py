@@ -54,6 +54,21 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A sample of a data set in which a channel is most relevant, and where in it.
+
+    Attributes:
+        value: the channel's relevance there.
+        relevance: `[H, W]`, jointly with the channel.
+    """
+
+    name: str
+    value: float
+    pixels: npt.NDArray[np.float32]
+    relevance: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Column:
     """A layer that may be shown: its parts are channels, or the places along an axis."""
 
@@ -77,6 +92,8 @@ class Opened:
             may.
         place: the layer that relevance is drawn on the input at; by default the input.
         axis: of that layer, along which the places of a text, a series or a graph lie.
+        references: for some layers (`nrm relmax`), the samples of a channel.
+        referenced: these layers.
     """
 
     name: str
@@ -88,6 +105,8 @@ class Opened:
     read: Callable[[bytes, str], Input] | None = None
     place: str | None = None
     axis: int | None = None
+    references: Callable[[str, int], Sequence[Sample]] | None = None
+    referenced: Sequence[str] = ()
 
     def measure(self, chosen: Input) -> Measure:
         """What is explained of an input by default: its largest output."""

@@ -23,7 +23,7 @@ from starlette.concurrency import run_in_threadpool
 
 from nrm.errors import NrmError, one_line
 from nrm.explore import answers
-from nrm.explore.described import described
+from nrm.explore.described import described, sample
 from nrm.explore.opened import Opened
 from nrm.explore.session import Session, Sessions, Turn, told
 
@@ -123,6 +123,14 @@ def make_app(opened: Opened, token: str, hosts: frozenset[str]) -> FastAPI:
         body = await _json(request)
         session, wanted = sessions[body.get("session")], answers.Request.read(body.get("request"))
         return {"script": await run_in_threadpool(session.script, body.get("input", 0), wanted)}
+
+    @app.post(f"/{token}/api/references")
+    async def references(request: Request) -> Any:
+        body = await _json(request)
+        session = sessions[body.get("session")]
+        layer, channel = body.get("layer"), body.get("channel")
+        found = await run_in_threadpool(session.references, layer, channel)
+        return {"samples": [sample(one) for one in found]}
 
     @app.post(f"/{token}/api/send")
     async def send(request: Request) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 from nrm.errors import InputError, NrmError, QueryError, one_line
 from nrm.explore.answers import Found, Part, Request, Searching
-from nrm.explore.opened import Input, Opened, chosen_at_first, columns_of
+from nrm.explore.opened import Input, Opened, Sample, chosen_at_first, columns_of
 from nrm.explore.script import script
 from nrm.explore.view import answer, search
 from nrm.measure import Measure
@@ -144,13 +144,24 @@ class Session:
         with self._computing:
             return script(self.measure(number), request, self._opened, chosen)
 
+    def references(self, layer: Any, channel: Any) -> list[Sample]:
+        """The samples of a data set in which a channel is most relevant."""
+        opened = self._opened
+        if opened.references is None or layer not in opened.referenced:
+            raise QueryError(f"no samples are kept of {str(layer)[:80]!r}.")
+        if type(channel) is not int or channel < 0:
+            raise QueryError("a channel is named by its number.")
+        with self._computing:
+            return list(opened.references(layer, channel))
+
     def columns(self, number: int) -> tuple[list[dict[str, Any]], list[str]]:
         """The layers that may be columns, and those that are at first."""
         with self._computing:
             R = self.measure(number)
             found = columns_of(R.graph, self._opened, R)
         rows = [{"layer": c.layer, "size": c.size, "kind": c.kind, "axis": c.axis} for c in found]
-        return rows, chosen_at_first(found)
+        known = [c.layer for c in found if c.layer in self._opened.referenced]
+        return rows, known or chosen_at_first(found)
 
 
 def told(parts: Iterator[Part]) -> Iterator[dict[str, Any]]:

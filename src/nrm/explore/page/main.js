@@ -3,4 +3,4 @@
 import { askServer } from "./server.js";
 import { explore } from "./page.js";
 
-explore(document.getElementById("explorer"), askServer());
+explore(document.getElementById("explorer"), askServer(), true, askServer);

@@ -2,27 +2,32 @@
 
 import { make, notation, relevance, amount } from "./marks.js";
 import { drawNetwork } from "./network.js";
-import { drawPixels, drawHeatmap, drawScale } from "./picture.js";
+import { drawPixels, drawHeatmap, drawScale, drawStill } from "./picture.js";
 import { drawPlaces } from "./places.js";
 import { asRequest, firstState, fromHash, toHash, toggled, withFlow, withPatch } from "./state.js";
 import { offerFiles } from "./files.js";
 
+let pages = 0; // each has a name for its own group of buttons
 const PATIENCE = 250; // milliseconds until the page says that it waits
 
 // Build the page in `root`.
 //   source: {open, look, script, send}, as `askServer` makes it.
 //   linked: whether what is chosen lies in the address.
-export async function explore(root, source, linked = true) {
+//   again: makes another source, for a second view beside; none where there is no way to.
+//   state: what is chosen at first.
+export async function explore(root, source, linked = true, again = null, state = null) {
   root.classList.add("explorer");
   const parts = {
     head: make("header"), asked: make("section", { class: "asked", "aria-label": "What is asked" }),
     input: make("section", { class: "input", "aria-label": "Input" }),
     network: make("section", { class: "columns", "aria-label": "Network" }),
+    samples: make("section", { class: "found", "aria-label": "Reference samples" }),
     found: make("section", { class: "found", "aria-label": "Most relevant flows" }),
     foot: make("footer", { "aria-live": "polite" }), note: make("p", { class: "note", role: "status" }),
     wait: make("div", { class: "wait", hidden: true, role: "progressbar", "aria-label": "computing" }),
   };
-  root.replaceChildren(parts.wait, parts.head, parts.asked, parts.note, make("main", {}, parts.input, make("div", {}, parts.network, parts.found)), parts.foot);
+  root.replaceChildren(parts.wait, make("div", { class: "sheet" }, parts.head, parts.asked, parts.note,
+    make("main", {}, parts.input, make("div", {}, parts.network, parts.samples, parts.found))), parts.foot);
   let opened;
   try {
     opened = await source.open();
@@ -32,13 +37,16 @@ export async function explore(root, source, linked = true) {
     return null;
   }
   const page = new Page(root, parts, source, opened, linked);
-  page.start();
+  page.again = again;
+  page.start(state);
   return page;
 }
 
 class Page {
   constructor(root, parts, source, opened, linked) {
     Object.assign(this, { root, parts, source, opened, linked });
+    pages += 1;
+    this.name = `mode-${pages}`;
     this.depth = 0;
     this.past = [];
     this.running = null;
@@ -46,8 +54,8 @@ class Page {
     this.point = this.point.bind(this);
   }
 
-  start() {
-    const first = firstState(this.opened);
+  start(state) {
+    const first = state ?? firstState(this.opened);
     this.state = (this.linked && fromHash(location.hash, this.opened)) || first;
     if (this.linked) {
       window.addEventListener("popstate", () => {
@@ -56,7 +64,7 @@ class Page {
       });
     }
     document.addEventListener("keydown", (event) => {
-      if ((event.ctrlKey || event.metaKey) && event.key === "z" && this.root.isConnected) {
+      if ((event.ctrlKey || event.metaKey) && event.key === "z" && this.root.isConnected && (this.linked || this.root.contains(document.activeElement))) {
         event.preventDefault();
         this.undo();
       }
@@ -69,6 +77,20 @@ class Page {
     }).observe(this.parts.network);
     this.drawHead();
     this.show(this.state);
+  }
+
+  // A second view beside this one, of the same model: another target, input or selection.
+  beside() {
+    if (this.second) {
+      this.second.remove();
+      this.second = null;
+    } else {
+      this.second = make("div", { class: "within" });
+      this.root.after(this.second);
+      explore(this.second, this.again(), false, null, this.state);
+    }
+    this.root.classList.toggle("within", Boolean(this.second));
+    this.drawHead();
   }
 
   // A new choice, which can be undone.
@@ -110,6 +132,7 @@ class Page {
       clearTimeout(waiting);
       if (this.running === running) {
         this.parts.wait.hidden = true;
+        this.drawReferences(state);
         this.root.dataset.ready = String(Number(this.root.dataset.ready ?? 0) + 1);
       }
     }
@@ -185,6 +208,26 @@ class Page {
     this.root.dataset.found = String(found.flows.length);
   }
 
+  // Where the one channel that is selected is most relevant in the data set, if that is known.
+  async drawReferences(state) {
+    const known = state.sets.filter((set) => !set.not && set.channels?.length === 1 && (this.opened.referenced ?? []).includes(set.layer));
+    if (!known.length || !this.source.references) {
+      this.parts.samples.replaceChildren();
+      return;
+    }
+    const { layer, channels: [channel] } = known.at(-1);
+    let samples;
+    try {
+      samples = await this.source.references(layer, channel);
+    } catch (error) {
+      samples = [];
+    }
+    if (this.state !== state) return;
+    const title = make("h2", {}, "In the data set ", notation(`S_{${layer}:${channel}}`), " is most relevant in");
+    const figures = samples.map((one) => make("figure", {}, drawPixels(one), drawStill(one.heatmap, one), make("figcaption", {}, `${relevance(one.value)} ${one.name}`)));
+    this.parts.samples.replaceChildren(...(samples.length ? [title, make("div", { class: "samples" }, figures)] : []));
+  }
+
   note(text, wrong = false) {
     this.parts.note.textContent = text;
     this.parts.note.classList.toggle("error", wrong);
@@ -202,6 +245,7 @@ class Page {
     this.parts.head.replaceChildren(name, thumbs, ...(opened.sends ? [this.sender()] : []),
       make("span", { class: "gap" }),
       make("button", { type: "button", class: "plain", title: "the most relevant flows through all columns", click: () => this.search() }, "Find flows"),
+      ...(this.again ? [make("button", { type: "button", class: "plain", "aria-pressed": Boolean(this.second), title: "a second view beside this one", click: () => this.beside() }, "Compare")] : []),
       this.columnChooser(), ...offerFiles(this),
       make("button", { type: "button", class: "plain undo", disabled: this.depth === 0, title: "Ctrl+Z", click: () => this.undo() }, "Undo"));
   }
@@ -255,10 +299,10 @@ class Page {
     const share = `${relevance(total.value)}`;
     const line = make("p", { class: "formula", "data-value": total.value }, notation(total.notation), " = ", make("b", { class: "value" }, share));
     const units = make("p", { class: "muted" }, `${amount(total.value * seen.explained.scale)} of ${amount(seen.explained.scale)}, the ${seen.explained.what} ${seen.explained.label}`);
-    const rather = make("select", { "aria-label": "rather than", change: (event) => this.choose({ ...state, target: seen.explained.target, against: event.target.value === "" ? null : Number(event.target.value) }) },
+    const rather = make("select", { "aria-label": "rather than", change: (event) => this.choose({ ...this.state, target: seen.explained.target, against: event.target.value === "" ? null : Number(event.target.value) }) },
       make("option", { value: "" }, "—"),
       ...this.outputNames().filter(([k]) => k !== seen.explained.target).map(([k, label]) => make("option", { value: k, selected: k === state.against }, label)));
-    const why = make("select", { "aria-label": "explained output", change: (event) => this.choose({ ...state, target: Number(event.target.value), against: null }) },
+    const why = make("select", { "aria-label": "explained output", change: (event) => this.choose({ ...this.state, target: Number(event.target.value), against: null }) },
       ...this.outputNames().map(([k, label]) => make("option", { value: k, selected: k === seen.explained.target }, label)));
     this.parts.asked.replaceChildren(
       make("div", { class: "total" }, line, units),
@@ -278,19 +322,20 @@ class Page {
       const place = { picture: "drag over the picture", words: "a word", series: "a step", graph: "a node" }[this.opened.kind];
       return make("p", { class: "hint" }, `Click a channel, a flow, or ${place}: all numbers then are of the walks that pass there.`);
     }
-    const change = (k, set) => this.choose({ ...state, sets: state.sets.flatMap((one, at) => (at === k ? (set ? [set] : []) : [one])) });
-    const joined = make("button", { type: "button", class: "join", title: "joined by and, or by or", "aria-label": `parts are joined by ${state.op}: change`, click: () => this.choose({ ...state, op: state.op === "and" ? "or" : "and" }) }, state.op === "and" ? "∧ and" : "∨ or");
+    // What is drawn may be older than what is chosen: sets are told by what they are, not by place.
+    const change = (old, set) => this.choose({ ...this.state, sets: this.state.sets.flatMap((one) => (one === old ? (set ? [set] : []) : [one])) });
+    const joined = make("button", { type: "button", class: "join", title: "joined by and, or by or", "aria-label": `parts are joined by ${state.op}: change`, click: () => this.choose({ ...this.state, op: state.op === "and" ? "or" : "and" }) }, state.op === "and" ? "∧ and" : "∨ or");
     const chips = state.sets.map((set, k) => [
       ...(k === 1 ? [joined] : k ? [make("span", { class: "muted" }, state.op === "and" ? "∧" : "∨")] : []),
       make("span", { class: set.not ? "chip not" : "chip" },
-        make("button", { type: "button", "aria-pressed": set.not, "aria-label": "not", title: "not", class: "negate", click: () => change(k, { ...set, not: !set.not }) }, "¬"),
+        make("button", { type: "button", "aria-pressed": set.not, "aria-label": "not", title: "not", class: "negate", click: () => change(set, { ...set, not: !set.not }) }, "¬"),
         make("span", {}, set.patch ? `${set.layer} [${set.patch[0]}–${set.patch[1] - 1}, ${set.patch[2]}–${set.patch[3] - 1}]` : `${set.layer}: ${set.channels.join(", ")}`),
-        make("button", { type: "button", "aria-label": "take away", title: "take away", class: "away-part", click: () => change(k, null) }, "×")),
+        make("button", { type: "button", "aria-label": "take away", title: "take away", class: "away-part", click: () => change(set, null) }, "×")),
     ]);
-    const mode = (name, text) => make("label", {}, make("input", { type: "radio", name: "mode", value: name, checked: state.mode === name, change: () => this.choose({ ...state, mode: name }) }), text);
+    const mode = (name, text) => make("label", {}, make("input", { type: "radio", name: this.name, value: name, checked: state.mode === name, change: () => this.choose({ ...this.state, mode: name }) }), text);
     return make("div", { class: "chips" }, ...chips.flat(),
       make("fieldset", { class: "mode" }, make("legend", { class: "away" }, "numbers are"), mode("joint", "jointly with it"), mode("given", "given it")),
-      make("button", { type: "button", class: "plain", click: () => this.choose({ ...state, sets: [] }) }, "Clear"));
+      make("button", { type: "button", class: "plain", click: () => this.choose({ ...this.state, sets: [] }) }, "Clear"));
   }
 
   // -- the input and the network -------------------------------------------------------------------
@@ -303,12 +348,12 @@ class Page {
     title.addEventListener("pointerenter", () => this.point({ ...heatmap, value: heatmap.total }));
     title.addEventListener("pointerleave", () => this.point(null));
     if (this.opened.kind !== "picture") {
-      this.parts.input.replaceChildren(title, drawPlaces(this.opened, input, heatmap, state, (k) => this.choose(toggled(state, heatmap.layer, this.opened.axis, k)), this.point));
+      this.parts.input.replaceChildren(title, drawPlaces(this.opened, input, heatmap, state, (k) => this.choose(toggled(this.state, heatmap.layer, this.opened.axis, k)), this.point));
       return;
     }
     const chosen = state.sets.find((set) => set.patch && set.layer === heatmap.layer)?.patch;
     const field = drawHeatmap(heatmap, input, chosen, {
-      patch: (patch) => this.choose(withPatch(state, heatmap.layer, patch)),
+      patch: (patch) => this.choose(withPatch(this.state, heatmap.layer, patch)),
       pixel: (y, x, value) => this.point({ value, notation: heatmap.notation.replace(`i_{${heatmap.layer}}`, `i_{${heatmap.layer}:(${y}, ${x})}`), python: `${heatmap.python}[0, :, ${y}, ${x}].sum()` }),
       leave: () => this.point(null),
     });
@@ -324,9 +369,9 @@ class Page {
     const place = this.opened.inputs[state.input];
     for (const column of this.seen.columns.columns) if (column.axis !== null) column.marks = place.words ?? place.marks;
     const svg = drawNetwork(this.seen, state, this.parts.network.clientWidth, {
-      node: (column, node) => this.choose(toggled(state, column.layer, column.axis, node.index)),
-      flow: (lower, upper, link) => this.choose(withFlow(state, lower, link[0], upper, link[1])),
-      output: (k, event) => this.choose(event.shiftKey ? { ...state, target: this.seen.explained.target, against: k } : { ...state, target: k, against: null }),
+      node: (column, node) => this.choose(toggled(this.state, column.layer, column.axis, node.index)),
+      flow: (lower, upper, link) => this.choose(withFlow(this.state, lower, link[0], upper, link[1])),
+      output: (k, event) => this.choose(event.shiftKey ? { ...this.state, target: this.seen.explained.target, against: k } : { ...this.state, target: k, against: null }),
       point: this.point,
     });
     this.parts.network.replaceChildren(svg);

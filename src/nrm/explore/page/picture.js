@@ -19,8 +19,7 @@ export function drawPixels(input) {
 export function drawHeatmap(heatmap, input, chosen, on) {
   const [height, width] = heatmap.shape;
   const values = floats(heatmap.values);
-  const limit = limitOf(values);
-  const canvas = Math.min(height, width) < FEW ? withContour(values, limit, input) : withOutlines(values, limit, input);
+  const canvas = drawStill(heatmap, input);
   canvas.classList.add("heatmap");
   const frame = make("div", { class: "patch", hidden: true });
   const held = make("div", {
@@ -82,6 +81,14 @@ export function drawHeatmap(heatmap, input, chosen, on) {
     }
   });
   return held;
+}
+
+// A heatmap to look at alone.
+export function drawStill(heatmap, input) {
+  const values = floats(heatmap.values);
+  const limit = limitOf(values);
+  const few = Math.min(...heatmap.shape) < FEW;
+  return few ? withContour(values, limit, input) : withOutlines(values, limit, input);
 }
 
 // The colours' meaning under a heatmap.

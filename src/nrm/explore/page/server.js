@@ -37,6 +37,9 @@ export function askServer(base = new URL(".", location.href)) {
     async script(input, request) {
       return (await (await post("script", JSON.stringify({ session, input, request }))).json()).script;
     },
+    async references(layer, channel) {
+      return (await (await post("references", JSON.stringify({ session, layer, channel }))).json()).samples;
+    },
     async send(file) {
       const query = `send?session=${encodeURIComponent(session)}&name=${encodeURIComponent(file.name)}`;
       return (await post(query, file, undefined, "application/octet-stream")).json();
