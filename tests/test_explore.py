@@ -24,7 +24,7 @@ LAYERS = ["a", "b", "c"]
 
 
 class Small(nn.Module):
-    """Three convolutions, between which one or several sums lie, and a linear layer."""
+    """Convolutions, between which one or several sums lie, a skip connection, a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,11 @@ class Small(nn.Module):
         self.head = nn.Linear(5 * 4 * 4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.b(self.conv2(self.a(self.conv1(x))))
-        return self.head(self.c(self.conv4(self.conv3(x))).flatten(1))
+        x = self.conv3(self.b(self.conv2(self.a(self.conv1(x)))))
+        return self.head(self.c(self.conv4(x) + x).flatten(1))
 
 
-@pytest.fixture(scope="module")
-def opened() -> Opened:
+def make_opened(composite: nrm.composites.Composite) -> Opened:
     torch.manual_seed(3)
     model = Small().double().eval()
     for layer in (model.conv1, model.conv2, model.conv3, model.conv4):
@@ -48,13 +47,25 @@ def opened() -> Opened:
         Input(f"input {k}", (torch.rand(1, 1, 6, 6).double(),), "", pixels=torch.rand(6, 6).numpy())
         for k in range(2)
     ]
-    explainer = nrm.Explainer(model, nrm.composites.GammaFlat(0.25))
+    explainer = nrm.Explainer(model, composite)
     return Opened("Small", "picture", explainer, inputs, "", ["nought", "one", "two"])
+
+
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    return make_opened(nrm.composites.GammaFlat(0.25))
 
 
 @pytest.fixture(scope="module")
 def R(opened: Opened) -> Measure:
     return opened.measure(opened.inputs[0])
+
+
+@pytest.fixture(scope="module")
+def with_biases() -> tuple[Opened, Measure]:
+    """Walks end at biases, so that not all of them cross every column."""
+    found = make_opened(nrm.composites.CPLRP())
+    return found, found.measure(found.inputs[0])
 
 
 def answered(R: Measure, opened: Opened, **wanted: Any) -> dict[str, list[Any]]:
@@ -89,6 +100,26 @@ SELECTIONS = [
 @pytest.mark.parametrize("chosen", SELECTIONS, ids=lambda chosen: json.dumps(chosen)[:60])
 def test_every_number_is_the_librarys(R: Measure, opened: Opened, chosen: Any, mode: str) -> None:
     """Asked one by one: totals, each channel, each flow and each pixel."""
+    check_numbers(R, opened, chosen, mode, 1.0)
+
+
+@pytest.mark.parametrize("chosen", SELECTIONS, ids=lambda chosen: json.dumps(chosen)[:60])
+def test_so_it_is_where_walks_end_at_biases(
+    with_biases: tuple[Opened, Measure], chosen: Any
+) -> None:
+    opened, R = with_biases
+    assert R.graph.bias_is_input
+    check_numbers(R, opened, chosen, "joint", None)
+
+
+def check_numbers(
+    R: Measure, opened: Opened, chosen: Any, mode: str, crossing: float | None
+) -> None:
+    """Compare an answer with queries of single numbers.
+
+    Arguments:
+        crossing: the share of the walks that crosses each column, if it is known.
+    """
     found = answered(R, opened, selection=chosen, mode=mode)
     target = R.of(1)
     selected = selection.parse(chosen, R.graph)
@@ -98,7 +129,10 @@ def test_every_number_is_the_librarys(R: Measure, opened: Opened, chosen: Any, m
     (columns,) = found["columns"]
     assert columns.total.value == pytest.approx(known, abs=1e-12)
     for column in columns.columns:
-        assert column.total == pytest.approx(known * scale, abs=1e-12)
+        if crossing is not None:
+            assert column.total == pytest.approx(known * scale * crossing, abs=1e-12)
+        whole = float(target.marginal(column.layer, *formula).sum())
+        assert column.total == pytest.approx(whole * scale, abs=1e-12)
         for node in column.nodes:
             joint = float(target(nrm.channels(column.layer, node.index), *formula))
             assert node.value == pytest.approx(joint * scale, abs=1e-12)
@@ -284,6 +318,32 @@ def test_what_the_page_of_the_docs_opens() -> None:
         assert {node.index: node.value for node in column.nodes if node.value != 0} == {
             1: pytest.approx(float(R.of(0)(word)), abs=1e-6)
         }
+
+
+@pytest.mark.parametrize("mode", ["joint", "given"])
+def test_a_script_prints_the_numbers_of_places_too(
+    mode: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Whatever its inputs are called."""
+    linear = nn.Sequential(
+        nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.Flatten(), nn.Linear(12, 2)
+    )
+    x = torch.rand(1, 3, 2)
+    monkeypatch.setattr(nrm, "made_by_hand", (linear.eval(), x), raising=False)
+    made = "model, x = nrm.made_by_hand\nexplainer = nrm.Explainer(model)"
+    chosen = Input('"""\\', (x,), "inputs, named = (x,), {}")
+    opened = Opened("a\nb", "series", nrm.Explainer(linear), [chosen], made, axis=0)
+    session = Sessions(opened).new()
+    part = {"layer": "2", "channels": [1], "axis": 0}
+    request = answers.Request.read({"columns": ["1"], "selection": part, "mode": mode})
+    parts = list(session.answer(0, request, session.turn()))
+    (columns,) = (one for one in parts if isinstance(one, answers.Columns))
+    exec(session.script(0, request), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"R(selection) = {columns.total.value:.6f}"
+    found = {int(line.split()[1]): float(line.split()[2]) for line in printed[1:]}
+    right = {node.index: node.value for node in columns.columns[0].nodes}
+    assert found == pytest.approx(right, abs=2e-6)
 
 
 # -- sessions --------------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ def explore(
     debug: Debug = False,
 ) -> None:
     """Look at relevance in a browser: click on channels, flows or places, and all else follows."""
+    if keep is None:
+        with needs("explore"):
+            import fastapi  # noqa: F401
+            import uvicorn  # noqa: F401
     from nrm import io
     from nrm.cli import opening
     from nrm.explore.serving import serve

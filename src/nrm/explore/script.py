@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nrm.errors import QueryError
+from nrm.errors import QueryError, printable
 from nrm.explore.answers import Request
-from nrm.explore.opened import Input, Opened, target_of
+from nrm.explore.opened import Input, Opened, columns_of, target_of
 from nrm.explore.selection import parse
 from nrm.measure import Measure
 
@@ -37,34 +37,43 @@ def script(R: Measure, request: Request, opened: Opened, chosen: Input) -> str:
         )
     _, target, symbol = target_of(request.target, request.against, R)
     selected = parse(request.selection, R.graph)
-    if any('"' in part or "\\" in part for part in (opened.name, chosen.name)):
-        raise QueryError("the names of the model and the input cannot be written into a script.")
-    given = ", given=selection" if request.mode == "given" else ", selection"
-    lines = []
+    condition = ""
     if selected is None:
-        notation, given = f"R({symbol}) = 1", ""
-        lines.append('print(f"total at the input: {float(R.heatmap().sum()):.6f}")')
+        notation = f"R({symbol}) = 1"
+        lines = ['print(f"total at the input: {float(R.heatmap().sum()):.6f}")']
     else:
         notation = f"R({selected.notation}, {symbol})"
-        lines.append(f"selection = {selected.python}")
-        lines.append('print(f"R(selection) = {float(R(selection)):.6f}")')
-    for layer in request.columns:
-        R.graph.variable(layer)
+        condition = ", given=selection" if request.mode == "given" else ", selection"
+        lines = [
+            f"selection = {selected.python}",
+            'print(f"R(selection) = {float(R(selection)):.6f}")',
+        ]
+    known = {column.layer: column for column in columns_of(R.graph, opened, R)}
+    for column in (known[layer] for layer in request.columns if layer in known):
+        values = f"R.channels({column.layer!r}{condition})[0]"
+        if column.axis is not None:
+            one = f"nrm.channels({column.layer!r}, k, axis={column.axis})"
+            values = f"torch.cat([R({one}{condition}) for k in range({column.size})])"
         lines.append(
-            f"values = R.channels({layer!r}{given})[0]\n"
-            f"for channel in values.abs().topk(min({request.top}, len(values))).indices.tolist():\n"
-            f'    print({layer!r}, channel, f"{{float(values[channel]):+.6f}}")'
+            f"values = {values}\n"
+            f"for part in values.abs().topk(min({request.top}, len(values))).indices.tolist():\n"
+            f'    print({column.layer!r}, part, f"{{float(values[part]):+.6f}}")'
         )
-    imports = ["import nrm"]
+    imports = ["import nrm", "import torch"]
     body = f"{opened.python}\n{chosen.python}"
     imports += [line for line in body.splitlines() if line.startswith(("import ", "from "))]
     kept = [line for line in body.splitlines() if not line.startswith(("import ", "from "))]
     return _TEXT.format(
         version=__version__,
-        title=f"{opened.name}, {chosen.name}",
+        title=_in_words(f"{opened.name}, {chosen.name}"),
         imports="\n".join(sorted(dict.fromkeys(imports))),
         model="\n".join(kept).strip(),
         target=target,
         notation=notation,
         total="\n".join(lines),
     )
+
+
+def _in_words(text: str) -> str:
+    """A name that ends no string, wherever it is from."""
+    return printable(text).replace("\\", "/").replace('"', "'")

@@ -126,14 +126,12 @@ class _Asked:
             return f"R({', '.join(first)} | {', '.join([*selection, self.symbol])})"
         return f"R({', '.join([*first, *selection, self.symbol])})"
 
-    def python(self, *first: str, query: str = "R", last: str = "") -> str:
+    def python(self, *first: str, query: str = "R") -> str:
         """The query with the selection, jointly or given."""
         arguments = list(first)
         if self.selected is not None:
             given = self.given and (first or query != "R")
             arguments.append(f"{'given=' if given else ''}{self.selected.python}")
-        if last:
-            arguments.append(last)
         return f"{query}({', '.join(arguments)})"
 
     def divided(self, joint: float) -> float:
@@ -193,11 +191,8 @@ class _Asked:
         variable = self.R.graph.variable(place)
         shaped = variable.canonical(message.unsqueeze(0))[0, 0]
         if self.opened.kind == "picture":
-            values = (
-                shaped.sum(variable.channel_axis_of(shaped.shape))
-                if shaped.dim() == 3
-                else (shaped)
-            )
+            colours = variable.channel_axis_of(shaped.shape)
+            values = shaped.sum(colours) if shaped.dim() == 3 else shaped
         else:
             along = variable.axis_of(shaped.shape, self.opened.axis)
             values = shaped.movedim(along, 0).flatten(1).sum(1) if shaped.dim() > 1 else shaped
