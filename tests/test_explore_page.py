@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 pytest.importorskip("fastapi", reason="the explorer's packages are not installed")
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
@@ -28,7 +29,7 @@ from support.explored import SIDE, as_input, make_opened, photograph
 
 import nrm
 from nrm.explore.kept import keep
-from nrm.explore.opened import Opened, Sample
+from nrm.explore.opened import Input, Opened, Sample
 from nrm.explore.server import PAGE
 from nrm.explore.serving import running
 from nrm.measure import Measure
@@ -305,6 +306,46 @@ def test_reference_samples_of_a_channel(chromium: Any, opened: Opened) -> None:
         assert page.locator("figcaption").inner_text() == "0.2500 <i>b</i>"
         does(page, lambda: node(page, "b", 2).click())
         assert page.locator(".samples figure").count() == 0
+        page.close()
+
+
+class Reader(nn.Module):
+    """A text of three words, mixed with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(9, 4), nn.Linear(3, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        y = torch.relu(self.mix(x.transpose(1, 2)).transpose(1, 2))
+        logits: Tensor = self.head(y.mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("kind", ["words", "series", "graph"])
+def test_a_click_on_a_word_a_step_or_a_node(chromium: Any, kind: Any) -> None:
+    torch.manual_seed(2)
+    ids = torch.tensor([[3, 1, 4]])
+    one = Input("it", (ids,), "", words=["<b>", "or", "be"], edges=[(0, 1), (1, 2)])
+    explainer = nrm.Explainer(Reader().eval())
+    opened = Opened("reader", kind, explainer, [one], "", place="embedding", axis=0)
+    R = explainer(ids)
+    word = nrm.channels("embedding", 1, axis=0)
+    with running(opened) as address:
+        page = chromium.new_page()
+        page.goto(address)
+        settled(page)
+        for place, value in enumerate(R.tokens()[0]):
+            found = page.locator(f".place[data-place='{place}']")
+            assert float(found.get_attribute("data-value")) == pytest.approx(float(value), abs=1e-6)
+            assert found.text_content() == one.words[place]
+        does(page, lambda: page.locator(".place[data-place='1']").click())
+        assert total(page) == shown(R(word))
+        column = page.locator(".node").first.get_attribute("data-layer")
+        does(page, lambda: node(page, column, 2).click())
+        assert total(page) == shown(R(word, nrm.channels(column, 2, axis=0)))
         page.close()
 
 
