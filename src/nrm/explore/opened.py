@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nrm.errors import InputError, QueryError
 from nrm.explainer import Explainer
-from nrm.graph import Graph, Variable
+from nrm.graph import Graph
 from nrm.io import shown as as_seen
 from nrm.measure import Measure
 from nrm.targets import Contrast
@@ -153,16 +153,17 @@ def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:
     Layers in which the places of a text, a series or a graph lie along the same axis as in the
     input are divided by these, all others into channels.
     """
-    places = None
+    forward, places = R.forward_pass, None  # once: each look at it looks at the whole model
     if opened.axis is not None:
-        places = _sizes(graph.variable(opened.place or graph.inputs[0].name), R)[opened.axis]
+        place = graph.variable(opened.place or graph.inputs[0].name)
+        places = place.neuron_shape(forward.shape(place))[opened.axis]
     found: list[Column] = []
     # Walks that end at biases, where these are inputs, cross no more layers.
     for variable in reversed(graph.crossings(leaving_out=("bias", "constant"))):
         producer = variable.producer
         if producer is None or variable is graph.output or producer.kind in _SAME:
             continue
-        sizes = _sizes(variable, R)
+        sizes = variable.neuron_shape(forward.shape(variable))
         if not sizes:
             continue
         axis = opened.axis
@@ -176,11 +177,6 @@ def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:
 
 _SAME = ("view", "dropout", "identity")
 """Kinds of operations after which a layer is the one before it once more."""
-
-
-def _sizes(variable: Variable, R: Measure) -> Sequence[int]:
-    """The axes of a layer's neurons."""
-    return variable.neuron_shape(R.forward_pass.shape(variable))
 
 
 def chosen_at_first(columns: Sequence[Column], most: int = MOST_COLUMNS - 1) -> list[str]:

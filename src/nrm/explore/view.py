@@ -95,6 +95,7 @@ class _Asked:
     ) -> None:
         self.R, self.request, self.opened, self.check = R, request, opened, check
         self.symbol = symbol
+        self.forward = R.forward_pass  # once: each look at it looks at the whole model
         self.selected: Selected | None = parse(request.selection, R.graph)
         known = {column.layer: column for column in columns_of(R.graph, opened, R)}
         for layer in request.columns:
@@ -240,9 +241,8 @@ class _Asked:
 
     def _by_part(self, column: Column, message: Tensor) -> Tensor:
         """The relevance of each part of a column, in double precision: `[parts]`."""
-        parts = partition(
-            column.layer, "channel" if column.axis is None else column.axis, self.R.forward_pass
-        )
+        by: Division = "channel" if column.axis is None else column.axis
+        parts = partition(column.layer, by, self.forward)
         return parts.add_up(message.double().unsqueeze(0))[0, 0].cpu()
 
     def _selected_in(self, column: Column) -> list[int]:
