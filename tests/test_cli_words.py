@@ -150,7 +150,7 @@ def test_completion_needs_no_torch() -> None:
         "assert not {'torch', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
     )
     for words, expected in (
-        ("nrm ", {"explain", "layers", "demo", "tokens", "relmax", "reproduce"}),
+        ("nrm ", {"explain", "layers", "demo", "tokens", "relmax", "explore", "reproduce"}),
         ("nrm explain --composite Gam", {"GammaFlat"}),
     ):
         asked = {"_NRM_COMPLETE": "complete_bash", "COMP_WORDS": words}

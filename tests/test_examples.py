@@ -144,3 +144,26 @@ def test_denoising_is_drawn(generative, tmp_path: Path) -> None:
     rows = [("U-Net", torch.randn(4, 4), torch.randn(8)), ("decoder", torch.randn(4, 4), None)]
     generative.draw(rows, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_series_is_opened_in_the_explorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LSTM that has learnt where to look."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import explore as example
+
+    from nrm.explore.answers import Columns, Request
+    from nrm.explore.session import Sessions
+
+    try:
+        opened = example.series()
+        session = Sessions(opened).new()
+        part = {"layer": "input", "channels": [4], "axis": 0}
+        request = Request.read({"columns": session.columns(0)[1], "selection": part})
+        parts = list(session.answer(0, request, session.turn()))
+        (columns,) = (one for one in parts if isinstance(one, Columns))
+        R = opened.measure(opened.inputs[0])
+        by_step = R.heatmap().sum(-1)[0]
+        assert columns.total.value == pytest.approx(float(by_step[4]), abs=1e-6)
+        assert int(by_step.abs().argmax()) == 4  # where the event is
+    finally:
+        sys.modules.pop("explore")

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,6 +315,42 @@ def read_image(path: Path, say: Say = lambda text: None) -> Image.Image:
         raise InputError(f"picture {path}: not a picture that Pillow can read") from error
     except Exception as error:  # decoders fail in many ways on bytes that are no picture
         raise InputError(f"picture {path}: cannot be read: {one_line(error)}") from error
+
+
+SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_SENT = 2**25
+"""Pixels of a picture that somebody else sent."""
+
+
+def read_sent(data: bytes, say: Say = lambda text: None) -> Image.Image:
+    """A picture that somebody else sent, as `read_image` reads a file of one's own.
+
+    Its size is looked at before anything is decoded.
+
+    Raises:
+        InputError: it is none of `SENT_FORMATS`, or has too many pixels.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    too_many = f"pixels are too many: at most {MOST_SENT:,} are read. Make the picture smaller."
+    named = Path("sent")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size, which is looked at below
+            image = Image.open(BytesIO(data), formats=SENT_FORMATS)
+            if image.width * image.height > MOST_SENT:
+                raise InputError(f"{image.width} x {image.height} {too_many}")
+            scale = _grey_scale(image)
+            return _in_rgb(ImageOps.exif_transpose(image), scale, named, say)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:  # its size was too large to be told
+        raise InputError(f"so many {too_many}") from error
+    except UnidentifiedImageError as error:
+        formats = ", ".join(SENT_FORMATS)
+        raise InputError(f"what was sent is no picture: send one of {formats}") from error
+    except Exception as error:  # decoders fail in many ways on bytes that are no picture
+        raise InputError(f"what was sent cannot be read: {one_line(error)}") from error
 
 
 def _grey_scale(image: Image.Image) -> tuple[float | None, bool]:

@@ -4,6 +4,9 @@ Red is positive relevance, for what is explained, blue negative, against it, and
 colour scale is symmetric about zero and ends at a high percentile of |R| (`SCALE_PERCENTILE`), so
 that a few pixels do not decide how all others look.
 
+Pictures and texts are drawn here; columns with flows, joint matrices, relevance over time and
+graphs with walks in `nrm.diagrams`, called as `nrm.plot.columns` and so on.
+
 Relevance is `[H, W]`, or `[C, H, W]`, summed over its colours; a picture is `[H, W]`, `[H, W, C]`
 or `[C, H, W]`, as tensor, array or Pillow's. Both may have a batch axis of one sample. Texts are
 drawn as they are: a `$` in the name of a class begins no formula.
@@ -37,6 +40,11 @@ except ModuleNotFoundError as error:
         f"nrm.plot needs {error.name}, which is not installed: pip install 'nrm[cli]'",
         name=error.name,
     ) from error
+
+from nrm.diagrams import columns as columns
+from nrm.diagrams import graph as graph
+from nrm.diagrams import joint as joint
+from nrm.diagrams import over_time as over_time
 
 Array = npt.NDArray[Any]
 Image = Tensor | Array | Any

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import nrm
+from nrm.cli import explore as explorer
 from nrm.cli import relmax_pictures
 from nrm.cli.commands import (
     AUTO,
@@ -73,6 +74,7 @@ MOST_AXES = 12
 
 
 app.add_typer(relmax_pictures.app, name="relmax")
+app.command("explore", cls=Command)(explorer.explore)
 
 
 def _version(wanted: bool) -> None:

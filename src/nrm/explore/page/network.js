@@ -1,0 +1,221 @@
+// The columns of the network with their most relevant channels, and the flows between them.
+
+import { draw, relevance, signColour } from "./marks.js";
+import { isSelected } from "./state.js";
+
+const ROW = 25;
+const BAR = 17;
+const TOP = 58;
+const NARROWEST = 180;
+const FONT = "ui-sans-serif, system-ui, 'Helvetica Neue', Arial, sans-serif";
+const INK = "#1d1d1f";
+const MUTED = "#6a6a70";
+
+// Draw an answer.
+//   seen: {explained, columns, flows}, the parts that are there so far.
+//   on: {node(column, node), flow(lower, upper, link), output(k), point(number or null)}.
+export function drawNetwork(seen, state, width, on) {
+  const columns = seen.columns?.columns ?? [];
+  const outputs = seen.explained.outputs;
+  const rows = Math.max(outputs.length, ...columns.map((column) => column.nodes.length + (column.others ? 1 : 0)), 4);
+  const height = TOP + rows * ROW + 14;
+  const step = Math.max(NARROWEST, (width - 150) / Math.max(columns.length, 1));
+  const full = columns.length * step + 150;
+  const svg = draw("svg", {
+    width: full, height, viewBox: `0 0 ${full} ${height}`, class: "network", role: "group",
+    "aria-label": "Columns of the network, from the input to the output", "font-family": FONT, "font-size": 12, fill: INK,
+  });
+  const flows = draw("g", { class: "flows" });
+  svg.append(flows);
+  const label = columns.some((column) => column.marks?.length) ? 66 : 34;
+  const block = Math.min(step * 0.56, 116) + (label - 34);
+  const scale = barScale(columns, block, label);
+  const places = columns.map((column, c) => column.nodes.map((node, k) => ({
+    node, x: c * step, y: TOP + k * ROW + ROW / 2, end: c * step + scale.zero + Math.max(0, node.value) * scale.unit + 5,
+  })));
+  columns.forEach((column, c) => drawColumn(svg, column, places[c], c * step, block, scale, state, on));
+  const out = { x: columns.length * step + 4, y: TOP + ROW / 2 };
+  drawOutputs(svg, seen.explained, out, outputs, on);
+  for (let c = 0; c + 1 < columns.length; c += 1) {
+    const found = seen.flows.find((flow) => flow.lower === columns[c].layer && flow.upper === columns[c + 1].layer);
+    if (found) drawFlows(flows, found, columns[c], columns[c + 1], places[c], places[c + 1], on);
+  }
+  if (columns.length) drawLast(flows, columns.at(-1), places.at(-1), out);
+  return svg;
+}
+
+// Where zero lies in a column of bars, and how long a relevance is: one scale for all columns.
+function barScale(columns, block, label) {
+  const values = columns.flatMap((column) => [...column.nodes.map((node) => node.value), column.rest]);
+  const up = Math.max(0, ...values);
+  const down = Math.max(0, ...values.map((value) => -value));
+  const unit = up + down > 0 ? (block - label - 4) / (up + down) : 0;
+  return { zero: label + 2 + down * unit, unit, label };
+}
+
+function drawColumn(svg, column, places, x, block, scale, state, on) {
+  const head = draw("g", { class: "head", transform: `translate(${x},0)` },
+    draw("text", { x: scale.label, y: 18, "font-weight": 600, "font-size": column.layer.length > 18 ? 11 : 12 }, shortened(column.layer, 24)),
+    draw("text", { x: scale.label, y: 35, fill: MUTED, "font-size": 11, class: "total", "data-layer": column.layer, "data-value": column.total },
+      `${column.size} ${column.axis === null ? "channels" : "places"} · total ${relevance(column.total)}`));
+  head.append(draw("title", {}, column.layer));
+  pointed(head, { value: column.total, notation: column.notation, python: column.python }, on);
+  svg.append(head);
+  svg.append(draw("line", { x1: x + scale.zero, x2: x + scale.zero, y1: TOP, y2: TOP + (places.length + (column.others ? 1 : 0)) * ROW, stroke: "#c9c9ce" }));
+  for (const { node, y } of places) {
+    const chosen = isSelected(state, column.layer, column.axis, node.index);
+    const label = column.marks?.length ? `${clipped(column.marks[node.index], 7)} ${node.index}` : String(node.index);
+    const group = draw("g", {
+      class: chosen ? "node chosen" : "node", transform: `translate(${x},${y})`, tabindex: 0, role: "button", "aria-pressed": chosen,
+      "aria-label": `${column.layer}, ${column.axis === null ? "channel" : "place"} ${label}, relevance ${relevance(node.value)}`,
+      "data-layer": column.layer, "data-index": node.index, "data-value": node.value,
+      click: (event) => on.node(column, node, event), keydown: (event) => pressed(event, () => on.node(column, node, event)),
+    },
+    draw("rect", { x: 0, y: -ROW / 2 + 1, width: block, height: ROW - 2, rx: 4, fill: chosen ? "#fdf0e4" : "transparent", stroke: chosen ? "#1d1d1f" : "none", class: "ground" }),
+    draw("text", { x: scale.label - 6, y: 4, "text-anchor": "end", "font-weight": chosen ? 700 : 400, fill: node.value === 0 ? MUTED : INK }, label),
+    draw("rect", barAt(node.value, scale)));
+    pointed(group, nodeNumber(column, node), on);
+    svg.append(group);
+  }
+  if (column.others) {
+    const y = TOP + places.length * ROW + ROW / 2;
+    const rest = draw("g", { class: "rest", transform: `translate(${x},${y})`, opacity: 0.75 },
+      draw("text", { x: scale.label - 6, y: 4, "text-anchor": "end", fill: MUTED, "font-size": 11 }, `+${column.others}`),
+      draw("rect", { ...barAt(column.rest, scale), "fill-opacity": 0.35 }));
+    rest.append(draw("title", {}, `the other ${column.others} together: ${relevance(column.rest)}`));
+    svg.append(rest);
+  }
+}
+
+export function nodeNumber(column, node) {
+  const which = `${column.layer}:${node.index}`;
+  return {
+    value: node.value,
+    notation: column.notation.replace(`S_{${column.layer}}`, `S_{${which}}`),
+    python: column.each.replace("#", String(node.index)),
+  };
+}
+
+function barAt(value, scale) {
+  const length = Math.max(Math.abs(value) * scale.unit, value === 0 ? 0 : 0.75);
+  return { x: value < 0 ? scale.zero - length : scale.zero, y: -BAR / 2, width: length, height: BAR, rx: 1.5, fill: signColour(value) };
+}
+
+function drawOutputs(svg, explained, out, outputs, on) {
+  svg.append(draw("text", { x: out.x + 8, y: 18, "font-weight": 600 }, "output"));
+  svg.append(draw("text", { x: out.x + 8, y: 35, fill: MUTED, "font-size": 11 }, explained.what === "output" ? "values" : explained.what));
+  outputs.forEach(([index, label, value], k) => {
+    const y = TOP + k * ROW + ROW / 2;
+    const chosen = index === explained.target;
+    const other = index === explained.against;
+    const text = `${clipped(label, 13)}`;
+    const group = draw("g", {
+      class: "output", transform: `translate(${out.x},${y})`, tabindex: 0, role: "button", "aria-pressed": chosen,
+      "aria-label": `explain ${label}, ${value.toFixed(2)}`, "data-output": index,
+      click: (event) => on.output(index, event), keydown: (event) => pressed(event, () => on.output(index, event)),
+    },
+    draw("rect", { x: 2, y: -ROW / 2 + 1, width: 142, height: ROW - 2, rx: 4, fill: chosen ? "#1d1d1f" : "transparent", stroke: other ? "#1d1d1f" : "none", "stroke-dasharray": "3 2", class: "ground" }),
+    draw("text", { x: 8, y: 4, fill: chosen ? "#fff" : INK, "font-weight": chosen ? 600 : 400 }, text),
+    draw("text", { x: 138, y: 4, "text-anchor": "end", fill: chosen ? "#fff" : MUTED, "font-size": 11 }, value.toFixed(2)),
+    draw("title", {}, label));
+    if (chosen) out.y = y;
+    svg.append(group);
+  });
+}
+
+// Flows of two columns: as wide as they are relevant, side by side at both ends.
+function drawFlows(svg, found, lower, upper, from, to, on) {
+  const start = new Map(from.map((place) => [place.node.index, place]));
+  const end = new Map(to.map((place) => [place.node.index, place]));
+  const links = found.links.filter(([i, j]) => start.has(i) && end.has(j));
+  const sums = (which) => links.reduce((held, link) => held.set(link[which], (held.get(link[which]) ?? 0) + Math.abs(link[2])), new Map());
+  const [below, above] = [sums(0), sums(1)];
+  const largest = Math.max(1e-30, ...below.values(), ...above.values());
+  const unit = (ROW - 4) / largest;
+  const offset = (held, which, other, places) => {
+    const at = new Map([...held].map(([k, sum]) => [k, -sum * unit / 2]));
+    const order = [...links].sort((a, b) => places.get(a[other]).y - places.get(b[other]).y);
+    return new Map(order.map((link) => {
+      const size = Math.abs(link[2]) * unit;
+      const y = at.get(link[which]);
+      at.set(link[which], y + size);
+      return [link, y + size / 2];
+    }));
+  };
+  const left = offset(below, 0, 1, end);
+  const right = offset(above, 1, 0, start);
+  const path = d3.linkHorizontal();
+  const most = Math.max(1e-30, ...links.map((link) => Math.abs(link[2])));
+  for (const link of [...links].reverse()) {
+    const [i, j, value] = link;
+    const [a, b] = [start.get(i), end.get(j)];
+    const line = path({ source: [a.end, a.y + left.get(link)], target: [b.x + 2, b.y + right.get(link)] });
+    const number = {
+      value,
+      notation: found.notation.replace(`S_{${found.lower}}`, `S_{${found.lower}:${i}}`).replace(`S_{${found.upper}}`, `S_{${found.upper}:${j}}`),
+      python: found.python.replace("#", String(i)).replace("#", String(j)),
+    };
+    const group = draw("g", {
+      class: "flow", tabindex: 0, role: "button", "aria-label": `flow from ${found.lower} ${i} to ${found.upper} ${j}, relevance ${relevance(value)}`,
+      "data-lower": found.lower, "data-from": i, "data-upper": found.upper, "data-to": j, "data-value": value,
+      click: (event) => on.flow(lower, upper, link, event), keydown: (event) => pressed(event, () => on.flow(lower, upper, link, event)),
+    },
+    draw("path", { d: line, fill: "none", stroke: signColour(value), "stroke-width": Math.max(0.6, Math.abs(value) * unit), "stroke-opacity": 0.22 + 0.4 * Math.abs(value) / most, class: "ribbon" }),
+    draw("path", { d: line, fill: "none", stroke: "transparent", "stroke-width": Math.max(7, Math.abs(value) * unit), class: "touch" }));
+    pointed(group, number, on);
+    svg.append(group);
+  }
+}
+
+// From the last column all walks go to the explained output.
+function drawLast(svg, column, places, out) {
+  const sum = Math.max(1e-30, ...column.nodes.map((node) => Math.abs(node.value)));
+  const path = d3.linkHorizontal();
+  for (const { node, end, y } of places) {
+    if (node.value === 0) continue;
+    svg.append(draw("path", {
+      d: path({ source: [end, y], target: [out.x, out.y] }), fill: "none", stroke: signColour(node.value),
+      "stroke-width": Math.max(0.5, 7 * Math.abs(node.value) / sum), "stroke-opacity": 0.16, "pointer-events": "none",
+    }));
+  }
+}
+
+function pointed(element, number, on) {
+  element.addEventListener("pointerenter", () => on.point(number));
+  element.addEventListener("focus", () => on.point(number));
+  element.addEventListener("pointerleave", () => on.point(null));
+}
+
+function pressed(event, act) {
+  if (event.key === "Enter" || event.key === " ") {
+    event.preventDefault();
+    act();
+  } else if (["ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight"].includes(event.key)) {
+    event.preventDefault();
+    nextTo(event.currentTarget, event.key)?.focus();
+  }
+}
+
+// The node that lies next to another in a direction.
+function nextTo(element, key) {
+  const here = element.getBoundingClientRect();
+  const sideways = key === "ArrowLeft" || key === "ArrowRight";
+  const sign = key === "ArrowRight" || key === "ArrowDown" ? 1 : -1;
+  const near = [...element.ownerSVGElement.querySelectorAll(".node, .output")].map((other) => {
+    const there = other.getBoundingClientRect();
+    const along = sign * (sideways ? there.left - here.left : there.top - here.top);
+    const aside = Math.abs(sideways ? there.top - here.top : there.left - here.left);
+    return { other, cost: along > 2 && (sideways || aside < 20) ? along + 3 * aside : Infinity };
+  });
+  const best = near.reduce((a, b) => (b.cost < a.cost ? b : a), { cost: Infinity });
+  return best.cost === Infinity ? null : best.other;
+}
+
+function clipped(text, most) {
+  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
+}
+
+// The name of a layer, its beginning and its end.
+function shortened(text, most) {
+  return text.length > most ? `${text.slice(0, most - 12)}…${text.slice(-11)}` : text;
+}

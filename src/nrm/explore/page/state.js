@@ -1,0 +1,70 @@
+// What a person has chosen: input, target, columns, selection. It lies in the address behind the #,
+// so that a link restores the view, and the browser's way back is undo.
+
+const FIRST = { input: 0, target: null, against: null, columns: [], op: "and", sets: [], mode: "joint", top: 12 };
+
+export function firstState(opened) {
+  return { ...FIRST, columns: [...opened.first], top: opened.top ?? FIRST.top };
+}
+
+// The set with one more channel, or without it: one set for each layer.
+export function toggled(state, layer, axis, index) {
+  const at = state.sets.findIndex((set) => set.layer === layer && !set.patch && (set.axis ?? null) === (axis ?? null));
+  const sets = [...state.sets];
+  if (at < 0) {
+    sets.push({ layer, axis: axis ?? null, channels: [index], not: false });
+  } else {
+    const had = sets[at].channels;
+    const channels = had.includes(index) ? had.filter((k) => k !== index) : [...had, index].sort((a, b) => a - b);
+    if (channels.length) sets[at] = { ...sets[at], channels };
+    else sets.splice(at, 1);
+  }
+  return { ...state, sets };
+}
+
+// Exactly one channel of each of two layers.
+export function withFlow(state, lower, i, upper, j) {
+  const both = [[lower, i], [upper, j]].map(([column, k]) => ({ layer: column.layer, axis: column.axis ?? null, channels: [k], not: false }));
+  const layers = [lower.layer, upper.layer];
+  return { ...state, sets: [...state.sets.filter((set) => set.patch || !layers.includes(set.layer)), ...both] };
+}
+
+export function withPatch(state, layer, patch) {
+  return { ...state, sets: [...state.sets.filter((set) => !set.patch), { layer, patch, not: false }] };
+}
+
+export function isSelected(state, layer, axis, index) {
+  return state.sets.some((set) => set.layer === layer && !set.patch && (set.axis ?? null) === (axis ?? null) && set.channels.includes(index));
+}
+
+// As the server reads it.
+export function asRequest(state) {
+  const parts = state.sets.map((set) => {
+    const part = set.patch ? { layer: set.layer, patch: set.patch } : { layer: set.layer, channels: set.channels, axis: set.axis ?? null };
+    return set.not ? { not: part } : part;
+  });
+  return {
+    target: state.target, against: state.against, columns: state.columns, mode: state.mode, top: state.top,
+    selection: parts.length ? { op: state.op, parts } : null,
+  };
+}
+
+export function toHash(state) {
+  return "#" + btoa(unescape(encodeURIComponent(JSON.stringify(state)))).replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "");
+}
+
+// The state of a link; `null` where it says none. The server checks what is in it.
+export function fromHash(hash, opened) {
+  if (hash.length < 2) return null;
+  try {
+    const text = hash.slice(1).replace(/-/g, "+").replace(/_/g, "/");
+    const found = JSON.parse(decodeURIComponent(escape(atob(text))));
+    const sets = (Array.isArray(found.sets) ? found.sets : []).filter((set) => set && typeof set.layer === "string" && (Array.isArray(set.patch) || Array.isArray(set.channels)));
+    const state = firstState(opened);
+    for (const key of Object.keys(FIRST)) if (key in found) state[key] = found[key];
+    if (!Array.isArray(state.columns)) state.columns = [...opened.first];
+    return { ...state, sets };
+  } catch {
+    return null;
+  }
+}
