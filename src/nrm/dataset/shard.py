@@ -376,7 +376,8 @@ class _Layers:
 
     def sizes(self) -> Sizes:
         """How many parts every layer has; of a layer by neurons, along each of its axes."""
-        forward, found = self._R.forward_pass, {}
+        forward = self._R.forward_pass
+        found: dict[str, tuple[int, ...]] = {}
         for layer, parts in self._parts.items():
             found[layer] = (len(self._names[layer]),)
             if self._by.get(layer) == "neuron":
