@@ -385,7 +385,7 @@ def _masks(
 
 def _cached(named: dict[str, Any]) -> int:
     """How many tokens a given cache stands for."""
-    cache = named.get("past_key_values")
+    cache: Any = named.get("past_key_values")
     return int(cache.get_seq_length()) if is_cache(cache) else 0
 
 
