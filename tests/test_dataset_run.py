@@ -563,3 +563,37 @@ def test_parts_that_are_others_in_other_samples_are_skipped(tmp_path: Path, by: 
     )  # fmt: skip
     by_channel = relmax(explainer, x, ["conv"], tmp_path / "channels", batch=2, shard=3, k=2)
     assert by_channel.samples == 5
+
+
+class Beside(nn.Module):
+    """A tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+        self.shift = torch.full((1, 1, 1, 1), value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(x + self.shift)).mean((2, 3)))
+
+
+class Scaled:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, item: Any) -> Any:
+        return item[0] * self.by, int(item[1])
+
+
+def test_what_reads_and_what_lies_beside_weights_tell_runs_apart(tmp_path: Path) -> None:
+    x, y = data(6)
+    torch.manual_seed(0)
+    model = Beside(0.0).eval()
+    relmax(nrm.Explainer(model), (x, y), ["conv"], tmp_path, read=Scaled(1.0))
+    relmax(nrm.Explainer(model), (x, y), ["conv"], tmp_path, read=Scaled(1.0))
+    with pytest.raises(InputError, match="another run"):
+        relmax(nrm.Explainer(model), (x, y), ["conv"], tmp_path, read=Scaled(2.0))
+    other = Beside(0.5).eval()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(InputError, match="weights is"):
+        relmax(nrm.Explainer(other), (x, y), ["conv"], tmp_path, read=Scaled(1.0))
