@@ -76,7 +76,7 @@ def _parts(value: Any) -> tuple[str, Sequence[Any]]:
         return f"set {sorted(map(described, value))}", ()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return "list", list(value) or [None]
-    if type(value).__repr__ is object.__repr__:
+    if type(value).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
         return kind, [_state(value)]
     return _shown(value), ()
 
