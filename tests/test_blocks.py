@@ -642,3 +642,36 @@ def test_gating_is_of_two_layers() -> None:
         blocks.joint("bn", gating=2)
     with pytest.raises(QueryError, match="all that there is"):
         blocks.joint("head", gating=1.0)
+
+
+class Sized(nn.Module):
+    """A size of the batch in a view, and a constant that is the same for every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.places = nn.Parameter(torch.zeros(1, 2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.a(x.reshape(-1, 4)))
+        h = rows.view(x.shape[0], x.shape[1], 5) + self.places.expand(x.shape[0], -1, -1)
+        return self.head(torch.relu(h).sum(1))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_blocks_and_interventions_on_one_explainer(batch_first: bool) -> None:
+    """How a graph holds copies is found once for both, on one sample or on a batch."""
+    model, x = seeded(Sized), drawn(3, 2, 4)
+    sets = [[nrm.channels("a", c)] for c in range(5)]
+
+    def lost(explainer: nrm.Explainer) -> Tensor:
+        runs = nrm.Interventions(explainer, x[:1], target=1)
+        return runs.output - runs.without(sets)
+
+    expected = lost(nrm.Explainer(model))
+    explainer = nrm.Explainer(model)
+    if not batch_first:
+        lost(explainer)
+    R = explainer(x, target=1)
+    torch.testing.assert_close(nrm.Blocks(R, "a").each()[0] * R.scale[0], expected)
+    torch.testing.assert_close(lost(explainer), expected)

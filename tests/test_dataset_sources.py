@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,27 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
         Archives([tmp_path / "none.tar"])
     with pytest.raises(InputError, match="end before sample"):
         Stream(list(X)).sample(9)
+
+
+class Counted(Streamed):
+    """One that says how long it is, as some do, and has no items by number."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+
+def test_what_is_iterated_over_may_have_a_length() -> None:
+    source = as_source(Counted(), shard=4)
+    assert isinstance(source, Stream)
+    assert [load().error for load in source.read(0)] == [None] * 4
+
+
+def test_streams_are_told_apart_by_what_follows_the_first_item() -> None:
+    other = X.clone()
+    other[3] += 1
+    assert Stream(iter_of(X)).fingerprint() == Stream(iter_of(X.clone())).fingerprint()
+    assert Stream(iter_of(X)).fingerprint() != Stream(iter_of(other)).fingerprint()
+
+
+def iter_of(x: Tensor) -> Any:
+    return partial(iter, list(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -739,6 +740,46 @@ def test_functions_are_told_apart_by_what_they_enclose():
     sets = [nrm.mask("1", chosen)], [nrm.mask("1", chosen)], [nrm.mask("1", ~chosen)]
     same, again, other = (digest(lambda R, layer, each=each: each) for each in sets)
     assert same == again != other
+
+
+class Scaled:
+    """Shows nothing of itself."""
+
+    def __init__(self, by: Any) -> None:
+        self.by = by
+
+    def __call__(self, x: Any) -> Any:
+        return x * self.by
+
+
+class Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self, by: Any) -> None:
+        self.by = by
+
+
+class ScaledModule(nn.Module):
+    def __init__(self, by: Any) -> None:
+        super().__init__()
+        self.by = by
+
+
+@pytest.mark.parametrize("kind", [Scaled, Slotted, ScaledModule])
+def test_objects_are_told_apart_by_what_they_hold(kind: Any) -> None:
+    assert described(kind(2)) == described(kind(2))
+    assert described(kind(2)) != described(kind(3))
+    one, two = torch.zeros(3000), torch.zeros(3000)
+    two[1500] = 1
+    assert described(kind(one)) == described(kind(one.clone()))
+    assert described(kind(one)) != described(kind(two))
+    assert described(kind(Scaled(2))) != described(kind(Scaled(3)))
+    assert described([kind(2)]) != described([kind(3)])
+    if kind is Scaled:
+        assert described(kind(2).__call__) != described(kind(3).__call__)
+    itself = kind(2)
+    itself.by = itself if kind is not ScaledModule else [itself]
+    assert "itself" in described(itself)
 
 
 def test_composites_are_told_apart_by_their_selectors():

@@ -196,6 +196,29 @@ def test_a_given_cache_is_an_input(transformers: Any, composite: Any) -> None:
     torch.testing.assert_close(found.relevance, steps.relevance[:, 3:], rtol=0, atol=1e-10)
 
 
+def test_a_mask_beside_a_cache_is_of_all_tokens(transformers: Any) -> None:
+    """One of the new tokens alone would say that the model is to read three in place of seven."""
+    model = gpt2(transformers)
+    explainer = nrm.Explainer(model, output="logits")
+    ids = torch.cat([IDS, IDS.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :4], attention_mask=mask[:, :4], position_ids=places[:, :4],
+              past_key_values=cache)  # fmt: skip
+    whole = nrm.generations(explainer, ids, [5, 3], attention_mask=mask)
+    new = nrm.generations(explainer, ids[:, 4:], [1, 1], attention_mask=mask, past_key_values=cache)
+    for every, found in zip(whole, new, strict=True):
+        torch.testing.assert_close(found.scale, every.scale, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.relevance, every.relevance[:, -3:], rtol=0, atol=1e-10)
+    with pytest.raises(InputError, match="beside a cache of 4 tokens"):
+        nrm.generations(
+            explainer, ids[:, 4:], [1, 1], attention_mask=mask[:, 4:], past_key_values=cache
+        )
+
+
 def _united(sets: list[Any]) -> Any:
     found = sets[0]
     for one in sets[1:]:

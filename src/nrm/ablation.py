@@ -69,7 +69,7 @@ class Ablation:
         start = captured.constants | dict(zip(captured.inputs, forward.inputs, strict=True))
         with torch.inference_mode(False), torch.no_grad():
             Interpreter(plan, start, keep).compute()
-            copies = Copies.of(captured, plan.wanted, forward.inputs, values)
+            copies = Copies.of_first(captured, plan.wanted, forward.inputs, values)
         tells = copies.possible and all(copies.tells(node) for node in part.starts)
         self.together = tells and parts.variable.batch_axis is not None
         self.bytes = 0

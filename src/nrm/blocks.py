@@ -52,7 +52,9 @@ class Blocks(Shown):
     the layer that are in no set, and what the sets do not add up to, are in `rest`.
 
     Below the layer, relevance goes on by the walks of `R`; within a set, and above the layer, by
-    slopes between the run with the set and the one without.
+    slopes between the run with the set and the one without. A model that only an eager trace
+    captures is run without a set along the branches that Python took with it. Batch norms are part
+    of the layer before them where nothing else reads that, as for `nrm.Interventions`.
 
     What holds of walks from one layer to the next and not here: how walks go on below a neuron
     depends on which set they come to (the backward Markov property), since each set has slopes of

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nrm import coloured
+from nrm.capture.cache import is_cache
 from nrm.coloured import Line
 from nrm.display import Shown, Table, counted
 from nrm.errors import InputError, TargetError
@@ -261,7 +262,7 @@ def generations(
         source: of an encoder and decoder, `[batch, tokens of the source]`.
         attention_mask: `[batch, tokens]`, zero at padding; each text in one piece. Where there is
             a source it is that of the source, as for the model, and `decoder_attention_mask` that
-            of the texts.
+            of the texts. Beside a cache it has the tokens of that in front, as for the model.
         words: a function that makes text of a list of ids; or the words of each text.
         against: as for `generation`, one for each text.
         others: as for `generation`.
@@ -354,12 +355,21 @@ def _masks(
                 f"{type(explainer.model).__name__} is an encoder and decoder: give what the "
                 "encoder reads as source=, and the decoder's tokens as the text."
             )
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-        if attention_mask is not None and "position_ids" not in named:
-            left = bool((mask.int().argmax(1) > 0).any())
-            if left and _takes(explainer, "position_ids"):
-                named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        return mask, named
+        if attention_mask is None:
+            return torch.ones_like(ids), named
+        before = _cached(named)
+        if before and attention_mask.shape != (len(ids), before + ids.shape[1]):
+            raise InputError(
+                f"the mask is {tuple(attention_mask.shape)}: beside a cache of {before} tokens, "
+                f"that of {ids.shape[1]} more says of all of them which count, as for the model: "
+                f"{(len(ids), before + ids.shape[1])}."
+            )
+        if "position_ids" not in named and _takes(explainer, "position_ids"):
+            places = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            plain = torch.arange(places.shape[1], device=places.device)
+            if bool(((places != plain) & attention_mask.bool()).any()):
+                named["position_ids"] = places[:, before:]
+        return attention_mask[:, before:], named
     if not reads_source:
         raise InputError(
             f"{type(explainer.model).__name__} takes no decoder_input_ids=: it reads no source "
@@ -371,6 +381,12 @@ def _masks(
     named |= {"input_ids": source, "decoder_input_ids": ids}
     mask = named.get("decoder_attention_mask", torch.ones_like(ids))
     return mask, named
+
+
+def _cached(named: dict[str, Any]) -> int:
+    """How many tokens a given cache stands for."""
+    cache: Any = named.get("past_key_values")
+    return int(cache.get_seq_length()) if is_cache(cache) else 0
 
 
 def _read(named: dict[str, Any]) -> Tensor:

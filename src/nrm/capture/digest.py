@@ -237,10 +237,16 @@ def lasting(tensor: Tensor) -> str:
 
 
 def of_weights(model: nn.Module) -> str:
-    """The SHA-256 of all parameters and buffers, with their names."""
+    """The SHA-256 of all parameters and buffers, and of tensors beside, with their names."""
+    beside = [
+        (f"{place}.{name}", value)
+        for place, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
     lines = [
         f"{name} {value.dtype} {tuple(value.shape)} {lasting(value)}\n"
-        for name, value in (*model.named_parameters(), *model.named_buffers())
+        for name, value in (*model.named_parameters(), *model.named_buffers(), *beside)
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -222,6 +222,27 @@ class Copies:
             _LAYOUTS[captured.graph] = find_layouts(captured, wanted, inputs, values)
         return cls(values, _LAYOUTS[captured.graph])
 
+    @classmethod
+    def of_first(
+        cls, captured: Captured, wanted: Collection[Node], inputs: Sequence[Tensor], values: Values
+    ) -> Copies:
+        """Those of a batch of samples, laid out as those of its first one.
+
+        Sizes grow by that of one sample with each, and equal samples say less of where they lie.
+        """
+        axis = captured.batch_axis
+        if captured.graph not in _LAYOUTS and captured.batched and axis is not None:
+            first = [x.narrow(axis, 0, 1) for x in inputs]
+            alone: Values = {}
+
+            def keep(node: Node, value: Any) -> Any:
+                alone[node] = value
+                return value
+
+            Interpreter(Plan.of(captured.graph, wanted), given(captured, first), keep).compute()
+            cls.of(captured, wanted, first, alone)
+        return cls.of(captured, wanted, inputs, values)
+
     @property
     def possible(self) -> bool:
         """Whether the graph takes several copies at once."""

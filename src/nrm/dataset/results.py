@@ -210,7 +210,8 @@ class Results(Shown):
 
         Arguments:
             first, second: the layers, as they were given to the run.
-            explained: the class; by default all samples.
+            explained: the class; by default all samples that there are joint statistics of, those
+                of the run's `joint_classes`.
             smallest: the most negative ones instead.
         """
         if (first, second) not in self._folder.pairs:

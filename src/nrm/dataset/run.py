@@ -90,7 +90,7 @@ def relmax(
         k: how many samples to keep of each part.
         joint: pairs of layers, of whose pairs of channels the mean joint relevance is kept, overall
             and by class, and the sample with the largest (`Measure.joint`).
-        joint_classes: of which classes; by default of all.
+        joint_classes: of samples of which classes; by default of all. The mean overall is theirs.
         activation: a part's is its neurons' largest (`"max"`), or their sum.
         scale: `"normalized"` relevance is a share of the explained output, `"logit"` in its units.
         batch: how many samples are explained at once. It changes last digits, and so belongs to

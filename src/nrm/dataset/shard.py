@@ -42,6 +42,8 @@ QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 Activation = Literal["max", "sum"]
 """What the activation of a part is: its neurons' largest, or their sum."""
 Pair = tuple[str, str]
+Sizes = Mapping[str, tuple[int, ...]]
+"""What every layer is divided into: how many parts, or how many neurons along each axis."""
 
 _HELD = 2**21
 """Numbers of one layer that are held before they become statistics."""
@@ -159,17 +161,21 @@ class Work:
     """A question and the data set that it is asked of.
 
     Pickled without the captured model, which is captured anew where it arrives.
+
+    Arguments:
+        sizes: what every layer is divided into; `probe` finds it out.
     """
 
-    def __init__(self, question: Question, source: Source) -> None:
+    def __init__(self, question: Question, source: Source, sizes: Sizes | None = None) -> None:
         # Of its own, so that what the owner does to it changes no shard; the model is shared.
         explainer = copy.copy(question.explainer)
         explainer.check = "none"  # looked at once, by whoever starts the run, and not every batch
         self.question, self.source = replace(question, explainer=explainer), source
+        self._sizes = sizes
         self._seen: set[object] = set()
 
-    def __reduce__(self) -> tuple[type[Work], tuple[Question, Source]]:
-        return Work, (self.question, self.source)
+    def __reduce__(self) -> tuple[type[Work], tuple[Question, Source, Sizes | None]]:
+        return Work, (self.question, self.source, self._sizes)
 
     def probe(self) -> Shape:
         """What a first sample shows; whatever is wrong with the question shows here too.
@@ -282,6 +288,7 @@ class Work:
         R = self._measure(batch)
         values: dict[tuple[str, Quantity], Floats] = {}
         layers = _Layers(R, self.question)
+        self._require_same_parts(layers)
         for layer, relevance in layers.relevance().items():
             values[layer, "relevance"] = _array(in_units(R, relevance, self.question.scale))
         for layer, activation in layers.activation().items():
@@ -295,6 +302,21 @@ class Work:
             pairs = in_units(R, R.joint(*pair), self.question.scale)
             joint[pair] = chosen, _array(pairs[chosen])
         return R, values, joint
+
+    def _require_same_parts(self, layers: _Layers) -> None:
+        """Refuse samples of which a layer has other parts than of the first one.
+
+        Raises:
+            QueryError: part 5 of one would be put together with part 5 of another.
+        """
+        if self._sizes is None:
+            self._sizes = layers.sizes()
+        for layer, found in layers.sizes().items():
+            if found != self._sizes[layer]:
+                raise QueryError(
+                    f"{layer!r} is divided into {_by(found)}, and in the first sample into "
+                    f"{_by(self._sizes[layer])}. Give inputs of one size, or divide it by channels."
+                )
 
     def _joint_samples(self, R: Measure) -> list[int]:
         classes = self.question.joint_classes
@@ -324,6 +346,7 @@ class _Layers:
         self._parts: dict[str, list[tuple[list[int], Partition]]] = {}
         self._beyond: dict[str, list[tuple[int, NeuronSet]]] = {}
         self._names: dict[str, list[str]] = {}
+        self._by = {layer.name: layer.by for layer in question.layers if not layer.sets}
         forward = R.forward_pass
         for layer in question.layers:
             if not layer.sets:
@@ -350,6 +373,17 @@ class _Layers:
     def names(self) -> dict[str, list[str]]:
         """The names of every layer's parts."""
         return self._names
+
+    def sizes(self) -> Sizes:
+        """How many parts every layer has; of a layer by neurons, along each of its axes."""
+        forward = self._R.forward_pass
+        found: dict[str, tuple[int, ...]] = {}
+        for layer, parts in self._parts.items():
+            found[layer] = (len(self._names[layer]),)
+            if self._by.get(layer) == "neuron":
+                variable = parts[0][1].variable
+                found[layer] = tuple(variable.neuron_shape(forward.shape(variable)))
+        return found
 
     def relevance(self) -> dict[str, Tensor]:
         """`[batch, parts]` of every layer, in one pass; one more for each set in several layers."""
@@ -495,6 +529,10 @@ def _ahead(loads: Iterable[Load], readers: int, batch: int) -> Iterator[Sample]:
 def _alike(one: Sample, other: Sample) -> bool:
     looks = [[(x.shape, x.dtype) for x in sample.inputs] for sample in (one, other)]
     return looks[0] == looks[1]
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes)) + (" parts" if len(sizes) == 1 else " neurons")
 
 
 def _device(explainer: Explainer) -> torch.device:

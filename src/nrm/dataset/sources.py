@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -275,7 +276,7 @@ class Stream:
         data: an iterable that begins anew whenever it is iterated over; or a function that makes
             an iterator.
         name: the data set's, and its version: nothing else tells it from others but its first
-            item.
+            16 items, so that one that has become longer is taken for the same.
     """
 
     def __init__(
@@ -323,8 +324,8 @@ class Stream:
     def fingerprint(self) -> dict[str, Any]:
         name = self._name
         if name is None:
-            first = next(iter(self._begin()), None)
-            name = _hash([type(self.data).__qualname__, described(plain(first))])
+            first = itertools.islice(iter(self._begin()), _PROBED)
+            name = _hash([type(self.data).__qualname__, *(described(plain(x)) for x in first)])
         return {
             "kind": type(self).__name__,
             "shard": self.size,
@@ -367,7 +368,8 @@ def as_source(data: Any, read: Read | None = None, shard: int = SHARD) -> Source
             )
         made = torch.utils.data.TensorDataset(*columns)
         return Rows(made, read, shard, name=described(columns))
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    iterated = isinstance(data, torch.utils.data.IterableDataset)  # some have a length all the same
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not iterated:
         return Rows(data, read, shard)
     if callable(data) or isinstance(data, Iterable):
         return Stream(data, read, shard)

@@ -36,7 +36,7 @@ def described(value: Any, inside: tuple[int, ...] = ()) -> str:
 
     Tensors are told apart by their values, models by their modules and weights, functions by their
     name, their code and what they enclose; not by the globals that they read. Of what is none of
-    these counts what it shows of itself.
+    these counts what it shows of itself; and of what shows nothing, what it would be pickled with.
 
     Arguments:
         inside: what is being described around it, by its `id`.
@@ -56,7 +56,8 @@ def _parts(value: Any) -> tuple[str, Sequence[Any]]:
     if isinstance(value, np.ndarray):
         return f"array {value.shape} {value.dtype} {_hash(value.tobytes())}", ()
     if isinstance(value, nn.Module):
-        return _shown(value), [dict(value.named_parameters()), dict(value.named_buffers())]
+        weights = [dict(value.named_parameters()), dict(value.named_buffers())]
+        return _shown(value), [*weights, *filter(None, map(_settings, value.modules()))]
     if isinstance(value, partial):
         return "partial", [value.func, value.args, value.keywords]
     if isinstance(value, types.FunctionType):
@@ -75,7 +76,23 @@ def _parts(value: Any) -> tuple[str, Sequence[Any]]:
         return f"set {sorted(map(described, value))}", ()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return "list", list(value) or [None]
+    if type(value).__repr__ is object.__repr__:  # type: ignore[comparison-overlap]
+        return kind, [_state(value)]
     return _shown(value), ()
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module holds beside its weights and its parts, which are looked at already."""
+    beside = {n: x for n, x in vars(module).items() if not n.startswith("_") and n != "training"}
+    return {n: x for n, x in beside.items() if not isinstance(x, nn.Module)}
+
+
+def _state(value: object) -> Any:
+    """What an object would be pickled with; nothing, if it cannot be."""
+    try:
+        return value.__getstate__()
+    except Exception:  # any code may be behind it
+        return None
 
 
 def _shown(value: Any) -> str:
