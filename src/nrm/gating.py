@@ -8,8 +8,9 @@ maximum above that both decide), they credit to where it was changed. Here it is
     f(x) R(A, B) = worth of B at x - worth of B without A,
 
 the worth being the relevance at the upper layer of what the network has with it and not without
-it (removed as a whole), by slopes between these two runs. Over all B it is what A does by way of
-the layer, as it is by slopes: both readings divide the same sum.
+it (removed as a whole), by slopes between these two runs. Over all B of a cut it is what A does, as
+it is by slopes: both readings divide the same sum. Over a layer that something bypasses it is the
+joint contribution of A and the whole layer, and by slopes what A does by way of it.
 """
 
 from __future__ import annotations
