@@ -143,7 +143,7 @@ CANDIDATES: dict[Kind, tuple[Walks, ...]] = {
     ),
 }
 """Among which the best are chosen, for each kind of network. LRP-0 has no flat first layer."""
-DEFAULTS: dict[Kind, str] = {"rectified": "GammaFlat(0.1), drop", "smooth": "CPLRP"}
+DEFAULTS: dict[Kind, str] = {"rectified": "GammaFlat(0.25), drop", "smooth": "CPLRP"}
 """What the library suggests (`nrm.composites.suggested`)."""
 
 

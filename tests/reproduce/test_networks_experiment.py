@@ -68,7 +68,7 @@ def few(monkeypatch):
     chosen = tuple(
         walks
         for walks in CANDIDATES["rectified"]
-        if walks.key in ("GammaFlat(0.1), drop", "GammaFlat(0), input", "LRP-0")
+        if walks.key in ("GammaFlat(0.25), drop", "GammaFlat(0), input", "LRP-0")
     )
     monkeypatch.setitem(CANDIDATES, "rectified", chosen)
     return chosen
