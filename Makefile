@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo quick test mutants bench versions clean
+.PHONY: demo quick test docs links mutants bench versions clean
 
 demo: .venv/demo
 	$(BIN)/nrm demo --out demo
@@ -20,6 +20,16 @@ test: .venv/dev versions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The site in docs/_build/html. Warnings are errors, and words that are often misspelt are looked for.
+docs: .venv/dev
+	$(BIN)/codespell
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "The site is docs/_build/html/index.html."
+
+# Whether the addresses that pages point to answer: needs a network.
+links: .venv/dev
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/links
 
 # Changes that the tests have to notice, one at a time in a copy of the tree: an hour or more.
 mutants: .venv/dev

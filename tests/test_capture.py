@@ -1,4 +1,4 @@
-"""Capturing models: addresses, exactness, re-use, and what is refused."""
+"""Capturing models: addresses, exactness, reuse, and what is refused."""
 
 from __future__ import annotations
 

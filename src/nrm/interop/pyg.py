@@ -1,14 +1,15 @@
 """PyTorch Geometric: nrm as an algorithm of `torch_geometric.explain`.
 
-explainer = torch_geometric.explain.Explainer(
-    model,
-    RelevanceExplainer(),
-    explanation_type="model",
-    node_mask_type="attributes",
-    edge_mask_type="object",
-    model_config={"mode": "regression", "task_level": "graph"},
-)
-explanation = explainer(data.x, data.edge_index, batch=data.batch)
+Example:
+    >>> explainer = torch_geometric.explain.Explainer(
+    ...     model,
+    ...     RelevanceExplainer(),
+    ...     explanation_type="model",
+    ...     node_mask_type="attributes",
+    ...     edge_mask_type="object",
+    ...     model_config={"mode": "regression", "task_level": "graph"},
+    ... )
+    >>> explanation = explainer(data.x, data.edge_index, batch=data.batch)
 """
 
 from __future__ import annotations
