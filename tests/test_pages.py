@@ -1,4 +1,4 @@
-"""The pages of docs/howto: their Python blocks run as they are printed, one after the other."""
+"""The pages: their Python blocks run as they are printed, one after the other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import pages
 
 import nrm
 from nrm.operators import table
@@ -18,7 +19,12 @@ from nrm.operators import table
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "howto").glob("*.md"))
+HOWTO = Path(__file__).parents[1] / "docs" / "howto"
+PAGES = [
+    page
+    for page in (pages.ROOT / "README.md", *sorted((pages.ROOT / "docs").rglob("*.md")))
+    if "_build" not in page.parts and pages.blocks_of(page)
+]
 
 
 @pytest.fixture
@@ -34,19 +40,25 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_its_blocks_run(page: Path, page_module: ModuleType) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page.name, "exec"), vars(page_module))
+def test_its_blocks_run(
+    page: Path, page_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some save what they make
+    pages.run(page, vars(page_module))
+
+
+def test_hardly_any_block_is_left_out() -> None:
+    blocks = [block for page in PAGES for block in pages.blocks_of(page)]
+    assert len(blocks) > 40
+    assert [block.skipped for block in blocks if block.skipped] == [
+        "processes started anew would import what runs the pages"
+    ]
 
 
 def test_what_the_pages_define_works(page_module: ModuleType, tmp_path: Path) -> None:
     told = vars(page_module)
     for page in ("query", "experiment"):
-        text = (PAGES[0].parent / f"{page}.md").read_text()
-        for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            exec(compile(block, page, "exec"), told)
+        pages.run(HOWTO / f"{page}.md", told)
     for bias in ("drop", "input"):
         told["test_bypass"](bias)
     report = told["run"](told["Request"]("digits", tmp_path, samples=4))
