@@ -34,7 +34,8 @@ def commands() -> Iterator[tuple[str, str]]:
     """Every page and command in it: lines of blocks, and code in sentences."""
     for page in PAGES:
         text = page.read_text()
-        for block in re.findall(r"^```(?:sh|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        fences = re.findall(r"^```(.*?)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for block in (block for language, block in fences if language in ("", "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 if re.match(BEGINNINGS, line):
                     yield page.name, line.split("  #")[0]

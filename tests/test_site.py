@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -60,6 +62,38 @@ def test_every_public_name_is_in_the_reference() -> None:
         told |= set(getattr(getattr(nrm, name), "__all__", ()))
         told |= {other for other in vars(getattr(nrm, name)) if not other.startswith("_")}
     assert set(nrm.__all__) <= told
+
+
+def test_equations_name_what_there_is() -> None:
+    text = (DOCS / "equations.md").read_text()
+    rows = re.findall(r"^\| (?!eq\.|what|-)(.*) \|$", text, re.M)
+    assert len(rows) > 25
+    for row in rows:
+        *_, code, tests = row.split(" | ")
+        for name in re.findall(r"`(nrm\.[\w.]+)`", code):
+            found(name)
+        named = re.findall(r"`(test_\w+)\.(test_\w+)`", tests)
+        assert named, row
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"{file}.{test}"
+
+
+def found(name: str) -> object:
+    """What a dotted name in nrm stands for."""
+    part: object = nrm
+    for at in name.split(".")[1:]:
+        if isinstance(part, ModuleType) and not hasattr(part, at):
+            part = importlib.import_module(f"{part.__name__}.{at}")
+        else:
+            part = getattr(part, at)
+    return part
+
+
+def test_errors_are_all_told() -> None:
+    text = (DOCS / "errors.md").read_text()
+    classes = [kind for kind in vars(nrm.errors).values() if isinstance(kind, type)]
+    refusals = {kind.__name__ for kind in classes if issubclass(kind, nrm.NrmError)}
+    assert set(re.findall(r"^\| `(\w+Error)`", text, re.M)) == refusals - {"NrmError"}
 
 
 def test_links_lead_somewhere() -> None:

