@@ -89,6 +89,16 @@ def found(name: str) -> object:
     return part
 
 
+def test_every_picture_says_what_made_it() -> None:
+    """And every picture is shown somewhere; the commands are looked up with all others."""
+    text = (DOCS / "figures.md").read_text()
+    told = set(re.findall(r"`([\w-]+\.(?:png|jpg|webp))`", text))
+    there = {picture.name for picture in (DOCS / "pictures").iterdir()}
+    assert told == there
+    shown = "".join(page.read_text() for page in (ROOT / "README.md", *DOCS.rglob("*.md")))
+    assert all(f"pictures/{name}" in shown for name in there)
+
+
 def test_errors_are_all_told() -> None:
     text = (DOCS / "errors.md").read_text()
     classes = [kind for kind in vars(nrm.errors).values() if isinstance(kind, type)]

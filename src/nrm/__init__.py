@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from nrm.teacher_forcing import Generation, generation, generations
     from nrm.views import Listing, ProperForm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AgainstRest",
     "Average",
