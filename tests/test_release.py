@@ -34,6 +34,8 @@ USES = {
     "cli": "from nrm import plot; from nrm.cli import main; import nrm.cli.app, typer, matplotlib",
     "demo": "from nrm.cli.demo import digits; digits()",
     "reproduce": "from nrm_reproduce import report, mutag",
+    "explore": "import nrm.explore.server",
+    "notebook": "import anywidget",
     "vision": "from nrm.torchvision_mismatch import import_torchvision; import_torchvision()",
     "models": "import transformers, torch_geometric",
     "language": "import transformers, gguf; import nrm.cli.tokens",

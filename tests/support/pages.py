@@ -293,6 +293,16 @@ def samples() -> dict[str, Any]:
     return {"model": given["model"], "data": (torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]))}
 
 
+def ran() -> dict[str, Any]:
+    """What is left of a run over a data set in the folder `results`."""
+    from nrm.dataset import relmax
+
+    given = samples()
+    explainer = nrm.Explainer(given["model"].eval())
+    relmax(explainer, given["data"], ["features.10"], "results")
+    return {"explainer": explainer, **given}
+
+
 def nothing() -> dict[str, Any]:
     """For pages that make all that they need."""
     return {}
@@ -380,7 +390,7 @@ SET_UPS: dict[str, Callable[[], dict[str, Any]]] = {
     for made in (
         *(pictures, deep, sequential, singles, bert, graph, kept, samples),
         *(language, translation, denoising, sentences),
-        *(nothing, tutorial, encoder, geometric, digits),
+        *(ran, nothing, tutorial, encoder, geometric, digits),
         *(torchvision, transformers, timm, lightning, onnx),
     )
 }
