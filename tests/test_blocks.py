@@ -642,6 +642,10 @@ def test_gating_is_of_two_layers() -> None:
         blocks.joint("bn", gating=2)
     with pytest.raises(QueryError, match="all that there is"):
         blocks.joint("head", gating=1.0)
+    with pytest.raises(QueryError, match="lies below 'stem'"):
+        blocks.joint("input", gating=1.0)
+    with pytest.raises(QueryError, match="name a layer above it"):
+        blocks.joint("stem", gating=1.0)
 
 
 class Sized(nn.Module):

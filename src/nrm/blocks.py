@@ -395,23 +395,15 @@ class Blocks(Shown):
     def _halved(self, layer: Parts, by: Division, gating: float) -> Tensor:
         """`[batch, sets, parts]`, by slopes and by what the parts are worth."""
         layer = layer if isinstance(layer, str) else list(layer)
+        (upper,) = partitions(self.R.forward_pass, [layer], by, 1)
+        self._above_the_layer(upper.name)
+        if upper.variable is self._variable:
+            raise QueryError(f"{upper.name!r} is where sets are removed: name a layer above it.")
         slopes = self.joint(layer, by=by) if gating < 1 else None
         worth = Worth(self.R, self._ablation, layer, by, self._asked[2])
-        found: list[Tensor] = []
-
-        def work(chosen: Sequence[int]) -> None:
-            found.append(worth.without(chosen))
-            advance(len(chosen))
-
-        each = self._ablation.bytes if self._ablation.together else self.memory
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            counted(self._progress, "removing sets", self.size) as advance,
-        ):
+        with torch.inference_mode(False), torch.no_grad():
             whole = worth.with_all()
-            in_chunks(range(self.size), self.memory, each, work)
-        gated = (whole - torch.cat(found)).movedim(1, 0)
+        gated = (whole - torch.cat(self._of_all_sets(worth.without))).movedim(1, 0)
         return finite(gated if slopes is None else torch.lerp(slopes, gated, gating)).contiguous()
 
     def _known(self, condition: Condition) -> Tensor | None:
@@ -432,11 +424,14 @@ class Blocks(Shown):
         """What the measures of all sets answer, some sets at a time."""
         _ = self.R.forward_pass  # refused where the model has changed since
         joint = Condition(*condition.sets, *condition.given)
+        return self._of_all_sets(lambda chosen: answer(Answers(*self._pass(chosen), joint)))
+
+    def _of_all_sets(self, answer: Callable[[Sequence[int]], T]) -> list[T]:
+        """What is answered of some sets at a time, as many as fit in memory."""
         found: list[T] = []
 
         def work(chosen: Sequence[int]) -> None:
-            forward, starts = self._pass(chosen)
-            found.append(answer(Answers(forward, starts, joint)))
+            found.append(answer(chosen))
             advance(len(chosen))
 
         each = self._ablation.bytes if self._ablation.together else self.memory
