@@ -26,6 +26,7 @@ from nrm.evaluation.scores import SCORES, By
 from nrm.evaluation.store import Store, digest
 from nrm.removal import Removal
 from nrm.search import Flows, Order
+from nrm.tensors import full_precision
 from nrm_reproduce import comparison
 from nrm_reproduce.cnn import KMeans
 from nrm_reproduce.comparison import BASELINES, OTHERS, READING
@@ -224,7 +225,7 @@ def run(request: Request) -> Report:
     cases = tuple(map(_case, request.layers)) or CASES[network.kind]
     weights = digest(network.model)
     network.model.to(request.device)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), full_precision():
         found = [
             _found(case, removal, network, weights, request)
             for case in cases

@@ -219,7 +219,11 @@ def flows(
         if not found:
             raise CommandError(f"there are no joint statistics of class {explained}")
         names = _names(labels)
-        of = "all samples" if explained is None else pictures.class_of(explained, names)
+        kept = results.manifest["joint_classes"]
+        if explained is not None:
+            of = pictures.class_of(explained, names)
+        else:  # of those classes alone whose pairs were kept
+            of = "all samples" if kept is None else f"classes {', '.join(map(str, kept))}"
         title = f"{'Most negative' if smallest else 'Most relevant'} flows of {of}"
         rows = [
             (str(flow.parts[0]), str(flow.parts[1]), f"{flow.mean:.4g}", f"{flow.highest:.4g}",
