@@ -10,21 +10,19 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from nrm.answers import Answers, Together, weights_on
 from nrm.circuits.components import by_token
 from nrm.circuits.edges import Edges, Walks
 from nrm.circuits.steps import Named
 from nrm.condition import (
-    Answers,
     Condition,
     Given,
     Reading,
     Sets,
-    Together,
     Weights,
     as_condition,
     listed,
     naming,
-    weights_on,
 )
 from nrm.display import counted, narrowed
 from nrm.engine import checked
@@ -43,7 +41,7 @@ from nrm.joint import (
     partitions,
 )
 from nrm.query import Plan
-from nrm.search import Budget, Flows, Order, Way
+from nrm.search import Flows, Order, Search, Way
 from nrm.sets import resolve
 from nrm.views import depth
 
@@ -472,11 +470,11 @@ class Measure(Explanation):
         """
         sets = [layer for layer in layers if isinstance(layer, Condition)]
         divided = [layer for layer in layers if not isinstance(layer, Condition)]
-        condition, budget = _only_sets(sets, given), Budget(work, seconds)
+        condition = _only_sets(sets, given)
         with self._asked((condition,)) as asked, narrowed(progress, "searching") as advance:
-            return asked.top(
-                divided, k, by, order, method, sample, budget, checked(memory), advance
-            )
+            memory = checked(memory)
+            wanted = Search(k, order, method, sample, work, seconds, memory, advance)
+            return asked.top(divided, by, wanted)
 
     def edges(
         self,
