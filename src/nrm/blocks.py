@@ -28,7 +28,7 @@ from torch import Tensor
 from nrm.ablation import Ablation
 from nrm.answers import Answers
 from nrm.condition import Condition, Given, Sets, as_condition, naming
-from nrm.display import Shown, Table, counted, numbers
+from nrm.display import Progress, Shown, Table, counted, numbers
 from nrm.engine import checked, finite, in_chunks, send_between
 from nrm.errors import NeuronSetError, NrmError, QueryError
 from nrm.explanation import Target
@@ -95,7 +95,7 @@ class Blocks(Shown):
         by: Division = "channel",
         removal: Removal = "zero",
         memory: int = 2**28,
-        progress: bool | Callable[[int], None] = False,
+        progress: Progress = False,
     ) -> None:
         forward = R.forward_pass
         self._asked = (parts if isinstance(parts, str) else list(parts), by, removal, memory)
@@ -175,11 +175,7 @@ class Blocks(Shown):
             at: the input, for a model with several.
             others: as for `marginal`.
         """
-        inputs = [variable.name for variable in self.R.graph.inputs]
-        if at is None and len(inputs) > 1:
-            names = ", ".join(map(repr, inputs))
-            raise QueryError(f"the model has several inputs; name one with at=: {names}.")
-        return self.marginal(inputs[0] if at is None else at, *sets, given=given)
+        return self.marginal(self.R.graph.input_at(at), *sets, given=given)
 
     def tokens(self, *sets: Sets, at: str | None = None, given: Given = None) -> Tensor:
         """The relevance of every token, jointly with sets: `[batch, tokens]`.
@@ -317,11 +313,7 @@ class Blocks(Shown):
         """A condition that can be asked here; errors are told with it."""
         condition = as_condition(sets, given)
         with naming(condition.said):
-            if not condition.counts_all:
-                raise QueryError(
-                    "blocks know normalised relevance, of walks that may go anywhere: a condition "
-                    "has neither within, nor weights, nor normalized=False."
-                )
+            condition.counting_all("blocks know")
             for formula in (*condition.sets, *condition.given):
                 for event in formula.events:
                     for layer in event.layers:

@@ -17,6 +17,7 @@ from nrm.formulas import All, Formula, NeuronSet, as_formula, as_set, conjunctio
 from nrm.rules import Normalized, Original
 from nrm.tensors import check_dense
 
+Within = NeuronSet | str | None
 Weights = Mapping[str, Tensor]
 """For some layers, a weight of each of their neurons, shaped like the layer without its batch
 axis, or with it."""
@@ -69,7 +70,7 @@ class Condition(Shown):
         self,
         *sets: Sets,
         given: Given = None,
-        within: NeuronSet | str | None = None,
+        within: Within = None,
         normalized: Reading = True,
         weights: Weights | None = None,
     ) -> None:
@@ -129,6 +130,22 @@ class Condition(Shown):
     def counts_all(self) -> bool:
         """Whether walks count with their normalised relevance, wherever they go."""
         return self.normalized is True and self.within is None and not self._weights
+
+    def counting_all(self, what: str) -> Condition:
+        """This condition, where walks have to count with their normalised relevance.
+
+        Arguments:
+            what: needs that, with its verb.
+
+        Raises:
+            QueryError: they count otherwise.
+        """
+        if not self.counts_all:
+            raise QueryError(
+                f"{what} normalised relevance, of walks that may go anywhere: a condition has "
+                "neither within, nor weights, nor normalized=False."
+            )
+        return self
 
     @property
     def counting(self) -> tuple[object, ...]:
@@ -198,7 +215,7 @@ def as_reading(normalized: object) -> Normalized:
 def as_condition(
     sets: Sequence[Sets],
     given: Given = None,
-    within: NeuronSet | str | None = None,
+    within: Within = None,
     normalized: Reading = True,
 ) -> Condition:
     """What a query was asked: the very condition, where it was given one and nothing else."""

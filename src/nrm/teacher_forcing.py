@@ -20,7 +20,7 @@ from torch import Tensor
 from nrm import coloured
 from nrm.capture.cache import is_cache
 from nrm.coloured import Line
-from nrm.display import Shown, Table, counted
+from nrm.display import Progress, Shown, Table, counted
 from nrm.errors import InputError, TargetError
 from nrm.explainer import Explainer
 from nrm.explanation import Target
@@ -184,7 +184,7 @@ def generation(
     against: Other = None,
     at: str | None = None,
     memory: int = 2**28,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
     **named: Any,
 ) -> Generation:
     """What every generated token of a text came from, in one forward pass and one run.
@@ -248,7 +248,7 @@ def generations(
     against: Sequence[Other] | None = None,
     at: str | None = None,
     memory: int = 2**28,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
     **named: Any,
 ) -> list[Generation]:
     """The same for a batch of texts, padded on either side to one length.
@@ -408,7 +408,7 @@ def _by_token(
     steps: Sequence[Target],
     layers: Sequence[str],
     memory: int,
-    progress: bool | Callable[[int], None],
+    progress: Progress,
 ) -> Tensor:
     """`[steps, batch, tokens]`, the tokens of all layers one after the other."""
     rows = []
