@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -82,17 +82,16 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer, of one that takes groups of options: dataclasses, an option a field."""
     own = inspect.signature(command, eval_str=True).parameters.values()
-    groups = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
-    options: list[inspect.Parameter] = []
-    for one in own:
-        group = groups.get(one.name)
-        of_group = group and inspect.signature(group, eval_str=True).parameters.values()
-        options += of_group or [one]
+    groups: dict[str, type] = {o.name: o.annotation for o in own if is_dataclass(o.annotation)}
+    parts = {
+        name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()
+    }
+    options = [option for o in own for option in parts.get(o.name, {o.name: o}).values()]
 
     @wraps(command)
     def called(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = group(**{one.name: given.pop(one.name) for one in fields(group)})
+            given[name] = group(**{part: given.pop(part) for part in parts[name]})
         command(**given)
 
     named = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in options]
