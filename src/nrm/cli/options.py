@@ -82,10 +82,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer, of one that takes groups of options: dataclasses, an option a field."""
     own = inspect.signature(command, eval_str=True).parameters.values()
-    groups: dict[str, type] = {o.name: o.annotation for o in own if is_dataclass(o.annotation)}
-    parts = {
-        name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()
-    }
+    kinds = {one.name: one.annotation for one in own if isinstance(one.annotation, type)}
+    groups = {name: kind for name, kind in kinds.items() if is_dataclass(kind)}
+    parts = {name: inspect.signature(one, eval_str=True).parameters for name, one in groups.items()}
     options = [option for o in own for option in parts.get(o.name, {o.name: o}).values()]
 
     @wraps(command)
