@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm.errors import InputError
 from nrm.evaluation import Families, Interventions, contribution_of_top, pearson
