@@ -17,7 +17,7 @@ import nrm
 from nrm.operators import table
 
 pytest.importorskip("typer", reason="the command line's packages are not installed")
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 HOWTO = Path(__file__).parents[1] / "docs" / "howto"
 PAGES = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("typer", reason="the command line's packages are not installed")
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 import typer
 

@@ -296,6 +296,16 @@ def test_measures_of_one_number_and_of_many_axes():
     same(pickle.loads(pickle.dumps(R)).heatmap(), R.heatmap())
 
 
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_graph_is_kept_with_its_measure(explainer, way):
+    R = explainer(batch())
+    with pytest.raises(QueryError, match="Pickle its measure"):
+        way(R.graph)
+    assert [v.name for v in pickle.loads(pickle.dumps(R)).graph.cuts] == [
+        v.name for v in R.graph.cuts
+    ]
+
+
 def test_half_precision_measures():
     model = network().bfloat16()
     R = nrm.Explainer(model)(batch().bfloat16(), target=1)

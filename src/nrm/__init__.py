@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from nrm.evaluation import Evaluation, Interventions, evaluate
     from nrm.explainer import Explainer
     from nrm.formulas import Formula, NeuronSet
+    from nrm.generated import Generation
     from nrm.measure import Measure
     from nrm.methods import Clusters, clusters
     from nrm.query import Plan
     from nrm.search import Flow, Flows
     from nrm.sets import channels, mask, neurons, patch
     from nrm.targets import AgainstRest, Average, Contrast
-    from nrm.teacher_forcing import Generation, generation, generations
+    from nrm.teacher_forcing import generation, generations
     from nrm.views import Listing, ProperForm
 
 __version__ = "0.2.0"
@@ -99,13 +100,14 @@ _HOMES = {
     "evaluation": ("Evaluation", "Interventions", "evaluate"),
     "explainer": ("Explainer",),
     "formulas": ("Formula", "NeuronSet"),
+    "generated": ("Generation",),
     "measure": ("Measure",),
     "methods": ("Clusters", "clusters"),
     "query": ("Plan",),
     "search": ("Flow", "Flows"),
     "sets": ("channels", "mask", "neurons", "patch"),
     "targets": ("AgainstRest", "Average", "Contrast"),
-    "teacher_forcing": ("Generation", "generation", "generations"),
+    "teacher_forcing": ("generation", "generations"),
     "views": ("Listing", "ProperForm"),
 }
 """The modules of all public names that are no modules themselves."""

@@ -19,14 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nrm.ablation import Ablation
-from nrm.condition import Answers, Condition, Given, Sets, as_condition, naming
-from nrm.display import Shown, Table, counted, numbers
+from nrm.answers import Answers
+from nrm.condition import Condition, Given, Sets, as_condition, naming
+from nrm.display import Progress, Shown, Table, counted, numbers
 from nrm.engine import checked, finite, in_chunks, send_between
 from nrm.errors import NeuronSetError, NrmError, QueryError
 from nrm.explanation import Target
@@ -38,7 +40,7 @@ from nrm.measure import Measure
 from nrm.prepare import Pass
 from nrm.query import Starts
 from nrm.removal import Removal
-from nrm.search import Budget, Flow, Flows, Order, Way, keys
+from nrm.search import Flow, Flows, Order, Search, Way, keys
 from nrm.sets import divide
 
 T = TypeVar("T")
@@ -93,7 +95,7 @@ class Blocks(Shown):
         by: Division = "channel",
         removal: Removal = "zero",
         memory: int = 2**28,
-        progress: bool | Callable[[int], None] = False,
+        progress: Progress = False,
     ) -> None:
         forward = R.forward_pass
         self._asked = (parts if isinstance(parts, str) else list(parts), by, removal, memory)
@@ -173,11 +175,7 @@ class Blocks(Shown):
             at: the input, for a model with several.
             others: as for `marginal`.
         """
-        inputs = [variable.name for variable in self.R.graph.inputs]
-        if at is None and len(inputs) > 1:
-            names = ", ".join(map(repr, inputs))
-            raise QueryError(f"the model has several inputs; name one with at=: {names}.")
-        return self.marginal(inputs[0] if at is None else at, *sets, given=given)
+        return self.marginal(self.R.graph.input_at(at), *sets, given=given)
 
     def tokens(self, *sets: Sets, at: str | None = None, given: Given = None) -> Tensor:
         """The relevance of every token, jointly with sets: `[batch, tokens]`.
@@ -255,36 +253,22 @@ class Blocks(Shown):
         higher = [layer for layer in layers if not isinstance(layer, Condition)]
         if not higher:
             raise QueryError("name a layer above. The sets by themselves are in blocks.each().")
-        if isinstance(sample, bool) or sample not in range(self.R.batch):
-            raise QueryError(f"sample is a number from 0 to {self.R.batch - 1}, not {sample!r}.")
+        wanted = Search(k, order, method, sample, work, seconds, self.memory)
+        wanted.check(self.R.batch)
         with self._asking(held, given) as condition:
             known = self._known(condition)
             each = 1.0 if known is None else float(known[sample])
-            turned: Order = order
-            if each < 0 and order != "absolute":
-                turned = "smallest" if order == "largest" else "largest"
-            budget = Budget(work, seconds)
+            search = wanted.divided_by(each)
 
             def answer(answers: Answers) -> list[Flows]:
-                return [
-                    answers.top(
-                        higher,
-                        k,
-                        by,
-                        turned,
-                        method,
-                        copy * self.R.batch + sample,
-                        budget,
-                        self.memory,
-                        lambda gap: None,
-                    )
-                    for copy in range(answers.forward.copies)
-                ]
+                copies = range(answers.forward.copies)
+                places = [copy * self.R.batch + sample for copy in copies]
+                return [answers.top(higher, by, replace(search, sample=at)) for at in places]
 
             found = [one for some in self._put_together(condition, answer) for one in some]
             layers_above = [part.name for part in self._partitions_above(higher, by)]
             passing = self._each(Condition(condition, self.layer, *layers_above))[sample].sum()
-            return self._best(found, k, turned, float(passing), each)
+            return self._best(found, k, search.order, float(passing)).divided_by(each)
 
     def of(self, target: Target) -> Blocks:
         """The same sets removed, for another target."""
@@ -329,11 +313,7 @@ class Blocks(Shown):
         """A condition that can be asked here; errors are told with it."""
         condition = as_condition(sets, given)
         with naming(condition.said):
-            if not condition.counts_all:
-                raise QueryError(
-                    "blocks know normalised relevance, of walks that may go anywhere: a condition "
-                    "has neither within, nor weights, nor normalized=False."
-                )
+            condition.counting_all("blocks know")
             for formula in (*condition.sets, *condition.given):
                 for event in formula.events:
                     for layer in event.layers:
@@ -472,15 +452,12 @@ class Blocks(Shown):
         forward, _ = self._pass(range(1))
         return partitions(forward, layers, by, self.memory)
 
-    def _best(
-        self, found: Sequence[Flows], k: int, order: Order, passing: float, known: float
-    ) -> Flows:
+    def _best(self, found: Sequence[Flows], k: int, order: Order, passing: float) -> Flows:
         """The best flows of all sets.
 
         Arguments:
             found: of each set.
             passing: the relevance of all flows together.
-            known: what all of it is divided by.
         """
         flows = [
             Flow(
@@ -494,7 +471,6 @@ class Blocks(Shown):
         ]
         values = torch.tensor([flow.relevance for flow in flows], dtype=torch.float64)
         best = keys(values, order).argsort(descending=True, stable=True)[:k].tolist()
-        each = 0.0 if known == 0 else 1 / known
         last = float(keys(values, order)[best[-1]]) if best else 0.0
         # No set has anything beyond the last of its own list by more than its gap.
         gap = 0.0
@@ -504,13 +480,9 @@ class Blocks(Shown):
                 gap = max(gap, own + some.gap - last)
             elif some.gap:
                 gap = some.gap
-        shown = [
-            Flow(flow.parts, flow.sets, flow.relevance * each, flow.share)
-            for flow in (flows[place] for place in best)
-        ]
         return Flows(
-            shown,
-            gap * abs(each),
+            [flows[place] for place in best],
+            gap,
             sum(some.visited for some in found) / len(found),
             sum(some.expanded for some in found),
         )

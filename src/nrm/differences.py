@@ -25,7 +25,7 @@ from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Call, Setting, fill
 from nrm.operators.propagation import Before
 from nrm.operators.secants import change, difference
-from nrm.telescope import Telescope, is_precise
+from nrm.telescope import ByDerivatives, Telescope, is_precise
 from nrm.tensors import check_dense, like
 
 
@@ -122,13 +122,8 @@ def telescopes(graph: Graph) -> bool:
     )
 
 
-class Differencing(Interpreter):
-    """A forward pass beside that at the reference, of differences connected by autograd.
-
-    Arguments:
-        settings: how each operation propagates.
-        given: inputs and constants.
-    """
+class Differencing(ByDerivatives):
+    """That of the differences from the values at the reference."""
 
     def __init__(
         self,
@@ -138,34 +133,23 @@ class Differencing(Interpreter):
         given: Values,
         reference: Reference,
     ) -> None:
-        super().__init__(plan, given)
-        self.variables, self.settings, self.reference = graph, settings, reference
-        self.found: dict[Variable, Tensor] = {}
-        for leaf in graph.leaves:
-            if leaf.node in given:
-                self._start(leaf, leaf.node, given[leaf.node])
+        self.reference = reference
+        super().__init__(graph, settings, plan, given)
 
     def telescope(self) -> Telescope:
         """The derivatives, once all is computed."""
         return Telescope(self.variables, self.found)
 
-    def _start(self, leaf: Variable, node: Node, value: Tensor) -> None:
+    def start(self, leaf: Variable, node: Node, value: Tensor) -> Tensor:
         self.found[leaf] = change(self.reference.values[node], value).requires_grad_()
+        return value
 
-    def run_node(self, n: Node) -> Any:
-        variable = self.variables.by_node.get(n)
-        if variable is None:
-            return super().run_node(n)
-        if variable.producer is None:
-            value = super().run_node(n)
-            self._start(variable, n, value)
-            return value
-        operation = variable.producer
+    def operate(self, variable: Variable, node: Node, operation: Operation) -> Tensor:
         setting = self.reference.setting(operation, self.settings[operation], self.env)
         call = operation.call.with_values(operation.arguments, self.env.__getitem__)
         operands = [self.env[slot] for slot in operation.slots]
         with torch.no_grad():
-            value = fill(call, operands)()
+            value: Tensor = fill(call, operands)()
         assert setting.before is not None
         moves = [self.found[operand] for operand in operation.operands[: len(operands)]]
         rise = change(setting.before.output, value)

@@ -18,6 +18,9 @@ ROWS = 10
 ROWS_OF_A_PAGE = 60
 """Rows that a notebook shows."""
 
+Progress = bool | Callable[[int], None]
+"""Whether to show a progress bar; or what to call instead, with how many were just done."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -123,7 +126,7 @@ def numbers(values: Sequence[float], most: int = 4) -> str:
 
 @contextmanager
 def counted(
-    progress: bool | Callable[[int], None],
+    progress: Progress,
     what: str,
     total: int | None,
     rate: str | None = None,
@@ -174,17 +177,17 @@ def narrowed(
 def _bars(rate: str | None = None) -> Any:
     """On stderr, gone when it is full."""
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import Progress, ProgressColumn
         from rich.text import Text
     except ModuleNotFoundError:
         raise QueryError(
             "progress bars need rich: pip install 'nrm[cli]', or give a function to call."
         ) from None
 
-    class Rate(ProgressColumn):
+    class Rate(progress.ProgressColumn):
         def render(self, task: Any) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.4g} {rate}")
 
-    columns = [*Progress.get_default_columns(), *([Rate()] if rate else [])]
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    columns = [*progress.Progress.get_default_columns(), *([Rate()] if rate else [])]
+    return progress.Progress(*columns, console=Console(stderr=True), transient=True)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -317,6 +317,17 @@ class Graph:
             for name in (variable.name, *variable.aliases)
         }
 
+    def __getstate__(self) -> NoReturn:
+        """Refuse to be pickled or copied: what was captured holds functions of this process.
+
+        Raises:
+            QueryError: with what to save instead.
+        """
+        raise QueryError(
+            "a graph cannot be pickled or copied. Pickle its measure, whose graph is made anew "
+            "where it is loaded."
+        )
+
     # -- looking at it ---------------------------------------------------------------------------
 
     @property
@@ -348,6 +359,17 @@ class Graph:
                     "composites.AttnLRP shares products evenly."
                 ) from None
             raise UnknownLayerError(str(name), self._names) from None
+
+    def input_at(self, at: str | None) -> str:
+        """The name given, or that of the only input.
+
+        Raises:
+            QueryError: none is given, and there are several.
+        """
+        if at is None and len(self.inputs) > 1:
+            names = ", ".join(repr(v.name) for v in self.inputs)
+            raise QueryError(f"the model has several inputs; name one with at=: {names}.")
+        return self.inputs[0].name if at is None else at
 
     @cached_property
     def cuts(self) -> list[Variable]:

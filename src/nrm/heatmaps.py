@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nrm.condition import Answers, Condition
+from nrm.answers import Answers
+from nrm.condition import Condition
 from nrm.engine import Messages, finite, in_chunks, message_size, send
 from nrm.formulas import Formula, NeuronSet
 from nrm.graph import Variable

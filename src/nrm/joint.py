@@ -303,8 +303,9 @@ def all_pairs(
     return pairs(forward, message, upper, lower, memory)
 
 
-def best_method(forward: Pass, upper: Partition, lower: Partition) -> Method:
-    """How all pairs are found where it is left open."""
+def best_method(forward: Pass, a: Parts, b: Parts, by: Division) -> Method:
+    """How all pairs of the parts of two layers are found where it is left open."""
+    _, (upper, lower) = from_the_output(partitions(forward, [a, b], by, 0))
     if contraction_between(forward, upper, lower) is not None:
         return "contraction"
     return _fewer(upper, lower)

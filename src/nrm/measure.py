@@ -10,44 +10,34 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from nrm.answers import Answers, Together, weights_on
 from nrm.circuits.components import by_token
 from nrm.circuits.edges import Edges, Walks
 from nrm.circuits.steps import Named
 from nrm.condition import (
-    Answers,
     Condition,
     Given,
     Reading,
     Sets,
-    Together,
     Weights,
+    Within,
     as_condition,
     listed,
     naming,
-    weights_on,
 )
-from nrm.display import counted, narrowed
+from nrm.display import Progress, counted, narrowed
 from nrm.engine import checked
 from nrm.errors import QueryError
 from nrm.explanation import Explanation, Target
 from nrm.formulas import Formula, NeuronSet, united
 from nrm.graph import Variable, first_tokens
 from nrm.heatmaps import marginals_of_many, marginals_of_targets
-from nrm.joint import (
-    Division,
-    Method,
-    Parts,
-    best_method,
-    from_the_output,
-    partition,
-    partitions,
-)
+from nrm.joint import Division, Method, Parts, best_method, partition
 from nrm.query import Plan
-from nrm.search import Budget, Flows, Order, Way
+from nrm.search import Flows, Order, Search, Way
 from nrm.sets import resolve
 from nrm.views import depth
 
-Within = NeuronSet | str | None
 T = TypeVar("T")
 
 
@@ -275,7 +265,7 @@ class Measure(Explanation):
         Returns:
             shaped like the input; not summed over colours.
         """
-        layer = self._input(at)
+        layer = self.graph.input_at(at)
         return self.marginal(layer, *sets, given=given, within=within, normalized=normalized)
 
     def heatmaps(
@@ -287,7 +277,7 @@ class Measure(Explanation):
         within: Within = None,
         normalized: Reading = True,
         memory: int = 2**28,
-        progress: bool | Callable[[int], None] = False,
+        progress: Progress = False,
     ) -> Tensor:
         """A heatmap jointly with each of many conditions: `heatmap(*condition)`, batched.
 
@@ -305,7 +295,7 @@ class Measure(Explanation):
         """
         if isinstance(conditions, (str, Formula, Condition)):
             raise QueryError("conditions are a list; one alone is a list of one.")
-        variable = self.graph.variable(self._input(at))
+        variable = self.graph.variable(self.graph.input_at(at))
         forward, memory = self.forward_pass, checked(memory)
         each = [as_condition(listed(c), given, within, normalized) for c in conditions]
         with counted(progress, "heatmaps", len(each)) as advance:
@@ -318,7 +308,7 @@ class Measure(Explanation):
         at: str | None = None,
         normalized: Reading = True,
         memory: int = 2**28,
-        progress: bool | Callable[[int], None] = False,
+        progress: Progress = False,
     ) -> Tensor:
         """The heatmap of each of many targets, all in one run: `R.of(target).heatmap(*sets)`.
 
@@ -333,7 +323,7 @@ class Measure(Explanation):
         if condition.given or condition.within is not None or condition.weights:
             raise QueryError("by_target takes sets and formulas alone: ask R.of(target) for more.")
         forward, memory = self.forward_pass, checked(memory)
-        variable = self.graph.variable(self._input(at))
+        variable = self.graph.variable(self.graph.input_at(at))
         each = range(self.output.shape[-1]) if targets is None else targets
         with naming(condition.said), counted(progress, "targets", len(each)) as advance:
             return marginals_of_targets(
@@ -418,7 +408,8 @@ class Measure(Explanation):
         """
         sets = [part for part in more if isinstance(part, (Formula, Condition))]
         further = [part for part in more if not isinstance(part, (Formula, Condition))]
-        with self._asked((_only_sets(sets, given),)) as asked:
+        condition = as_condition(sets, given).counting_all("combinations of parts have")
+        with self._asked((condition,)) as asked:
             return asked.joint([a, b, *further], by, method, checked(memory))
 
     def joint_method(self, a: Parts, b: Parts, by: Division = "channel") -> str:
@@ -426,8 +417,7 @@ class Measure(Explanation):
 
         It may depend on the input: on the winners of a max-pooling in between.
         """
-        _, (upper, lower) = from_the_output(partitions(self.forward_pass, [a, b], by, 0))
-        return best_method(self._forward_pass, upper, lower)
+        return best_method(self.forward_pass, a, b, by)
 
     def top(
         self,
@@ -472,18 +462,18 @@ class Measure(Explanation):
         """
         sets = [layer for layer in layers if isinstance(layer, Condition)]
         divided = [layer for layer in layers if not isinstance(layer, Condition)]
-        condition, budget = _only_sets(sets, given), Budget(work, seconds)
+        condition = as_condition(sets, given).counting_all("combinations of parts have")
         with self._asked((condition,)) as asked, narrowed(progress, "searching") as advance:
-            return asked.top(
-                divided, k, by, order, method, sample, budget, checked(memory), advance
-            )
+            memory = checked(memory)
+            wanted = Search(k, order, method, sample, work, seconds, memory, advance)
+            return asked.top(divided, by, wanted)
 
     def edges(
         self,
         components: Named,
         tokens: bool = False,
         memory: int = 2**28,
-        progress: bool | Callable[[int], None] = False,
+        progress: Progress = False,
     ) -> Edges:
         """The direct edges between components: walks that visit one, then the other, none between.
 
@@ -553,26 +543,3 @@ class Measure(Explanation):
             return {variable.name: variable for variable in self.graph.variables}
         named = (layers,) if isinstance(layers, str) else layers
         return {layer: self.graph.variable(layer) for layer in named}
-
-    def _input(self, at: str | None) -> str:
-        if at is not None:
-            return at
-        if len(self.graph.inputs) > 1:
-            names = ", ".join(repr(v.name) for v in self.graph.inputs)
-            raise QueryError(f"the model has several inputs; name one with at=: {names}.")
-        return self.graph.inputs[0].name
-
-
-def _only_sets(sets: Sequence[Sets], given: Given) -> Condition:
-    """What combinations of parts can be asked jointly with.
-
-    Raises:
-        QueryError: walks are to count otherwise than by their normalised relevance.
-    """
-    condition = as_condition(sets, given)
-    if not condition.counts_all:
-        raise QueryError(
-            "combinations of parts are of normalised relevance, of walks that may go anywhere: a "
-            "condition on them has neither within, nor weights, nor normalized=False."
-        )
-    return condition

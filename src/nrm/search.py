@@ -18,7 +18,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from nrm.bounds import Arrivals, Interval, arrivals, intervals
 from nrm.contraction import Contraction, contracted_pairs
 from nrm.display import Shown, Table
-from nrm.engine import Absolute, checked, finite, send_between
+from nrm.engine import Absolute, finite, send_between
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
@@ -39,11 +39,68 @@ Order = Literal["largest", "smallest", "absolute"]
 """Which flows are wanted: those with the largest, smallest or absolutely largest relevance."""
 
 
+Way = Literal["exact", "greedy"]
+"""How flows are searched for."""
+
+
 def keys(values: Tensor, order: Order) -> Tensor:
     """Relevances as keys: the larger the key, the earlier in the order wanted."""
     if order == "absolute":
         return values.abs()
     return values if order == "largest" else -values
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which flows of some layers are wanted, and how they are looked for.
+
+    Attributes:
+        k: how many.
+        sample: of which sample of the batch.
+        work: how many beginnings may be followed before the search ends.
+        seconds: how long it may take.
+        memory: bytes for the messages of beginnings that are kept to go on from.
+        advance: called for every beginning followed, with the gap that is left.
+    """
+
+    k: int
+    order: Order
+    method: Way
+    sample: int
+    work: int | None
+    seconds: float | None
+    memory: int
+    advance: Callable[[float], None] = lambda gap: None
+
+    def check(self, batch: int) -> None:
+        """Refuse what no search can be.
+
+        Raises:
+            QueryError: an option is none of those there are.
+        """
+        require_order(self.order)
+        if self.method not in get_args(Way):
+            raise QueryError(f"the method is one of {get_args(Way)}, not {self.method!r}")
+        require_positive("k", self.k)
+        if self.work is not None:
+            require_positive("work", self.work)
+        seconds, sample = self.seconds, self.sample
+        known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if seconds is not None and not (known and seconds > 0):
+            raise QueryError(f"seconds is a positive number, not {seconds!r}")
+        if not isinstance(sample, int) or isinstance(sample, bool) or not 0 <= sample < batch:
+            raise QueryError(f"sample {sample!r} is out of range: the batch has {batch}")
+
+    def divided_by(self, known: float) -> Search:
+        """The same of joint relevances, where what is wanted is these divided by a number."""
+        if known < 0 and self.order != "absolute":
+            return replace(self, order="smallest" if self.order == "largest" else "largest")
+        return self
+
+    def is_over(self, followed: int, seconds: float) -> bool:
+        """Whether what it may take is used up."""
+        late = self.seconds is not None and seconds >= self.seconds
+        return late or (self.work is not None and followed >= self.work)
 
 
 @dataclass(frozen=True)
@@ -98,6 +155,12 @@ class Flows(Shown):
     def __getitem__(self, index: int) -> Flow:
         return self.flows[index]
 
+    def divided_by(self, known: float) -> Flows:
+        """The same with relevances divided by a number, and 0 where that is 0 (eq. 11)."""
+        each = 0.0 if known == 0 else 1 / known
+        flows = [replace(flow, relevance=flow.relevance * each) for flow in self.flows]
+        return replace(self, flows=flows, gap=self.gap * abs(each) if each else 0.0)
+
     def table(self) -> Table:
         layers = tuple(self.flows[0].parts) if self.flows else ()
         rows = [
@@ -124,19 +187,6 @@ Prefix = tuple[int, ...]
 """A beginning: a part of each of the first few layers."""
 Waiting = tuple[float, int, Prefix]
 """A beginning to follow, after minus its bound and minus its length: the smallest comes first."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop before the search is over.
-
-    Attributes:
-        work: how many beginnings may be followed.
-        seconds: how long the search may take.
-    """
-
-    work: int | None = None
-    seconds: float | None = None
 
 
 @dataclass
@@ -198,35 +248,26 @@ class BranchAndBound:
     Arguments:
         start: `[1, *shape]`, the message at the first layer, of one sample alone.
         layers: their parts, each layer upstream of the one before.
-        memory: bytes for the messages of beginnings that are kept to go on from.
-        advance: called for every beginning followed, with the gap that is left.
+        wanted: how many, in which order, and what it may take.
     """
 
     def __init__(
-        self,
-        forward: Pass,
-        start: Tensor,
-        layers: Sequence[Partition],
-        order: Order,
-        memory: int,
-        advance: Callable[[float], None] = lambda gap: None,
+        self, forward: Pass, start: Tensor, layers: Sequence[Partition], wanted: Search
     ) -> None:
-        self.forward, self.layers, self.order = forward, layers, order
-        self.memory, self.advance = checked(memory), advance
+        self.forward, self.layers, self.wanted = forward, layers, wanted
         self.sizes = Absolute(forward)
         self.start = start
         self.shape = [layer.size for layer in layers]
         self._arrived: dict[Prefix, Tensor] = {}
         self._slack = 1 + 100 * torch.finfo(start.dtype).eps  # bounds are rounded, too
 
-    def search(self, k: int, budget: Budget) -> Found:
-        """The best k combinations; with a budget, the best of those found until it was used up."""
-        begin = time.monotonic()
-        found = Found(k, self.order)
+    def search(self) -> Found:
+        """The best k combinations; or of those found until what it may take was used up."""
+        begin, k = time.monotonic(), self.wanted.k
+        found = Found(k, self.wanted.order)
         waiting: list[Waiting] = [(-math.inf, 0, ())]
         while waiting and -waiting[0][0] > found.worst:
-            late = budget.seconds is not None and time.monotonic() - begin >= budget.seconds
-            over = late or (budget.work is not None and found.followed >= budget.work)
+            over = self.wanted.is_over(found.followed, time.monotonic() - begin)
             if over and len(found.best) == k:
                 break
             bound, _, prefix = _deepest(waiting) if over else heapq.heappop(waiting)
@@ -235,7 +276,7 @@ class BranchAndBound:
                 child = (*prefix, part)
                 heapq.heappush(waiting, (-key, -len(child), child))
             found.gap = max(0.0, -waiting[0][0] - found.worst) if waiting else 0.0
-            self.advance(found.gap)
+            self.wanted.advance(found.gap)
         assert waiting or len(found.best) == min(k, math.prod(self.shape))
         return found
 
@@ -289,7 +330,7 @@ class BranchAndBound:
             return
         self._arrived[prefix] = message
         size = message.numel() * message.element_size()
-        while len(self._arrived) > max(1, self.memory // size):
+        while len(self._arrived) > max(1, self.wanted.memory // size):
             del self._arrived[next(iter(self._arrived))]
 
     # -- bounds ----------------------------------------------------------------------------------
@@ -329,9 +370,9 @@ class BranchAndBound:
         """The best that any part of some walks can be, of which the relevances are known."""
         spread = size * self._slack
         low, high = (total - spread) / 2, (total + spread) / 2
-        if self.order == "absolute":
+        if self.wanted.order == "absolute":
             return torch.maximum(high, -low)
-        return high if self.order == "largest" else -low
+        return high if self.wanted.order == "largest" else -low
 
     def _pairs(
         self, forward: Pass, message: Tensor, depth: int, onward: Tensor | None = None
@@ -343,7 +384,8 @@ class BranchAndBound:
 
     @cached_property
     def _intervals(self) -> list[Interval | None]:
-        return intervals(self.forward, self.sizes, self.layers, self._arrivals, self.memory)
+        memory = self.wanted.memory
+        return intervals(self.forward, self.sizes, self.layers, self._arrivals, memory)
 
     @cached_property
     def _arrivals(self) -> list[Arrivals]:
@@ -384,11 +426,9 @@ def _deepest(waiting: list[Waiting]) -> Waiting:
 # -- The greedy search.
 
 
-def greedy(
-    forward: Pass, start: Tensor, layers: Sequence[Partition], order: Order, k: int
-) -> Found:
+def greedy(forward: Pass, start: Tensor, layers: Sequence[Partition], wanted: Search) -> Found:
     """For each of the k best parts of the first layer, the best of the next one jointly with it."""
-    first, last = layers[0], layers[-1]
+    first, last, order, k = layers[0], layers[-1], wanted.order, wanted.k
     parts = keys(first.add_up(start)[0].sum(0), order).topk(min(k, first.size)).indices.tolist()
     found = Found(k, order)
     for part in parts:
@@ -409,44 +449,32 @@ def greedy(
 
 # -- Search, from layers and options to flows.
 
-Way = Literal["exact", "greedy"]
-"""How flows are searched for."""
-
 
 def find_flows(
     forward: Pass,
     message: Callable[[Variable], Tensor],
     parts: Sequence[Partition],
-    k: int,
-    order: Order = "largest",
-    sample: int = 0,
-    method: Way = "exact",
-    budget: Budget | None = None,
-    memory: int = 2**28,
-    advance: Callable[[float], None] = lambda gap: None,
+    wanted: Search,
 ) -> Flows:
-    """The `k` most relevant combinations of parts of one sample, one part of each layer.
+    """The most relevant combinations of parts of one sample, one part of each layer.
 
     Arguments:
         message: gives the message `[1, *shape]` at a layer.
         parts: of layers in any order, each on a walk with the others.
 
     Raises:
-        QueryError: an option is none of those there are, or no walk passes all layers.
+        QueryError: no walk passes all layers.
     """
     if not parts:
         raise QueryError("name at least one layer")
-    budget = budget or Budget()
-    _check(forward, k, order, sample, method, budget)
     layers = in_depth([part.variable for part in parts], forward.graph)
     by_layer = {part.variable: part for part in parts}
     ordered = [by_layer[layer] for layer in layers]
-    start = layers[0].only_sample(message(layers[0]), sample)
-    if method == "greedy":
-        found = greedy(forward, start, ordered, order, k)
+    start = layers[0].only_sample(message(layers[0]), wanted.sample)
+    if wanted.method == "greedy":
+        found = greedy(forward, start, ordered, wanted)
     else:
-        search = BranchAndBound(forward, start, ordered, order, memory, advance)
-        found = search.search(k, budget)
+        found = BranchAndBound(forward, start, ordered, wanted).search()
     whole = _whole(forward, start, ordered)
     flows = []
     for _, chosen, relevance in found.best:
@@ -485,21 +513,6 @@ def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:
     for upper, lower in itertools.pairwise(layers):
         message = lower.covered(send_between(forward, message, upper.variable, lower.variable))
     return float(message.sum())
-
-
-def _check(forward: Pass, k: int, order: str, sample: int, method: str, budget: Budget) -> None:
-    require_order(order)
-    if method not in get_args(Way):
-        raise QueryError(f"the method is one of {get_args(Way)}, not {method!r}")
-    require_positive("k", k)
-    if budget.work is not None:
-        require_positive("work", budget.work)
-    seconds = budget.seconds
-    known = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if seconds is not None and not (known and seconds > 0):
-        raise QueryError(f"seconds is a positive number, not {seconds!r}")
-    if not isinstance(sample, int) or isinstance(sample, bool) or not 0 <= sample < forward.batch:
-        raise QueryError(f"sample {sample!r} is out of range: the batch has {forward.batch}")
 
 
 def require_order(order: str) -> None:

@@ -10,20 +10,19 @@ An encoder and decoder reads a source beside the text, and both take relevance.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nrm import coloured
 from nrm.capture.cache import is_cache
-from nrm.coloured import Line
-from nrm.display import Shown, Table, counted
+from nrm.display import Progress, counted
 from nrm.errors import InputError, TargetError
 from nrm.explainer import Explainer
 from nrm.explanation import Target
+from nrm.generated import Generation
 from nrm.graph import first_tokens, tokens_of
 from nrm.measure import Measure
 from nrm.targets import Combination
@@ -33,145 +32,6 @@ Other = int | Sequence[int] | Literal["next"] | None
 Words = Sequence[str] | Callable[[list[int]], str] | None
 
 _TOGETHER = 64  # steps whose relevance is kept by neuron before it is added up by token
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of a text, and what it came from.
-
-    Attributes:
-        place: of the token in the text.
-        word: the token.
-        against: the token that it is explained against, if any.
-        relevance: `[tokens]`, shares; zero from the token itself on.
-        scale: the explained logit, or difference of logits.
-    """
-
-    place: int
-    word: str
-    against: str | None
-    relevance: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
-class Generation(Shown):
-    """The relevance of every token of a text for each token that was generated after it.
-
-    Attributes:
-        words: the tokens of the text, without padding; of an encoder and decoder those of the
-            source in front.
-        ids: `[tokens]`.
-        prompt: how many of them were given; the others are explained, a step each.
-        relevance: `[steps, tokens]`, shares of what each step explains. A row sums to one minus
-            what biases, other constants and a given cache take.
-        scale: `[steps]`, the explained logits (or differences): a row times its scale is in their
-            units.
-        against: `[steps]`, the tokens explained against; `None` where the logit itself is.
-        source: how many tokens in front are those of a source, that an encoder read.
-    """
-
-    words: tuple[str, ...]
-    ids: Tensor
-    prompt: int
-    relevance: Tensor
-    scale: Tensor
-    against: Tensor | None
-    against_words: tuple[str, ...] | None = None
-    source: int = 0
-
-    def __len__(self) -> int:
-        return len(self.relevance)
-
-    def __iter__(self) -> Iterator[Step]:
-        return (self[step] for step in range(len(self)))
-
-    def __getitem__(self, step: int) -> Step:
-        if not -len(self) <= step < len(self):
-            raise IndexError(f"there are {len(self)} steps, and none of number {step}")
-        step %= len(self)
-        place = self.prompt + step
-        other = None if self.against_words is None else self.against_words[step]
-        row = self.relevance[step]
-        return Step(place, self.words[place], other, row, float(self.scale[step]))
-
-    def lines(self) -> list[Line]:
-        """The steps as coloured text: what stood there before each token, and the token.
-
-        In units of the logits, so that a step of next to no difference shows next to no colour.
-        """
-        return [
-            Line(
-                f"{step.scale:+.2f}{_than(step)}",
-                self.words[: step.place + 1],
-                (step.relevance[: step.place + 1] * step.scale).tolist(),
-                step.place,
-            )
-            for step in self
-        ]
-
-    @property
-    def title(self) -> str:
-        what = "logits" if self.against is None else "differences of logits"
-        source = f"the {self.source} of the source and " if self.source else ""
-        by = f"{source}those before them"
-        return f"{len(self)} generated tokens, explained by {by} ({what} in front)"
-
-    def table(self) -> Table:
-        """A row for each step: its token, what is explained, and the most relevant tokens."""
-        rows = []
-        for step in self:
-            order = step.relevance.abs().argsort(descending=True, stable=True)
-            most = [k for k in order[:_MOST].tolist() if step.relevance[k] != 0]
-            named = ", ".join(
-                f"{coloured.shown(self.words[k])!r} ({k}) {float(step.relevance[k]):+.2f}"
-                for k in most
-            )
-            rest = 1 - float(step.relevance.sum())
-            word = f"{coloured.shown(step.word)!r}{_than(step)}"
-            rows.append((str(step.place), word, f"{step.scale:.4g}", named, f"{rest:+.2f}"))
-        heads = ("place", "token", "scale", "most relevant tokens (place), shares", "rest")
-        notes = ["The rest of each share is taken by biases, other constants and a given cache."]
-        return Table(self.title, heads, rows, notes)
-
-    def html(self) -> str:
-        """A page in colour, of one file."""
-        return coloured.page(self.lines(), self.title, [NOTE])
-
-    def as_json(self) -> dict[str, Any]:
-        """What there is, for `json.dumps`."""
-        return {
-            "tokens": list(self.words),
-            "ids": self.ids.tolist(),
-            "prompt": self.prompt,
-            "source": self.source,
-            "steps": [
-                {
-                    "place": step.place,
-                    "token": step.word,
-                    "against": step.against,
-                    "scale": step.scale,
-                    "relevance": step.relevance.tolist(),
-                }
-                for step in self
-            ],
-        }
-
-    def _repr_html_(self) -> str:
-        return coloured.html(self.lines(), self.title, [NOTE])
-
-    def __rich__(self) -> Any:
-        return coloured.rich(self.lines(), self.title, [NOTE])
-
-
-_MOST = 5
-NOTE = (
-    "Orange raises the logit of the token in the frame (on a terminal underlined), blue lowers it."
-)
-
-
-def _than(step: Step) -> str:
-    return "" if step.against is None else f" rather than {coloured.shown(step.against)!r}"
 
 
 def generation(
@@ -184,7 +44,7 @@ def generation(
     against: Other = None,
     at: str | None = None,
     memory: int = 2**28,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
     **named: Any,
 ) -> Generation:
     """What every generated token of a text came from, in one forward pass and one run.
@@ -248,7 +108,7 @@ def generations(
     against: Sequence[Other] | None = None,
     at: str | None = None,
     memory: int = 2**28,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
     **named: Any,
 ) -> list[Generation]:
     """The same for a batch of texts, padded on either side to one length.
@@ -279,26 +139,15 @@ def generations(
                 f"step with explainer(ids, {option}=...)."
             )
     mask, named = _masks(explainer, ids, source, attention_mask, named)
-    spans = _spans(mask, ids, prompts)
+    texts = _Texts.of(ids, mask, prompts)
     # The first step is the target that the measure is made with; all others follow from it.
-    count = max(end - begin - prompt for (begin, end), prompt in zip(spans, prompts, strict=True))
-    places = torch.tensor(
-        [
-            [min(begin + prompt + step, end - 1) for step in range(count)]
-            for (begin, end), prompt in zip(spans, prompts, strict=True)
-        ],
-        device=ids.device,
-    )
-    tokens = ids.gather(1, places)
-    start = torch.stack([places[:, 0] - 1, tokens[:, 0]], 1)
-    R = explainer(*(() if source is not None else (ids,)), target=start, **named)
+    R = explainer(*(() if source is not None else (ids,)), target=texts.said(0), **named)
     logits = _logits(R, ids)
-    others = None if against is None else _others(against, logits, places, tokens, spans, prompts)
+    others = None if against is None else _others(against, logits, texts)
     steps: list[Target] = []
-    for k in range(count):
-        place, token = places[:, k] - 1, tokens[:, k]
-        said = torch.stack([place, token], 1)
-        steps.append(said if others is None else _Step(place, token, others[:, k]))
+    for k in range(texts.steps):
+        said = texts.said(k)
+        steps.append(said if others is None else _Step(said[:, 0], said[:, 1], others[:, k]))
     relevance = _by_token(R, steps, _layers(R, source, at), memory, progress)
     read = torch.ones(ids.shape[0], 0, dtype=torch.bool) if source is None else _read(named)
     whole = ids if source is None else torch.cat([source, ids], 1)
@@ -307,22 +156,22 @@ def generations(
             f"there are {relevance.shape[2]} embeddings for {whole.shape[1]} tokens; name those of "
             "the text with at="
         )
-    scale = _values(logits, places, tokens)
+    scale = texts.logits(logits, texts.tokens)
     if others is not None:
-        scale = scale - _values(logits, places, others)
+        scale = scale - texts.logits(logits, others)
     results = []
-    for text, ((begin, end), prompt) in enumerate(zip(spans, prompts, strict=True)):
+    for text, (begin, end) in enumerate(texts.spans):
         there = torch.zeros(ids.shape[1], dtype=torch.bool)
         there[begin:end] = True
         kept = torch.cat([read[text].cpu(), there]).nonzero()[:, 0].to(ids.device)
         own, before = whole[text, kept], int(read[text].sum())
-        length = end - begin - prompt
+        length = texts.lengths[text]
         other = None if others is None else others[text, :length]
         results.append(
             Generation(
                 _words(words, own, text, len(ids)),
                 own,
-                before + prompt,
+                before + prompts[text],
                 relevance[:length, text][:, kept],
                 scale[text, :length].clone(),
                 other,
@@ -331,6 +180,81 @@ def generations(
             )
         )
     return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """Where the steps of a batch of texts lie.
+
+    Attributes:
+        spans: where each text begins and ends, without its padding.
+        lengths: how many steps each has.
+        places: `[batch, steps]`, of each step's token; of a text with fewer steps the last again.
+        tokens: `[batch, steps]`, what was written there.
+    """
+
+    spans: list[tuple[int, int]]
+    lengths: list[int]
+    places: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor, prompts: Sequence[int]) -> _Texts:
+        """Those of some ids, of which a mask says what counts.
+
+        Raises:
+            InputError: a text has no step, or lies in several pieces.
+        """
+        spans = _spans(mask, ids, prompts)
+        begins = [begin + prompt for (begin, _), prompt in zip(spans, prompts, strict=True)]
+        lengths = [end - begin for (_, end), begin in zip(spans, begins, strict=True)]
+        places = torch.tensor(
+            [
+                [begin + min(step, length - 1) for step in range(max(lengths))]
+                for begin, length in zip(begins, lengths, strict=True)
+            ],
+            device=ids.device,
+        )
+        return cls(spans, lengths, places, ids.gather(1, places))
+
+    @property
+    def steps(self) -> int:
+        """How many the longest text has."""
+        return self.places.shape[1]
+
+    def said(self, step: int) -> Tensor:
+        """`[batch, 2]`: the position that says each token of a step, and the token."""
+        return torch.stack([self.places[:, step] - 1, self.tokens[:, step]], 1)
+
+    def logits(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """`[batch, steps]`: what the position before each step says of a token."""
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        return logits[rows, self.places - 1, tokens]
+
+
+def _spans(mask: Tensor, ids: Tensor, prompts: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each text begins and ends.
+
+    Raises:
+        InputError: it has no step, or lies in several pieces.
+    """
+    if mask.shape != ids.shape:
+        raise InputError(f"the mask is {tuple(mask.shape)}, the texts {tuple(ids.shape)}")
+    if len(prompts) != len(ids):
+        raise InputError(f"{len(ids)} texts, and the lengths of {len(prompts)} prompts")
+    spans = []
+    for text, (row, prompt) in enumerate(zip(mask.bool().tolist(), prompts, strict=True)):
+        length = sum(row)
+        begin = row.index(True) if length else 0
+        if not all(row[begin : begin + length]):
+            raise InputError(f"text {text} lies in several pieces: padding is at an end")
+        if not 1 <= prompt < length:
+            raise InputError(
+                f"the prompt of text {text} is {prompt} tokens: at least one is given, and of its "
+                f"{length} tokens at least one is explained"
+            )
+        spans.append((begin, begin + length))
+    return spans
 
 
 def _masks(
@@ -408,7 +332,7 @@ def _by_token(
     steps: Sequence[Target],
     layers: Sequence[str],
     memory: int,
-    progress: bool | Callable[[int], None],
+    progress: Progress,
 ) -> Tensor:
     """`[steps, batch, tokens]`, the tokens of all layers one after the other."""
     rows = []
@@ -463,31 +387,6 @@ def _takes(explainer: Explainer, name: str) -> bool:
     return name in inspect.signature(explainer.model.forward).parameters
 
 
-def _spans(mask: Tensor, ids: Tensor, prompts: Sequence[int]) -> list[tuple[int, int]]:
-    """Where each text begins and ends.
-
-    Raises:
-        InputError: it has no step, or lies in several pieces.
-    """
-    if mask.shape != ids.shape:
-        raise InputError(f"the mask is {tuple(mask.shape)}, the texts {tuple(ids.shape)}")
-    if len(prompts) != len(ids):
-        raise InputError(f"{len(ids)} texts, and the lengths of {len(prompts)} prompts")
-    spans = []
-    for text, (row, prompt) in enumerate(zip(mask.bool().tolist(), prompts, strict=True)):
-        length = sum(row)
-        begin = row.index(True) if length else 0
-        if not all(row[begin : begin + length]):
-            raise InputError(f"text {text} lies in several pieces: padding is at an end")
-        if not 1 <= prompt < length:
-            raise InputError(
-                f"the prompt of text {text} is {prompt} tokens: at least one is given, and of its "
-                f"{length} tokens at least one is explained"
-            )
-        spans.append((begin, begin + length))
-    return spans
-
-
 def _logits(R: Measure, ids: Tensor) -> Tensor:
     """`[batch, tokens, vocabulary]`."""
     logits = R.output
@@ -499,37 +398,28 @@ def _logits(R: Measure, ids: Tensor) -> Tensor:
     return logits
 
 
-def _values(logits: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
-    """`[batch, steps]`: what the position before each place says of a token."""
-    rows = torch.arange(len(logits), device=logits.device)[:, None]
-    return logits[rows, places - 1, tokens]
-
-
 def _others(
     against: Sequence[Other],
     logits: Tensor,
-    places: Tensor,
-    tokens: Tensor,
-    spans: Sequence[tuple[int, int]],
-    prompts: Sequence[int],
+    texts: _Texts,
 ) -> Tensor:
     """`[batch, steps]`, what each step is explained against.
 
     Raises:
         TargetError: it is the token itself, or there is none for each step.
     """
+    tokens = texts.tokens
     if isinstance(against, str | int) or len(against) != len(tokens):
         raise TargetError(f"give what to explain against for each of the {len(tokens)} texts")
     found, count = tokens.clone(), tokens.shape[1]
     for text, other in enumerate(against):
-        begin, end = spans[text]
-        length = end - begin - prompts[text]
+        length = texts.lengths[text]
         if isinstance(other, str):
             if other != "next":
                 raise TargetError(
                     f"against is a token, one for each step, or 'next', not {other!r}"
                 )
-            at = logits[text, places[text] - 1].clone()
+            at = logits[text, texts.places[text] - 1].clone()
             at[torch.arange(count), tokens[text]] = -torch.inf
             found[text] = at.argmax(-1)
             continue

@@ -13,6 +13,7 @@ by the alphas on the way.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,20 +162,56 @@ def _counts_all(operation: Operation) -> bool:
     return not dropped and operator.telescopes(call, rule)
 
 
-class HiddenSumError(Exception):
-    """Something vanishes within a fused operator, which has to be written out for this input."""
-
-
-class Differentiating(Interpreter):
-    """A forward pass connected by autograd, with what takes no relevance constant.
+class ByDerivatives(Interpreter, ABC):
+    """A forward pass whose variables autograd connects.
 
     Arguments:
         settings: how each operation propagates.
         given: inputs and constants.
-        fused: the operators that compute a part of the graph each, by the node of their result.
 
     Attributes:
-        found: the values of variables; those within fused operators and late leaves have none.
+        found: the tensors whose derivatives relevance goes by; late leaves have none.
+    """
+
+    def __init__(
+        self, graph: Graph, settings: Mapping[Operation, Setting], plan: Plan, given: Values
+    ) -> None:
+        super().__init__(plan, given)
+        self.variables, self.settings = graph, settings
+        self.found: dict[Variable, Tensor] = {}
+        for leaf in graph.leaves:
+            if leaf.node in given:
+                self.env[leaf.node] = self.start(leaf, leaf.node, given[leaf.node])
+
+    def run_node(self, n: Node) -> Any:
+        variable = self.variables.by_node.get(n)
+        if variable is None:
+            return super().run_node(n)
+        if variable.producer is None:
+            return self.start(variable, n, super().run_node(n))
+        return self.operate(variable, n, variable.producer)
+
+    @abstractmethod
+    def start(self, leaf: Variable, node: Node, value: Tensor) -> Tensor:
+        """Note where derivatives end; the value that the pass goes on with."""
+
+    @abstractmethod
+    def operate(self, variable: Variable, node: Node, operation: Operation) -> Tensor:
+        """Note what an operation computes; the value that the pass goes on with."""
+
+
+class HiddenSumError(Exception):
+    """Something vanishes within a fused operator, which has to be written out for this input."""
+
+
+class Differentiating(ByDerivatives):
+    """That of the values, with what takes no relevance constant.
+
+    Arguments:
+        fused: the operators that compute a part of the graph each, by the node of their result.
+            What lies within them is not among what is `found`.
+
+    Attributes:
         small: of sums, where they count as zero and are not.
 
     Raises:
@@ -189,15 +226,10 @@ class Differentiating(Interpreter):
         given: Values,
         fused: Mapping[Node, Fusion],
     ) -> None:
-        super().__init__(plan, given)
-        self.variables, self.settings, self.fused = graph, settings, fused
-        self.found: dict[Variable, Tensor] = {}
+        super().__init__(graph, settings, plan, given)
+        self.fused = fused
         self.small: dict[Variable, Tensor] = {}
         self.last: LastLayer | None = None
-        for leaf in graph.leaves:
-            if leaf.node in given:
-                self.found[leaf] = given[leaf.node].detach().requires_grad_()
-                self.env[leaf.node] = self.found[leaf]
 
     def telescope(self) -> Telescope:
         """The derivatives, once all is computed."""
@@ -207,16 +239,15 @@ class Differentiating(Interpreter):
             small = {v: small[v] for v, any_there in zip(small, known, strict=True) if any_there}
         return Telescope(self.variables, self.found, small, self.last)
 
-    def run_node(self, n: Node) -> Any:
-        variable = self.variables.by_node.get(n)
-        if variable is None:
-            return super().run_node(n)
-        if n in self.fused:
-            self.found[variable] = self._fused(variable, self.fused[n])
-        elif variable.producer is None:
-            self.found[variable] = super().run_node(n).requires_grad_()
+    def start(self, leaf: Variable, node: Node, value: Tensor) -> Tensor:
+        self.found[leaf] = value.detach().requires_grad_()
+        return self.found[leaf]
+
+    def operate(self, variable: Variable, node: Node, operation: Operation) -> Tensor:
+        if node in self.fused:
+            self.found[variable] = self._fused(variable, self.fused[node])
         else:
-            self.found[variable] = self._frozen(variable, variable.producer)
+            self.found[variable] = self._frozen(variable, operation)
         return self.found[variable]
 
     def _fused(self, variable: Variable, fusion: Fusion) -> Tensor:

@@ -49,6 +49,8 @@ IN_PLACE, RESTORED = "through B alone", "through B alone, without the rest of A"
 BEST = "best additive reading"
 METHODS = {"joint": "walks (LRP-0)", "blocks": SECANTS, **BASELINES}
 """Scores of `evaluate`, and what tables call them."""
+OF_PAIRS = METHODS | {"blocks, gating": "blocks (secants, half of gating)"}
+"""The same with one that is of two layers alone."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def pairs(families: Families, interventions: Interventions) -> Figures:
     """
     between = Between(families, interventions)
     contribution = interventions.joint(*families.sets)
-    found = {METHODS[name]: SCORES[name](families, interventions) for name in METHODS}
+    found = {said: SCORES[name](families, interventions) for name, said in OF_PAIRS.items()}
     found["linear at x"] = between.along_path(HERE)
     found |= {_path(n): between.along_path(gauss(n)) for n in POINTS}
     found["along A's own removal, 3 points"] = between.along_removal(gauss(3))
@@ -285,7 +287,7 @@ def _found(
     if case.part == "cluster":
         by = KMeans(CLUSTERS[network.kind], request.seed)
     settings = {"weights": weights, "seed": request.seed, "by": digest(by)}
-    settings |= {"layers": case.layers, "removal": removal}
+    settings |= {"layers": case.layers, "removal": removal, "methods": list(OF_PAIRS)}
     store = Store(request.kept / digest(settings)[:12], settings)
     rows: list[Correlation] = []
     request.say(f"{case.title}, removed: {removal}: {len(network.photos)} pictures ...")

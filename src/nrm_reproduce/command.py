@@ -279,7 +279,7 @@ def _summarise(report: Report) -> None:
         typer.echo(f"  {name}: {value}")
     for table in report.all_tables():
         typer.echo(f"\n{table.title}")
-        print_table(table.heads, [texts for texts, _ in table.texts()])
+        print_table(table.heads, table.shown().rows)
         if table.note:
             typer.echo(table.note)
     for note in report.notes:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import jinja2
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 
 import nrm
-from nrm import plot
+from nrm import display, plot
+from nrm.pages import Section, page
 
 PAGE, RESULT = "report.html", "result.json"
 HEADS = ("layers", "method", "Pearson", "95 % interval", "paper", "samples")
@@ -139,17 +137,17 @@ class Table:
     group: int = 1
     note: str = ""
 
-    def texts(self) -> list[tuple[tuple[str, ...], bool]]:
-        """The lines as text, and whether each begins a group."""
-        found: list[tuple[tuple[str, ...], bool]] = []
+    def shown(self) -> display.Table:
+        """The lines as text, without a title; a group is said once."""
+        found: list[tuple[str, ...]] = []
         before: tuple[str, ...] | None = None
         for line in self.lines:
             texts = tuple(brief(value) for value in line)
             group = texts[: self.group]
-            begins = not self.group or group != before
-            found.append((texts if begins else ("",) * self.group + texts[self.group :], begins))
+            repeats = bool(group) and group == before
+            found.append(("",) * self.group + texts[self.group :] if repeats else texts)
             before = group
-        return found
+        return display.Table("", tuple(self.heads), found, [self.note] if self.note else [])
 
 
 def shown(value: Value) -> str:
@@ -268,81 +266,15 @@ class Report:
         (folder / RESULT).write_text(self.as_json(), encoding="utf-8")
 
     def _page(self, folder: Path) -> str:
-        def inside(picture: Picture) -> str:
-            return base64.b64encode((folder / picture.file).read_bytes()).decode("ascii")
-
-        return _TEMPLATE.render(
-            title=self.title,
-            facts={name: shown(value) for name, value in self.facts.items()},
-            links={quote(f"{part.experiment}/{PAGE}"): part.title for part in self.parts},
-            tables=self.all_tables(),
-            notes=self.notes,
-            pictures=[(picture, inside(picture)) for picture in self.pictures],
+        facts = [(name, shown(value)) for name, value in self.facts.items()]
+        tables = [Section(table.title, tables=[table.shown()]) for table in self.all_tables()]
+        pictures = [
+            Section(one.title, (folder / one.file).read_bytes(), texts=[one.caption])
+            for one in self.pictures
+        ]
+        return page(
+            self.title,
+            display.Table("", (), facts),
+            [*tables, Section("", texts=self.notes), *pictures],
+            {f"{part.experiment}/{PAGE}": part.title for part in self.parts},
         )
-
-
-_TEMPLATE = jinja2.Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-).from_string("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
-  font-weight: normal; }
-thead th { border-bottom: 1px solid #222; font-weight: 600; }
-tr.begins td { border-top: 1px solid #bbb; }
-.facts th { color: #666; }
-figure { margin: 0; }
-img { max-width: 100%; height: auto; }
-figcaption, p { color: #444; max-width: 48rem; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<table class="facts">
-{% for name, value in facts.items() %}
-<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-{% if links %}
-<ul>
-{% for place, title in links.items() %}
-<li><a href="{{ place }}">{{ title }}</a></li>
-{% endfor %}
-</ul>
-{% endif %}
-{% for table in tables %}
-<h2>{{ table.title }}</h2>
-<div class="wide"><table>
-<thead><tr>{% for head in table.heads %}<th>{{ head }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for texts, begins in table.texts() %}
-<tr{% if begins and table.group %} class="begins"{% endif %}>
-{%- for text in texts %}<td>{{ text }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-{% if table.note %}
-<p>{{ table.note }}</p>
-{% endif %}
-{% endfor %}
-{% for note in notes %}
-<p>{{ note }}</p>
-{% endfor %}
-{% for picture, data in pictures %}
-<figure><h2>{{ picture.title }}</h2>
-<img alt="{{ picture.title }}" src="data:image/png;base64,{{ data }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
-{% endfor %}
-</body>
-</html>
-""")

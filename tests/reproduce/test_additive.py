@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 import nrm
 from nrm import composites

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm.errors import InputError
 from nrm.evaluation import Families, Interventions, contribution_of_top, pearson
 from nrm.evaluation.scores import SCORES
 from nrm_reproduce import bounds
-from nrm_reproduce.bounds import BEST, METHODS, SECANTS, Case, pairs, triples
+from nrm_reproduce.bounds import BEST, METHODS, OF_PAIRS, SECANTS, Case, pairs, triples
 from nrm_reproduce.cnn import KMeans
 from nrm_reproduce.comparison import OTHERS
 from nrm_reproduce.networks import pictured
@@ -36,9 +36,9 @@ def test_the_figures_of_pairs(asked, removal):
     families, interventions = asked("relu1", "relu2", removal=removal)
     found = pairs(families, interventions)
     contribution = interventions.joint(*families.sets)
-    for name in ("joint", "blocks", "occlusion"):
+    for name in ("joint", "blocks", "blocks, gating", "occlusion"):
         score = SCORES[name](families, interventions)
-        assert found["pearson"][METHODS[name]] == pytest.approx(pearson(score, contribution))
+        assert found["pearson"][OF_PAIRS[name]] == pytest.approx(pearson(score, contribution))
     complete = [SECANTS, "path, 10 points"]
     assert all(found["pearson"][one] <= found["pearson"][BEST] + 1e-3 for one in complete)
     left = found["left"]

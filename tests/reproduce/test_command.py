@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm.errors import InputError
 from nrm_reproduce import command as commands
@@ -29,7 +29,7 @@ def test_experiments_are_found_by_name():
 
 def test_the_command_imports_no_experiment_and_says_what_is_missing(tmp_path):
     """In a process of its own. Nor does a command of nrm's own import anything of this package."""
-    packages = ("jinja2", "scipy")
+    packages = ("networkx", "scipy")
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"

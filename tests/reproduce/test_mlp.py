@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm.evaluation import faithfulness
 from nrm_reproduce import mlp, networks

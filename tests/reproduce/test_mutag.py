@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.gnn_lrp import of_model
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm import graph_networks as gn
 from nrm_reproduce import mutag

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 import nrm
 from nrm_reproduce import recurrent

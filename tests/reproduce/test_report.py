@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm_reproduce.report import PAGE, RESULT, Report, Row, Table, brief, cells
 
@@ -33,7 +33,6 @@ def test_tables_of_a_report(tmp_path):
     for text in ("T &gt; 1", "<td>a&lt;b</td><td>0.250</td><td>-</td>", "so &amp; so"):
         assert text in page
     assert "<td></td><td>1.00e9</td><td>3</td>" in page  # the same task
-    assert page.count('class="begins"') == 2
     told = json.loads((tmp_path / RESULT).read_text())["tables"]
     assert told == [
         {"title": "T > 1", "heads": ["task", "mean", "more"], "lines": [[*x] for x in lines]}

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
+pytest.importorskip("scipy", reason="nrm[reproduce] is not installed")
 
 from nrm.errors import InputError
 from nrm.evaluation import joint_contributions

@@ -280,7 +280,7 @@ def find_circuit(
         raise QueryError(f"a share is above 0 and at most 1, not {share!r}")
     if not isinstance(work, int) or work < 1:
         raise QueryError(f"work is a positive number of sets to try, not {work!r}")
-    search = _Search(scores, names, kept, share, ends, work)
+    search = _Search(scores, names, kept, share, ends.cpu(), work)
     chosen, found = search.smallest()
     bound = 1 if last is None else _fewest(last, search.wanted, int(chosen.sum()))
     able = scores != 0 if possible is None else possible.to(scores.device) | (scores != 0)
@@ -291,30 +291,29 @@ def find_circuit(
     return Circuit(*names, scores, chosen, found, share, fewest, search.runs)
 
 
+@dataclass
 class _Search:
     """Sets of edges that are tried.
 
     Attributes:
         runs: how many have been.
+        others: as for `find_circuit`.
     """
 
-    def __init__(
-        self,
-        scores: Tensor,
-        names: tuple[tuple[str, ...], tuple[str, ...]],
-        kept: Kept,
-        share: float,
-        ends: Tensor,
-        work: int,
-    ) -> None:
-        self.scores, self._kept, self.work = scores, kept, work
-        self.wanted = share - 64 * torch.finfo(scores.dtype).eps  # all of it, but for rounding
-        self.runs = 0
-        receivers, senders = names
-        self._ends = ends.cpu()
+    scores: Tensor
+    names: tuple[tuple[str, ...], tuple[str, ...]]
+    measured: Kept
+    share: float
+    ends: Tensor
+    work: int
+    runs: int = 0
+
+    def __post_init__(self) -> None:
+        self.wanted = self.share - 64 * torch.finfo(self.scores.dtype).eps  # but for rounding
+        receivers, senders = self.names
         self._row = [receivers.index(s) if s in receivers else -1 for s in senders]
-        ranks = scores.abs().flatten().argsort(descending=True, stable=True)
-        self.ranks = ranks[scores.flatten()[ranks] != 0]
+        ranks = self.scores.abs().flatten().argsort(descending=True, stable=True)
+        self.ranks = ranks[self.scores.flatten()[ranks] != 0]
 
     def smallest(self) -> tuple[Tensor, float]:
         low, high = 0, len(self.ranks)
@@ -342,7 +341,7 @@ class _Search:
 
     def kept(self, chosen: Tensor) -> float:
         self.runs += 1
-        return self._kept(chosen)
+        return self.measured(chosen)
 
     def enough(self, kept: float) -> bool:
         return abs(1 - kept) <= 1 - self.wanted
@@ -408,7 +407,7 @@ class _Search:
             reached[0] = True
             reached[rows[inner]] = chosen[:, inner].any(0).cpu()
             onward = torch.ones(len(rows), dtype=torch.bool)
-            onward[inner] = chosen.any(1).cpu()[rows[inner]] | self._ends[inner]
+            onward[inner] = chosen.any(1).cpu()[rows[inner]] | self.ends[inner]
             fewer = chosen & (reached.view(-1, 1) & onward).to(chosen.device)
             if torch.equal(fewer, chosen):
                 return fewer

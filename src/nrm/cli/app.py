@@ -39,7 +39,8 @@ from nrm.cli.commands import (
 )
 from nrm.cli.options import (
     AsJson,
-    Bias,
+    BiasChoice,
+    CompositeName,
     Debug,
     Device,
     Head,
@@ -147,21 +148,8 @@ def explain(
         ),
     ] = False,
     as_json: AsJson = False,
-    composite: Annotated[
-        str,
-        typer.Option(
-            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}, or one that the model's "
-            "module registers; with parameters in brackets, 'GammaFlat(0.1)'.",
-            autocompletion=composites_beginning,
-        ),
-    ] = AUTO,
-    bias: Annotated[
-        Bias | None,
-        typer.Option(
-            help="Biases neither emit nor take relevance, or are inputs; by default what the "
-            "composite assumes."
-        ),
-    ] = None,
+    composite: CompositeName = AUTO,
+    bias: BiasChoice = None,
     output: OutputName = None,
     head: HeadChoice = Head.logits,
     labels: Annotated[
@@ -344,10 +332,7 @@ def explain_tokens(
             autocompletion=composites_beginning,
         ),
     ] = AUTO,
-    bias: Annotated[
-        Bias | None,
-        typer.Option(help="Biases neither emit nor take relevance, or are inputs."),
-    ] = None,
+    bias: BiasChoice = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for all numbers, in JSON.")
     ] = None,

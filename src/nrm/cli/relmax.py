@@ -12,20 +12,19 @@ from typer.core import TyperGroup
 
 from nrm.cli.commands import (
     AUTO,
-    COMPOSITES,
     IMAGENET,
     REFUSED,
     Command,
     CommandError,
     arguments,
     as_text,
-    composites_beginning,
     needs,
     one_line_errors,
     refuse_unread,
 )
 from nrm.cli.options import (
-    Bias,
+    BiasChoice,
+    CompositeName,
     Debug,
     Device,
     Head,
@@ -174,17 +173,8 @@ def run(
     joint_classes: Annotated[
         str | None, typer.Option(help="Of which classes, with commas between (default: all).")
     ] = None,
-    composite: Annotated[
-        str,
-        typer.Option(
-            help=f"Which rules apply: {', '.join((AUTO, *COMPOSITES))}; with parameters in "
-            "brackets, 'GammaFlat(0.1)'.",
-            autocompletion=composites_beginning,
-        ),
-    ] = AUTO,
-    bias: Annotated[
-        Bias | None, typer.Option(help="Biases neither emit nor take relevance, or are inputs.")
-    ] = None,
+    composite: CompositeName = AUTO,
+    bias: BiasChoice = None,
     output: OutputName = None,
     head: HeadChoice = Head.logits,
     transform: Annotated[

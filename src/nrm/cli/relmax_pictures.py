@@ -23,7 +23,7 @@ from nrm.cli.commands import (
     one_line_errors,
     refuse_unread,
 )
-from nrm.cli.options import Debug, progress
+from nrm.cli.options import Debug, grouped, progress
 from nrm.cli.relmax import Made, app
 
 if TYPE_CHECKING:
@@ -64,13 +64,38 @@ class Embedding(StrEnum):
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of results.")]
 Out = Annotated[Path, typer.Option(help=f"Folder for the pictures and {INDEX}.")]
-Labels = Annotated[Path | None, typer.Option(help="File whose line k (from 0) names class k.")]
-Data = Annotated[str | None, typer.Option(help="Where the data are now, if not where they were.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="Where the weights are now, if not where they were.")
-]
-Device = Annotated[str | None, typer.Option(help="Where to compute, if not where the run did.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where what a run was made from is by now, and how to go about it: options of all three."""
+
+    labels: Annotated[
+        Path | None, typer.Option(help="File whose line k (from 0) names class k.")
+    ] = None
+    data: Annotated[
+        str | None, typer.Option(help="Where the data are now, if not where they were.")
+    ] = None
+    weights: Annotated[
+        Path | None, typer.Option(help="Where the weights are now, if not where they were.")
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, if not where the run did.")
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False
+    debug: Debug = False
+
+    def names(self) -> list[str] | None:
+        """Those of the classes, if they were given."""
+        from nrm.io import read_labels
+
+        return None if self.labels is None else read_labels(self.labels)
+
+    def changed(self, made: Made) -> Made:
+        """What a run was made from, where it is now."""
+        weights = None if self.weights is None else str(self.weights)
+        moved = {"data": self.data, "weights": weights, "device": self.device}
+        return replace(made, **{name: one for name, one in moved.items() if one is not None})
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,7 @@ class _Opened:
 
 
 @app.command("show", cls=Command)
+@grouped
 def show(
     folder: Folder,
     layer: Annotated[str, typer.Option(help="A layer of the run.")],
@@ -130,22 +156,18 @@ def show(
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Heatmaps as shares of the channel's relevance.")
     ] = False,
-    labels: Labels = None,
-    data: Data = None,
-    weights: Weights = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    now: Now,
 ) -> None:
     """Draw the samples of a channel, cut to where its relevance lies."""
     _need_packages()
-    with one_line_errors(debug):
+    with one_line_errors(now.debug):
         from nrm.dataset import pictures
         from nrm.display import Table
         from nrm.sheets import SHARE
 
-        say = progress(quiet=quiet)
-        opened = _opened(folder, data, weights, device, labels, say)
+        say = progress(quiet=now.quiet)
+        opened = _opened(folder, now, say)
         results = opened.results
         parts = [_part(results, layer, text) for text in channel]
         if len(set(parts)) < len(parts):
@@ -178,6 +200,7 @@ def show(
 
 
 @app.command("flows", cls=Command)
+@grouped
 def flows(
     folder: Folder,
     layers: Annotated[
@@ -196,29 +219,24 @@ def flows(
     smallest: Annotated[
         bool, typer.Option("--smallest", help="The most negative ones instead.")
     ] = False,
-    labels: Labels = None,
-    data: Data = None,
-    weights: Weights = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    now: Now,
 ) -> None:
     """List the pairs of channels that matter most for a class, and draw them on samples."""
     _need_packages()
-    with one_line_errors(debug):
+    with one_line_errors(now.debug):
         from nrm.dataset import open_results, pictures
         from nrm.display import Table
 
         if out is None:
-            refuse_unread(
-                {"--data": data, "--weights": weights, "--device": device}, "without --out"
-            )
+            given = {"--data": now.data, "--weights": now.weights, "--device": now.device}
+            refuse_unread(given, "without --out")
         results = open_results(folder)
         first, second = _pair(results, layers)
         found = results.flows(first, second, explained, k, smallest)
         if not found:
             raise CommandError(f"there are no joint statistics of class {explained}")
-        names = _names(labels)
+        names = now.names()
         kept = results.manifest["joint_classes"]
         if explained is not None:
             of = pictures.class_of(explained, names)
@@ -233,8 +251,8 @@ def flows(
         heads = (first, second, "mean", "largest", "in sample")
         table = Table("", heads, rows)
         if out is not None:
-            say = progress(quiet=quiet)
-            opened = _opened(folder, data, weights, device, labels, say)
+            say = progress(quiet=now.quiet)
+            opened = _opened(folder, now, say)
             say("heatmaps, jointly with both channels")
             figure = pictures.flows(
                 results, opened.explainer, opened.source, found, title=title, seen=opened.seen
@@ -244,6 +262,7 @@ def flows(
 
 
 @app.command("cluster", cls=Command)
+@grouped
 def cluster(
     folder: Folder,
     explained: Annotated[int, typer.Option("--class", min=0, help="The class.")],
@@ -257,28 +276,24 @@ def cluster(
         Embedding, typer.Option(help="How the map is drawn; umap needs umap-learn.")
     ] = Embedding.tsne,
     k: Annotated[int, typer.Option("--k", min=1, help="Typical samples to draw of each.")] = 6,
-    labels: Labels = None,
-    data: Data = None,
-    weights: Weights = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    now: Now,
 ) -> None:
     """Divide a class by where its relevance lies (SpRAy): what stands out is worth a look."""
     _need_packages()
-    with one_line_errors(debug):
+    with one_line_errors(now.debug):
         from nrm.dataset import pictures
         from nrm.dataset.strategies import strategies
         from nrm.display import Table
 
-        say = progress(quiet=quiet)
-        opened = _opened(folder, data, weights, device, labels, say)
+        say = progress(quiet=now.quiet)
+        opened = _opened(folder, now, say)
         manifest = opened.results.manifest
         say(f"heatmaps of {opened.name(explained)}")
         found = strategies(
             opened.explainer, opened.source, explained, target=manifest["target"], most=most,
             method=method.value, clusters=clusters, embedding=embedding.value,
-            batch=manifest["batch"], progress=not quiet,
+            batch=manifest["batch"], progress=not now.quiet,
         )  # fmt: skip
         say("typical samples, and drawing them")
         title = f"Clusters of {len(found.samples)} heatmaps of {opened.name(explained)}"
@@ -302,26 +317,13 @@ def _need_packages() -> None:
         import sklearn  # noqa: F401
 
 
-def _opened(
-    folder: Path,
-    data: str | None,
-    weights: Path | None,
-    device: str | None,
-    labels: Path | None,
-    say: Callable[[str], None],
-) -> _Opened:
+def _opened(folder: Path, now: Now, say: Callable[[str], None]) -> _Opened:
     from nrm.dataset import open_results, pictures
     from nrm.dataset.sources import SHARD
     from nrm.io import shown
 
-    results, names = open_results(folder), _names(labels)
-    made = Made.from_manifest(results.manifest)
-    if data is not None:
-        made = replace(made, data=data)
-    if weights is not None:
-        made = replace(made, weights=str(weights))
-    if device is not None:
-        made = replace(made, device=device)
+    results, names = open_results(folder), now.names()
+    made = now.changed(Made.from_manifest(results.manifest))
     say(f"reading {as_text(made.data)}")
     source = made.source(results.manifest["data"].get("shard", SHARD))
     source = results.source(source)
@@ -331,12 +333,6 @@ def _opened(
     normalised = made.is_path and made.transform == IMAGENET  # others make their own tensors
     seen = pictures.denormalised if normalised else shown
     return _Opened(results, explainer, source, seen, names)
-
-
-def _names(labels: Path | None) -> list[str] | None:
-    from nrm.io import read_labels
-
-    return None if labels is None else read_labels(labels)
 
 
 def _part(results: Results, layer: str, text: str) -> int:

@@ -28,11 +28,12 @@ from nrm.cli.report import to_json
 from nrm.display import Table
 from nrm.errors import NrmError, first_line, one_line, some
 from nrm.explainer import Explainer
+from nrm.generated import NOTE, Generation
 from nrm.io import Say, write_text, written_at_once
 from nrm.measure import Measure
 from nrm.search import Flows
 from nrm.targets import Contrast
-from nrm.teacher_forcing import NOTE, Generation, generation
+from nrm.teacher_forcing import generation
 from nrm.torchvision_mismatch import import_torchvision
 
 Kind = Literal["causal", "masked", "classes"]

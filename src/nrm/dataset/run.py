@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +27,7 @@ from nrm.dataset.shard import (
 )
 from nrm.dataset.sources import SHARD, as_source
 from nrm.dataset.storage import MADE_FROM, Counts, Folder, stopped_by_full_disk
-from nrm.display import counted
+from nrm.display import Progress, counted
 from nrm.errors import InputError, QueryError
 from nrm.evaluation.store import described
 from nrm.explainer import Explainer
@@ -66,7 +66,7 @@ def relmax(
     num_gpus: float = 0,
     threads: int = 1,
     readers: int = 2,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
     made_from: Mapping[str, Any] | None = None,
 ) -> Results:
     """RelMax over a data set: of every channel of some layers, where it is most relevant (eq. 50).
@@ -149,7 +149,7 @@ def _run(
     work: Work,
     engine: Engine,
     done: dict[int, Counts],
-    progress: bool | Callable[[int], None],
+    progress: Progress,
 ) -> None:
     """Compute and commit the shards that are left, adding them to those that are done."""
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -33,7 +33,7 @@ from nrm.dataset.samples import Read, Sample
 from nrm.dataset.shard import Explains
 from nrm.dataset.sketch import Floats, Ints
 from nrm.dataset.sources import Source, as_source
-from nrm.display import Shown, Table, counted
+from nrm.display import Progress, Shown, Table, counted
 from nrm.errors import InputError, NrmError, QueryError, RelevanceWarning, TargetError, first_line
 from nrm.explainer import Explainer
 from nrm.measure import Measure
@@ -204,7 +204,7 @@ def strategies(
     side: int = SIDE,
     read: Read | None = None,
     batch: int = 32,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
 ) -> Strategies:
     """Clusters of the heatmaps of one class (SpRAy).
 

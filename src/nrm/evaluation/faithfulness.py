@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from nrm import __version__
-from nrm.display import counted
+from nrm.display import Progress, counted
 from nrm.errors import InputError, QueryError
 from nrm.evaluation.intervention import Interventions, joint_contributions
 from nrm.evaluation.metrics import (
@@ -155,7 +155,7 @@ def evaluate(
     order: Ranking = "largest",
     ranked: int = RANKED,
     memory: int = 2**28,
-    progress: bool | Callable[[int], None] = False,
+    progress: Progress = False,
     store: Path | str | None = None,
     seed: int = 0,
 ) -> Evaluation:

@@ -6,7 +6,7 @@ above then follows. Removing sets of several layers is one run in which each is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nrm.capture.call import ModelCall, without_autocast
-from nrm.display import counted
+from nrm.display import Progress, counted
 from nrm.engine import checked
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.combinations import Combinations
@@ -26,8 +26,6 @@ from nrm.explanation import Target
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
 from nrm.removal import Removal, by_variable, replacement
-
-Progress = bool | Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch.fx import Node
 from nrm.capture.call import ModelCall, without_autocast
 from nrm.capture.run import Values
 from nrm.circuits.steps import OUTPUT, Named, named
-from nrm.display import counted
+from nrm.display import Progress, counted
 from nrm.engine import checked, in_chunks
 from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.rerun import Rerun
@@ -30,8 +30,6 @@ from nrm.explanation import Target
 from nrm.graph import Variable
 from nrm.removal import Removal, by_variable, replacement
 from nrm.targets import Combination
-
-Progress = bool | Callable[[int], None]
 
 
 @dataclass(frozen=True)
