@@ -99,7 +99,7 @@ class Tab:
 
 def alone(R: Measure, layers: list[str], selection: Any) -> float:
     """Milliseconds of the same marginals without the explorer."""
-    selected = parse(selection, R.graph)
+    selected = parse(selection, R)
     assert selected is not None
     begin = time.perf_counter()
     R.marginals(selected.formula, layers=layers)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import nrm
 from nrm.errors import NrmError, QueryError
 from nrm.explore import answers, selection, view
-from nrm.explore.opened import Input, Opened, chosen_at_first, columns_of
+from nrm.explore.columns import chosen_at_first, columns_of
+from nrm.explore.opened import Input, Opened
 from nrm.explore.session import MOST_SESSIONS, Sessions, SupersededError
 from nrm.measure import Measure
 
@@ -122,7 +123,7 @@ def check_numbers(
     """
     found = answered(R, opened, selection=chosen, mode=mode)
     target = R.of(1)
-    selected = selection.parse(chosen, R.graph)
+    selected = selection.parse(chosen, R)
     formula = () if selected is None else (selected.formula,)
     known = float(target(*formula)) if formula else 1.0
     scale = 1 / known if mode == "given" and formula else 1.0
@@ -185,12 +186,12 @@ def test_the_line_of_python_gives_the_number(R: Measure, opened: Opened, mode: s
         values = run(column.python)[0]
         for node in column.nodes:
             assert float(values[node.index]) == pytest.approx(node.value)
-            assert float(run(column.each.replace("#", str(node.index)))) == pytest.approx(
-                node.value
-            )
+            assert float(run(column.each.replace("#", node.python))) == pytest.approx(node.value)
     for flows in found["flows"]:
         i, j, value = flows.links[0]
-        line = flows.python.replace("#", str(i), 1).replace("#", str(j), 1)
+        sets = {(c.layer, node.index): node.python for c in columns.columns for node in c.nodes}
+        line = flows.python.replace("#", sets[flows.lower, i], 1)
+        line = line.replace("#", sets[flows.upper, j], 1)
         assert float(run(line)) == pytest.approx(value)
 
 

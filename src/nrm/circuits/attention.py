@@ -152,6 +152,60 @@ def _softmax_behind(node: Node) -> Node | None:
     return None
 
 
+# -- heads beside each other along one axis --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention along one axis of a layer.
+
+    Attributes:
+        variable: what the attention adds up, or the same moved about: often all heads beside each
+            other as features, `[tokens, heads * features]`.
+        axis: of the variable's neurons.
+        indices: of each head, along that axis.
+    """
+
+    variable: Variable
+    axis: int
+    indices: tuple[tuple[int, ...], ...]
+
+
+def heads_along_an_axis(forward: Pass, found: Attention) -> Heads | None:
+    """Where the heads of an attention lie along one axis, the layer furthest down the model.
+
+    Which neuron is which head's is read off numbers that are moved as the model moves them.
+    `None`: there is one head, or no layer has them along one axis.
+    """
+    result = found.result
+    if not found.axes or result.node is None:
+        return None
+    moved = [result]
+    for variable in forward.graph.variables:  # parents first
+        alone = _one_parent(variable) is moved[-1]
+        if alone and variable.node is not None and _moves(variable):
+            moved.append(variable)
+    numbers = torch.zeros(forward.shape(result), dtype=torch.float64, device=forward.output.device)
+    neurons = result.canonical(numbers.unsqueeze(0))[0]  # [batch, *neurons], in the same memory
+    count = 0
+    for index in indices(neurons.shape[1:], found.axes):
+        neurons[(slice(None), *index)] = count
+        count += 1
+    nodes = [variable.node for variable in moved if variable.node is not None]
+    values = forward.program.values(forward.inputs, nodes, {result.node: numbers})
+    for variable, node in zip(reversed(moved), reversed(nodes), strict=True):
+        view = variable.canonical(values[node].unsqueeze(0))[0]
+        if not bool((view == view[:1]).all()):
+            continue
+        for axis in range(view.dim() - 1):
+            along = view[0].movedim(axis, 0).flatten(1)
+            heads = along[:, 0].long().tolist()
+            if bool((along == along[:, :1]).all()) and set(heads) == set(range(count)):
+                where = [tuple(k for k, one in enumerate(heads) if one == h) for h in range(count)]
+                return Heads(variable, axis, tuple(where))
+    return None
+
+
 # -- queries, keys and values ----------------------------------------------------------------------
 
 

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from nrm.errors import QueryError
+from nrm.explore.columns import Wanted
 
+Output = int | Sequence[int]
+"""An output: a class, or one number for each axis of the outputs."""
 Mode = Literal["joint", "given"]
 
 MOST_SHOWN, MOST_LAYERS = 64, 16
@@ -23,15 +26,15 @@ class Request:
 
     Attributes:
         target, against: outputs; `None`: the largest, and nothing.
-        columns: layers, from the inputs to the output.
+        columns: layers, by name where they are divided as by default.
         selection: as `nrm.explore.selection` reads it.
         mode: whether numbers are jointly with the selection or given it.
         top: parts of a column to show.
     """
 
-    target: int | None = None
-    against: int | None = None
-    columns: Sequence[str] = ()
+    target: Output | None = None
+    against: Output | None = None
+    columns: Sequence[str | Wanted] = ()
     selection: Any = None
     mode: Mode = "joint"
     top: int = 12
@@ -46,8 +49,8 @@ class Request:
         if not isinstance(given, dict):
             raise QueryError("a request is an object.")
         columns, top = given.get("columns", []), given.get("top", cls.top)
-        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-            raise QueryError("columns are a list of names of layers.")
+        if not isinstance(columns, list):
+            raise QueryError("columns are a list of layers.")
         if len(columns) > MOST_LAYERS:
             raise QueryError(f"at most {MOST_LAYERS} columns are shown at once.")
         if not isinstance(top, int) or isinstance(top, bool) or not 1 <= top <= MOST_SHOWN:
@@ -55,8 +58,9 @@ class Request:
         mode = given.get("mode", "joint")
         if mode not in ("joint", "given"):
             raise QueryError("numbers are 'joint' with the selection or 'given' it.")
+        wanted = [Wanted.read(column) for column in columns]
         return cls(
-            given.get("target"), given.get("against"), columns, given.get("selection"), mode, top
+            given.get("target"), given.get("against"), wanted, given.get("selection"), mode, top
         )
 
 
@@ -84,7 +88,16 @@ class Number:
 
 @dataclass(frozen=True)
 class Explained:
-    """The output that is explained: its number and name, and its value in the model's units."""
+    """The output that is explained: its class and name, and its value in the model's units.
+
+    Attributes:
+        outputs: the largest of all, each with its name and value; where outputs lie at several
+            places, those of the one that is explained.
+        count: how many there are.
+        place: of several: which is explained, one number for each axis along which they lie.
+        places: the sizes of these axes.
+        after: how many of these come before the class, where an output is named.
+    """
 
     target: int | None
     against: int | None
@@ -92,15 +105,24 @@ class Explained:
     scale: float
     what: str
     outputs: list[tuple[int, str, float]]
+    count: int
+    place: list[int]
+    places: list[int]
+    after: int
     kind: Literal["explained"] = "explained"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One channel of a layer, or one place."""
+    """One part of a column.
+
+    Attributes:
+        python: its neurons.
+    """
 
     index: int
     value: float
+    python: str
 
 
 @dataclass(frozen=True)
@@ -108,19 +130,28 @@ class Shown:
     """A column: its most relevant parts, and what all others hold together.
 
     Attributes:
-        each: Python for one part, whose number takes the place of `#`.
+        axis, by, of: how it is divided, as in a selection.
+        word: what stands before a part's number in the notation.
+        total: of all parts; `None` where a walk may visit several, so that they have none.
+        each: Python for one part, whose neurons take the place of `#`.
+        where: of clusters which is where: 8-bit numbers in base64, of the shape `positions`.
     """
 
     layer: str
     axis: int | None
+    by: str
+    of: int | None
+    word: str
     size: int
-    total: float
+    total: float | None
     nodes: list[Node]
     others: int
     rest: float
     notation: str
     python: str
     each: str
+    where: str | None = None
+    positions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -156,7 +187,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Flows:
-    """The joint relevance of parts of two adjacent columns: `[lower, upper, relevance]`."""
+    """The joint relevance of parts of two adjacent columns: `[lower, upper, relevance]`.
+
+    Attributes:
+        python: for one flow; the neurons of its lower part and then of its upper one take the
+            place of each `#`.
+    """
 
     lower: str
     upper: str

@@ -85,6 +85,7 @@ def _answers(
     for column in shown[0].columns:
         for node in column.nodes:
             part = {"layer": column.layer, "channels": [node.index], "axis": column.axis}
+            part |= {"by": column.by, "of": column.of}
             for mode in ("joint", "given"):
                 yield asked({"op": "and", "parts": [part]}, mode)
 

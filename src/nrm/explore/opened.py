@@ -5,7 +5,6 @@ The command line opens models and pictures (`nrm.cli.opening`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,16 +15,11 @@ from torch import Tensor
 
 from nrm.errors import InputError, QueryError
 from nrm.explainer import Explainer
-from nrm.graph import Graph
 from nrm.io import shown as as_seen
 from nrm.measure import Measure
-from nrm.targets import Contrast
 
 Kind = Literal["picture", "words", "series", "graph"]
 """How an input is shown: pixels; words; values over time; nodes and edges."""
-
-MOST_COLUMNS = 5
-"""Layers that are shown at first."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +63,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A layer that may be shown: its parts are channels, or the places along an axis."""
-
-    layer: str
-    size: int
-    kind: str
-    axis: int | None = None
-
-
-@dataclass(frozen=True)
 class Opened:
     """A model and inputs for it.
 
@@ -94,6 +78,7 @@ class Opened:
         axis: of that layer, along which the places of a text, a series or a graph lie.
         references: for some layers (`nrm relmax`), the samples of a channel.
         referenced: these layers.
+        columns: layers that are shown at first; by default some that are spread over the depth.
     """
 
     name: str
@@ -107,6 +92,7 @@ class Opened:
     axis: int | None = None
     references: Callable[[str, int], Sequence[Sample]] | None = None
     referenced: Sequence[str] = ()
+    columns: Sequence[str] = ()
 
     def measure(self, chosen: Input) -> Measure:
         """What is explained of an input by default: its largest output."""
@@ -145,81 +131,3 @@ def pictures(
     ]
     name = type(explainer.model).__name__
     return Opened(name, "picture", explainer, inputs, "", labels)
-
-
-def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:
-    """The cuts of a graph that have parts to show, from the inputs to the output.
-
-    Layers in which the places of a text, a series or a graph lie along the same axis as in the
-    input are divided by these, all others into channels.
-    """
-    forward, places = R.forward_pass, None  # once: each look at it looks at the whole model
-    if opened.axis is not None:
-        place = graph.variable(opened.place or graph.inputs[0].name)
-        places = place.neuron_shape(forward.shape(place))[opened.axis]
-    found: list[Column] = []
-    # Walks that end at biases, where these are inputs, cross no more layers.
-    for variable in reversed(graph.crossings(leaving_out=("bias", "constant"))):
-        producer = variable.producer
-        if producer is None or variable is graph.output or producer.kind in _SAME:
-            continue
-        sizes = variable.neuron_shape(forward.shape(variable))
-        if not sizes:
-            continue
-        axis = opened.axis
-        if axis is None or len(sizes) <= max(axis, 1) or sizes[axis] != places:
-            axis = None
-        size = sizes[variable.channel_axis_of(sizes) if axis is None else axis]
-        if size > 1:
-            found.append(Column(variable.name, size, producer.kind, axis))
-    return found
-
-
-_SAME = ("view", "dropout", "identity")
-"""Kinds of operations after which a layer is the one before it once more."""
-
-
-def chosen_at_first(columns: Sequence[Column], most: int = MOST_COLUMNS - 1) -> list[str]:
-    """Some of them, spread over the depth: those divided into places, else activations."""
-    fit = [column for column in columns if column.axis is not None]
-    fit = fit or [column for column in columns if column.kind == "activation"] or list(columns)
-    if len(fit) <= most:
-        return [column.layer for column in fit]
-    step = (len(fit) - 1) / (most - 1)
-    return [fit[round(k * step)].layer for k in range(most)]
-
-
-def target_of(chosen: Any, against: Any, R: Measure) -> tuple[Any, str, str]:
-    """What is explained: as an explainer takes it, as Python, and in the paper's notation.
-
-    Arguments:
-        chosen, against: numbers of outputs, or `None`: the largest one, and nothing.
-
-    Raises:
-        QueryError: they are no outputs.
-    """
-    output = R.graph.output
-    axes = output.neuron_shape(R.output.shape)
-    outputs = axes[-1] if axes else 1
-    if math.prod(axes) != outputs:
-        raise QueryError(
-            "the explorer shows models with one output for each class, not outputs "
-            f"{tuple(axes)}: give Explainer(output=...) a function that picks one row of them."
-        )
-    for one in (chosen, against):
-        whole = isinstance(one, int) and not isinstance(one, bool)
-        if one is not None and not (whole and 0 <= one < outputs):
-            raise QueryError(f"there is no output {str(one)[:20]}: they are 0 to {outputs - 1}.")
-    if chosen is None:
-        chosen = int(R.output.reshape(-1).argmax())
-    before = (0,) * (len(axes) - 1)
-
-    def place(index: int) -> Any:
-        return (*before, index) if before else index
-
-    if against is None:
-        return place(chosen), str(place(chosen)), str(chosen)
-    if against == chosen:
-        raise QueryError("an output is explained against another one, not against itself.")
-    contrast = Contrast(place(chosen), place(against))
-    return contrast, f"nrm.Contrast({place(chosen)}, {place(against)})", f"{chosen} − {against}"

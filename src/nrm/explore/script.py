@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from nrm.errors import QueryError, printable
 from nrm.explore.answers import Request
-from nrm.explore.opened import Input, Opened, columns_of, target_of
+from nrm.explore.columns import divided_columns
+from nrm.explore.explained import target_of
+from nrm.explore.opened import Input, Opened
 from nrm.explore.selection import parse
 from nrm.measure import Measure
 
@@ -35,29 +37,29 @@ def script(R: Measure, request: Request, opened: Opened, chosen: Input) -> str:
         raise QueryError(
             "this was opened in Python, so that no script knows how: take the line below a number."
         )
-    _, target, symbol = target_of(request.target, request.against, R)
-    selected = parse(request.selection, R.graph)
+    aim = target_of(request.target, request.against, R, opened)
+    selected = parse(request.selection, R)
     condition = ""
     if selected is None:
-        notation = f"R({symbol}) = 1"
+        notation = f"R({aim.notation}) = 1"
         lines = ['print(f"total at the input: {float(R.heatmap().sum()):.6f}")']
     else:
-        notation = f"R({selected.notation}, {symbol})"
+        notation = f"R({selected.notation}, {aim.notation})"
         condition = ", given=selection" if request.mode == "given" else ", selection"
         lines = [
             f"selection = {selected.python}",
             'print(f"R(selection) = {float(R(selection)):.6f}")',
         ]
-    known = {column.layer: column for column in columns_of(R.graph, opened, R)}
-    for column in (known[layer] for layer in request.columns if layer in known):
-        values = f"R.channels({column.layer!r}{condition})[0]"
-        if column.axis is not None:
-            one = f"nrm.channels({column.layer!r}, k, axis={column.axis})"
-            values = f"torch.cat([R({one}{condition}) for k in range({column.size})])"
+    for column in divided_columns(R, opened, request.columns):
+        values, number = f"R.channels({column.layer!r}{condition})[0]", "part"
+        if column.by.how != "channels":
+            values = f"torch.cat([R(part{condition}) for part in {column.python()}])"
+        if list(column.numbers) != list(range(len(column.numbers))):
+            number = f"{list(column.numbers)}[part]"
         lines.append(
             f"values = {values}\n"
             f"for part in values.abs().topk(min({request.top}, len(values))).indices.tolist():\n"
-            f'    print({column.layer!r}, part, f"{{float(values[part]):+.6f}}")'
+            f'    print({column.layer!r}, {number}, f"{{float(values[part]):+.6f}}")'
         )
     imports = ["import nrm", "import torch"]
     body = f"{opened.python}\n{chosen.python}"
@@ -68,7 +70,7 @@ def script(R: Measure, request: Request, opened: Opened, chosen: Input) -> str:
         title=_in_words(f"{opened.name}, {chosen.name}"),
         imports="\n".join(sorted(dict.fromkeys(imports))),
         model="\n".join(kept).strip(),
-        target=target,
+        target=aim.python,
         notation=notation,
         total="\n".join(lines),
     )

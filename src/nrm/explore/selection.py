@@ -1,10 +1,12 @@
 """What is selected in the explorer: JSON as a formula, in the paper's notation, and as Python.
 
     {"op": "and", "parts": [{"layer": "relu2", "channels": [3]},
+                            {"layer": "relu3", "channels": [0], "by": "clusters", "of": 6},
                             {"not": {"patch": [0, 5, 4, 10]}}]}
 
-A part is the channels of a layer (or the places of another of its axes), a patch of the input, the
-negation of a part, or several joined by `and` or `or`. Nothing of it is ever run as code.
+A part is some channels of a layer, some places along another of its axes (`"axis"`), some heads,
+clusters or time steps (`"by"`, see `divided`), a patch of the input, the negation of a part, or
+several joined by `and` or `or`. Nothing of it is ever run as code.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from operator import and_, or_
 from typing import Any
 
 from nrm.errors import QueryError
-from nrm.formulas import Formula, Not, conjunction
+from nrm.explore.divided import By, divide, is_index, shortly
+from nrm.formulas import Formula, Not, conjunction, united
 from nrm.graph import Graph, Variable
+from nrm.measure import Measure
 from nrm.sets import channels, patch, variables_of
 
 DEEPEST, MOST_PARTS, MOST_CHANNELS = 8, 24, 4096
@@ -66,11 +70,12 @@ class Selected:
         return so_far, onward
 
 
-def parse(given: Any, graph: Graph) -> Selected | None:
+def parse(given: Any, R: Measure) -> Selected | None:
     """What a request selects; `None` where it is nothing.
 
     Arguments:
         given: JSON as above; its layers are those of the graph.
+        R: of the input, of any target; it finds clusters.
 
     Raises:
         QueryError, UnknownLayerError, NeuronSetError: it is none of that.
@@ -79,19 +84,14 @@ def parse(given: Any, graph: Graph) -> Selected | None:
         return None
     if _count(given, 0) > MOST_PARTS:
         raise QueryError(f"a selection has at most {MOST_PARTS} parts.")
-    return _parsed(given, graph)
-
-
-def part_of(layer: str, index: int, axis: int | None) -> Selected:
-    """One channel of a layer, or one place along another axis."""
-    return _of_channels(layer, [index], axis)
+    return _parsed(given, R)
 
 
 def _count(given: Any, depth: int) -> int:
     if depth > DEEPEST:
         raise QueryError(f"a selection is nested at most {DEEPEST} deep.")
     if not isinstance(given, dict):
-        raise QueryError(f"a part of a selection is an object, not {_short(given)}.")
+        raise QueryError(f"a part of a selection is an object, not {shortly(given)}.")
     if "not" in given:
         return _count(given["not"], depth + 1)
     if "op" not in given:
@@ -102,32 +102,31 @@ def _count(given: Any, depth: int) -> int:
     return sum(_count(part, depth + 1) for part in parts)
 
 
-def _parsed(given: dict[str, Any], graph: Graph) -> Selected:
+def _parsed(given: dict[str, Any], R: Measure) -> Selected:
     if "not" in given:
-        inner = _parsed(given["not"], graph).enclosed()
+        inner = _parsed(given["not"], R).enclosed()
         return Selected(Not(inner.formula), f"{_NOT}{inner.notation}", f"~{inner.python}")
     if "op" in given:
-        return _joined(given, graph)
-    layer = given.get("layer", graph.inputs[0].name)
+        return _joined(given, R)
+    layer = given.get("layer", R.graph.inputs[0].name)
     if not isinstance(layer, str):
-        raise QueryError(f"a layer is named by a text, not {_short(layer)}.")
-    graph.variable(layer)
+        raise QueryError(f"a layer is named by a text, not {shortly(layer)}.")
+    by = By.read(given)
+    if by.how != "steps":
+        R.graph.variable(layer)
     if "channels" in given:
-        axis = given.get("axis")
-        if axis is not None and not _is_index(axis):
-            raise QueryError(f"an axis is a whole number, not {_short(axis)}.")
-        return _of_channels(layer, _whole(given["channels"], "channels"), axis)
+        return _of_parts(R, layer, _whole(given["channels"], "channels"), by)
     if "patch" in given:
         return _of_patch(layer, _whole(given["patch"], "the ends of a patch"))
     raise QueryError("a part of a selection names channels, a patch, 'not', or 'op' with 'parts'.")
 
 
-def _joined(given: dict[str, Any], graph: Graph) -> Selected:
+def _joined(given: dict[str, Any], R: Measure) -> Selected:
     if given["op"] not in ("and", "or"):
-        raise QueryError(f"parts are joined by 'and' or 'or', not {_short(given['op'])}.")
+        raise QueryError(f"parts are joined by 'and' or 'or', not {shortly(given['op'])}.")
     if len(given["parts"]) == 1:
-        return _parsed(given["parts"][0], graph)
-    parts = [_parsed(part, graph).enclosed() for part in given["parts"]]
+        return _parsed(given["parts"][0], R)
+    parts = [_parsed(part, R).enclosed() for part in given["parts"]]
     both = given["op"] == "and"
     return Selected(
         reduce(and_ if both else or_, (part.formula for part in parts)),
@@ -137,14 +136,17 @@ def _joined(given: dict[str, Any], graph: Graph) -> Selected:
     )
 
 
-def _of_channels(layer: str, chosen: Sequence[int], axis: int | None) -> Selected:
-    along = "" if axis is None else f", axis={axis}"
-    numbers = ", ".join(map(str, chosen))
-    return Selected(
-        channels(layer, *chosen, axis=axis),
-        f"S_{{{layer}:{numbers}}}",
-        f"nrm.channels({layer!r}, {numbers}{along})",
-    )
+def _of_parts(R: Measure, layer: str, chosen: Sequence[int], by: By) -> Selected:
+    notation = f"S_{{{layer}:{by.word}{', '.join(map(str, chosen))}}}"
+    if by.how in ("channels", "places"):
+        along = "" if by.axis is None else f", axis={by.axis}"
+        line = f"nrm.channels({layer!r}, {', '.join(map(str, chosen))}{along})"
+        return Selected(channels(layer, *chosen, axis=by.axis), notation, line)
+    divided = divide(R, layer, by)
+    parts = [divided.part(number) for number in dict.fromkeys(chosen)]
+    line = " | ".join(part.python for part in parts)
+    line = f"({line})" if len(parts) > 1 else line
+    return Selected(united([part.chosen for part in parts]), notation, line)
 
 
 def _of_patch(layer: str, ends: Sequence[int]) -> Selected:
@@ -161,17 +163,8 @@ def _of_patch(layer: str, ends: Sequence[int]) -> Selected:
 
 
 def _whole(given: Any, what: str) -> list[int]:
-    if not isinstance(given, list) or not given or not all(map(_is_index, given)):
-        raise QueryError(f"{what} are given as a list of whole numbers, not {_short(given)}.")
+    if not isinstance(given, list) or not given or not all(map(is_index, given)):
+        raise QueryError(f"{what} are given as a list of whole numbers, not {shortly(given)}.")
     if len(given) > MOST_CHANNELS:
         raise QueryError(f"{what}: at most {MOST_CHANNELS} numbers.")
     return given
-
-
-def _is_index(given: Any) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and -(2**31) < given < 2**31
-
-
-def _short(given: Any) -> str:
-    text = repr(given)
-    return text if len(text) < 80 else f"{text[:80]}…"

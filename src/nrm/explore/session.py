@@ -20,7 +20,8 @@ from typing import Any
 
 from nrm.errors import InputError, NrmError, QueryError, one_line
 from nrm.explore.answers import Found, Part, Request, Searching
-from nrm.explore.opened import Input, Opened, Sample, chosen_at_first, columns_of
+from nrm.explore.columns import chosen_at_first, columns_of
+from nrm.explore.opened import Input, Opened, Sample
 from nrm.explore.script import script
 from nrm.explore.view import answer, search
 from nrm.measure import Measure
@@ -159,9 +160,16 @@ class Session:
         with self._computing:
             R = self.measure(number)
             found = columns_of(R.graph, self._opened, R)
-        rows = [{"layer": c.layer, "size": c.size, "kind": c.kind, "axis": c.axis} for c in found]
-        known = [c.layer for c in found if c.layer in self._opened.referenced]
-        return rows, known or chosen_at_first(found)
+        rows = [
+            {
+                "layer": one.layer, "size": one.size, "kind": one.kind, "axis": one.axis,
+                "group": one.group,
+                "ways": [{"by": w.by.how, "size": w.size, "of": w.by.of} for w in one.ways],
+            }
+            for one in found
+        ]  # fmt: skip
+        known = [one.layer for one in found if one.layer in self._opened.referenced]
+        return rows, list(self._opened.columns) or known or chosen_at_first(found)
 
 
 def told(parts: Iterator[Part]) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import base64
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from nrm.explore.answers import (
     Columns,
     Cost,
     Done,
-    Explained,
     Flows,
     Found,
     Heatmap,
@@ -34,10 +33,14 @@ from nrm.explore.answers import (
     Request,
     Shown,
 )
-from nrm.explore.opened import Column, Opened, columns_of, target_of
-from nrm.explore.selection import Selected, parse, part_of
-from nrm.joint import Division, partition
+from nrm.explore.columns import divided_columns
+from nrm.explore.divided import By, Divided
+from nrm.explore.explained import Aim, target_of
+from nrm.explore.opened import Opened
+from nrm.explore.selection import Selected, parse
+from nrm.joint import Division, Parts
 from nrm.measure import Measure
+from nrm.sets import variables_of
 
 MOST_MESSAGES = 64
 """At once, that a formula may need."""
@@ -60,9 +63,9 @@ def answer(R: Measure, request: Request, opened: Opened, check: Check) -> Iterat
     Raises:
         NrmError: something is asked for that is not there.
     """
-    target, _, symbol = target_of(request.target, request.against, R)
-    asked = _Asked(R.of(target), request, opened, symbol, check)
-    yield asked.explained()
+    aim = target_of(request.target, request.against, R, opened)
+    asked = _Asked(R.of(aim.target), request, opened, aim, check)
+    yield aim.explained(asked.R, opened)
     found = asked.columns()
     yield found
     costs = [found.cost]
@@ -83,27 +86,21 @@ def search(R: Measure, request: Request, opened: Opened, tell: Callable[[float],
     Raises:
         NrmError: something is asked for that is not there, or lies below a column.
     """
-    target, _, symbol = target_of(request.target, request.against, R)
-    return _Asked(R.of(target), request, opened, symbol, lambda: None).search(tell)
+    aim = target_of(request.target, request.against, R, opened)
+    return _Asked(R.of(aim.target), request, opened, aim, lambda: None).search(tell)
 
 
 class _Asked:
     """A request to a measure, with what both its columns and its flows need."""
 
     def __init__(
-        self, R: Measure, request: Request, opened: Opened, symbol: str, check: Check
+        self, R: Measure, request: Request, opened: Opened, aim: Aim, check: Check
     ) -> None:
         self.R, self.request, self.opened, self.check = R, request, opened, check
-        self.symbol = symbol
+        self.symbol = aim.notation
         self.forward = R.forward_pass  # once: each look at it looks at the whole model
-        self.selected: Selected | None = parse(request.selection, R.graph)
-        known = {column.layer: column for column in columns_of(R.graph, opened, R)}
-        for layer in request.columns:
-            if layer not in known:
-                R.graph.variable(layer)  # says so, where there is none of that name
-                raise QueryError(f"{layer!r} is no cut with channels, so that it is no column.")
-        names = [layer for layer in known if layer in request.columns]
-        self.layers: list[Column] = [known[name] for name in names]
+        self.selected: Selected | None = parse(request.selection, R)
+        self.divided: list[Divided] = divided_columns(R, opened, request.columns)
         self.messages = 1
         if self.selected is not None:
             self.messages = R.plan(self.selected.formula).channels
@@ -135,31 +132,13 @@ class _Asked:
             arguments.append(f"{'given=' if given else ''}{self.selected.python}")
         return f"{query}({', '.join(arguments)})"
 
-    def divided(self, joint: float) -> float:
+    def divided_by(self, joint: float) -> float:
         """A joint relevance as it is shown: divided by what is given, 0 where that is 0."""
         if not self.given:
             return joint
         return joint / self.known if self.known else 0.0
 
     # -- what is shown ---------------------------------------------------------------------------
-
-    def explained(self) -> Explained:
-        """The output, and the largest of all outputs."""
-        R, request = self.R, self.request
-        values = R.output.reshape(-1)
-        chosen, label = None, str(R.quantity)
-        if request.against is None:
-            chosen = int(self.symbol)
-            label = self.opened.label(chosen)
-        else:
-            of = int(values.argmax()) if request.target is None else request.target
-            label = f"{self.opened.label(of)} − {self.opened.label(request.against)}"
-            chosen = of
-        largest = values.topk(min(10, len(values))).indices.tolist()
-        wanted = [k for k in (chosen, request.against) if k is not None and k not in largest]
-        outputs = [(k, self.opened.label(k), float(values[k])) for k in [*largest, *wanted]]
-        scale = float(R.scale[0])
-        return Explained(chosen, request.against, label, scale, R.explained, outputs)
 
     def columns(self) -> Columns:
         """All columns and the heatmap at the input."""
@@ -169,12 +148,12 @@ class _Asked:
         end = R.graph.output.name
         with warnings.catch_warnings(record=True) as met:
             warnings.simplefilter("always")
-            layers = [place, *(column.layer for column in self.layers), end]
+            layers = [place, *(layer for one in self.divided for layer in one.layers), end]
             found = R.marginals(self.condition, layers=layers)
         if self.selected is not None:  # all walks begin at the output
             self.known = math.fsum(found[end].double().reshape(-1).tolist())
         heat = self._heatmap(place, found[place])
-        shown = [self._column(column, found[column.layer]) for column in self.layers]
+        shown = [self._column(one, found) for one in self.divided]
         passes = 1 if self.selected is None else 2 * self.messages
         total = Number(self.known, self._total(), self._line())
         cautions = list(dict.fromkeys(str(one.message) for one in met))
@@ -213,40 +192,34 @@ class _Asked:
             float(values.sum()),
             self.notation(index),
             query,
-            self.python(_of(place, self.opened.axis)),
+            self.python(_place(place, self.opened.axis)),
         )
 
-    def _column(self, column: Column, message: Tensor) -> Shown:
-        values = self._by_part(column, message)
+    def _column(self, column: Divided, messages: Mapping[str, Tensor]) -> Shown:
+        values = column.add_up(messages, self.forward)
         largest = values.abs().topk(min(self.request.top, len(values))).indices.tolist()
-        chosen = [k for k in self._selected_in(column) if k not in largest and k < len(values)]
-        shown = [*largest, *chosen[: self.request.top]]
-        nodes = [Node(k, self.divided(float(values[k]))) for k in shown]
-        total = self.divided(math.fsum(values.tolist()))
-        rest = total - math.fsum(node.value for node in nodes)
-        each = self.python(_of(column.layer, column.axis))
-        whole = column.axis is None
+        named = {column.numbers.index(k) for k in self._selected_in(column) if k in column.numbers}
+        chosen = sorted(named - set(largest))[: self.request.top]
+        nodes = []
+        for place in (*largest, *chosen):
+            number, value = column.numbers[place], self.divided_by(float(values[place]))
+            nodes.append(Node(number, value, column.part(number).python))
+        total = self.divided_by(math.fsum(values.tolist())) if column.is_one_layer else None
+        others = len(values) - len(nodes)
+        rest = 0.0
+        if others and total is not None:
+            rest = total - math.fsum(node.value for node in nodes)
+        by, each = column.by, self.python("#")
+        whole = by.how == "channels"
         return Shown(
-            column.layer,
-            column.axis,
-            column.size,
-            total,
-            nodes,
-            len(values) - len(nodes),
-            rest if len(values) > len(nodes) else 0.0,
+            column.layer, by.axis, by.how, by.of, by.word, len(values), total, nodes, others, rest,
             self.notation(f"S_{{{column.layer}}}"),
             self.python(repr(column.layer), query="R.channels") if whole else each,
-            each,
-        )
+            each, *_where(column),
+        )  # fmt: skip
 
-    def _by_part(self, column: Column, message: Tensor) -> Tensor:
-        """The relevance of each part of a column, in double precision: `[parts]`."""
-        by: Division = "channel" if column.axis is None else column.axis
-        parts = partition(column.layer, by, self.forward)
-        return parts.add_up(message.double().unsqueeze(0))[0, 0].cpu()
-
-    def _selected_in(self, column: Column) -> list[int]:
-        """The channels of a column that the selection names."""
+    def _selected_in(self, column: Divided) -> list[int]:
+        """The parts of a column that the selection names."""
         return sorted(set(_named(self.request.selection, column)))
 
     # -- flows -----------------------------------------------------------------------------------
@@ -255,12 +228,12 @@ class _Asked:
         """The joint relevance of the parts shown of two columns."""
         R, begin = self.R, time.perf_counter()
         one, two = self._known(lower), self._known(upper)
-        channels = one.axis is None and two.axis is None
+        channels = one.by == two.by == By()
         a, b = [node.index for node in lower.nodes], [node.index for node in upper.nodes]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said of the columns already
-            above = self._above(upper.layer)
-            if above and channels and R.joint_method(lower.layer, upper.layer) == "contraction":
+            alone = channels and self._above(upper.layer)
+            if alone and R.joint_method(lower.layer, upper.layer) == "contraction":
                 how, passes = "one contraction of all pairs", 1 + self.messages
                 more = () if self.selected is None else (self.condition,)
                 table = R.joint(lower.layer, upper.layer, *more)[0][a][:, b]
@@ -269,20 +242,19 @@ class _Asked:
                 table, passes = self._from_above(one, a, two, b)
                 how = f"a message from each of {len(b)} parts of {upper.layer}"
         links = [
-            (i, j, self.divided(float(table[row, column])))
+            (i, j, self.divided_by(float(table[row, column])))
             for row, i in enumerate(a)
             for column, j in enumerate(b)
         ]
         links = [link for link in links if link[2] != 0.0]
         links.sort(key=lambda link: -abs(link[2]))
-        first, second = (_of(c.layer, c.axis) for c in (one, two))
         return Flows(
             lower.layer,
             upper.layer,
             links[:LINKS],
             how,
             self.notation(f"S_{{{lower.layer}}}", f"S_{{{upper.layer}}}"),
-            self.python(f"{first}, {second}"),
+            self.python("#, #"),
             _cost(begin, passes),
         )
 
@@ -294,25 +266,38 @@ class _Asked:
         return apart is not None and not apart[1]
 
     def _from_above(
-        self, lower: Column, a: Sequence[int], upper: Column, b: Sequence[int]
+        self, lower: Divided, a: Sequence[int], upper: Divided, b: Sequence[int]
     ) -> tuple[Tensor, int]:
-        """`[a, b]`: parts of a layer jointly with parts of one above; and the messages it took.
+        """`[a, b]`: parts of a column jointly with parts of one above; and the messages it took.
 
-        Every walk crosses the lower layer once. Where what is selected is decided either before or
+        A walk visits a layer once at most. Where what is selected is decided either before or
         after, a message from each part of the upper layer is weighed at the lower one by how walks
-        go on from there: one forward message for all.
+        go on from there: one forward message for all. A column of several layers, as hidden states
+        are, is asked for all of them with each part of the other.
         """
         R = self.R
         if not b:
             return torch.zeros(len(a), 0), 0
-        parts = [part_of(upper.layer, k, upper.axis).formula for k in b]
+        rows = [lower.numbers.index(k) for k in a]
+        parts = [upper.part(k).chosen for k in b]
+        if not lower.is_one_layer:
+            columns = []
+            for part in parts:
+                self.check()
+                there = R.marginals(part, self.condition, layers=lower.layers)
+                columns.append(lower.add_up(there, self.forward)[rows])
+            return torch.stack(columns, 1), len(b) * 2 * self.messages
+        variable = R.graph.variable(lower.layer)
+        further = R.graph.upstream(variable)
+        above = not any(v in further for part in parts for v in variables_of(part, R.graph))
         apart = None
-        if self.selected is not None:
-            apart = self.selected.apart_at(R.graph.variable(lower.layer), R.graph)
+        if self.selected is not None and above:
+            apart = self.selected.apart_at(variable, R.graph)
         weight: Tensor | None = None
         if self.selected is None or apart is None:
             each: list[list[Sets]] = [[part, self.condition] for part in parts]
-            passes = len(b) * (1 if self.selected is None else 2 * self.messages)
+            once = self.selected is None and above
+            passes = len(b) * (1 if once else 2 * self.messages)
         else:
             so_far, onward = apart
             each = [[part, *so_far] for part in parts]
@@ -321,23 +306,32 @@ class _Asked:
                 weight = R.conditionals(*onward, layers=[lower.layer])[lower.layer]
                 passes += self.messages
         found = R.heatmaps(each, at=lower.layer, progress=lambda done: self.check())
-        rows = found if weight is None else found * weight
-        return torch.stack([self._by_part(lower, row)[list(a)] for row in rows], 1), passes
+        if weight is not None:
+            found = found * weight
+        values = [lower.add_up({lower.layer: row}, self.forward)[rows] for row in found]
+        return torch.stack(values, 1), passes
 
     def search(self, tell: Callable[[float], None]) -> Found:
         """The most relevant flows through all columns."""
-        axes = {column.axis for column in self.layers}
-        if len(self.layers) < 2 or len(axes) > 1:
-            raise QueryError("flows go through two columns or more that are divided alike.")
-        (axis,) = axes
-        names = [column.layer for column in self.layers]
-        by: Division = "channel" if axis is None else axis
+        if len(self.divided) < 2 or not all(one.is_one_layer for one in self.divided):
+            raise QueryError(
+                "flows go through two columns or more, of which a walk visits one part each: not "
+                "through the hidden states of all steps."
+            )
+        names = [one.layer for one in self.divided]
+        by, sides = self._sides()
         begin = time.perf_counter()
         more = () if self.selected is None else (self.condition,)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = self.R.top(
-                *names, *more, k=FLOWS, by=by, order="absolute", seconds=SECONDS, progress=tell
+                *(side for side, _ in sides),
+                *more,
+                k=FLOWS,
+                by=by,
+                order="absolute",
+                seconds=SECONDS,
+                progress=tell,
             )
             if self.given:
                 self.known = float(self.R(self.condition)[0])
@@ -349,34 +343,59 @@ class _Asked:
         return Found(
             names,
             [
-                ([flow.parts[name] for name in names], self.divided(flow.relevance))
+                ([flow.parts[name] for name in names], self.divided_by(flow.relevance))
                 for flow in found
             ],
             found.gap if math.isfinite(found.gap) else None,
             self.notation(*(f"S_{{{name}}}" for name in names)),
-            f"R.top({', '.join([*map(repr, names), *sets, options])})",
+            f"R.top({', '.join([*(line for _, line in sides), *sets, options])})",
             _cost(begin, found.expanded),
         )
 
-    def _known(self, shown: Shown) -> Column:
-        return next(column for column in self.layers if column.layer == shown.layer)
+    def _sides(self) -> tuple[Division, list[tuple[Parts, str]]]:
+        """What the columns are divided by where they are layers by name; and each, with Python.
+
+        By name they are where all are divided alike, and channels always; else their parts are
+        given one by one.
+        """
+        alike = {(one.by.how, one.by.axis) for one in self.divided}
+        by: Division = "channel"
+        if len(alike) == 1 and self.divided[0].by.axis is not None:
+            by = self.divided[0].by.axis
+        found: list[tuple[Parts, str]] = []
+        for one in self.divided:
+            named = one.by.how == "channels" or (by != "channel" and one.by.how == "places")
+            line = repr(one.layer) if named else one.python()
+            found.append((one.layer if named else one.sets(), line))
+        return by, found
+
+    def _known(self, shown: Shown) -> Divided:
+        return next(one for one in self.divided if one.layer == shown.layer)
 
 
-def _of(layer: str, axis: int | None) -> str:
-    """How one part of a column is written; the page puts the number in."""
+def _place(layer: str, axis: int | None) -> str:
+    """How one place of the input is written; the page puts the number in."""
     along = "" if axis is None else f", axis={axis}"
     return f"nrm.channels({layer!r}, #{along})"
 
 
-def _named(given: Any, column: Column) -> Iterator[int]:
+def _named(given: Any, column: Divided) -> Iterator[int]:
     if not isinstance(given, dict):
         return
-    if given.get("layer") == column.layer and given.get("axis") == column.axis:
-        yield from given.get("channels", [])
+    if "channels" in given and given.get("layer") == column.layer and By.read(given) == column.by:
+        yield from given["channels"]
     if "not" in given:
         yield from _named(given["not"], column)
     for part in given.get("parts", []):
         yield from _named(part, column)
+
+
+def _where(column: Divided) -> tuple[str | None, list[int]]:
+    """Of clusters, which is at which position."""
+    if column.labels is None:
+        return None, []
+    numbers = column.labels.to(torch.uint8).contiguous().numpy()
+    return base64.b64encode(numbers.tobytes()).decode(), list(numbers.shape)
 
 
 def _cost(begin: float, passes: int) -> Cost:

@@ -8,6 +8,7 @@ const BAR = 17;
 const TOP = 58;
 const NARROWEST = 180;
 const FONT = "ui-sans-serif, system-ui, 'Helvetica Neue', Arial, sans-serif";
+const SEVERAL = "a walk may visit several of them, so that they have no sum; each is the relevance of the walks that visit it";
 const INK = "#1d1d1f";
 const MUTED = "#6a6a70";
 
@@ -57,17 +58,17 @@ function drawColumn(svg, column, places, x, block, scale, state, on) {
   const head = draw("g", { class: "head", transform: `translate(${x},0)` },
     draw("text", { x: scale.label, y: 18, "font-weight": 600, "font-size": column.layer.length > 18 ? 11 : 12 }, shortened(column.layer, 24)),
     draw("text", { x: scale.label, y: 35, fill: MUTED, "font-size": 11, class: "total", "data-layer": column.layer, "data-value": column.total },
-      `${column.size} ${column.axis === null ? "channels" : "places"} · total ${relevance(column.total)}`));
-  head.append(draw("title", {}, column.layer));
-  pointed(head, { value: column.total, notation: column.notation, python: column.python }, on);
+      column.total === null ? `${column.size} ${column.by} · have no sum` : `${column.size} ${column.by} · total ${relevance(column.total)}`));
+  head.append(draw("title", {}, column.total === null ? `${column.layer}: ${SEVERAL}` : column.layer));
+  if (column.total !== null) pointed(head, { value: column.total, notation: column.notation, python: column.python }, on);
   svg.append(head);
   svg.append(draw("line", { x1: x + scale.zero, x2: x + scale.zero, y1: TOP, y2: TOP + (places.length + (column.others ? 1 : 0)) * ROW, stroke: "#c9c9ce" }));
   for (const { node, y } of places) {
-    const chosen = isSelected(state, column.layer, column.axis, node.index);
+    const chosen = isSelected(state, column, node.index);
     const label = column.marks?.length ? `${clipped(column.marks[node.index], 7)} ${node.index}` : String(node.index);
     const group = draw("g", {
       class: chosen ? "node chosen" : "node", transform: `translate(${x},${y})`, tabindex: 0, role: "button", "aria-pressed": chosen,
-      "aria-label": `${column.layer}, ${column.axis === null ? "channel" : "place"} ${label}, relevance ${relevance(node.value)}`,
+      "aria-label": `${column.layer}, ${column.by.replace(/s$/, "")} ${label}, relevance ${relevance(node.value)}`,
       "data-layer": column.layer, "data-index": node.index, "data-value": node.value,
       click: (event) => on.node(column, node, event), keydown: (event) => pressed(event, () => on.node(column, node, event)),
     },
@@ -81,19 +82,24 @@ function drawColumn(svg, column, places, x, block, scale, state, on) {
     const y = TOP + places.length * ROW + ROW / 2;
     const rest = draw("g", { class: "rest", transform: `translate(${x},${y})`, opacity: 0.75 },
       draw("text", { x: scale.label - 6, y: 4, "text-anchor": "end", fill: MUTED, "font-size": 11 }, `+${column.others}`),
-      draw("rect", { ...barAt(column.rest, scale), "fill-opacity": 0.35 }));
-    rest.append(draw("title", {}, `the other ${column.others} together: ${relevance(column.rest)}`));
+      ...(column.total === null ? [] : [draw("rect", { ...barAt(column.rest, scale), "fill-opacity": 0.35 })]));
+    rest.append(draw("title", {}, column.total === null ? `${column.others} more; ${SEVERAL}` : `the other ${column.others} together: ${relevance(column.rest)}`));
     svg.append(rest);
   }
 }
 
 export function nodeNumber(column, node) {
-  const which = `${column.layer}:${node.index}`;
   return {
     value: node.value,
-    notation: column.notation.replace(`S_{${column.layer}}`, `S_{${which}}`),
-    python: column.each.replace("#", String(node.index)),
+    notation: named(column.notation, column, node.index),
+    python: column.each.replace("#", () => node.python),
+    where: column.where ? { layer: column.layer, numbers: column.where, shape: column.positions, chosen: node.index } : null,
   };
+}
+
+// The notation of a column with the number of one part in it.
+export function named(text, column, index) {
+  return text.replace(`S_{${column.layer}}`, () => `S_{${column.layer}:${column.word}${index}}`);
 }
 
 function barAt(value, scale) {
@@ -102,7 +108,7 @@ function barAt(value, scale) {
 }
 
 function drawOutputs(svg, explained, out, outputs, on) {
-  svg.append(draw("text", { x: out.x + 8, y: 18, "font-weight": 600 }, "output"));
+  svg.append(draw("text", { x: out.x + 8, y: 18, "font-weight": 600 }, explained.place.length ? `output at ${explained.place.join(", ")}` : "output"));
   svg.append(draw("text", { x: out.x + 8, y: 35, fill: MUTED, "font-size": 11 }, explained.what === "output" ? "values" : explained.what));
   outputs.forEach(([index, label, value], k) => {
     const y = TOP + k * ROW + ROW / 2;
@@ -152,8 +158,8 @@ function drawFlows(svg, found, lower, upper, from, to, on) {
     const line = path({ source: [a.end, a.y + left.get(link)], target: [b.x + 2, b.y + right.get(link)] });
     const number = {
       value,
-      notation: found.notation.replace(`S_{${found.lower}}`, `S_{${found.lower}:${i}}`).replace(`S_{${found.upper}}`, `S_{${found.upper}:${j}}`),
-      python: found.python.replace("#", String(i)).replace("#", String(j)),
+      notation: named(named(found.notation, lower, i), upper, j),
+      python: found.python.replace("#", () => a.node.python).replace("#", () => b.node.python),
     };
     const group = draw("g", {
       class: "flow", tabindex: 0, role: "button", "aria-label": `flow from ${found.lower} ${i} to ${found.upper} ${j}, relevance ${relevance(value)}`,

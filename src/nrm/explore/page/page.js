@@ -1,13 +1,16 @@
 // The page: what is open, what is asked, the input, the network, and what a number is.
 
 import { make, notation, relevance, amount } from "./marks.js";
-import { drawNetwork } from "./network.js";
-import { drawPixels, drawHeatmap, drawScale, drawStill } from "./picture.js";
+import { offerColumns } from "./chooser.js";
+import { drawNetwork, named } from "./network.js";
+import { offerOutputs, outputOf } from "./outputs.js";
+import { drawPixels, drawHeatmap, drawScale, drawStill, drawWhere } from "./picture.js";
 import { drawPlaces } from "./places.js";
-import { asRequest, firstState, fromHash, toHash, toggled, withFlow, withPatch } from "./state.js";
+import { asRequest, firstState, fromHash, setOf, toHash, toggled, withFlow, withPatch } from "./state.js";
 import { offerFiles } from "./files.js";
 
 let pages = 0; // each has a name for its own group of buttons
+const WORDS = { heads: "head ", clusters: "cluster ", steps: "step " };
 const PATIENCE = 250; // milliseconds until the page says that it waits
 
 // Build the page in `root`.
@@ -189,13 +192,13 @@ class Page {
     const rows = found.flows.map(([parts, value]) => {
       const number = {
         value,
-        notation: found.layers.reduce((text, layer, k) => text.replace(`S_{${layer}}`, `S_{${layer}:${parts[k]}}`), found.notation),
+        notation: columns.reduce((text, column, k) => named(text, column, parts[k]), found.notation),
         python: found.python,
       };
       const bar = make("span", { class: value < 0 ? "size less" : "size" });
       bar.style.width = `${(100 * Math.abs(value)) / largest}px`;
-      const choose = () => this.choose({ ...this.state, op: "and", sets: columns.map((column, k) => ({ layer: column.layer, axis: column.axis, channels: [parts[k]], not: false })) });
-      const row = make("tr", {}, ...parts.map((part) => make("td", {}, String(part))), make("td", {}, relevance(value)), make("td", {}, bar),
+      const choose = () => this.choose({ ...this.state, op: "and", sets: columns.map((column, k) => setOf(column, parts[k])) });
+      const row = make("tr", {}, ...parts.map((part, k) => make("td", {}, `${columns[k].word}${part}`)), make("td", {}, relevance(value)), make("td", {}, bar),
         make("td", {}, make("button", { type: "button", class: "plain", click: choose }, "select")));
       row.addEventListener("pointerenter", () => this.point(number));
       row.addEventListener("pointerleave", () => this.point(null));
@@ -210,7 +213,7 @@ class Page {
 
   // Where the one channel that is selected is most relevant in the data set, if that is known.
   async drawReferences(state) {
-    const known = state.sets.filter((set) => !set.not && set.channels?.length === 1 && (this.opened.referenced ?? []).includes(set.layer));
+    const known = state.sets.filter((set) => !set.not && !set.by && set.channels?.length === 1 && (this.opened.referenced ?? []).includes(set.layer));
     if (!known.length || !this.source.references) {
       this.parts.samples.replaceChildren();
       return;
@@ -246,7 +249,7 @@ class Page {
       make("span", { class: "gap" }),
       make("button", { type: "button", class: "plain", title: "the most relevant flows through all columns", click: () => this.search() }, "Find flows"),
       ...(this.again ? [make("button", { type: "button", class: "plain", "aria-pressed": Boolean(this.second), title: "a second view beside this one", click: () => this.beside() }, "Compare")] : []),
-      this.columnChooser(), ...offerFiles(this),
+      offerColumns(opened, state, this.kept, (chosen) => { this.kept = true; this.choose(chosen); }, (open) => { this.kept = open; }), ...offerFiles(this),
       make("button", { type: "button", class: "plain undo", disabled: this.depth === 0, title: "Ctrl+Z", click: () => this.undo() }, "Undo"));
   }
 
@@ -270,27 +273,6 @@ class Page {
     }
   }
 
-  columnChooser() {
-    const boxes = this.opened.columns.map((column) => make("label", {}, make("input", {
-      type: "checkbox", value: column.layer, checked: this.state.columns.includes(column.layer),
-      change: (event) => {
-        const held = new Set(this.state.columns);
-        if (event.target.checked) held.add(column.layer);
-        else held.delete(column.layer);
-        this.kept = true;
-        this.choose({ ...this.state, columns: this.opened.columns.map((one) => one.layer).filter((layer) => held.has(layer)) });
-      },
-    }), ` ${column.layer} `, make("span", { class: "muted" }, `${column.kind}, ${column.size}`)));
-    const count = make("input", { type: "number", min: 1, max: 64, value: this.state.top, "aria-label": "channels of a column", change: (event) => {
-      const top = Math.min(64, Math.max(1, Math.round(Number(event.target.value)) || 12));
-      this.choose({ ...this.state, top });
-    } });
-    const held = make("details", { class: "chooser", open: this.kept }, make("summary", { class: "plain button" }, "Columns"),
-      make("div", { class: "menu" }, make("label", {}, "most relevant ", count), ...boxes));
-    held.addEventListener("toggle", () => { this.kept = held.open; });
-    return held;
-  }
-
   // -- what is asked -------------------------------------------------------------------------------
 
   drawAsked() {
@@ -299,20 +281,11 @@ class Page {
     const share = `${relevance(total.value)}`;
     const line = make("p", { class: "formula", "data-value": total.value }, notation(total.notation), " = ", make("b", { class: "value" }, share));
     const units = make("p", { class: "muted" }, `${amount(total.value * seen.explained.scale)} of ${amount(seen.explained.scale)}, the ${seen.explained.what} ${seen.explained.label}`);
-    const rather = make("select", { "aria-label": "rather than", change: (event) => this.choose({ ...this.state, target: seen.explained.target, against: event.target.value === "" ? null : Number(event.target.value) }) },
-      make("option", { value: "" }, "—"),
-      ...this.outputNames().filter(([k]) => k !== seen.explained.target).map(([k, label]) => make("option", { value: k, selected: k === state.against }, label)));
-    const why = make("select", { "aria-label": "explained output", change: (event) => this.choose({ ...this.state, target: Number(event.target.value), against: null }) },
-      ...this.outputNames().map(([k, label]) => make("option", { value: k, selected: k === seen.explained.target }, label)));
+    const input = this.opened.inputs[state.input];
     this.parts.asked.replaceChildren(
       make("div", { class: "total" }, line, units),
-      make("div", { class: "why", hidden: seen.explained.outputs.length < 2 }, make("label", {}, "Why ", why), make("label", {}, " rather than ", rather)),
+      offerOutputs(seen.explained, this.opened, input, (target, against) => this.choose({ ...this.state, target, against })),
       this.chips());
-  }
-
-  outputNames() {
-    if (this.opened.labels) return this.opened.labels.map((label, k) => [k, label]);
-    return this.seen.explained.outputs.map(([k, label]) => [k, label]).sort((a, b) => a[0] - b[0]);
   }
 
   // The selection, part by part: each may be negated or taken away, and how they are joined.
@@ -329,7 +302,7 @@ class Page {
       ...(k === 1 ? [joined] : k ? [make("span", { class: "muted" }, state.op === "and" ? "∧" : "∨")] : []),
       make("span", { class: set.not ? "chip not" : "chip" },
         make("button", { type: "button", "aria-pressed": set.not, "aria-label": "not", title: "not", class: "negate", click: () => change(set, { ...set, not: !set.not }) }, "¬"),
-        make("span", {}, set.patch ? `${set.layer} [${set.patch[0]}–${set.patch[1] - 1}, ${set.patch[2]}–${set.patch[3] - 1}]` : `${set.layer}: ${set.channels.join(", ")}`),
+        make("span", {}, set.patch ? `${set.layer} [${set.patch[0]}–${set.patch[1] - 1}, ${set.patch[2]}–${set.patch[3] - 1}]` : `${set.layer}: ${WORDS[set.by] ?? ""}${set.channels.join(", ")}`),
         make("button", { type: "button", "aria-label": "take away", title: "take away", class: "away-part", click: () => change(set, null) }, "×")),
     ]);
     const mode = (name, text) => make("label", {}, make("input", { type: "radio", name: this.name, value: name, checked: state.mode === name, change: () => this.choose({ ...this.state, mode: name }) }), text);
@@ -348,7 +321,7 @@ class Page {
     title.addEventListener("pointerenter", () => this.point({ ...heatmap, value: heatmap.total }));
     title.addEventListener("pointerleave", () => this.point(null));
     if (this.opened.kind !== "picture") {
-      this.parts.input.replaceChildren(title, drawPlaces(this.opened, input, heatmap, state, (k) => this.choose(toggled(this.state, heatmap.layer, this.opened.axis, k)), this.point));
+      this.parts.input.replaceChildren(title, drawPlaces(this.opened, input, heatmap, state, (k) => this.choose(toggled(this.state, { layer: heatmap.layer, axis: this.opened.axis }, k)), this.point));
       return;
     }
     const chosen = state.sets.find((set) => set.patch && set.layer === heatmap.layer)?.patch;
@@ -367,11 +340,14 @@ class Page {
     const focus = this.root.contains(document.activeElement) ? keyOf(document.activeElement) : null;
     const { state } = this;
     const place = this.opened.inputs[state.input];
-    for (const column of this.seen.columns.columns) if (column.axis !== null) column.marks = place.words ?? place.marks;
+    for (const column of this.seen.columns.columns) if (column.axis !== null || column.by === "steps") column.marks = place.words ?? place.marks;
     const svg = drawNetwork(this.seen, state, this.parts.network.clientWidth, {
-      node: (column, node) => this.choose(toggled(this.state, column.layer, column.axis, node.index)),
+      node: (column, node) => this.choose(toggled(this.state, column, node.index)),
       flow: (lower, upper, link) => this.choose(withFlow(this.state, lower, link[0], upper, link[1])),
-      output: (k, event) => this.choose(event.shiftKey ? { ...this.state, target: this.seen.explained.target, against: k } : { ...this.state, target: k, against: null }),
+      output: (k, event) => {
+        const of = (index) => outputOf(this.seen.explained, index);
+        this.choose(event.shiftKey ? { ...this.state, target: of(this.seen.explained.target), against: of(k) } : { ...this.state, target: of(k), against: null });
+      },
       point: this.point,
     });
     this.parts.network.replaceChildren(svg);
@@ -384,6 +360,7 @@ class Page {
     if (!this.seen?.columns) return;
     const { cost } = this.seen;
     const shown = number ?? this.seen.columns.total;
+    drawWhere(this.parts.input.querySelector(".picture"), number?.where);
     const { columns } = this.seen.columns;
     const took = cost ? `${cost.passes} passes, ${cost.milliseconds.toFixed(0)} ms` : `flows: ${this.seen.flows.length} of ${columns.length - 1} …`;
     this.parts.foot.replaceChildren(

@@ -83,6 +83,19 @@ export function drawHeatmap(heatmap, input, chosen, on) {
   return held;
 }
 
+// Where a cluster lies, as what is left of the picture; no longer, where there is none to show.
+export function drawWhere(held, where) {
+  held?.querySelector(".where")?.remove();
+  if (!held || where?.shape.length !== 2) return;
+  const [height, width] = where.shape;
+  const canvas = make("canvas", { width, height, class: "where" });
+  const numbers = bytes(where.numbers);
+  const context = canvas.getContext("2d");
+  context.fillStyle = "rgb(29 29 31 / 62%)";
+  for (let k = 0; k < height * width; k += 1) if (numbers[k] !== where.chosen) context.fillRect(k % width, Math.floor(k / width), 1, 1);
+  held.append(canvas);
+}
+
 // A heatmap to look at alone.
 export function drawStill(heatmap, input) {
   const values = floats(heatmap.values);

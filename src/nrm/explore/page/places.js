@@ -13,7 +13,7 @@ export function drawPlaces(opened, input, heatmap, state, click, point) {
   });
   const label = (k) => input.words?.[k] ?? input.marks?.[k] ?? String(k);
   const dressed = (element, k) => {
-    const chosen = isSelected(state, heatmap.layer, opened.axis, k);
+    const chosen = isSelected(state, { layer: heatmap.layer, axis: opened.axis }, k);
     element.classList.toggle("chosen", chosen);
     element.setAttribute("aria-pressed", String(chosen));
     element.setAttribute("aria-label", `${label(k)}, relevance ${relevance(values[k])}`);

@@ -7,12 +7,24 @@ export function firstState(opened) {
   return { ...FIRST, columns: [...opened.first], top: opened.top ?? FIRST.top };
 }
 
-// The set with one more channel, or without it: one set for each layer.
-export function toggled(state, layer, axis, index) {
-  const at = state.sets.findIndex((set) => set.layer === layer && !set.patch && (set.axis ?? null) === (axis ?? null));
+// One part of a column, as a set that is selected. Channels and places are told by their axis alone.
+export function setOf(column, index) {
+  const by = ["channels", "places"].includes(column.by ?? "channels") ? null : column.by;
+  return { layer: column.layer, axis: column.axis ?? null, by, of: by ? column.of ?? null : null, channels: [index], not: false };
+}
+
+// Whether a set is of a column, divided as it is now.
+function isOf(set, column) {
+  const part = setOf(column, 0);
+  return !set.patch && ["layer", "axis", "by", "of"].every((key) => (set[key] ?? null) === part[key]);
+}
+
+// The set with one more part of a column, or without it: one set for each layer and division.
+export function toggled(state, column, index) {
+  const at = state.sets.findIndex((set) => isOf(set, column));
   const sets = [...state.sets];
   if (at < 0) {
-    sets.push({ layer, axis: axis ?? null, channels: [index], not: false });
+    sets.push(setOf(column, index));
   } else {
     const had = sets[at].channels;
     const channels = had.includes(index) ? had.filter((k) => k !== index) : [...had, index].sort((a, b) => a - b);
@@ -22,25 +34,32 @@ export function toggled(state, layer, axis, index) {
   return { ...state, sets };
 }
 
-// Exactly one channel of each of two layers.
+// Exactly one part of each of two layers.
 export function withFlow(state, lower, i, upper, j) {
-  const both = [[lower, i], [upper, j]].map(([column, k]) => ({ layer: column.layer, axis: column.axis ?? null, channels: [k], not: false }));
   const layers = [lower.layer, upper.layer];
-  return { ...state, sets: [...state.sets.filter((set) => set.patch || !layers.includes(set.layer)), ...both] };
+  return { ...state, sets: [...state.sets.filter((set) => set.patch || !layers.includes(set.layer)), setOf(lower, i), setOf(upper, j)] };
 }
 
 export function withPatch(state, layer, patch) {
   return { ...state, sets: [...state.sets.filter((set) => !set.patch), { layer, patch, not: false }] };
 }
 
-export function isSelected(state, layer, axis, index) {
-  return state.sets.some((set) => set.layer === layer && !set.patch && (set.axis ?? null) === (axis ?? null) && set.channels.includes(index));
+export function isSelected(state, column, index) {
+  return state.sets.some((set) => isOf(set, column) && set.channels.includes(index));
+}
+
+// The columns with another division of one of them, or with it and without it.
+export function withColumn(state, order, layer, asked) {
+  const held = new Map(state.columns.map((one) => [one.layer ?? one, one]));
+  if (asked === null) held.delete(layer);
+  else held.set(layer, asked);
+  return { ...state, columns: order.filter((one) => held.has(one)).map((one) => held.get(one)) };
 }
 
 // As the server reads it.
 export function asRequest(state) {
   const parts = state.sets.map((set) => {
-    const part = set.patch ? { layer: set.layer, patch: set.patch } : { layer: set.layer, channels: set.channels, axis: set.axis ?? null };
+    const part = set.patch ? { layer: set.layer, patch: set.patch } : { layer: set.layer, channels: set.channels, axis: set.axis ?? null, ...(set.by ? { by: set.by, of: set.of } : {}) };
     return set.not ? { not: part } : part;
   });
   return {
