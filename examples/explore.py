@@ -95,10 +95,15 @@ def sentences(one: str, other: str) -> Opened:
     model = SimilarTo(similarity, against.input_ids, against.attention_mask).eval()
     words = tokenizer.convert_ids_to_tokens(ids.input_ids[0].tolist())
     embeddings = "similarity.encoder.embeddings.word_embeddings"
+    layers = "similarity.encoder.encoder.layer"
+    columns = [  # tokens, and between them the heads of an attention
+        "similarity.encoder.embeddings.LayerNorm", f"{layers}.0.attention.self",
+        f"{layers}.2.output.LayerNorm", f"{layers}.3.attention.self",
+    ]  # fmt: skip
     return Opened(
         f"similarity to “{other}”", "words", nrm.Explainer(model),
         [Input(one, (ids.input_ids,), "", words=words)], "", ["similarity"],
-        place=embeddings, axis=0,
+        place=embeddings, axis=0, columns=columns,
     )  # fmt: skip
 
 

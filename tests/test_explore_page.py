@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ pytest.importorskip("uvicorn", reason="the explorer's packages are not installed
 from PIL import Image
 from support.browser import browser
 from support.explored import SIDE, as_input, make_opened, photograph
+from support.explored_page import does, node, settled, shown, total
 
 import nrm
 from nrm.explore.kept import keep
@@ -75,37 +75,6 @@ def page(chromium: Any, address: str) -> Iterator[Any]:
     assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} <= {
         urlsplit(address).netloc, ""
     }  # fmt: skip
-
-
-def settled(page: Any, times: int = 1) -> None:
-    """Wait until so many answers are whole. (Its own way to wait runs code that the page's policy
-    forbids.)"""
-    root, end = page.locator("#explorer"), time.monotonic() + 30
-    while int(root.get_attribute("data-ready") or 0) < times:
-        assert time.monotonic() < end, page.locator("#explorer").inner_text()
-        page.wait_for_timeout(10)
-
-
-def does(page: Any, act: Any) -> None:
-    """Do something, and wait for the answer."""
-    before = int(page.locator("#explorer").get_attribute("data-ready"))
-    act()
-    settled(page, before + 1)
-
-
-def total(page: Any) -> str:
-    found: str = page.locator(".formula .value").inner_text()
-    return found
-
-
-def shown(value: Tensor) -> str:
-    """As the page writes a relevance."""
-    number = float(value)
-    return f"{number:.4f}".replace("-", "−")
-
-
-def node(page: Any, layer: str, index: int) -> Any:
-    return page.locator(f".node[data-layer='{layer}'][data-index='{index}']")
 
 
 # -- what a person sees ----------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def heads_along_an_axis(forward: Pass, found: Attention) -> Heads | None:
         return None
     moved = [result]
     for variable in forward.graph.variables:  # parents first
-        alone = _one_parent(variable) is moved[-1]
+        alone = _one_parent(variable) is moved[-1] and variable is not forward.graph.output
         if alone and variable.node is not None and _moves(variable):
             moved.append(variable)
     numbers = torch.zeros(forward.shape(result), dtype=torch.float64, device=forward.output.device)
@@ -198,7 +198,7 @@ def heads_along_an_axis(forward: Pass, found: Attention) -> Heads | None:
         if not bool((view == view[:1]).all()):
             continue
         for axis in range(view.dim() - 1):
-            along = view[0].movedim(axis, 0).flatten(1)
+            along = view[0].movedim(axis, 0).reshape(view.shape[axis + 1], -1)
             heads = along[:, 0].long().tolist()
             if bool((along == along[:, :1]).all()) and set(heads) == set(range(count)):
                 where = [tuple(k for k, one in enumerate(heads) if one == h) for h in range(count)]

@@ -6,6 +6,7 @@ import { isSelected } from "./state.js";
 const ROW = 25;
 const BAR = 17;
 const TOP = 58;
+const LEFT = 34; // of numbers, and where the names of columns begin
 const NARROWEST = 180;
 const FONT = "ui-sans-serif, system-ui, 'Helvetica Neue', Arial, sans-serif";
 const SEVERAL = "a walk may visit several of them, so that they have no sum; each is the relevance of the walks that visit it";
@@ -28,8 +29,8 @@ export function drawNetwork(seen, state, width, on) {
   });
   const flows = draw("g", { class: "flows" });
   svg.append(flows);
-  const label = columns.some((column) => column.marks?.length) ? 66 : 34;
-  const block = Math.min(step * 0.56, 116) + (label - 34);
+  const label = columns.some((column) => column.marks?.length) ? 66 : LEFT;
+  const block = Math.min(step * 0.56, 116) + (label - LEFT);
   const scale = barScale(columns, block, label);
   const places = columns.map((column, c) => column.nodes.map((node, k) => ({
     node, x: c * step, y: TOP + k * ROW + ROW / 2, end: c * step + scale.zero + Math.max(0, node.value) * scale.unit + 5,
@@ -56,9 +57,9 @@ function barScale(columns, block, label) {
 
 function drawColumn(svg, column, places, x, block, scale, state, on) {
   const head = draw("g", { class: "head", transform: `translate(${x},0)` },
-    draw("text", { x: scale.label, y: 18, "font-weight": 600, "font-size": column.layer.length > 18 ? 11 : 12 }, shortened(column.layer, 24)),
-    draw("text", { x: scale.label, y: 35, fill: MUTED, "font-size": 11, class: "total", "data-layer": column.layer, "data-value": column.total },
-      column.total === null ? `${column.size} ${column.by} · have no sum` : `${column.size} ${column.by} · total ${relevance(column.total)}`));
+    draw("text", { x: LEFT, y: 18, "font-weight": 600, "font-size": column.layer.length > 18 ? 11 : 12 }, shortened(column.layer, 24)),
+    draw("text", { x: LEFT, y: 35, fill: MUTED, "font-size": 11, class: "total", "data-layer": column.layer, "data-value": column.total },
+      column.total === null ? `${column.size} ${column.by} · walks visit several` : `${column.size} ${column.by} · total ${relevance(column.total)}`));
   head.append(draw("title", {}, column.total === null ? `${column.layer}: ${SEVERAL}` : column.layer));
   if (column.total !== null) pointed(head, { value: column.total, notation: column.notation, python: column.python }, on);
   svg.append(head);
@@ -221,7 +222,10 @@ function clipped(text, most) {
   return text.length > most ? `${text.slice(0, most - 1)}…` : text;
 }
 
-// The name of a layer, its beginning and its end.
+// The name of a layer, or its last parts: networks begin all of theirs alike.
 function shortened(text, most) {
-  return text.length > most ? `${text.slice(0, most - 12)}…${text.slice(-11)}` : text;
+  if (text.length <= most) return text;
+  const parts = text.split(".");
+  while (parts.length > 1 && parts.join(".").length >= most) parts.shift();
+  return `…${parts.join(".").slice(-most + 1)}`;
 }

@@ -67,7 +67,7 @@ function placeFields(explained, input, pick) {
   const moved = (axis, at) => pick(place.map((old, k) => (k === axis ? at : old)));
   const names = input.words ?? input.marks;
   return places.map((size, axis) => {
-    const label = places.length === 1 ? "place" : `place along axis ${axis}`;
+    const label = places.length === 1 ? "explained place" : `explained place, axis ${axis}`;
     const told = places.length === 1 ? " at " : axis ? ", " : " at ";
     if (places.length === 1 && size <= OPTIONS) {
       const options = Array.from({ length: size }, (_, k) => [k, names?.length === size ? `${names[k]} ${k}` : String(k)]);
