@@ -172,7 +172,7 @@ class Heads:
 
 
 def heads_along_an_axis(forward: Pass, found: Attention) -> Heads | None:
-    """Where the heads of an attention lie along one axis, the layer furthest down the model.
+    """Where the heads of an attention lie along one axis, the last layer within its module.
 
     Which neuron is which head's is read off numbers that are moved as the model moves them.
     `None`: there is one head, or no layer has them along one axis.
@@ -183,6 +183,7 @@ def heads_along_an_axis(forward: Pass, found: Attention) -> Heads | None:
     moved = [result]
     for variable in forward.graph.variables:  # parents first
         alone = _one_parent(variable) is moved[-1] and variable is not forward.graph.output
+        alone = alone and _module(variable) == _module(result)
         if alone and variable.node is not None and _moves(variable):
             moved.append(variable)
     numbers = torch.zeros(forward.shape(result), dtype=torch.float64, device=forward.output.device)
@@ -204,6 +205,10 @@ def heads_along_an_axis(forward: Pass, found: Attention) -> Heads | None:
                 where = [tuple(k for k, one in enumerate(heads) if one == h) for h in range(count)]
                 return Heads(variable, axis, tuple(where))
     return None
+
+
+def _module(variable: Variable) -> str:
+    return "" if variable.producer is None else variable.producer.address.partition(":")[0]
 
 
 # -- queries, keys and values ----------------------------------------------------------------------

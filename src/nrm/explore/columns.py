@@ -12,6 +12,7 @@ from nrm.explore.divided import CLUSTERS, By, Divided, divide, heads, how_many, 
 from nrm.explore.opened import Opened
 from nrm.graph import Graph, Variable
 from nrm.measure import Measure
+from nrm.prepare import Pass
 
 MOST_COLUMNS = 5
 """Layers that are shown at first."""
@@ -79,15 +80,21 @@ class Wanted:
         return cls(found["layer"], how, how_many(found.get("of")) if how == "clusters" else None)
 
 
-def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:
+def columns_of(
+    graph: Graph, opened: Opened, R: Measure, forward: Pass | None = None
+) -> list[Column]:
     """What may be a column, from the inputs to the output.
 
     The cuts of a graph that have parts to show: those in which the places of a text, a series or a
     graph lie along the same axis as in the input are divided by these first, all others into
     channels. Beside them where the heads of an attention lie, and the hidden states of recurrent
     layers: these are no cuts, and what they hold is the share of the walks that visit them.
+
+    Arguments:
+        forward: the measure's, if it is at hand: each look at it looks at the whole model.
     """
-    forward, places = R.forward_pass, None  # once: each look at it looks at the whole model
+    forward = R.forward_pass if forward is None else forward
+    places = None
     if opened.axis is not None:
         place = graph.variable(opened.place or graph.inputs[0].name)
         places = place.neuron_shape(forward.shape(place))[opened.axis]
@@ -121,10 +128,10 @@ def columns_of(graph: Graph, opened: Opened, R: Measure) -> list[Column]:
     for name in attentions:
         variable = graph.variable(name)
         placed[variable] = Column(name, "attention", tuple(ways(variable)))
-    return _in_order(graph, placed, R)
+    return _in_order(graph, placed, forward)
 
 
-def _in_order(graph: Graph, placed: dict[Variable, Column], R: Measure) -> list[Column]:
+def _in_order(graph: Graph, placed: dict[Variable, Column], forward: Pass) -> list[Column]:
     """Columns from the inputs to the output, each recurrent layer's states with its last one."""
     found = [(float(variable.index), column) for variable, column in placed.items()]
     for name, states in steps(graph).items():
@@ -133,7 +140,7 @@ def _in_order(graph: Graph, placed: dict[Variable, Column], R: Measure) -> list[
         last = 0
         for _, layer in states:
             variable = graph.variable(layer)
-            size = variable.neuron_shape(R.forward_pass.shape(variable)).numel()
+            size = variable.neuron_shape(forward.shape(variable)).numel()
             last = max(last, variable.index)
             if variable not in placed and size > 1:
                 one = Column(layer, "hidden state", (Way(By(), size),), name)
@@ -158,22 +165,28 @@ def chosen_at_first(columns: Sequence[Column], most: int = MOST_COLUMNS - 1) -> 
     return [fit[round(k * step)].layer for k in range(most)]
 
 
-def divided_columns(R: Measure, opened: Opened, wanted: Sequence[str | Wanted]) -> list[Divided]:
+def divided_columns(
+    R: Measure, opened: Opened, wanted: Sequence[str | Wanted], forward: Pass | None = None
+) -> list[Divided]:
     """The columns that are asked for, divided, from the inputs to the output.
 
     Raises:
         NrmError: one is no column, or cannot be divided so.
     """
-    known = {column.layer: column for column in columns_of(R.graph, opened, R)}
+    forward = R.forward_pass if forward is None else forward
+    known = {column.layer: column for column in columns_of(R.graph, opened, R, forward)}
     asked = {one.layer: one for one in map(_as_wanted, wanted)}
     for layer in asked:
         if layer not in known:
             R.graph.variable(layer)  # says so, where there is none of that name
-            raise QueryError(f"{layer!r} is no cut with channels, so that it is no column.")
+            raise QueryError(
+                f"{layer!r} is no column: it is no cut with several channels, it holds no heads of "
+                "an attention, and it is no hidden state."
+            )
     found = []
     for layer, column in known.items():
         if layer in asked:
-            found.append(divide(R, layer, _way(column, asked[layer])))
+            found.append(divide(R, layer, _way(column, asked[layer]), forward))
     return found
 
 

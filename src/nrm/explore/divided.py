@@ -161,20 +161,24 @@ class Divided:
         return parts.add_up(messages[self.layer].double().unsqueeze(0))[0, 0].cpu()
 
 
-def divide(R: Measure, layer: str, by: By) -> Divided:
+def divide(R: Measure, layer: str, by: By, forward: Pass | None = None) -> Divided:
     """A layer divided on a measure.
+
+    Arguments:
+        forward: the measure's, if it is at hand: each look at it looks at the whole model.
 
     Raises:
         NrmError: the layer cannot be divided so.
     """
+    forward = R.forward_pass if forward is None else forward
     if by.how in ("channels", "places"):
-        variable, forward = R.graph.variable(layer), R.forward_pass
+        variable = R.graph.variable(layer)
         shape = variable.neuron_shape(forward.shape(variable))
         return Divided(layer, by, range(shape[variable.axis_of(shape, by.axis)]), (layer,))
-    return _kept(R.forward_pass, (layer, by), lambda: _divided(R, layer, by))
+    return _kept(forward, (layer, by), lambda: _divided(R, layer, by, forward))
 
 
-def _divided(R: Measure, layer: str, by: By) -> Divided:
+def _divided(R: Measure, layer: str, by: By, forward: Pass) -> Divided:
     if by.how == "steps":
         states = steps(R.graph).get(layer)
         if states is None:
@@ -182,7 +186,7 @@ def _divided(R: Measure, layer: str, by: By) -> Divided:
         parts = {k: Part(every_neuron(name), f"nrm.neurons({name!r})") for k, name in states}
         return Divided(layer, by, list(parts), tuple(name for _, name in states), parts)
     if by.how == "heads":
-        found = heads(R.forward_pass).get(layer)
+        found = heads(forward).get(layer)
         if found is None:
             raise QueryError(f"{layer!r} is not where the heads of an attention lie.")
         parts = dict(enumerate(_head(found, layer, indices) for indices in found.indices))

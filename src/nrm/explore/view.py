@@ -100,7 +100,7 @@ class _Asked:
         self.symbol = aim.notation
         self.forward = R.forward_pass  # once: each look at it looks at the whole model
         self.selected: Selected | None = parse(request.selection, R)
-        self.divided: list[Divided] = divided_columns(R, opened, request.columns)
+        self.divided: list[Divided] = divided_columns(R, opened, request.columns, self.forward)
         self.messages = 1
         if self.selected is not None:
             self.messages = R.plan(self.selected.formula).channels
