@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nrm.errors import QueryError
-from nrm.explore.divided import CLUSTERS, By, Divided, divide, heads, how_many, steps
+from nrm.explore.divided import CLUSTERS, By, Divided, divide, heads, how_many, remembered, steps
 from nrm.explore.opened import Opened
 from nrm.graph import Graph, Variable
 from nrm.measure import Measure
@@ -94,6 +94,11 @@ def columns_of(
         forward: the measure's, if it is at hand: each look at it looks at the whole model.
     """
     forward = R.forward_pass if forward is None else forward
+    key = ("columns", opened.place, opened.axis)
+    return remembered(forward, key, lambda: _columns_of(graph, opened, forward))
+
+
+def _columns_of(graph: Graph, opened: Opened, forward: Pass) -> list[Column]:
     places = None
     if opened.axis is not None:
         place = graph.variable(opened.place or graph.inputs[0].name)

@@ -175,7 +175,7 @@ def divide(R: Measure, layer: str, by: By, forward: Pass | None = None) -> Divid
         variable = R.graph.variable(layer)
         shape = variable.neuron_shape(forward.shape(variable))
         return Divided(layer, by, range(shape[variable.axis_of(shape, by.axis)]), (layer,))
-    return _kept(forward, (layer, by), lambda: _divided(R, layer, by, forward))
+    return remembered(forward, (layer, by), lambda: _divided(R, layer, by, forward))
 
 
 def _divided(R: Measure, layer: str, by: By, forward: Pass) -> Divided:
@@ -215,7 +215,7 @@ def _dims(found: Heads) -> tuple[int | None, ...]:
 
 def heads(forward: Pass) -> dict[str, Heads]:
     """The attentions with several heads, by the layer in which these lie along one axis."""
-    return _kept(forward, "heads", lambda: _heads(forward))
+    return remembered(forward, "heads", lambda: _heads(forward))
 
 
 def _heads(forward: Pass) -> dict[str, Heads]:
@@ -239,8 +239,8 @@ _STATE = re.compile(r"((?:.*\.)?h_l\d+(?:_reverse)?)\[(\d+)\]")  # as `nrm.captu
 _REMEMBERED: WeakKeyDictionary[Pass, dict[Any, Any]] = WeakKeyDictionary()
 
 
-def _kept(forward: Pass, key: Any, make: Callable[[], T]) -> T:
-    """Found once for each forward pass: clusters of activations take longer than a message."""
+def remembered(forward: Pass, key: Any, make: Callable[[], T]) -> T:
+    """What is found once for each forward pass: clusters take longer than a message."""
     known = _REMEMBERED.setdefault(forward, {})
     if key not in known:
         known[key] = make()

@@ -82,6 +82,7 @@ export function fromHash(hash, opened) {
     const state = firstState(opened);
     for (const key of Object.keys(FIRST)) if (key in found) state[key] = found[key];
     if (!Array.isArray(state.columns)) state.columns = [...opened.first];
+    state.columns = state.columns.filter((one) => typeof (one?.layer ?? one) === "string");
     return { ...state, sets };
   } catch {
     return null;
