@@ -231,7 +231,7 @@ def test_a_folder_of_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip(package, reason=f"{package} is not installed")
     import gguf
 
-    # transformers reads the words of the file four times, which takes most of the time
+    # transformers reads the words of the file three times, which takes most of the time
     monkeypatch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that read the file

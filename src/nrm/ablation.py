@@ -25,7 +25,7 @@ from nrm.graph import Graph, Variable
 from nrm.joint import Partition
 from nrm.prepare import Pass, Program
 from nrm.query import Starts
-from nrm.removal import Removal, by_variable, replacement
+from nrm.removal import ByVariable, Removal, by_variable, replacement
 from nrm.tensors import full_precision
 
 _HELD = 4
@@ -136,9 +136,7 @@ class Ablation:
         chosen = torch.zeros(copies, dtype=torch.long, device=self._value.device)
         return [self._copies.take(node, value, chosen) for node, value in self._starts]
 
-    def _activations_removed(
-        self, removal: str | float | dict[Variable, str | float | Tensor]
-    ) -> Tensor:
+    def _activations_removed(self, removal: ByVariable) -> Tensor:
         if isinstance(removal, dict) and set(removal) != {self._variable}:
             raise QueryError(
                 f"only neurons of {self._parts.name!r} are removed: say what they become."
@@ -146,9 +144,7 @@ class Ablation:
         return activations_removed(self._of, self._variable, removal)
 
 
-def activations_removed(
-    of: Explanation, variable: Variable, removal: str | float | dict[Variable, str | float | Tensor]
-) -> Tensor:
+def activations_removed(of: Explanation, variable: Variable, removal: ByVariable) -> Tensor:
     """What the activations of a layer become where they are removed, shaped like the layer."""
     view = variable.canonical(of.forward_pass.value(variable).unsqueeze(0))
     samples = [

@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 from nrm.errors import printable
+from nrm.pages import document
 
 FOR, AGAINST = (230, 97, 1), (33, 102, 172)
 """Red, green and blue of the largest value there is, and of the least."""
@@ -80,13 +81,8 @@ def html(lines: Sequence[Line], title: str = "", notes: Sequence[str] = ()) -> s
 
 def page(lines: Sequence[Line], title: str, notes: Sequence[str] = ()) -> str:
     """A whole page, of one file."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title></head>\n"
-        '<body style="background: white; color: black; font-family: sans-serif; margin: 2em">'
-        f"{html(lines, title, notes)}</body></html>\n"
-    )
+    style = "body { background: white; color: black; font-family: sans-serif; margin: 2em; }"
+    return document(title, html(lines, title, notes), style)
 
 
 def _spans(line: Line, limit: float) -> str:

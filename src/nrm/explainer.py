@@ -196,16 +196,22 @@ class Explainer(Shown):
         return settings_table(self.__getstate__())
 
     def layers(self, *inputs: Any, **named: Any) -> Listing:
-        """Every addressable variable: its name, operator, shape, channels, and whether a cut."""
+        """Every addressable variable: its name, operator, shape, channels, and whether a cut.
+
+        Arguments and errors: the model's, as for a call; nothing is explained.
+        """
         return Listing(self.graph(*inputs, **named))
 
     def graph(self, *inputs: Any, **named: Any) -> Graph:
-        """The graph that these inputs are explained on."""
+        """The graph that these inputs are explained on.
+
+        Arguments and errors: the model's, as for a call; nothing is explained.
+        """
         with torch.inference_mode(False), without_autocast(self.model):
             return self._program(self._bind(inputs, named))[0].graph
 
     def samples(self, *inputs: Any, **named: Any) -> int:
-        """How many samples a call with these inputs explains."""
+        """How many samples a call with these inputs explains; nothing is captured."""
         call = self._bind(inputs, named)
         axis = self._batch_axis(call)
         return 1 if axis is None else call.tensors[0].shape[axis]

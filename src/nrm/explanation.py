@@ -450,7 +450,11 @@ class Explanation(Shown):
         return shares
 
     def diagnostics(self, tolerance: float = 1e-2) -> Diagnostics:
-        """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns."""
+        """Whether the numbers can be trusted: totals over cuts, cancellation, failing columns.
+
+        Arguments:
+            tolerance: columns count as nearly zero where `|sum T~| < tolerance * sum |T~|`.
+        """
         return diagnose(self.forward_pass, self._starts[True], tolerance)
 
     def proper_form(self) -> ProperForm:

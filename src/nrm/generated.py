@@ -50,7 +50,8 @@ class Generation(Shown):
             what biases, other constants and a given cache take.
         scale: `[steps]`, the explained logits (or differences): a row times its scale is in their
             units.
-        against: `[steps]`, the tokens explained against; `None` where the logit itself is.
+        against, against_words: `[steps]`, the tokens explained against, and these as text; `None`
+            where the logit itself is explained.
         source: how many tokens in front are those of a source, that an encoder read.
     """
 
@@ -95,6 +96,7 @@ class Generation(Shown):
 
     @property
     def title(self) -> str:
+        """How many tokens are explained, by what, in a line."""
         what = "logits" if self.against is None else "differences of logits"
         source = f"the {self.source} of the source and " if self.source else ""
         by = f"{source}those before them"

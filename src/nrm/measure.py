@@ -92,7 +92,10 @@ class Measure(Explanation):
         within: Within = None,
         normalized: Reading = True,
     ) -> Plan:
-        """How many messages `relevances` of these formulas sends; nothing is sent."""
+        """How many messages `relevances` of these formulas sends; nothing is sent.
+
+        Arguments: as for `relevances`.
+        """
         return self._together(formulas, given, within, normalized, Together.plan)
 
     def outcomes(

@@ -69,10 +69,19 @@ def page(
             parts.append(f'<p><img alt="{alt}" src="data:image/png;base64,{data}"></p>')
         parts += [table.html(most=None) for table in section.tables]
         parts += [f"<p>{escape(text)}</p>" for text in section.texts]
-    body = "\n".join(parts)
+    return document(title, "\n".join(parts), _STYLE)
+
+
+def document(title: str, body: str, style: str) -> str:
+    """A whole page of markup.
+
+    Arguments:
+        title: as text.
+        body, style: as HTML and CSS.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )

@@ -16,10 +16,11 @@ from nrm.tensors import check_dense, like
 Removal = str | float | Mapping[str, str | float | Tensor]
 """`"zero"`, `"mean"`, a number; or by name of layers one of these or a tensor."""
 
+ByVariable = str | float | dict[Variable, str | float | Tensor]
+"""The same with variables in the place of names."""
 
-def by_variable(
-    removal: Removal, graph: Graph
-) -> str | float | dict[Variable, str | float | Tensor]:
+
+def by_variable(removal: Removal, graph: Graph) -> ByVariable:
     """The removal, with variables in the place of their names.
 
     Raises:
@@ -38,9 +39,7 @@ def by_variable(
     )
 
 
-def replacement(
-    removal: str | float | dict[Variable, str | float | Tensor], variable: Variable, value: Tensor
-) -> Tensor:
+def replacement(removal: ByVariable, variable: Variable, value: Tensor) -> Tensor:
     """`[neurons]`, what the activations of a variable become.
 
     Arguments:

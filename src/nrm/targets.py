@@ -36,6 +36,12 @@ class Combination(ABC):
 class Contrast(Combination):
     """Why `of` rather than `to`: the difference of two outputs.
 
+    Attributes:
+        of, to: an int, or one for each axis of a sample's outputs.
+
+    Raises:
+        TargetError: they are the same, or (where something is explained) no outputs.
+
     Example:
         >>> R = explainer(image, target=nrm.Contrast(340, 345))  # zebra rather than ox
         >>> R = explainer(ids, target=nrm.Contrast((-1, mary), (-1, john)))

@@ -129,16 +129,6 @@ def _of_model(request: Request) -> _Part:
         table, figures = _areas(found, kind, request.seed)
         tables.append(table)
         details[f"circuits, {kind}"] = figures
-    example = known.prompts[0]
-    drawn = known.store.once("drawn", lambda: _top(known))
-    edges = TopEdges(
-        drawn["kept"],
-        known.network.senders,
-        {(a, b): value for a, b, value in drawn["edges"]},
-    )
-    figure = Figure(figsize=(8, 9), dpi=130, layout="constrained")
-    title = f"of the {drawn['of']} largest direct edges, those on ways to the output"
-    plot.circuit(edges, figure.add_subplot(), most=DRAWN, title=title)
     pictures = [
         Picture(
             "curves.png",
@@ -147,13 +137,7 @@ def _of_model(request: Request) -> _Part:
             "kind; bands: 95 % bootstrap intervals over prompts.",
             draw_curves(ablated, request.seed),
         ),
-        Picture(
-            "circuit.png",
-            "One prompt",
-            f"“{example.text}”, beside “{example.other}”: of the largest direct edges those on "
-            "ways from the embedding to the output. Red raises the difference, blue lowers it.",
-            figure,
-        ),
+        _one_prompt(known),
     ]
     facts: dict[str, str | int | float] = {
         "model": loaded.name,
@@ -164,6 +148,26 @@ def _of_model(request: Request) -> _Part:
         "right answers": sum(value > 0 for found in ablated.values() for value in found["whole"]),
     }
     return _Part(facts, tables, pictures, details)
+
+
+def _one_prompt(known: ioi.Setting) -> Picture:
+    example = known.prompts[0]
+    drawn = known.store.once("drawn", lambda: _top(known))
+    edges = TopEdges(
+        drawn["kept"],
+        known.network.senders,
+        {(a, b): value for a, b, value in drawn["edges"]},
+    )
+    figure = Figure(figsize=(8, 9), dpi=130, layout="constrained")
+    title = f"of the {drawn['of']} largest direct edges, those on ways to the output"
+    plot.circuit(edges, figure.add_subplot(), most=DRAWN, title=title)
+    return Picture(
+        "circuit.png",
+        "One prompt",
+        f"“{example.text}”, beside “{example.other}”: of the largest direct edges those on "
+        "ways from the embedding to the output. Red raises the difference, blue lowers it.",
+        figure,
+    )
 
 
 def _called(device: torch.device) -> str:

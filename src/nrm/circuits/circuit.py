@@ -90,7 +90,11 @@ class Circuit(Shown):
         return edge in self.edges
 
     def score(self, sender: str, receiver: str) -> float:
-        """The relevance of an edge."""
+        """The relevance of an edge, in the set or not.
+
+        Raises:
+            ValueError: there is no such sender or receiver.
+        """
         return float(self.scores[self.receivers.index(receiver), self.senders.index(sender)])
 
     def table(self) -> Table:

@@ -82,7 +82,11 @@ class Components(Mapping[str, NeuronSet], Shown):
         return Components({name: found for name, found in self.items() if name in chosen})
 
     def without(self, *names: str) -> Components:
-        """All but some."""
+        """All but some, in their order here.
+
+        Raises:
+            QueryError: there is none of a name.
+        """
         left_out = {name: self[name] for name in names}
         return Components({n: found for n, found in self.items() if n not in left_out})
 

@@ -195,10 +195,10 @@ class Edges(Shown):
         return {**self.__dict__, "walks": None}  # what is saved are the numbers
 
     def __call__(self, sender: str, receiver: str) -> Tensor:
-        """`[samples]`, the relevance of one edge.
+        """`[samples]`, the relevance of one edge, a share of what is explained.
 
         Raises:
-            QueryError: there is no such component.
+            QueryError: there is no such sender or receiver.
         """
         row = self._number(receiver, self.receivers, "receiver")
         return self.relevance[:, row, self._number(sender, self.senders, "sender")]

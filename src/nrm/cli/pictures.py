@@ -26,6 +26,7 @@ from nrm.cli.commands import RESULT, CommandError, as_text
 from nrm.cli.report import HEATMAP, INPUT, OVERVIEW, amounts, explanations, to_json
 from nrm.errors import some
 from nrm.io import Say, write_text
+from nrm.pages import document
 
 ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm",
@@ -215,11 +216,9 @@ class Index:
         failed = [error for _, error in sorted(self.failed.items())]
         failed += [f"{picture}: the run ended before it" for picture in self.left]
         notes = "".join(f"<li>{escape(line)}</li>" for line in failed)
-        return _PAGE.format(
-            title=escape(title),
-            rows=rows,
-            failed=f"<h2>Not explained</h2><ul>{notes}</ul>" if notes else "",
-        )
+        failures = f"<h2>Not explained</h2><ul>{notes}</ul>" if notes else ""
+        body = f"<h1>{escape(title)}</h1>\n<table>\n{rows}\n</table>\n{failures}"
+        return document(title, body, _STYLE)
 
     def _rows(self) -> Iterator[str]:
         for k, result in sorted(self.done.items()):
@@ -243,26 +242,9 @@ class Index:
 
 _TOLD = ("target", "label", "explained", "probability", "probability_from", "logit")
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em; }}
-td {{ padding: 0.4em 1em 0.4em 0; vertical-align: middle; }}
-img {{ height: 11em; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<table>
-{rows}
-</table>
-{failed}
-</body>
-</html>
-"""
+_STYLE = """body { font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em; }
+td { padding: 0.4em 1em 0.4em 0; vertical-align: middle; }
+img { height: 11em; }"""
 
 
 def what_is_explained(entry: dict[str, Any], outputs: int) -> str:

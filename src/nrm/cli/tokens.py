@@ -190,7 +190,7 @@ def load(folder: Path, device: torch.device, say: Say = lambda text: None) -> Lo
             config = transformers.AutoConfig.from_pretrained(str(folder), **options)
             kind, maker = _kind(config)
             model, found = getattr(transformers, maker).from_pretrained(
-                str(folder), output_loading_info=True, **options
+                str(folder), config=config, output_loading_info=True, **options
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
     except NrmError:

@@ -149,10 +149,14 @@ class Results(Shown):
         """A row for each part of a layer: of all samples, or of those of a class.
 
         Arguments:
+            quantity: `"relevance"`, or `"activation"` if the run kept it.
             explained: the class.
 
         Returns:
             a table of pyarrow, by the number of the part.
+
+        Raises:
+            QueryError: the run has no such layer or quantity.
         """
         self._layer(layer, quantity)
         words = {"layer": layer, "quantity": quantity}
@@ -161,7 +165,13 @@ class Results(Shown):
         return tables.chosen(self.kept("classes"), {**words, "class": explained})
 
     def quantile(self, layer: str, q: float, quantity: Quantity = "relevance") -> Floats:
-        """`[parts]`: a quantile of each part, to a relative error of `sketch.ACCURACY`."""
+        """`[parts]`: a quantile of each part over all samples, to a relative error of
+        `sketch.ACCURACY`.
+
+        Arguments:
+            q: from 0 to 1; 0.5 is the median.
+            quantity: as for `statistics`.
+        """
         if not 0 <= q <= 1:
             raise QueryError(f"a quantile is from 0 to 1, not {q!r}")
         size = self._layer(layer, quantity)
@@ -186,6 +196,7 @@ class Results(Shown):
 
         Arguments:
             part: its number, or its name.
+            quantity: as for `statistics`.
             k: how many; by default as many as were kept.
             explained: a class: of those that were kept, the ones that were explained as it.
         """
@@ -212,6 +223,7 @@ class Results(Shown):
             first, second: the layers, as they were given to the run.
             explained: the class; by default all samples that there are joint statistics of, those
                 of the run's `joint_classes`.
+            k: how many.
             smallest: the most negative ones instead.
         """
         if (first, second) not in self._folder.pairs:
@@ -264,7 +276,7 @@ class Results(Shown):
         Arguments:
             explainer: that of the run.
             data, read: as for `relmax`.
-            explained: as for `references`.
+            layer, part, quantity, k, explained: as for `references`.
             concept: the part's neurons, where parts were given as sets.
             conditional: divide by the part's own relevance (eq. 11).
 
@@ -300,7 +312,9 @@ class Results(Shown):
             raise InputError(f"{self.path} is of a model with other weights")
 
     def source(self, data: Any, read: Read | None = None) -> Source:
-        """The data set of the run.
+        """The data set of the run, in its shards.
+
+        Arguments: as for `relmax`.
 
         Raises:
             InputError: it is another.
@@ -312,7 +326,7 @@ class Results(Shown):
         return source
 
     def part(self, layer: str, part: int | str, quantity: Quantity = "relevance") -> int:
-        """The number of a part.
+        """The number of a part of a layer, given by its number or its name.
 
         Raises:
             QueryError: there is none.

@@ -349,6 +349,7 @@ def as_source(data: Any, read: Read | None = None, shard: int = SHARD) -> Source
             or arrays `x` or `(x, labels)`; what has `len` and `[i]`; what can be iterated over.
         read: makes an item the model's input, or (input, label); of a folder of pictures, a
             Pillow picture a tensor.
+        shard: how many samples are one piece.
 
     Raises:
         InputError: it is none of these.

@@ -83,6 +83,7 @@ class Evaluation:
 
     @property
     def methods(self) -> tuple[str, ...]:
+        """Their names, in the order in which they were compared."""
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
     @property
@@ -91,7 +92,14 @@ class Evaluation:
         return tuple(dict.fromkeys(name for row in self.rows for name in row.figures))
 
     def values(self, method: str, figure: str = "pearson") -> list[float | None]:
-        """One figure of a method, of every sample."""
+        """One figure of a method, of every sample.
+
+        Arguments:
+            figure: one of `figures`: `"pearson"`, `"spearman"`, `"SC_10"`.
+
+        Raises:
+            QueryError: there is no such method or figure.
+        """
         if method not in self.methods or figure not in self.figures:
             raise QueryError(
                 f"there is no {figure!r} of {method!r}; there are {', '.join(self.figures)} of "
@@ -100,11 +108,17 @@ class Evaluation:
         return [row.figures.get(figure) for row in self.rows if row.method == method]
 
     def mean(self, method: str, figure: str = "pearson") -> Mean:
-        """Over samples, with its bootstrap interval."""
+        """Over samples, with its bootstrap interval of 95 %.
+
+        Arguments and errors: as for `values`.
+        """
         return bootstrap(self.values(method, figure), self.seed)
 
     def difference(self, a: str, b: str, figure: str = "pearson") -> Mean:
-        """By how much one method is above another on the same samples."""
+        """By how much method `a` is above method `b` on the same samples: a paired comparison.
+
+        Arguments and errors: as for `values`.
+        """
         return bootstrap_difference(self.values(a, figure), self.values(b, figure), self.seed)
 
     def table(self) -> list[dict[str, Any]]:

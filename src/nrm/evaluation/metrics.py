@@ -75,7 +75,9 @@ def contribution_of_top(
     order of no axis.
 
     Arguments:
+        relevance, contribution: of each combination, of one shape.
         ks: how many; more than there are takes all.
+        order: by what they are the most relevant.
 
     Returns:
         `[len(ks)]`, of double precision.
@@ -108,6 +110,7 @@ class Mean:
     """A mean over samples with its bootstrap interval; `None` where there is no sample.
 
     Attributes:
+        low, high: the ends of the interval.
         samples: how many it is of; those without a value are left out.
     """
 
@@ -128,6 +131,14 @@ def bootstrap(
     """The mean, and the percentiles between which it lies when the samples are drawn again.
 
     With the same seed, lists that lack the same values are drawn alike.
+
+    Arguments:
+        values: of each sample; `None` where it has none, and is left out.
+        resamples: how many times they are drawn.
+        level: how often the mean of such a draw lies in the interval.
+
+    Raises:
+        QueryError: it is never drawn, or for no level.
     """
     if resamples < 1 or not 0 < level < 1:
         raise QueryError(
@@ -158,7 +169,10 @@ def bootstrap_difference(
 ) -> Mean:
     """The mean of `a - b`, sample by sample: a paired comparison of two methods.
 
-    Samples of which one value is missing are left out.
+    Samples of which one value is missing are left out. Other arguments: as for `bootstrap`.
+
+    Raises:
+        QueryError: there are not as many of both.
     """
     if len(a) != len(b):
         raise QueryError(f"{len(a)} values are not to be paired with {len(b)}.")

@@ -27,8 +27,9 @@ from nrm.errors import InputError, NeuronSetError, QueryError
 from nrm.evaluation.rerun import Rerun
 from nrm.explainer import Explainer
 from nrm.explanation import Target
+from nrm.formulas import NeuronSet
 from nrm.graph import Variable
-from nrm.removal import Removal, by_variable, replacement
+from nrm.removal import ByVariable, Removal, by_variable, replacement
 from nrm.targets import Combination
 
 
@@ -101,39 +102,50 @@ class Patching:
         self._weights = self._of_target(measure.target, target)
         self.output: Tensor = self._told(self._explained())[0]
         removal = by_variable(instead, self.graph)
-        self._parts: dict[str, list[_Place]] = {}
-        for name, chosen in named(components).items():
-            picked: dict[Variable, Tensor] = {}
-            for member in chosen.members:
-                variable = self.graph.variable(member.layer)
-                if variable.node is None:
-                    raise QueryError(
-                        f"{variable.name!r} enters late and is computed nowhere: leave it out of "
-                        "the components that are patched."
-                    )
-                value = self._rerun.values[variable.node]
-                shape = variable.neuron_shape(value.shape)
-                mask = member.select(variable, shape).cpu().reshape(-1)
-                if mask.numel() != shape.numel():
-                    raise NeuronSetError(f"{member.text} is a mask for several samples.")
-                picked[variable] = picked.get(variable, torch.zeros_like(mask)) | mask
-            places = []
-            for variable, mask in picked.items():
-                assert variable.node is not None
-                if other is None:
-                    value = replacement(removal, variable, self._rerun.values[variable.node])
-                else:
-                    value = other.values[variable.node].reshape(-1)
-                index = mask.nonzero()[:, 0].to(value.device)
-                places.append(_Place(variable.node, index, value[index]))
-                if self.graph.upstream(variable) & picked.keys():
-                    raise QueryError(
-                        f"of the component {name!r} one layer is computed from another: it cannot "
-                        "be patched as one. Name the lowest, or the highest, of its layers."
-                    )
-            self._parts[name] = places
+        self._parts = {
+            name: self._places(name, chosen, removal, other)
+            for name, chosen in named(components).items()
+        }
         self.names = tuple(self._parts)
         self.receivers = (OUTPUT, *self.names)
+
+    def _places(
+        self, name: str, chosen: NeuronSet, removal: ByVariable, other: Rerun | None
+    ) -> list[_Place]:
+        """Where a component lies, and what its activations become.
+
+        Raises:
+            QueryError, NeuronSetError: it cannot be patched.
+        """
+        picked: dict[Variable, Tensor] = {}
+        for member in chosen.members:
+            variable = self.graph.variable(member.layer)
+            if variable.node is None:
+                raise QueryError(
+                    f"{variable.name!r} enters late and is computed nowhere: leave it out of "
+                    "the components that are patched."
+                )
+            value = self._rerun.values[variable.node]
+            shape = variable.neuron_shape(value.shape)
+            mask = member.select(variable, shape).cpu().reshape(-1)
+            if mask.numel() != shape.numel():
+                raise NeuronSetError(f"{member.text} is a mask for several samples.")
+            picked[variable] = picked.get(variable, torch.zeros_like(mask)) | mask
+        places = []
+        for variable, mask in picked.items():
+            assert variable.node is not None
+            if other is None:
+                value = replacement(removal, variable, self._rerun.values[variable.node])
+            else:
+                value = other.values[variable.node].reshape(-1)
+            index = mask.nonzero()[:, 0].to(value.device)
+            places.append(_Place(variable.node, index, value[index]))
+            if self.graph.upstream(variable) & picked.keys():
+                raise QueryError(
+                    f"of the component {name!r} one layer is computed from another: it cannot "
+                    "be patched as one. Name the lowest, or the highest, of its layers."
+                )
+        return places
 
     # -- components ------------------------------------------------------------------------------
 

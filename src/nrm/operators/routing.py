@@ -55,7 +55,8 @@ class Identity(Operator):
         looks_like: the argument of which nothing is read but its shape and type.
 
     Example:
-        >>> register(Identity("activation", at_zero="zero", gate=SQUASHED), "mylib.my_activation")
+        >>> gate = Identity("activation", at_zero="zero", gate=operators.SQUASHED)
+        >>> operators.register(gate, "mylib.my_activation")
     """
 
     one_parent = True

@@ -153,9 +153,9 @@ def check_operator(
         UnsupportedOperatorError: there is no row, or it refuses the call.
 
     Example:
-        >>> check_operator(MyLayer(3, 2), torch.randn(2, 3))
-        >>> silu = Identity("activation", at_zero="zero")
+        >>> silu = nrm.operators.Identity("activation", at_zero="zero")
         >>> check_operator(torch.ops.aten.silu, torch.randn(2, 3), row=silu)
+        >>> check_operator(MyLayer(3, 2), torch.randn(2, 3))  # a module whose class has a row
     """
     target, args, names = runnable(function, [double(value) for value in inputs])
     if not hasattr(target, "_schema"):
