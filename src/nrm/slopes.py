@@ -15,7 +15,7 @@ from torch.fx import Node
 from nrm.errors import QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import Call, Operator, Secants, ToFirstOrder
-from nrm.rules import FromUniform, PathIntegrated, Rule
+from nrm.rules import FromUniform, Gamma, PathIntegrated, Rule, Zero
 
 
 def take_to_first_order(graph: Graph) -> dict[Operation, Rule]:
@@ -50,7 +50,8 @@ def take_between(graph: Graph) -> None:
     Raises:
         QueryError: the composite chooses a rule that says nothing of differences.
     """
-    for operation in graph.operations:
+    met: set[Variable] = set()  # those that may be given relevance where both are the same
+    for operation in reversed(graph.operations):
         rule = graph.specification.rule(operation, graph)
         row = operation.operator
         if rule.first_order or rule.reads_ahead or rule.bounds_inputs:
@@ -62,16 +63,20 @@ def take_between(graph: Graph) -> None:
         slots = Operator.operands(row, operation.call, graph.carries, operation.address)
         if row.is_product:  # whatever else is a factor is constant
             _set_slots(operation, slots, graph)
-        if not (row.curves(slots, along_path=True) or row.by_derivatives):
-            continue
-        if not row.has_secant:
-            raise UnsupportedOperatorError(
-                f"{operation.call.target} at {operation.address!r} has no exact slope between two "
-                "inputs. Explain it without a reference, or along a path, "
-                "composites.IntegratedGradients(baseline)."
-            )
-        operation.operator = Secants(row)
-        _set_slots(operation, slots, graph)
+        if row.curves(slots, along_path=True) or row.by_derivatives:
+            if not row.has_secant:
+                raise UnsupportedOperatorError(
+                    f"{operation.call.target} at {operation.address!r} has no exact slope between "
+                    "two inputs. Explain it without a reference, or along a path, "
+                    "composites.IntegratedGradients(baseline)."
+                )
+            operation.operator = Secants(row, keeps=operation.output in met)
+            _set_slots(operation, slots, graph)
+        # Others share by something else, or split evenly what vanishes.
+        elif row.adds_up and type(rule) not in (Zero, Gamma):
+            met.update(operation.operands)
+        if operation.output in met:
+            met.update(operation.operands)
 
 
 def follow_weights(graph: Graph) -> None:

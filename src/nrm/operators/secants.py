@@ -163,11 +163,16 @@ class Secants(Operator):
 
     Arguments:
         row: the other row.
+        keeps: whether a rule above may give relevance to neurons that are the same in both. It
+            ends in the leaf `flat` then; else none gets there.
     """
 
-    def __init__(self, row: Operator) -> None:
+    def __init__(self, row: Operator, keeps: bool = False) -> None:
         super().__init__(row.kind)
-        self.row, self.passes = row, row.passes
+        self.row, self.passes, self.keeps = row, row.passes, keeps
+
+    def orphans(self, call: Call, operands: Sequence[tuple[str, Node]]) -> str | None:
+        return "flat" if self.keeps else None
 
     def channel_axis(self, call: Call, inherited: int | None) -> int | None:
         return self.row.channel_axis(call, inherited)
@@ -225,6 +230,8 @@ def difference(
 class Chord(Propagation):
     """An operation between two inputs: `R(i|j) = S_ji (a_i - a'_i) / (y_j - y'_j)`.
 
+    What reaches neurons that are the same in both goes to the late leaf, if there is one.
+
     Arguments:
         moves: `[*operand]` of each operand, with a local autograd graph to
         rise: `y - y'`.
@@ -234,8 +241,11 @@ class Chord(Propagation):
 
     def __init__(self, moves: Sequence[Tensor], rise: Tensor, setting: Setting) -> None:
         self.moves, self.rise, self.setting = moves, rise, setting
-        self.still = rise.detach() == 0  # no relevance gets there
+        self.still = rise.detach() == 0
         self.divisor = torch.where(self.still, 1.0, rise.detach())
+
+    def late_shape(self) -> torch.Size:
+        return self.rise.shape
 
     def pull(
         self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
@@ -243,7 +253,10 @@ class Chord(Propagation):
         share = message / self.divisor if normalized else message
         share = torch.where(self.still, 0.0, share)
         gradients = pull_back(self.rise, self.moves, share)
-        return [
+        pulled = [
             gradient * move.detach() if want else None
-            for gradient, move, want in zip(gradients, self.moves, wanted, strict=True)
+            for gradient, move, want in zip(gradients, self.moves, wanted, strict=False)
         ]
+        if len(wanted) > len(self.moves):
+            pulled.append(torch.where(self.still, message, 0.0) if wanted[-1] else None)
+        return pulled
