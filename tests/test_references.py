@@ -422,6 +422,41 @@ def test_what_is_no_operand_has_to_be_the_same() -> None:
         )
 
 
+class Gated(nn.Module):
+    """A product, then a layer whose rule decides what its operands get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * torch.sigmoid(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "lost"),
+    [
+        (rules.Flat(), 1 / 3),
+        (rules.WSquare(), 0.25 / 5.25),
+        (rules.ZPlus(), 1 / 3),  # nothing is positive: the column is split evenly
+        (rules.Zero(), 0.0),
+    ],
+    ids=("flat", "w2", "z+", "zero"),
+)
+def test_relevance_that_neurons_are_given_which_are_the_same_is_not_lost(
+    rule: rules.Rule, lost: float
+) -> None:
+    model = Gated().double().eval()
+    model.layer.weight.data[0] = torch.tensor([-1.0, 0.5, -2.0])
+    x, y = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[0.5, 2.0, 1.0]]).double()
+    R = nrm.Explainer(model, rule)(x, target=0, reference=y)
+    torch.testing.assert_close(R.heatmap().sum(1), torch.tensor([1 - lost]).double())
+    ended = R.biases().get(":mul.flat", torch.zeros(1).double())
+    torch.testing.assert_close(ended, torch.tensor([lost]).double())
+    assert R.heatmap()[0, 1] == 0
+    assert (":mul.flat" in R.biases()) == (not isinstance(rule, rules.Zero))
+
+
 class Running(nn.Module):
     """A running sum of words: what it holds after two words does not depend on their order."""
 

@@ -169,3 +169,19 @@ def test_few_rows_of_the_last_layer(monkeypatch):
     assert taken[-1] is not None
     for k in range(5):
         torch.testing.assert_close(many[k], fast.of((k, 5)).marginal("words"))
+
+
+def test_heatmaps_of_sets_of_which_one_layer_is_whole_and_another_is_not():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.c(self.a(x) + self.b(x))
+
+    explainer = nrm.Explainer(Branches().double().eval(), composites.LRPZero(), bias="input")
+    R = explainer(torch.rand(2, 3).double(), target=0)
+    assert R.forward_pass.telescope is not None
+    sets = [nrm.neurons("a") | nrm.neurons("b", k) for k in range(2)]
+    torch.testing.assert_close(R.heatmaps(sets), torch.stack([R.heatmap(one) for one in sets]))

@@ -376,7 +376,9 @@ class Telescope:
             gradients = [gradient * scale for gradient in gradients]
         leading = self.graph.leading_to(stops)
         ends = [*stops, *(v for v in self.small if v in leading and v not in stops)]
-        single = all(len(gradient) == 1 for gradient in gradients)
+        many = max(map(len, gradients))  # one stands for as many as there are of others
+        gradients = [gradient.expand(many, *gradient.shape[1:]) for gradient in gradients]
+        single = many == 1
         found = torch.autograd.grad(
             [self.values[variable] for variable in begun],
             [self.values[variable] for variable in ends],

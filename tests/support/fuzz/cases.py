@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 import nrm
-from support.fuzz import drawing, queries, walks
+from support.fuzz import drawing, queries, references, walks
 from support.fuzz.flows import Flows
-from support.fuzz.networks import BATCH, Network
+from support.fuzz.networks import BATCH, Described, Network
 from support.fuzz.queries import Answer, Asked
 from support.fuzz.walks import Walks
 
@@ -47,21 +47,30 @@ class Explained:
 
 @dataclass
 class Case:
-    """A network under a composite, with all that is asked about it."""
+    """A network under a composite, with all that is asked about it.
+
+    Attributes:
+        reference: other inputs, if walks are those of the differences from them.
+    """
 
     seed: int
     network: Network
     walks: Walks
+    reference: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def drawn(cls, seed: int) -> Case:
         network = drawing.draw(seed)
-        return cls(seed, network, walks.draw(network, np.random.default_rng([seed, 1])))
+        chosen = walks.draw(network, np.random.default_rng([seed, 1]))
+        rng = np.random.default_rng([seed, 5])
+        differs = chosen.of_differences and rng.random() < 0.3
+        return cls(seed, network, chosen, references.draw(network, rng) if differs else None)
 
     def __str__(self) -> str:
         return (
             f"seed {self.seed}: python tests/fuzzing.py --seed {self.seed} --count 1\n"
-            f"{self.walks.text}, bias={self.walks.bias!r}\n{self.network}"
+            f"{self.walks.text}, bias={self.walks.bias!r}"
+            f"{', from a reference' if self.reference else ''}\n{self.network}"
         )
 
     def explained(self) -> Explained:
@@ -71,7 +80,7 @@ class Case:
         way = rng.random()
         if way < 0.6:
             return Explained([int(rng.integers(outputs))] * BATCH)
-        if way < 0.8 or self.network.head:
+        if way < 0.8 or self.network.head or self.reference:
             return Explained(rng.integers(0, outputs, BATCH).tolist())
         relevance = rng.integers(0, 4, (BATCH, outputs)).astype(float)
         relevance[:, 0] += 1
@@ -79,15 +88,24 @@ class Case:
 
     def flows(self, explained: Explained | None = None) -> tuple[list[Flows], list[Flows]] | None:
         """Of every sample, normalised and not; `None` where rounding decides what is right."""
-        nets = [self.walks.describe(self.network, sample) for sample in range(BATCH)]
+        nets = [self._described(sample) for sample in range(BATCH)]
         if any(net.doubtful() for net in nets):
             return None
         of = (explained or self.explained()).of
+        if self.reference and any(
+            net.values[net.output][what] == 0 for net, what in zip(nets, of, strict=True)
+        ):
+            return None  # refused: the same in both
         flows = [Flows(net, what) for net, what in zip(nets, of, strict=True)]
         raw = [Flows(net, what, normalized=False) for net, what in zip(nets, of, strict=True)]
         if max(flow.variation for flow in flows) > 1e6:
             return None
         return flows, raw
+
+    def _described(self, sample: int) -> Described:
+        if self.reference is None:
+            return self.walks.describe(self.network, sample)
+        return references.described(self.network, self.walks, self.reference, sample)
 
     def findings(self) -> Iterator[Finding]:
         """Whatever is wrong; nothing if rounding decides what is right."""
@@ -111,6 +129,11 @@ class Case:
                     continue
                 chosen = {name: x[list(rows)] for name, x in given.items()}
                 asked_for = explained.arguments(rows, dtype)
+                if self.reference is not None:
+                    asked_for["reference"] = {
+                        name: x[list(rows)].to(given[name].dtype)
+                        for name, x in self.reference.items()
+                    }
                 try:
                     R = explainer(**chosen, **asked_for)
                 except Exception as error:
@@ -139,7 +162,7 @@ class Case:
         while going:
             going = False
             for network in shorter(best.network):
-                case = Case(self.seed, network, self.walks)
+                case = replace(self, network=network)
                 with contextlib.suppress(Exception):
                     if any(alike(finding, other) for other in case.findings()):
                         best, going = case, True

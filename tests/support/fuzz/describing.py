@@ -67,7 +67,7 @@ def winners(net: Described, step: Step) -> None:
     for value in y:
         (gradient,) = torch.autograd.grad(value, x, retain_graph=True)
         chosen.append((step.reads[0], int(gradient.flatten().argmax())))
-    net.pick(step.name, chosen)
+    net.largest(step.name, chosen)
 
 
 def summed(net: Described, step: Step) -> None:

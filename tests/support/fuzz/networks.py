@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -109,6 +110,14 @@ class Described(o.Oracle):
         self.alone |= {(name, c[0]) for c in alone}
         self.weighted(name, o.zero, size, sorted(real + alone, key=lambda c: c[0]), bias)
 
+    def quotient(self, name: str, reads: tuple[str, ...], values: np.ndarray) -> str:
+        """What divides takes nothing."""
+        return self.identity(name, reads[0], lambda v: values)
+
+    def largest(self, name: str, chosen: list[o.Neuron]) -> str:
+        """A maximum: neuron j is that of `chosen[j]`."""
+        return self.pick(name, chosen)
+
     def column(self, neuron: o.Neuron, normalized: bool) -> list[tuple[o.Neuron, float]]:
         if neuron in self.alone:
             parents = self.parents[neuron]
@@ -151,6 +160,9 @@ class Described(o.Oracle):
                 if total > 0:
                     worst = max(worst, sum(map(abs, terms)) / total)
         return worst
+
+
+Net = TypeVar("Net", bound=Described)
 
 
 @dataclass
@@ -239,9 +251,10 @@ class Network:
         bias_is_input: bool,
         alphas: Callable[[Sequence[int]], list[float]],
         softmax_rule: bool,
-    ) -> Described:
+        kind: type[Net],
+    ) -> Net:
         """The oracle of one sample; every weighted sum under LRP-0 so far."""
-        net = Described(bias_is_input)
+        net = kind(bias_is_input)
         net.alphas, net.softmax_rule = alphas, softmax_rule
         for name, x in self.inputs.items():
             value = x[sample : sample + 1]

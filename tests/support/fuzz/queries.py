@@ -65,7 +65,7 @@ def _everything(asked: Asked) -> Iterator[Answer]:
         known = address(name)
         if "~" in name or ("." not in name and name not in asked.names):
             continue
-        if name.endswith((".fill", ".padding")) and known not in every:
+        if name.endswith((".fill", ".padding", ".flat")) and known not in every:
             continue  # nothing flows there: below
         yield (
             f"R.marginals()[{known!r}]",

@@ -10,7 +10,7 @@ import numpy as np
 from nrm import composites, rules
 from nrm.composites import Composite
 from support import oracle as o
-from support.fuzz.networks import Described, Network
+from support.fuzz.networks import Described, Net, Network
 from support.networks import RULES
 
 BOX = 1024.0
@@ -53,6 +53,11 @@ class Walks:
     named: Composite | None = None
 
     @property
+    def of_differences(self) -> bool:
+        """Whether its rules say anything of differences; a box is one of values."""
+        return "zbox" not in {self.default, self.first, *self.steps.values()}
+
+    @property
     def composite(self) -> Composite:
         if self.named is not None:
             return self.named
@@ -62,9 +67,10 @@ class Walks:
         alpha = ALPHAS[self.alpha][0]
         return Composite(choices, PACKAGE[self.default], self.text, alpha, self.bias)
 
-    def describe(self, network: Network, sample: int) -> Described:
+    def describe(self, network: Network, sample: int, kind: type[Net] = Described) -> Net:
         """The oracle of one sample."""
-        net = network.describe(sample, self.bias == "input", ALPHAS[self.alpha][1], self.taylor)
+        bias, alphas = self.bias == "input", ALPHAS[self.alpha][1]
+        net = network.describe(sample, bias, alphas, self.taylor, kind)
         kinds = {step.name: step.kind for step in network.steps}
         above = _read(net)
         visited = _below(above, net.output) | {net.output}
