@@ -73,3 +73,13 @@ def test_numbers_of_python_are_noticed_in_mixed_models_too():
     model = Mixed(lambda m, h: layer(m, h) * h.mean().item()).double().eval()
     with pytest.raises(nrm.errors.NrmError, match=r"out of tensors|Python"):
         nrm.Explainer(model)(X[:1], target=0)
+
+
+def test_many_heatmaps_of_a_single_model_with_a_part_in_double():
+    model = Mixed(lambda m, h: (h.double() @ torch.ones(4, 4).double()).float()).eval()
+    R = nrm.Explainer(model, composites.CPLRP())(X.float(), target=0)
+    sets = [nrm.neurons("a", 0), nrm.neurons("a", 1, 2), ~nrm.neurons("a", 0)]
+    one_by_one = torch.stack([R.heatmap(chosen) for chosen in sets])
+    torch.testing.assert_close(R.heatmaps(sets), one_by_one, check_dtype=False)
+    found = torch.stack([R.of(k).heatmap() for k in range(2)])
+    torch.testing.assert_close(R.by_target(), found, check_dtype=False)

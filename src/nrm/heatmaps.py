@@ -54,7 +54,7 @@ def marginals_of_many(
             chains.setdefault(tuple(chain), []).append(place)
     for condition, places in others.items():
         answers = Answers(forward, starts, condition)
-        found[places] = answers.marginals([variable])[variable].unsqueeze(0)
+        found[places] = answers.marginals([variable])[variable].unsqueeze(0).to(found)
         advance(len(places))
     groups: dict[tuple[frozenset[Variable], ...], list[Chain]] = {}
     for chain_ in chains:
@@ -104,7 +104,7 @@ def marginals_of_targets(
         messages = torch.cat([start[normalized is True][output] for start in each])
         query = Query(forward, {output: messages}, [condition.formula], normalized)
         arrived = query.marginals([variable])[variable]
-        found[list(chosen)] = finite(arrived).expand(len(chosen), *arrived.shape[1:])
+        found[list(chosen)] = finite(arrived).expand(len(chosen), *arrived.shape[1:]).to(found)
         advance(len(chosen))
 
     in_chunks(range(len(explained)), memory, message_size(forward, output, variable), travelled)
@@ -133,7 +133,7 @@ def _chains(
         messages = along(forward, start, (_stacked(sets, forward) for sets in same_depth))
         arrived = send(forward, messages, {variable: None}).get(variable)
         if arrived is not None:
-            each = finite(arrived).expand(len(chosen), *arrived.shape[1:])
+            each = finite(arrived).expand(len(chosen), *arrived.shape[1:]).to(found)
             for chain, marginal in zip(chosen, each, strict=True):
                 found[rows[chain]] = marginal
         advance(sum(len(rows[chain]) for chain in chosen))

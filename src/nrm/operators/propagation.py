@@ -224,8 +224,8 @@ class Propagation(ABC):
         expected = sum(float(part.sum(dtype=torch.float64)) for part in pulled)
         size = sum(float(part.abs().sum(dtype=torch.float64)) for part in pulled)
         found = float(pushed.sum(dtype=torch.float64))
-        # Both may be nothing but rounding, of what was pushed.
-        rounding = 1e3 * torch.finfo(pushed.dtype).eps * float(pushed.abs().sum())
+        # Both may be nothing but rounding, of what was pushed and what cancelled on the way to it.
+        rounding = torch.finfo(pushed.dtype).eps ** 0.5 * float(pushed.abs().sum())
         if abs(found - expected) > 0.01 * size + rounding:
             raise QueryError(
                 f"{type(self).__name__}.pull does not let derivatives by the message through (a "
