@@ -15,6 +15,7 @@ from support.fuzz import drawing, queries, references, walks
 from support.fuzz.flows import Flows
 from support.fuzz.networks import BATCH, Described, Network
 from support.fuzz.queries import Answer, Asked
+from support.fuzz.removals import Removed
 from support.fuzz.walks import Walks
 
 
@@ -155,6 +156,25 @@ class Case:
                     )
                     rounds = 2 if way == "in a batch" and dtype is torch.float64 else 1
                     yield from compare(asked, f"{kind}, {way}{path}", rounds)
+                if rounds == 2 and self.reference is None and self.seed % 3 == 1:
+                    yield from self._removed(R, explained)
+
+    def _removed(self, R: nrm.Measure, explained: Explained) -> Iterator[Finding]:
+        """What is wrong where sets of a layer are removed."""
+        targets = [of for of in explained.of if isinstance(of, int)]
+        rng = np.random.default_rng([self.seed, 6])
+        if not targets:
+            return
+        text = "blocks"
+        try:
+            removed = Removed.draw(R, self.network, targets, rng)
+            for query, found, right in removed.answers(rng) if removed else ():
+                text = f"blocks of {removed.text}: {query}"
+                off = np.abs(found.numpy() - right) if found.shape == right.shape else np.inf
+                if not np.all(off <= 1e-7 * max(1.0, np.abs(right).max())):
+                    yield Finding("float64, in a batch", text, found, right)
+        except Exception as error:
+            yield Finding("float64, in a batch", f"what comes after {text}", *_failure(error))
 
     def smaller(self, finding: Finding) -> Case:
         """The same mistake in as few steps as can be found by taking out one at a time."""

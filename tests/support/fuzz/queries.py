@@ -145,7 +145,7 @@ def _sets(asked: Asked, count: int) -> Sets:
     return Sets(texts, events, masks)
 
 
-def _formula(
+def drawn_formula(
     events: Sequence[nrm.formulas.Formula], rng: np.random.Generator
 ) -> tuple[str, nrm.formulas.Formula, Holds]:
     """A formula over events called a, b, c."""
@@ -185,7 +185,7 @@ def _about_sets(asked: Asked) -> Iterator[Answer]:
     a, about = sets.events, ", ".join(f"{n}={t}" for n, t in zip("abc", sets.texts, strict=False))
     known = [flow.asked(sets.masks[b]) for b, flow in enumerate(flows)]
     yield f"R(*sets), {about}", list(R(*a)), lambda b: known[b].relevance(), False
-    text, formula, holds = _formula(a, rng)
+    text, formula, holds = drawn_formula(a, rng)
     about = f"{text}, {about}"
     yield f"R({about})", list(R(formula)), lambda b: known[b].relevance(holds), False
     pair = R.relevances(formula, a[0])
