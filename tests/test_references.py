@@ -457,6 +457,22 @@ def test_relevance_that_neurons_are_given_which_are_the_same_is_not_lost(
     assert (":mul.flat" in R.biases()) == (not isinstance(rule, rules.Zero))
 
 
+def test_unnormalised_walks_pass_what_cancels() -> None:
+    """`x_0 x_1` is the same in both: its two contributions are not zero (eq. 26)."""
+
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[:, 0] * x[:, 1], x[:, 2]], 1).sum(1, keepdim=True)
+
+    x, y = torch.tensor([[2.0, 3.0, 1.0]]).double(), torch.tensor([[3.0, 2.0, 0.0]]).double()
+    R = nrm.Explainer(Pair().eval(), rules.Flat())(x, target=0, reference=y)
+    expected = torch.tensor([[-2.5, 2.5, 1.0]]).double()  # R.scale times T~ of one
+    torch.testing.assert_close(R.heatmap(normalized=False), expected)
+    found = R.heatmap()
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 0.5]]).double())
+    torch.testing.assert_close(R.biases()[":mul.flat"], torch.tensor([0.5]).double())
+
+
 class Running(nn.Module):
     """A running sum of words: what it holds after two words does not depend on their order."""
 

@@ -26,7 +26,7 @@ from nrm.operators import Call, Setting, fill
 from nrm.operators.propagation import Before
 from nrm.operators.secants import change, difference
 from nrm.telescope import ByDerivatives, Telescope, is_precise
-from nrm.tensors import check_dense, like
+from nrm.tensors import check_dense, like, with_slope
 
 
 class Reference:
@@ -153,7 +153,11 @@ class Differencing(ByDerivatives):
         assert setting.before is not None
         moves = [self.found[operand] for operand in operation.operands[: len(operands)]]
         rise = change(setting.before.output, value)
-        self.found[variable] = difference(operation.operator, call, operands, moves, rise, setting)
+        with torch.enable_grad():
+            linear = difference(operation.operator, call, operands, moves, setting)
+            # What is the same in both has no relevance to pass on, but its slope is not zero.
+            found = with_slope(linear.expand(rise.shape), rise, rise != 0)
+        self.found[variable] = found
         return value
 
 

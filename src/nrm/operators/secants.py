@@ -21,7 +21,6 @@ from nrm.operators.derivatives import Step
 from nrm.operators.propagation import Ends, Propagation, Setting, pull_back
 from nrm.operators.row import Operator
 from nrm.rules import Normalized
-from nrm.tensors import with_slope
 
 
 def change(before: Tensor, after: Tensor) -> Tensor:
@@ -200,7 +199,9 @@ class Secants(Operator):
             for x, y in zip(setting.before.operands, values, strict=True)
         ]
         rise = change(setting.before.output, output)
-        return output, Chord(leaves, difference(self, call, values, leaves, rise, setting), setting)
+        with torch.enable_grad():
+            linear = difference(self, call, values, leaves, setting).expand(rise.shape)
+        return output, Chord(leaves, linear, rise, setting)
 
 
 def difference(
@@ -208,23 +209,18 @@ def difference(
     call: Call,
     after: Sequence[Tensor],
     moves: Sequence[Tensor],
-    rise: Tensor,
     setting: Setting,
 ) -> Tensor:
-    """`y - y'`, with the row's slopes for derivatives by the moves.
+    """Something linear in the moves whose derivatives are the row's slopes.
 
     Arguments:
         after: the operands' values at the input.
-        rise: `y - y'` as the forward passes found it.
     """
     assert setting.before is not None
     after = [value.detach() for value in after]
     with torch.enable_grad():
         linear = row.secant(call, Ends(setting.before.operands, after, moves), setting)
-        if not linear.requires_grad:
-            linear = linear + 0 * moves[0].sum()
-        # What is the same in both has no relevance to pass on, but its slope is not zero.
-        return with_slope(linear.expand(rise.shape), rise, rise != 0)
+        return linear if linear.requires_grad else linear + 0 * moves[0].sum()
 
 
 class Chord(Propagation):
@@ -234,29 +230,35 @@ class Chord(Propagation):
 
     Arguments:
         moves: `[*operand]` of each operand, with a local autograd graph to
+        linear: what the slopes make of them.
         rise: `y - y'`.
     """
 
     exclusive = True
 
-    def __init__(self, moves: Sequence[Tensor], rise: Tensor, setting: Setting) -> None:
-        self.moves, self.rise, self.setting = moves, rise, setting
-        self.still = rise.detach() == 0
-        self.divisor = torch.where(self.still, 1.0, rise.detach())
+    def __init__(
+        self, moves: Sequence[Tensor], linear: Tensor, rise: Tensor, setting: Setting
+    ) -> None:
+        self.moves, self.linear, self.setting = moves, linear, setting
+        self.still = rise == 0
+        self.divisor = torch.where(self.still, 1.0, rise)
 
     def late_shape(self) -> torch.Size:
-        return self.rise.shape
+        return self.divisor.shape
 
     def pull(
         self, message: Tensor, wanted: Sequence[bool], normalized: Normalized = True
     ) -> list[Tensor | None]:
-        share = message / self.divisor if normalized else message
-        share = torch.where(self.still, 0.0, share)
-        gradients = pull_back(self.rise, self.moves, share)
+        share = message
+        if normalized:
+            share = message / self.divisor
+            share = torch.where(self.still, 0.0, share)
+        gradients = pull_back(self.linear, self.moves, share)
         pulled = [
             gradient * move.detach() if want else None
             for gradient, move, want in zip(gradients, self.moves, wanted, strict=False)
         ]
         if len(wanted) > len(self.moves):
-            pulled.append(torch.where(self.still, message, 0.0) if wanted[-1] else None)
+            ended = torch.where(self.still, message, 0.0) if normalized is True else 0 * message
+            pulled.append(ended if wanted[-1] else None)
         return pulled

@@ -130,6 +130,9 @@ class Described(o.Oracle):
                 return [(p.neuron, 1 / len(parents)) for p in parents]
         return super().column(neuron, normalized)
 
+    def is_blank(self, neuron: o.Neuron) -> bool:
+        return neuron in self.zeros or neuron in self.blank
+
     def doubtful(self) -> bool:
         """Whether rounding decides something: a sum that nearly cancels, and not exactly."""
         for (name, _), parents in self.parents.items():
