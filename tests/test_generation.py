@@ -350,6 +350,37 @@ def test_sources_shown_and_refused(transformers: Any, tiny: Tiny) -> None:
         nrm.generation(explainer, WRITTEN, 1, source=SOURCE, past_key_values=cache)
 
 
+@pytest.mark.parametrize("head", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("against", [None, 6, "next"])
+def test_scales_are_the_logits_behind_a_last_softmax(head: str, against: Any) -> None:
+    class Ends(Tiny):
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = getattr(torch, head)(super().forward(ids), -1)
+            return found
+
+    torch.manual_seed(0)
+    explainer = nrm.Explainer(Ends().double().eval())
+    ids = torch.tensor([[3, 1, 4, 15, 9]])
+    made = nrm.generation(explainer, ids, prompt=2, against=against)
+    plain = nrm.generation(nrm.Explainer(_without_head(explainer.model)), ids, 2, against=against)
+    torch.testing.assert_close(made.scale, plain.scale)
+    torch.testing.assert_close(made.relevance, plain.relevance)
+    for step in range(3):
+        place, said = step + 1, int(ids[0, step + 2])
+        target: Any = (place, said)
+        if made.against is not None:
+            target = nrm.Contrast(target, (place, int(made.against[step])))
+        R = explainer(ids, target=target)
+        torch.testing.assert_close(made.scale[step : step + 1], R.scale)
+        torch.testing.assert_close(made.relevance[step], R.tokens()[0])
+
+
+def _without_head(model: nn.Module) -> nn.Module:
+    plain = Tiny().double().eval()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
 def test_in_pieces_and_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     explainer, told = nrm.Explainer(tiny), []
     whole = nrm.generation(explainer, IDS, 1)

@@ -388,8 +388,8 @@ def _takes(explainer: Explainer, name: str) -> bool:
 
 
 def _logits(R: Measure, ids: Tensor) -> Tensor:
-    """`[batch, tokens, vocabulary]`."""
-    logits = R.output
+    """`[batch, tokens, vocabulary]`, those that are explained: behind a last softmax, if any."""
+    logits = R.graph.output.canonical(R.forward_pass.output.unsqueeze(0))[0]
     if logits.dim() != 3 or logits.shape[:2] != ids.shape:
         raise TargetError(
             f"the output {tuple(logits.shape)} is not [batch, tokens, vocabulary] for texts "
