@@ -309,3 +309,30 @@ def test_signals_in_batches_on_a_graph_of_the_model():
         assert walks.total == pytest.approx(1, abs=1e-10)
         joint = R(*gn.subgraph(layers, [0, 2]))[sample]
         assert float(joint) == pytest.approx(walks.inside([0, 2]).total, abs=1e-12)
+
+
+class _Readout(nn.Module):
+    """Messages of the graph's own features, and of the node that sends."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 2) for _ in range(3))
+
+    def forward(self, x, edge_index, batch):
+        sender, receiver = edge_index
+        whole = x.new_zeros(1, 3).index_add(0, batch, x)
+        message = self.a(whole)[batch[sender]] + self.b(x)[sender]
+        out = x.new_zeros(NODES, 2).index_add(0, receiver, message) + self.c(x)
+        return x.new_zeros(1, 2).index_add(0, batch, torch.relu(out))
+
+
+def test_edges_of_messages_that_read_the_whole_graph_too():
+    torch.manual_seed(0)
+    model, batch = _Readout().double().eval(), torch.zeros(NODES, dtype=torch.long)
+    explainer = nrm.Explainer(model, batch_axis=None)
+    R = explainer(torch.rand(NODES, 3).double(), EDGES, batch, target=(0, 1))
+    (layer,) = gn.edge_layers(R)
+    assert torch.equal(layer.senders, EDGES[0])
+    assert torch.equal(layer.receivers, EDGES[1])
+    assert layer.rows(3, 4) == [8]
+    torch.testing.assert_close(gn.edge_relevance(R, EDGES), R.marginal(layer.name).sum(1))

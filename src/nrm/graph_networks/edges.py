@@ -178,6 +178,9 @@ def edge_layers(R: Measure) -> list[EdgeLayer]:
         picked = [p for p in pickings(operation) if forward.shape(p.output)[0] == size]
         if not picked:  # a sum over the nodes of each graph
             continue
+        # What is read for each edge of something else, a graph's features say, tells no node.
+        count = forward.shape(operation.output)[0]
+        picked.sort(key=lambda p: forward.shape(p.operands[0])[0] != count)
         receivers = _per_row(forward.value_at(_index(operation.call.arguments)), size)
         ends = [_per_row(forward.value_at(_index(p.call.arguments)), size) for p in picked]
         # A message may also read the node that it goes to.
