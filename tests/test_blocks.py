@@ -675,3 +675,27 @@ def test_blocks_and_interventions_on_one_explainer(batch_first: bool) -> None:
     R = explainer(x, target=1)
     torch.testing.assert_close(nrm.Blocks(R, "a").each()[0] * R.scale[0], expected)
     torch.testing.assert_close(lost(explainer), expected)
+
+
+def test_a_gate_that_takes_nothing_in_the_measure_is_a_layer_above() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            out: Tensor = self.o(self.b(h) * torch.sigmoid(h))
+            return out
+
+    torch.manual_seed(0)
+    R = nrm.Explainer(Gated().double().eval())(torch.randn(2, 4).double(), target=1)
+    blocks = nrm.Blocks(R, ":relu")
+    whole = blocks(":sigmoid")
+    assert bool((whole != 0).all())
+    torch.testing.assert_close(blocks.marginal(":sigmoid").sum(1), whole)
+    torch.testing.assert_close(blocks.joint(":sigmoid", by="neuron").sum((1, 2)), whole)
+    with pytest.raises(QueryError, match="'a' lies below ':relu'"):
+        blocks.joint("a")
+    with pytest.raises(QueryError, match="'a' lies below ':relu'"):
+        blocks.top("a")

@@ -158,11 +158,11 @@ class Blocks(Shown):
             others: as for `__call__`. Sets lie at this layer or above it.
         """
         with self._asking(sets, given) as condition:
-            wanted = self.R.graph.variable(layer)
-            below = wanted in self.R.graph.upstream(self._variable)
-            at = self._variable if below else wanted
-            found = self._marginal(at.name, condition)
-            if below:
+            wanted = self._below_the_layer(layer)
+            found = self._marginal(layer if wanted is None else self.layer, condition)
+            if wanted is None:
+                wanted = self._above_the_layer(layer)
+            else:
                 message = found.unsqueeze(0)
                 found = send_between(self.R.forward_pass, message, self._variable, wanted)[0]
             known = self._known(condition)
@@ -218,6 +218,7 @@ class Blocks(Shown):
         held = [part for part in more if isinstance(part, Formula | Condition)]
         layers = [layer, *(part for part in more if not isinstance(part, Formula | Condition))]
         with self._asking(held, given) as condition:
+            self._check_layers(layers)
             if gating:
                 self._check_gating(gating, layers, condition)
                 return self._halved(layer, by, gating)
@@ -256,6 +257,7 @@ class Blocks(Shown):
         wanted = Search(k, order, method, sample, work, seconds, self.memory)
         wanted.check(self.R.batch)
         with self._asking(held, given) as condition:
+            self._check_layers(higher)
             known = self._known(condition)
             each = 1.0 if known is None else float(known[sample])
             search = wanted.divided_by(each)
@@ -330,13 +332,32 @@ class Blocks(Shown):
         try:
             return self.graph.variable(layer)
         except NrmError:
-            there = self.R.graph.variable(layer)
-        if there in self.R.graph.upstream(self._variable):
+            below = self._below_the_layer(layer)
+        if below is not None:
             raise QueryError(
                 f"{layer!r} lies below {self.layer!r}, where sets are removed: here sets lie at "
                 "that layer or above it. heatmap() and marginal() go on below it."
             )
         raise QueryError(f"{layer!r} does not depend on {self.layer!r}: no walk passes both.")
+
+    def _below_the_layer(self, layer: str) -> Variable | None:
+        """The variable of the whole of this name, if it lies below the layer.
+
+        Raises:
+            UnknownLayerError: neither the whole nor the part above has any.
+        """
+        try:
+            there = self.R.graph.variable(layer)
+        except NrmError:
+            self.graph.variable(layer)  # a gate, say, which takes nothing in `R`
+            return None
+        return there if there in self.R.graph.upstream(self._variable) else None
+
+    def _check_layers(self, layers: Sequence[Parts]) -> None:
+        """Refuse names of layers that do not lie above."""
+        for layer in layers:
+            if isinstance(layer, str):
+                self._above_the_layer(layer)
 
     def _each(self, condition: Condition) -> Tensor:
         """`[batch, sets]`, jointly with all that the condition says."""
