@@ -473,6 +473,24 @@ def test_unnormalised_walks_pass_what_cancels() -> None:
     torch.testing.assert_close(R.biases()[":mul.flat"], torch.tensor([0.5]).double())
 
 
+def test_one_sample_for_all_where_the_batch_is_the_second_axis() -> None:
+    """As many steps as samples: shapes alone do not tell one from the other."""
+
+    class Steps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (torch.arange(1.0, 4.0).view(3, 1, 1).to(x) * torch.tanh(x)).sum(0)
+
+    torch.manual_seed(0)
+    explainer = nrm.Explainer(Steps().eval(), batch_axis=1)
+    x, one = torch.randn(3, 3, 2).double(), torch.randn(3, 2).double()
+    R = explainer(x, target=1, reference=one)
+    expected = explainer(x, target=1, reference=one[:, None].expand(3, 3, 2))
+    torch.testing.assert_close(R.scale, expected.scale)
+    torch.testing.assert_close(R.heatmap(), expected.heatmap())
+    alone = explainer(x[:, :1], target=1, reference=one[:, None])
+    torch.testing.assert_close(alone.heatmap()[:, 0], R.heatmap()[:, 0])
+
+
 class Running(nn.Module):
     """A running sum of words: what it holds after two words does not depend on their order."""
 

@@ -164,11 +164,12 @@ class Differencing(ByDerivatives):
 # -- which inputs a reference is -------------------------------------------------------------------
 
 
-def reference_of(call: ModelCall, given: Any) -> list[Tensor]:
+def reference_of(call: ModelCall, given: Any, batch_axis: int | None = 0) -> list[Tensor]:
     """The tensors of a call at a reference.
 
     Arguments:
         given: a tensor or a number for the one input, or a mapping from names of inputs to these.
+        batch_axis: of the inputs; what has an axis less is one sample for all.
 
     Raises:
         InputError: they do not look like the inputs.
@@ -198,7 +199,10 @@ def reference_of(call: ModelCall, given: Any) -> list[Tensor]:
                 f"{x.dtype} on {x.device}."
             )
         try:
-            start = start.detach().to(x.dtype).expand(x.shape).clone()
+            start = start.detach().to(x.dtype)
+            if batch_axis and start.dim() == x.dim() - 1:
+                start = start.unsqueeze(batch_axis)
+            start = start.expand(x.shape).clone()
         except RuntimeError:
             raise InputError(
                 f"the reference for {name!r} has shape {tuple(start.shape)}, the input "

@@ -159,7 +159,7 @@ class Explainer(Shown):
             program, unchanged = self._program(call, reference is not None)
             before = None
             if reference is not None:
-                before = reference_of(call, reference)
+                before = reference_of(call, reference, self._batch_axis(call))
                 reference = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), reference)
                 captured = program.graph.captured
                 other = ModelCall(self.model, *call.arguments(*before), self.output)

@@ -68,15 +68,21 @@ class Differences(Described):
 
     Attributes:
         shares: what the parents contribute to neurons that go by slopes.
+        cancelled: by how much values exceed their differences, at most.
     """
 
     shares: dict[o.Neuron, Contributions] = field(default_factory=dict)
+    cancelled: float = 1.0
 
     @classmethod
     def between(cls, here: Run, there: Run) -> Differences:
         known = {f.name: getattr(here, f.name) for f in fields(Described)}
         found = cls(**known)
         found.values = {name: _change(there.values[name], x) for name, x in here.values.items()}
+        for name, moves in found.values.items():
+            moved = (moves != 0) & np.isfinite(here.values[name])
+            ratio = np.abs(here.values[name][moved] / moves[moved])
+            found.cancelled = max(found.cancelled, *ratio, 1.0)
         for (name, j), parents in here.parents.items():
             if name in here.slopes:
                 size = len(here.values[name])
@@ -118,7 +124,7 @@ class Differences(Described):
         return Described.doubtful(rest)
 
     def condition(self) -> float:
-        worst = Described.condition(self)
+        worst = max(Described.condition(self), self.cancelled)
         for name, j in self.shares:
             rise = abs(float(self.values[name][j]))
             if rise > 0:
