@@ -50,7 +50,7 @@ def between(case: Case, before: list[Tensor], alphas: tuple[float, ...] = ()) ->
     setting = replace(case.setting, before=Before(before, low), alphas=alphas)
     moves = [change(x, y).requires_grad_() for x, y in zip(before, case.values, strict=True)]
     rise = change(low, high)
-    found = difference(case.row, case.call, case.values, moves, rise, setting)
+    found = difference(case.row, case.call, case.values, moves, setting).expand(rise.shape)
     return (adds_up_to(found, moves) - rise).abs().amax()
 
 
@@ -104,7 +104,7 @@ def test_factors_share_what_both_bring_about(alphas: tuple[float, float]) -> Non
     setting = replace(case.setting, before=Before(before, before[0] @ before[1]), alphas=alphas)
     moves = [change(x, y).requires_grad_() for x, y in zip(before, (a, b), strict=True)]
     rise = change(before[0] @ before[1], a @ b)
-    found = difference(case.row, case.call, [a, b], moves, rise, setting)
+    found = difference(case.row, case.call, [a, b], moves, setting).expand(rise.shape)
     slopes = torch.autograd.grad(found.sum(), moves)
     taken = [(s * m.detach()).sum() for s, m in zip(slopes, moves, strict=True)]
     da, db = a - before[0], b - before[1]
@@ -155,7 +155,7 @@ def test_a_softmax_that_is_saturated_at_both_ends() -> None:
     setting = Setting("checked", Zero(), False, 2, before=Before([low], fill(call, [low])()))
     move = change(low, high).requires_grad_()
     rise = change(fill(call, [low])(), fill(call, [high])())
-    found = difference(row, call, [high], [move], rise, setting)
+    found = difference(row, call, [high], [move], setting).expand(rise.shape)
     assert torch.allclose(adds_up_to(found, [move]), rise, atol=1e-12)
     assert torch.equal(move.detach()[0, 2:], torch.zeros(2).double())
 
