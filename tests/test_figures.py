@@ -24,7 +24,6 @@ import torch
 from support import pages
 
 pytest.importorskip("typer", reason="the command line's packages are not installed")
-pytest.importorskip("jinja2", reason="nrm[reproduce] is not installed")
 
 from typer.testing import CliRunner
 
@@ -177,7 +176,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch, captured_once: None) -> Iterator[No
     """Networks are trained shortly and pictures are coarse: figures are of no account here."""
     demo = importlib.import_module("nrm.cli.demo")
     monkeypatch.setattr(demo, "trained", partial(demo.trained, 2))
-    matplotlib = importlib.import_module("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib", reason="nrm[reproduce] is not installed")
     monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 30)
     networks = importlib.import_module("nrm_reproduce.networks")
     small = networks.Recipe((12, 8), epochs=15, batch=32, rate=5e-3, accuracy=0.85)
