@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,32 @@ def serve_lxt(connection: Connection, config: dict[str, int], ids: Tensor) -> No
         connection.send((time.perf_counter() - begin, relevance))
 
 
-def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One size of the model and one length of the text.
+
+    Attributes:
+        seconds: medians, by what took them.
+        ratio: these over forward + backward.
+        correlation: of the token relevances of AttnLRP, nrm's with LXT's.
+        largest_difference: between them, relative to the largest.
+        worst_cut: how far the worst of nrm's cuts is from one.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    tokens: int
+    seconds: dict[str, float]
+    ratio: dict[str, float]
+    correlation: float
+    largest_difference: float
+    worst_cut: float
+
+
+def compare(config: dict[str, int], length: int, rounds: int) -> Row:
     """Times in turns, and the correlation of token relevances."""
     import nrm
 
@@ -107,16 +133,16 @@ def compare(config: dict[str, int], length: int, rounds: int) -> dict[str, Any]:
     measure = attn(input_ids=ids, use_cache=False, target=(-1, TOKEN))
     scaled = measure.tokens() * measure.scale[:, None]  # in units of the logit, as LXT's
     pair = torch.stack([relevance["lxt AttnLRP"][0], scaled[0]])
-    return {
+    return Row(
         **config,
-        "tokens": length,
-        "seconds": median,
-        "ratio": {name: value / median["forward + backward"] for name, value in median.items()},
-        "correlation": float(torch.corrcoef(pair)[0, 1]),
-        "largest_difference": float((scaled - relevance["lxt AttnLRP"]).abs().max())
+        tokens=length,
+        seconds=median,
+        ratio={name: value / median["forward + backward"] for name, value in median.items()},
+        correlation=float(torch.corrcoef(pair)[0, 1]),
+        largest_difference=float((scaled - relevance["lxt AttnLRP"]).abs().max())
         / float(relevance["lxt AttnLRP"].abs().max()),
-        "worst_cut": measure.diagnostics().worst_cut_deviation,
-    }
+        worst_cut=measure.diagnostics().worst_cut_deviation,
+    )
 
 
 def main() -> None:
@@ -143,15 +169,15 @@ def main() -> None:
     for config, length in ((small, 128), (small, 512), (larger, 256)):
         row = compare(config, length, arguments.rounds)
         rows.append(row)
-        ratios = ", ".join(f"{name} {value:.2f}" for name, value in row["ratio"].items())
+        ratios = ", ".join(f"{name} {value:.2f}" for name, value in row.ratio.items())
         sys.stdout.write(
-            f"hidden {row['hidden_size']}, {row['num_hidden_layers']} layers, {length} tokens: "
-            f"{ratios}; correlation {row['correlation']:.6f}, "
-            f"largest difference {row['largest_difference']:.1e}\n"
+            f"hidden {row.hidden_size}, {row.num_hidden_layers} layers, {length} tokens: "
+            f"{ratios}; correlation {row.correlation:.6f}, "
+            f"largest difference {row.largest_difference:.1e}\n"
         )
     if arguments.json is not None:
         beside = arguments.json.with_suffix(".part")
-        beside.write_text(json.dumps(rows, indent=1))
+        beside.write_text(json.dumps([asdict(row) for row in rows], indent=1))
         beside.replace(arguments.json)
 
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,33 @@ def silence() -> Any:
         yield
 
 
-def measured(name: str, samples: int | None, batch: int, rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One network.
+
+    Attributes:
+        first_seconds: what captures and compares.
+        difference: of the relevance of channels between the two, to the largest of them.
+        samples_per_second, processor_seconds: by the way.
+        nrm_is_faster, nrm_is_faster_by_processor: than zennit-crp, so many times.
+        nrm_to_plain: seconds of the processor over those of plain forward + backward.
+    """
+
+    model: str
+    samples: int
+    batch: int
+    threads: int
+    rounds: int
+    first_seconds: float
+    difference: float
+    samples_per_second: dict[str, float]
+    processor_seconds: dict[str, float]
+    nrm_is_faster: float
+    nrm_is_faster_by_processor: float
+    nrm_to_plain: float
+
+
+def measured(name: str, samples: int | None, batch: int, rounds: int) -> Row:
     """Samples per second of all ways, medians of several turns."""
     ways = Ways(name, samples, batch)
     begin = time.perf_counter()
@@ -187,20 +214,20 @@ def measured(name: str, samples: int | None, batch: int, rounds: int) -> dict[st
         way: [statistics.median(each) for each in zip(*turns, strict=True)]
         for way, turns in spent.items()
     }
-    return {
-        "model": name,
-        "samples": ways.count,
-        "batch": batch,
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "first_seconds": first,
-        "difference": difference,
-        "samples_per_second": {way: ways.count / wall for way, (wall, _) in middle.items()},
-        "processor_seconds": {way: cpu for way, (_, cpu) in middle.items()},
-        "nrm_is_faster": middle["zennit-crp"][0] / middle["nrm"][0],
-        "nrm_is_faster_by_processor": middle["zennit-crp"][1] / middle["nrm"][1],
-        "nrm_to_plain": middle["nrm"][1] / middle["plain"][1],
-    }
+    return Row(
+        model=name,
+        samples=ways.count,
+        batch=batch,
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        first_seconds=first,
+        difference=difference,
+        samples_per_second={way: ways.count / wall for way, (wall, _) in middle.items()},
+        processor_seconds={way: cpu for way, (_, cpu) in middle.items()},
+        nrm_is_faster=middle["zennit-crp"][0] / middle["nrm"][0],
+        nrm_is_faster_by_processor=middle["zennit-crp"][1] / middle["nrm"][1],
+        nrm_to_plain=middle["nrm"][1] / middle["plain"][1],
+    )
 
 
 def main() -> None:
@@ -221,14 +248,18 @@ def main() -> None:
     for name in arguments.models.split(","):
         row = measured(name, arguments.samples, arguments.batch, arguments.rounds)
         rows.append(row)
-        speed = ", ".join(f"{way} {found:.3g}" for way, found in row["samples_per_second"].items())
+        speed = ", ".join(f"{way} {found:.3g}" for way, found in row.samples_per_second.items())
         sys.stdout.write(
-            f"{name}: samples per second: {speed}; nrm is {row['nrm_is_faster']:.2f} x faster "
-            f"(by processor time {row['nrm_is_faster_by_processor']:.2f} x); relevance differs by "
-            f"{row['difference']:.1e}\n"
+            f"{name}: samples per second: {speed}; nrm is {row.nrm_is_faster:.2f} x faster "
+            f"(by processor time {row.nrm_is_faster_by_processor:.2f} x); relevance differs by "
+            f"{row.difference:.1e}\n"
         )
     if arguments.json is not None:
-        told = {"processor": platform.processor(), "torch": str(torch.__version__), "rows": rows}
+        told = {
+            "processor": platform.processor(),
+            "torch": str(torch.__version__),
+            "rows": [asdict(row) for row in rows],
+        }
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
 
 

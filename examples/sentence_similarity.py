@@ -509,13 +509,17 @@ def interval(values: Tensor, samples: int = 10_000) -> tuple[float, float]:
     return low, high
 
 
+COLUMNS = ("method", "chosen on", "held out", "minus default", "all, A", "all, B", "TV")
+"""Of the table that the study prints."""
+
+
 def study(model: Similarity, tokenizer: Any, console: Console) -> None:
     """Print how well each method's token relevance correlates with what masking does."""
     batch = Batch.of(PAIRS, tokenizer)
     drops_a, drops_b = (replaced(model, b, tokenizer.mask_token_id) for b in (batch, batch.swapped))
     held_out = torch.arange(len(PAIRS)) % 2 == 1
     table = Table(title="mean Pearson of token relevance with the drop under [MASK]")
-    for column in ("method", "chosen on", "held out", "minus default", "all, A", "all, B", "TV"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     found = {}
     for name, method in methods(tokenizer).items():

@@ -55,6 +55,19 @@ def test_relevances_that_cancel_are_said_once_with_the_place_and_the_line_that_a
     assert not said(lambda: R(nrm.neurons("input", 0)))
 
 
+def test_the_line_that_asked_is_no_decorator_of_ours() -> None:
+    """Some of our functions are decorated by context managers, whose file is contextlib.py."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(1.0)  # active by its bias alone
+        model[3].weight.fill_(1.0)
+    R = nrm.Explainer(model, rules.Gamma(0.25), bias="drop")(torch.rand(1, 1, 2, 2))
+    with pytest.warns(RelevanceWarning, match="contributions all vanish") as caught:
+        R.heatmap()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize(
     "ask",
     [

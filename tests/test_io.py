@@ -25,7 +25,7 @@ EIGHT = np.rint(RAMP / 65535 * 255).astype(int)
 
 def read(path: Path) -> tuple[np.ndarray, list[str]]:
     told: list[str] = []
-    image = io.read_image(path, told.append)
+    image = io.read_image(str(path), told.append)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int), told
 

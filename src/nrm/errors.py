@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 import warnings
@@ -80,6 +81,8 @@ VANISHED = 1e-2
 """Relevance above this that met neurons without any contribution is warned of."""
 
 _PACKAGE = str(Path(__file__).parent)
+_PASSED = (_PACKAGE, str(contextlib.__file__))
+"""Where no line is that asked: functions of the package, and what decorates them."""
 _SILENCE = "Silence it with warnings.simplefilter('ignore', nrm.RelevanceWarning)."
 
 
@@ -153,7 +156,7 @@ class Cautions:
 def _callers_level() -> int:
     """The `stacklevel` of `_say`'s warning that points to the first frame outside the package."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PASSED):
         frame, level = frame.f_back, level + 1
     return level
 

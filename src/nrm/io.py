@@ -282,7 +282,7 @@ class Picture:
     bounds: tuple[Tensor, Tensor] | None = None
 
 
-def read_image(path: Path, say: Say = lambda text: None) -> Image.Image:
+def read_image(path: Path | str, say: Say = lambda text: None) -> Image.Image:
     """A picture of any format that Pillow knows, upright and in RGB, of 8 bits each.
 
     Transparent places are laid over white, as pages and viewers show them: what colour a file
@@ -297,6 +297,7 @@ def read_image(path: Path, say: Say = lambda text: None) -> Image.Image:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    path = Path(path)
     if path.is_dir():
         raise InputError(f"picture {path}: it is a folder, not a picture")
     if not path.is_file():

@@ -229,6 +229,8 @@ def _columns(one: Found) -> dict[str, str]:
 
 
 _METHODS = ("default", "best", BLOCKS, *BASELINES.values())
+COLUMNS = ("network", "sets", "layers are", "layers", *_METHODS)
+"""Of the tables of correlations and of what pairs contribute together."""
 
 
 def _correlations(found: Sequence[Found]) -> Table:
@@ -240,7 +242,7 @@ def _correlations(found: Sequence[Found]) -> Table:
             lines.append((*_where(one, each), *shown))
     return Table(
         "Correlation with joint contribution",
-        ("network", "sets", "layers are", "layers", *_METHODS),
+        COLUMNS,
         lines,
         group=1,
         note="default: the library's walks; best: those chosen on the other samples, network by "
@@ -276,7 +278,7 @@ def _sums(found: Sequence[Found]) -> Table:
             lines.append((*_where(one, each), *means))
     return Table(
         f"SC_{TOP}: what the {TOP} most relevant pairs contribute together",
-        ("network", "sets", "layers are", "layers", *_METHODS),
+        COLUMNS,
         lines,
         note="In units of the output. Curves for other k are in the pictures.",
     )

@@ -29,6 +29,27 @@ from nrm_reproduce.report import GREY, Experiment, Picture, Report, Request, Tab
 NAME = "circuits"
 DRAWN = 40
 """Edges in the picture of one prompt."""
+PATCHING = (
+    "patched",
+    "method",
+    "Pearson",
+    "95 % interval",
+    "below nrm, reference",
+    "mean by prompt",
+    "95 % interval",
+)
+"""Columns of the tables of patching."""
+CIRCUITS = (
+    "circuits",
+    "ranked by",
+    "method",
+    "CPR",
+    "95 % interval",
+    "below nrm, reference",
+    "CMD",
+    "95 % interval",
+)
+"""Columns of the tables of circuits."""
 _COLOURS = ("#b2182b", "#ef8a62", "#2166ac", "#67a9cf", "#1b7837", "#7fbf7b", "#762a83", "0.6")
 
 
@@ -209,21 +230,12 @@ def _correlations(
             figures.append(
                 {"part": what, "method": method, "pooled": asdict(one), "by_prompt": asdict(mean)}
             )
-    heads = (
-        "patched",
-        "method",
-        "Pearson",
-        "95 % interval",
-        "below nrm, reference",
-        "mean by prompt",
-        "95 % interval",
-    )
     note = (
         f"{len(chosen)} prompts: layer x position, against exact patching with the counterfactual; "
         "over all prompts together, and the mean of the correlations in each. Intervals by "
         "bootstrap over prompts, that of the difference with the prompts drawn alike."
     )
-    return Table(f"Patching: {title}", heads, lines, note=note), figures
+    return Table(f"Patching: {title}", PATCHING, lines, note=note), figures
 
 
 def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dict[str, Any]]]:
@@ -259,16 +271,6 @@ def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dic
                         "faithfulness": means[number].tolist(),
                     }
                 )
-    heads = (
-        "circuits",
-        "ranked by",
-        "method",
-        "CPR",
-        "95 % interval",
-        "below nrm, reference",
-        "CMD",
-        "95 % interval",
-    )
     note = (
         f"{len(found['prompts'])} prompts. CPR: the area under faithfulness over "
         f"{', '.join(f'{100 * share:g}' for share in SHARES)} % of the edges (more is better; "
@@ -278,7 +280,7 @@ def _areas(found: dict[str, Any], kind: str, seed: int) -> tuple[Table, list[dic
         "drawn at random, either way round); the others on the same. Intervals by bootstrap over "
         "prompts, with the circuits held fixed."
     )
-    return Table(f"Circuits: {kind}", heads, lines, group=2, note=note), figures
+    return Table(f"Circuits: {kind}", CIRCUITS, lines, group=2, note=note), figures
 
 
 def _faithful(

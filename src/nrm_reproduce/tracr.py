@@ -38,6 +38,18 @@ from nrm_reproduce.report import Experiment, Report, Request, Table, versions
 NAME = "tracr"
 RESAMPLES = 2000
 """Of the bootstrap."""
+COLUMNS = (
+    "program",
+    "method",
+    "between components",
+    "95 % interval",
+    "with embeddings and output",
+    "95 % interval",
+    "examples",
+)
+"""Of the table of scores."""
+READS = ("program", "edge", "true", "queries", "keys", "values", "told right", "AUROC")
+"""Columns of the table of what attention reads."""
 Scores = dict[Edge, float]
 
 
@@ -313,6 +325,9 @@ def program_reads(
         program, method = read_program(folder, name), by_relevance(None, mean_embedding, True)
         scored = [method(program, one, one) for one in program.examples[:samples] if one.outputs]
         scored = [scores for scores in scored if scores]
+        if not scored:  # of few examples none may have an output
+            say(f"{name}: no example has an output, so that nothing is read")
+            continue
         told = [t for t in (_told_reads(s, program) for s in scored) if t is not None]
         mean = sum(told) / len(told) if told else None
         for sender, receiver in sorted(program.true):
@@ -344,7 +359,7 @@ def reads_table(found: Sequence[FoundReads]) -> Table:
     ]  # fmt: skip
     return Table(
         "By what attention reads",
-        ("program", "edge", "true", "queries", "keys", "values", "told right", "AUROC"),
+        READS,
         lines,
         note="Mean embedding as reference; sizes of relevance in units of the outputs, mean over "
         "examples. AUROC: of all edges into attention, embeddings included, by both ways to read.",
@@ -385,15 +400,7 @@ def table(found: Sequence[Found], seed: int) -> Table:
         lines.append((*cells, len(one.between)))
     return Table(
         "AUROC of true edges",
-        (
-            "program",
-            "method",
-            "between components",
-            "95 % interval",
-            "with embeddings and output",
-            "95 % interval",
-            "examples",
-        ),
+        COLUMNS,
         lines,
         note="Mean over examples, each scored alone; intervals by bootstrap over examples. A dash: "
         "all pairs are true.",

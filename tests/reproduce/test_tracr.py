@@ -97,6 +97,13 @@ def test_a_mean_embedding_shows_what_passes_queries_and_keys(
         assert scores[last, "output"] == pytest.approx(total)
 
 
+def test_of_examples_without_an_output_nothing_is_read(folder: Path) -> None:
+    said: list[str] = []
+    assert not programs.read_program(folder, "frac_prevs").examples[0].outputs
+    assert tracr.program_reads(folder, ["frac_prevs"], samples=1, say=said.append) == []
+    assert "no example has an output" in said[-1]
+
+
 @pytest.mark.parametrize("name", ["frac_prevs", "reverse", "sort"])
 def test_by_what_attention_reads_is_what_the_compiler_made_it_read_by(
     folder: Path, name: str
