@@ -1,8 +1,7 @@
-"""How long a click in the explorer takes, beside the passes that it needs; and pictures of it.
+"""How long a click in the explorer takes, beside the passes that it needs.
 
     python -m benchmarks.explore --json explore.json
     python -m benchmarks.explore --network digits --clicks 50
-    python -m benchmarks.explore --pictures docs/pictures   # needs playwright and a Chromium
 
 A click goes to a server on this machine and back, as from the page: the selection of one random
 channel that is shown, or of two in different columns. `first` is until the columns and the heatmap
@@ -18,17 +17,13 @@ import json
 import os
 import random
 import runpy
-import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-
-from PIL import Image
 
 import nrm
 from nrm.cli import opening
@@ -39,7 +34,6 @@ from nrm.explore.serving import running
 from nrm.measure import Measure
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
-WIDTHS = {"wide": (1280, 820), "narrow": (390, 844)}
 
 
 def squeezenet() -> Opened:
@@ -138,55 +132,12 @@ def measured(opened: Opened, clicks: int, seed: int = 0) -> dict[str, Any]:
     return found
 
 
-def pictures(folder: Path, names: list[str]) -> None:
-    """What a person sees, at both widths, after a click."""
-    from playwright.sync_api import sync_playwright
-
-    folder.mkdir(parents=True, exist_ok=True)
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    every = NETWORKS | examples()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name in names or list(every):
-            with running(every[name]()) as address:
-                for width, (x, y) in WIDTHS.items():
-                    page = browser.new_page(viewport={"width": x, "height": y})
-                    page.goto(address)
-                    _settled(page, 1)
-                    if name != "molecules":
-                        clicked = page.locator(".place" if name in examples() else ".node")
-                        # Of the second column, or of the words or steps.
-                        clicked.nth(min(CLICKED[name], clicked.count() - 1)).click()
-                        _settled(page, 2)
-                    page.evaluate("scrollTo(0, 0)")
-                    page.mouse.move(x / 2, 3)
-                    seen = Image.open(BytesIO(page.screenshot()))
-                    few = seen.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-                    few.save(folder / f"explore_{name}_{width}.png", optimize=True)
-                    page.close()
-        browser.close()
-
-
-CLICKED = {"digits": 12, "squeezenet": 14, "series": 4, "sentences": 4}
-
-
-def _settled(page: Any, times: int) -> None:
-    """Wait until so many answers are whole."""
-    root, end = page.locator("#explorer"), time.monotonic() + 120
-    while int(root.get_attribute("data-ready") or 0) < times and time.monotonic() < end:
-        page.wait_for_timeout(20)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", action="append", help="digits, squeezenet; for pictures more")
+    parser.add_argument("--network", action="append", help="digits or squeezenet: by default both")
     parser.add_argument("--clicks", type=int, default=50)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pictures", type=Path)
     given = parser.parse_args()
-    if given.pictures is not None:
-        pictures(given.pictures, given.network or [])
-        return
     names = given.network or list(NETWORKS)
     results = {}
     for name in names:

@@ -217,11 +217,37 @@ def test_a_search_finds_the_most_relevant_flows(R: Measure, opened: Opened, mode
     assert [flow.relevance for flow in run] == pytest.approx([value for _, value in found.flows])
 
 
-def test_a_search_refuses_what_it_cannot_answer(opened: Opened) -> None:
+@pytest.mark.parametrize("mode", ["joint", "given"])
+@pytest.mark.parametrize("chosen", SELECTIONS[1:], ids=lambda chosen: json.dumps(chosen)[:60])
+def test_a_search_takes_any_selection(R: Measure, opened: Opened, chosen: Any, mode: str) -> None:
+    """Above the columns, between and below them, in them: every flow asked by itself."""
+    wanted = {"columns": LAYERS, "target": 1, "selection": chosen, "mode": mode}
     session = Sessions(opened).new()
-    for wanted in ({"columns": ["a"]}, {"columns": LAYERS, "selection": PATCH}):
-        with pytest.raises(QueryError):
-            list(session.search(0, answers.Request.read(wanted), session.turn()))
+    found = list(session.search(0, answers.Request.read(wanted), session.turn()))[-1]
+    assert isinstance(found, answers.Found)
+    selected = selection.parse(chosen, R)
+    assert selected is not None
+    target = R.of(1)
+    every = {
+        (i, j, k): nrm.channels("a", i) & nrm.channels("b", j) & nrm.channels("c", k)
+        for i, j, k in itertools.product(range(3), range(4), range(5))
+    }
+    values = target.relevances(*(sets & selected.formula for sets in every.values()))[:, 0]
+    values = values / float(target(selected.formula)) if mode == "given" else values
+    right = dict(zip(every, values.tolist(), strict=True))
+    assert found.gap == 0
+    for parts, value in found.flows:
+        assert value == pytest.approx(right[tuple(parts)], abs=1e-12)
+    best = values.abs().topk(10).values.tolist()
+    assert [abs(value) for _, value in found.flows] == pytest.approx(best, abs=1e-12)
+    run: Any = eval(found.python, {"nrm": nrm, "R": target})
+    assert [flow.relevance for flow in run] == pytest.approx([value for _, value in found.flows])
+
+
+def test_a_search_refuses_a_single_column(opened: Opened) -> None:
+    session = Sessions(opened).new()
+    with pytest.raises(QueryError, match="two columns or more"):
+        list(session.search(0, answers.Request.read({"columns": ["a"]}), session.turn()))
 
 
 def test_only_the_most_relevant_are_shown_and_the_rest_is_added_up(

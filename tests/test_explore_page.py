@@ -7,12 +7,12 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -24,13 +24,21 @@ pytest.importorskip("uvicorn", reason="the explorer's packages are not installed
 
 from PIL import Image
 from support.browser import browser
-from support.explored import SIDE, as_input, make_opened, photograph
-from support.explored_page import does, node, settled, shown, total
+from support.explored import (
+    SIDE,
+    as_input,
+    does,
+    looked_at,
+    make_opened,
+    node,
+    photograph,
+    settled,
+    shown,
+    total,
+)
 
 import nrm
-from nrm.explore.kept import keep
 from nrm.explore.opened import Input, Opened, Sample
-from nrm.explore.server import PAGE
 from nrm.explore.serving import running
 from nrm.measure import Measure
 
@@ -60,21 +68,8 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, address: str) -> Iterator[Any]:
     """The page, loaded; whatever it complains of fails the test."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    found = context.new_page()
-    wrong: list[str] = []
-    found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-    asked: list[str] = []
-    found.on("request", lambda request: asked.append(request.url))
-    found.goto(address)
-    settled(found)
-    yield found
-    context.close()
-    assert [text for text in wrong if "422" not in text and "413" not in text] == []
-    assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} <= {
-        urlsplit(address).netloc, ""
-    }  # fmt: skip
+    with looked_at(chromium, address) as found:
+        yield found
 
 
 # -- what a person sees ----------------------------------------------------------------------------
@@ -214,39 +209,6 @@ def test_two_views_side_by_side(page: Any, R: Measure, opened: Opened) -> None:
     assert page.locator(".explorer").count() == 1
 
 
-def test_the_keyboard_is_enough(page: Any, R: Measure) -> None:
-    order = R.channels("a")[0].abs().argsort(descending=True).tolist()
-    node(page, "a", order[0]).focus()
-    page.keyboard.press("ArrowDown")
-    does(page, lambda: page.keyboard.press("Enter"))
-    assert total(page) == shown(R(nrm.channels("a", order[1])))
-    focused = page.evaluate("document.activeElement.dataset.index")
-    assert focused == str(order[1])  # it stays where it was
-    page.locator(".picture").focus()
-    page.keyboard.press("ArrowRight")
-    does(page, lambda: page.keyboard.press("Enter"))
-    assert "input:[" in page.locator(".formula").inner_text()
-
-
-def test_a_small_screen_needs_no_scrolling_sideways(page: Any) -> None:
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_timeout(100)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_contrast_of_texts(page: Any) -> None:
-    """Every colour of text stands out from white by 4.5 at least (WCAG AA)."""
-    css = (PAGE / "explore.css").read_text()
-    drawn = (PAGE / "network.js").read_text()
-    muted = re.findall(r"--muted: (#\w{6})", css) + re.findall(r'MUTED = "(#\w{6})"', drawn)
-    assert len(muted) == 2
-    for colour in muted:
-        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
-        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
-        brightness = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        assert 1.05 / (brightness + 0.05) >= 4.5
-
-
 def test_pictures_are_exported(page: Any) -> None:
     does(page, lambda: node(page, "b", 2).click())
     page.get_by_text("Export").click()
@@ -318,6 +280,83 @@ def test_a_click_on_a_word_a_step_or_a_node(chromium: Any, kind: Any) -> None:
         page.close()
 
 
+# -- what there is to know of numbers --------------------------------------------------------------
+
+
+class Cancelling(nn.Module):
+    """The first of two sums is of thousands that cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.a = nn.Linear(4, 2, bias=False), nn.ReLU()
+        self.two, self.b = nn.Linear(2, 2, bias=False), nn.ReLU()
+        self.head = nn.Linear(2, 2, bias=False)
+        weights = ([[8000, -7999, 0, 0], [0, 0, 0.5, 0.5]], [[1, 0.1], [0.1, 1]], [[1, 1], [0, -1]])
+        for layer, values in zip((self.one, self.two, self.head), weights, strict=True):
+            layer.weight = nn.Parameter(torch.tensor(values, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.b(self.two(self.a(self.one(x.flatten(1))))))
+        return logits
+
+
+def test_cautions_stay_with_the_numbers_that_they_concern(chromium: Any) -> None:
+    """In every answer, whatever is clicked or said meanwhile; in a second view too."""
+    explainer = nrm.Explainer(Cancelling().eval(), nrm.composites.Everywhere(nrm.rules.Zero()))
+    x = torch.ones(1, 1, 2, 2)
+    one = Input("ones", (x,), "", pixels=x[0, 0].numpy())
+    opened = Opened("Cancelling", "picture", explainer, [one], "", ["yes", "no"])
+    with running(opened) as address, looked_at(chromium, address) as page:
+        first = page.locator(".explorer").first.locator(".cautions").first
+        said = "relevances at 'input' cancel"
+        assert said in first.inner_text()
+        does(page, lambda: node(page, "a", 0).click())
+        assert said in first.inner_text()
+        page.get_by_text("Export", exact=True).click()
+        page.get_by_role("button", name="Script").click()
+        page.locator(".note.error").wait_for()  # it was opened in Python
+        assert said in first.inner_text()
+        does(page, lambda: node(page, "b", 0).click())
+        does(page, lambda: page.get_by_label("given it").check())
+        assert said in first.inner_text()
+        page.get_by_role("button", name="Compare").click()
+        second = page.locator(".explorer").nth(1)
+        second.locator("footer .took", has_text="passes").wait_for()
+        assert said in second.locator(".cautions").first.inner_text()
+        page.get_by_role("button", name="Compare").click()
+        does(page, lambda: page.get_by_role("button", name="Clear").click())
+        does(page, lambda: node(page, "a", 1).click())
+        assert not first.is_visible()  # nothing cancels there
+        does(page, lambda: page.get_by_label("explained output").select_option("no"))
+        assert "rounding" not in first.inner_text()
+        does(page, lambda: page.get_by_role("button", name="Clear").click())
+        assert said in first.inner_text()
+        page.get_by_role("button", name="Find flows").click()
+        page.locator(".found tbody tr").first.wait_for()
+
+
+def test_every_answer_says_what_there_is_to_know_of_it() -> None:
+    """Though a measure warns of each kind once; and afterwards it still does not warn twice."""
+    from nrm.explore.answers import Columns, Request
+    from nrm.explore.session import Sessions
+
+    explainer = nrm.Explainer(Cancelling().eval(), nrm.composites.Everywhere(nrm.rules.Zero()))
+    one = Input("ones", (torch.ones(1, 1, 2, 2),), "", pixels=np.ones((2, 2), np.float32))
+    session = Sessions(Opened("Cancelling", "picture", explainer, [one], "")).new()
+    request = Request.read({"columns": ["a", "b"]})
+    for _ in range(3):
+        (columns,) = (
+            part for part in session.answer(0, request, session.turn()) if isinstance(part, Columns)
+        )
+        assert len(columns.cautions) == 1
+        assert "cancel" in columns.cautions[0]
+        assert "simplefilter" not in columns.cautions[0]
+    assert session.measure(0).forward_pass.cautions.said == {"cancels"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.measure(0).heatmap()
+
+
 # -- files that are sent ---------------------------------------------------------------------------
 
 
@@ -365,36 +404,6 @@ def test_wrong_files_are_refused_with_a_sentence(
     page.locator("input[type=file]").set_input_files(tmp_path / name)
     page.locator(".note", has_text=why).wait_for()
     assert total(page) == "1.0000"  # what was seen stays
-
-
-# -- one file that needs no server -----------------------------------------------------------------
-
-
-def test_a_kept_file_opens_from_disk(
-    chromium: Any, opened: Opened, R: Measure, tmp_path: Path
-) -> None:
-    """Every single click is in it; what is not, it says. It loads nothing else."""
-    two = replace(opened, inputs=opened.inputs[:2], name="</script><b>Net")
-    count = keep(two, tmp_path / "kept.html", top=3)
-    assert count == 2 * (1 + 2 * 2 * 3)
-    page = chromium.new_page()
-    wrong: list[str] = []
-    asked: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(f"file://{tmp_path / 'kept.html'}")
-    settled(page)
-    assert page.locator("h1").inner_text() == "nrm </script><b>Net"
-    index = int(R.channels("b")[0].abs().argmax())
-    does(page, lambda: node(page, "b", index).click())
-    assert total(page) == shown(R(nrm.channels("b", index)))
-    does(page, lambda: page.get_by_label("given it").check())
-    does(page, lambda: page.locator(".node[data-layer='a']").first.click())
-    assert "start `nrm explore`" in page.locator(".note").inner_text()
-    page.close()
-    assert wrong == []
-    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
 
 
 # -- in a notebook ---------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ pytest.importorskip("fastapi", reason="the explorer's packages are not installed
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
 from support.browser import browser
-from support.explored import make_opened
-from support.explored_page import does, node, settled, shown, total
+from support.explored import does, make_opened, node, settled, shown, total
 
 import nrm
 from nrm.explore.kept import keep

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import oracle as o
+from support.formulas import random_formula, random_set, those
 from support.messages import messages_sent
 from support.networks import NETWORKS, make
 from support.pairs import in_pairs
@@ -28,42 +29,6 @@ RULES = ["zero", "gamma", "zplus", "alpha2beta1", "flat"]
 def check(found, expected, walks):
     size = max(1.0, sum(abs(r) for _, r in walks))
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10 * size, rtol=0)
-
-
-def random_set(rng, R, net, layers=1):
-    """A random set over some layers: for nrm, and the neurons for the oracle."""
-    names = [name for name in net.values if not name.endswith(".bias")]
-    united, picked = None, set()
-    for name in rng.choice(names, layers, replace=False):
-        shape = R.graph.variable(name).shape[1:]
-        bits = rng.random(int(np.prod(shape))) < 0.5
-        bits[rng.integers(len(bits))] = True
-        one = nrm.mask(name, torch.tensor(bits).view(shape))
-        united = one if united is None else united | one
-        picked |= {(str(name), int(i)) for i in np.flatnonzero(bits)}
-    return united, picked
-
-
-def random_formula(rng, sets, depth=3):
-    """A random formula, and whether it holds given which sets are visited."""
-    if depth == 0 or rng.random() < 0.2:
-        k = int(rng.integers(len(sets)))
-        return sets[k], lambda visits: visits[k]
-    a, holds_a = random_formula(rng, sets, depth - 1)
-    kind = rng.choice(["not", "and", "or", "xor", "implies"])
-    if kind == "not":
-        return ~a, lambda visits: not holds_a(visits)
-    b, holds_b = random_formula(rng, sets, depth - 1)
-    if kind == "implies":
-        joined = a >> b if rng.random() < 0.5 else a.implies(b)
-        return joined, lambda visits: not holds_a(visits) or holds_b(visits)
-    join = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[kind]
-    return join(a, b), lambda visits: join(holds_a(visits), holds_b(visits))
-
-
-def those(walks, picked, holds):
-    """The walks on which a formula holds."""
-    return [(v, r) for v, r in walks if holds([bool(v & chosen) for chosen in picked])]
 
 
 @in_pairs("network, rule, bias", NETWORKS, RULES, BIAS)

@@ -11,6 +11,7 @@ from torch import nn
 
 import nrm
 from nrm import rules
+from nrm.between import Between, Course
 from nrm.bounds import arrivals, intervals
 from nrm.composites import Everywhere
 from nrm.engine import Absolute
@@ -44,10 +45,12 @@ PAIRED["input"] = [[0, 3], [1, 2]]
 
 def found_intervals(R, parts):
     """The intervals of the layers, as the search has them."""
-    forward = R.forward_pass
-    sizes, start = Absolute(forward), R.marginal(LAYERS[0]).unsqueeze(0)
-    arriving = arrivals(forward, sizes, parts, start)
-    return intervals(forward, sizes, parts, arriving, 2**20)
+    forward, layers = R.forward_pass, [R.graph.variable(layer) for layer in LAYERS]
+    ways = [Between(R.graph, upper, lower) for upper, lower in itertools.pairwise(layers)]
+    way = Course(R.marginal(LAYERS[0]).unsqueeze(0), ways, [None] * len(layers))
+    sizes = Absolute(forward)
+    arriving = arrivals(forward, sizes, parts, way)
+    return intervals(forward, sizes, parts, way, arriving, 2**20)
 
 
 def continuations(dense, parts, depth):

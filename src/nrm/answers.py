@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from nrm.between import course
 from nrm.condition import Condition, Sets, alone
 from nrm.diagnostics import warn_of_variation
 from nrm.engine import Messages, finite
@@ -163,7 +164,7 @@ class Answers:
         parts = partitions(self.forward, layers, by, wanted.memory)
         left = max(1, wanted.memory - sum(part.held for part in parts))
         search = replace(wanted.divided_by(known), memory=left)
-        found = find_flows(self.forward, self.arriving, parts, search)
+        found = find_flows(self.forward, partial(course, self.query), parts, search)
         self._warn(parts[-1], sum(abs(flow.relevance) for flow in found))
         return found.divided_by(known)
 

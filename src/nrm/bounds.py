@@ -11,14 +11,14 @@ From above come the `arrivals` at each layer: what all flows bring there. From b
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nrm.engine import Absolute, in_chunks, message_size, push_between, send_between
+from nrm.between import Between, Course
+from nrm.engine import Absolute, in_chunks, message_size
 from nrm.joint import ByNeuron, Partition
 from nrm.prepare import Pass
 
@@ -28,7 +28,7 @@ _MOST_ROWS = 4096
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds at the neurons of a layer, `[1, *shape]` each; zero lies between them."""
+    """Bounds at the neurons of a layer, `[states, *shape]` each; zero lies between them."""
 
     low: Tensor
     high: Tensor
@@ -49,7 +49,7 @@ class Arrivals:
     """What comes to a layer, through parts of all layers above: relevance, and its absolute size.
 
     Attributes:
-        message: `[1, *shape]`.
+        message: `[states, *shape]`.
         size: `None` where an operation on the way cannot tell its absolute sizes.
     """
 
@@ -60,24 +60,22 @@ class Arrivals:
         """The neurons to which anything may come."""
         if self.size is None:
             return list(range(layer.size))
-        found: list[int] = layer.add_up(self.size)[0].sum(0).nonzero()[:, 0].tolist()
+        found: list[int] = layer.add_up(self.size).sum((0, 1)).nonzero()[:, 0].tolist()
         return found
 
 
 def arrivals(
-    forward: Pass, sizes: Absolute, layers: Sequence[Partition], start: Tensor
+    forward: Pass, sizes: Absolute, layers: Sequence[Partition], course: Course
 ) -> list[Arrivals]:
-    """One for each layer, from the output down, where `start` comes to the first."""
-    found = [Arrivals(start, start.abs())]
-    for upper, lower in itertools.pairwise(layers):
-        above, below = upper.variable, lower.variable
+    """One for each layer, from the output down, where a course starts at the first."""
+    found = [Arrivals(course.start, course.start.abs())]
+    for upper, way in zip(layers, course.ways, strict=False):
         message, size = found[-1].message, found[-1].size
-        arrived = send_between(forward, upper.covered(message), above, below)
-        if size is None or not sizes.covers(above, below):
+        arrived = way.send(forward, upper.covered(message))
+        if size is None or not sizes.covers(way.upper, way.lower):
             found.append(Arrivals(arrived, None))
         else:
-            size = send_between(sizes, upper.covered(size), above, below)
-            found.append(Arrivals(arrived, size))
+            found.append(Arrivals(arrived, way.send(sizes, upper.covered(size))))
     return found
 
 
@@ -85,30 +83,34 @@ def intervals(
     forward: Pass,
     sizes: Absolute,
     layers: Sequence[Partition],
+    course: Course,
     arriving: Sequence[Arrivals],
     memory: int,
 ) -> list[Interval | None]:
     """One for each layer, from the output down: of what a flow still does from there on.
 
-    At the lowest, a neuron belongs to the flow's part or not. `None`: nothing is known, because
+    At the lowest, a neuron belongs to the flow's part or not; if it does, with all of the walks
+    from there that count. `None`: nothing is known, because
     an operation in between cannot tell its absolute sizes.
     """
     last = layers[-1]
-    here = last.covered(forward.output.new_ones((1, *forward.shape(last.variable))))
-    found: list[Interval | None] = [Interval(torch.zeros_like(here), here)]
+    ones = forward.output.new_ones((len(arriving[-1].message), *forward.shape(last.variable)))
+    here = last.covered(course.weighed(ones, -1))
+    found: list[Interval | None] = [Interval(here.clamp(max=0), here.clamp(min=0))]
     for depth in reversed(range(len(layers) - 1)):
-        upper, lower, below = layers[depth], layers[depth + 1], found[-1]
+        upper, lower, way, below = layers[depth], layers[depth + 1], course.ways[depth], found[-1]
         if below is None:
             found.append(None)
             continue
         bounds = []
-        if isinstance(upper, ByNeuron) and isinstance(lower, ByNeuron):
+        if isinstance(upper, ByNeuron) and isinstance(lower, ByNeuron) and way.single:
             reached = arriving[depth].reached(upper), arriving[depth + 1].reached(lower)
             if min(map(len, reached)) <= _MOST_ROWS:
-                bounds.append(_best_continuation(forward, upper, lower, reached, below, memory))
-        if sizes.covers(upper.variable, lower.variable):
-            total = push_between(forward, below.sum, lower.variable, upper.variable)
-            size = push_between(sizes, below.width, lower.variable, upper.variable)
+                bounds.append(
+                    _best_continuation(forward, way, upper, lower, reached, below, memory)
+                )
+        if sizes.covers(way.upper, way.lower):
+            total, size = way.push(forward, below.sum), way.push(sizes, below.width)
             bounds.append(((total - size) / 2, (total + size) / 2))
         found.append(_within(bounds, upper))
     return found[::-1]
@@ -128,6 +130,7 @@ def _within(bounds: Sequence[tuple[Tensor, Tensor]], layer: Partition) -> Interv
 
 def _best_continuation(
     forward: Pass,
+    way: Between,
     upper: ByNeuron,
     lower: ByNeuron,
     reached: tuple[list[int], list[int]],
@@ -141,34 +144,34 @@ def _best_continuation(
     """
     ends = [end for end in (below.low, below.high) if bool(end.any())]
     if len(reached[0]) > len(reached[1]):
-        return _seen_from_below(forward, upper, lower, reached[1], ends, memory)
-    return _seen_from_above(forward, upper, lower, reached[0], ends, memory)
+        return _seen_from_below(forward, way, lower, reached[1], ends, memory)
+    return _seen_from_above(forward, way, upper, lower, reached[0], ends, memory)
 
 
 def _seen_from_below(
     forward: Pass,
-    upper: ByNeuron,
+    way: Between,
     lower: ByNeuron,
     reached: Sequence[int],
     ends: Sequence[Tensor],
     memory: int,
 ) -> tuple[Tensor, Tensor]:
     """By a forward message from each neuron of the lower layer that is reached."""
-    above, under = upper.variable, lower.variable
-    low, high = (forward.output.new_zeros((1, *forward.shape(above))) for _ in range(2))
+    low, high = (forward.output.new_zeros((1, *forward.shape(way.upper))) for _ in range(2))
 
     def pushed(chosen: Sequence[int]) -> None:
         for end in ends:
-            onward = push_between(forward, lower.split(end, chosen), under, above)
+            onward = way.push(forward, lower.split(end, chosen))
             torch.minimum(low, onward.amin(0, keepdim=True), out=low)
             torch.maximum(high, onward.amax(0, keepdim=True), out=high)
 
-    in_chunks(reached, memory, message_size(forward, above, under), pushed)
+    in_chunks(reached, memory, message_size(forward, way.upper, way.lower), pushed)
     return low, high
 
 
 def _seen_from_above(
     forward: Pass,
+    way: Between,
     upper: ByNeuron,
     lower: ByNeuron,
     reached: Sequence[int],
@@ -176,17 +179,16 @@ def _seen_from_above(
     memory: int,
 ) -> tuple[Tensor, Tensor]:
     """By a message from each neuron of the upper layer that is reached."""
-    above, under = upper.variable, lower.variable
-    ones = forward.output.new_ones((1, *forward.shape(above)))
+    ones = forward.output.new_ones((1, *forward.shape(way.upper)))
     low, high = (torch.zeros_like(upper.add_up(ones)[0]) for _ in range(2))  # [batch, neurons]
     flat = [lower.add_up(end)[0] for end in ends]
 
     def pulled(chosen: Sequence[int]) -> None:
-        rows = lower.add_up(send_between(forward, upper.split(ones, chosen), above, under))
+        rows = lower.add_up(way.send(forward, upper.split(ones, chosen)))
         for end in flat:
             products = rows * end
             low[:, chosen] = torch.minimum(low[:, chosen], products.amin(-1).T)
             high[:, chosen] = torch.maximum(high[:, chosen], products.amax(-1).T)
 
-    in_chunks(reached, memory, message_size(forward, above, under), pulled)
+    in_chunks(reached, memory, message_size(forward, way.upper, way.lower), pulled)
     return upper.lay_out(low.unsqueeze(0)), upper.lay_out(high.unsqueeze(0))

@@ -6,7 +6,8 @@ import contextlib
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -99,6 +100,24 @@ class Cautions:
 
     def __init__(self) -> None:
         self.said: set[str] = set()
+        self._heard: dict[str, str] | None = None
+
+    @contextmanager
+    def anew(self, known: Collection[str] = ()) -> Iterator[dict[str, str]]:
+        """Note, instead of warning, all that there is to be warned of in this context, whether or
+        not it was said before.
+
+        Arguments:
+            known: kinds that need not be noted.
+
+        Returns:
+            the texts by kind, complete once the context ends.
+        """
+        before, self.said, self._heard = self.said, set(known), {}
+        try:
+            yield self._heard
+        finally:
+            self.said, self._heard = self.said | before, None
 
     def vanished(self, address: str, relevance: float) -> None:
         """Relevance was split evenly, for want of any contribution, at an operation."""
@@ -150,6 +169,9 @@ class Cautions:
         if kind in self.said:
             return
         self.said.add(kind)
+        if self._heard is not None:
+            self._heard[kind] = text
+            return
         warnings.warn(f"{text} {_SILENCE}", RelevanceWarning, stacklevel=_callers_level())
 
 

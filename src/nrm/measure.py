@@ -443,11 +443,13 @@ class Measure(Explanation):
 
         Arguments:
             layers: in any order, each on a walk with the others: names, or sets of neurons of one
-                layer (clusters, patches). A condition among them holds jointly with all parts; it
-                lies above all of the layers.
+                layer (clusters, patches). A condition among them holds jointly with all parts,
+                wherever its sets lie: above the layers, between or below them, or in one of them.
+                Where they do not all lie above, a message has a row for each state that the
+                condition can be in.
             k: how many.
             by: what a layer given by name is divided into.
-            given: as for `Condition`; it lies above all of the layers.
+            given: as for `Condition`.
             order: the `"largest"` first, the `"smallest"`, or the largest `"absolute"`.
             method: `"greedy"` for the best part of the highest layer, the best of the next one
                 given it, and so on: fast, and not exact.

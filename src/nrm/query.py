@@ -163,6 +163,15 @@ class Query:
                 found[variable] = self.forward.output.new_zeros((1, *shape))
         return found
 
+    def messages_at(self, variable: Variable) -> tuple[Automaton, dict[State, Tensor]]:
+        """The messages `[1, *shape]` of walks that leave a variable in each state; and what may
+        become of these."""
+        self.require_walks()
+        automaton = self._automaton()
+        recorded: dict[Variable, dict[State, Tensor]] = {variable: {}}
+        self._run(automaton, recorded=recorded)
+        return automaton, recorded[variable]
+
     def chain_above(self, variable: Variable) -> list[NeuronSet] | None:
         """The sets in the order in which walks meet them before a variable, if that is all."""
         chain = self._chain()

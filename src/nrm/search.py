@@ -25,10 +25,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from nrm.between import Course
 from nrm.bounds import Arrivals, Interval, arrivals, intervals
 from nrm.contraction import Contraction, contracted_pairs
 from nrm.display import Shown, Table
-from nrm.engine import Absolute, finite, send_between
+from nrm.engine import Absolute, finite
 from nrm.errors import QueryError
 from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Variable
@@ -246,20 +247,20 @@ class BranchAndBound:
     """Search over combinations of one part for each of some layers, from the output down.
 
     Arguments:
-        start: `[1, *shape]`, the message at the first layer, of one sample alone.
+        course: the walks that count, of one sample alone.
         layers: their parts, each layer upstream of the one before.
         wanted: how many, in which order, and what it may take.
     """
 
     def __init__(
-        self, forward: Pass, start: Tensor, layers: Sequence[Partition], wanted: Search
+        self, forward: Pass, course: Course, layers: Sequence[Partition], wanted: Search
     ) -> None:
         self.forward, self.layers, self.wanted = forward, layers, wanted
         self.sizes = Absolute(forward)
-        self.start = start
+        self.course = course
         self.shape = [layer.size for layer in layers]
         self._arrived: dict[Prefix, Tensor] = {}
-        self._slack = 1 + 100 * torch.finfo(start.dtype).eps  # bounds are rounded, too
+        self._slack = 1 + 100 * torch.finfo(course.start.dtype).eps  # bounds are rounded, too
 
     def search(self) -> Found:
         """The best k combinations; or of those found until what it may take was used up."""
@@ -292,9 +293,9 @@ class BranchAndBound:
         message = self._message(prefix)
         here = self.layers[depth]
         if depth == last:
-            found.add(prefix, here.add_up(message)[0].sum(0))
+            found.add(prefix, here.add_up(self.course.weighed(message, -1)).sum((0, 1)))
             return []
-        held = here.add_up(message.abs())[0].sum(0)
+        held = here.add_up(message.abs()).sum((0, 1))
         for part in (held == 0).nonzero()[:, 0].tolist():
             found.add_zeros((*prefix, part), self.shape[depth + 1 :])
         contracts = depth == last - 1 and self._contractions[depth] is not None
@@ -307,22 +308,22 @@ class BranchAndBound:
         alive = ((held > 0) & (bounds > found.worst)).nonzero()[:, 0].tolist()
         if contracts:
             if alive:
-                kept = here.keep(message, alive)
-                found.add(prefix, self._pairs(self.forward, kept, depth).sum(0)[alive], alive)
+                kept = torch.cat([here.keep(row, alive) for row in torch.split(message, 1)])
+                pairs = self._pairs(self.forward, kept, depth, self.course.onward[-1])
+                found.add(prefix, pairs.sum(0)[alive], alive)
             return []
         if alive:
             self._remember(prefix, message)
         return [(float(bounds[part]), part) for part in alive]
 
     def _message(self, prefix: Prefix) -> Tensor:
-        """`[1, *shape]` at the layer that a beginning leads to, before it is divided there."""
+        """`[states, *shape]` at the layer that a beginning leads to, before it is divided there."""
         if not prefix:
-            return self.start
+            return self.course.start
         if prefix in self._arrived:
             return self._arrived[prefix]
-        upper, lower = self.layers[len(prefix) - 1], self.layers[len(prefix)]
-        held = upper.split(self._message(prefix[:-1]), prefix[-1:])
-        return finite(send_between(self.forward, held, upper.variable, lower.variable))
+        held = _part_of(self._message(prefix[:-1]), self.layers[len(prefix) - 1], prefix[-1])
+        return finite(self.course.ways[len(prefix) - 1].send(self.forward, held))
 
     def _remember(self, prefix: Prefix, message: Tensor) -> None:
         """Keep a message for what it leads to; the oldest are forgotten, and sent again."""
@@ -348,8 +349,8 @@ class BranchAndBound:
         if here is None:
             return message.new_full((self.shape[depth],), torch.inf)
         layer = self.layers[depth]
-        sums = layer.add_up(message * here.sum)[0].sum(0)
-        bounds = self._key(sums, layer.add_up(size * here.width)[0].sum(0))
+        sums = layer.add_up(message * here.sum).sum((0, 1))
+        bounds = self._key(sums, layer.add_up(size * here.width).sum((0, 1)))
         onward = None if below is None else self._intervals[depth + 1]
         if below is not None and onward is not None and self._bounds_pairs(depth):
             pairs = self._pairs(self.forward, message, depth, onward.sum).sum(0)
@@ -377,25 +378,33 @@ class BranchAndBound:
     def _pairs(
         self, forward: Pass, message: Tensor, depth: int, onward: Tensor | None = None
     ) -> Tensor:
-        upper, lower = (layer.variable for layer in self.layers[depth : depth + 2])
-        found = self._contractions[depth]
+        """`[batch, parts, parts of the next layer]`: of walks in whatever state."""
+        found, way = self._contractions[depth], self.course.ways[depth]
         assert found is not None
-        return contracted_pairs(forward, message, upper, lower, found, onward)
+        pairs = message.new_zeros((forward.batch, *self.shape[depth : depth + 2]))
+        for k, row in enumerate(torch.split(message, 1)):
+            weight = way.weighed(forward, k, onward)
+            pairs = pairs + contracted_pairs(forward, row, way.upper, way.lower, found, weight)
+        return pairs
 
     @cached_property
     def _intervals(self) -> list[Interval | None]:
-        memory = self.wanted.memory
-        return intervals(self.forward, self.sizes, self.layers, self._arrivals, memory)
+        way, arrived = self.course, self._arrivals
+        return intervals(self.forward, self.sizes, self.layers, way, arrived, self.wanted.memory)
 
     @cached_property
     def _arrivals(self) -> list[Arrivals]:
-        return arrivals(self.forward, self.sizes, self.layers, self.start)
+        return arrivals(self.forward, self.sizes, self.layers, self.course)
 
     @cached_property
     def _contractions(self) -> list[Contraction | None]:
         """Between each layer and the next."""
-        pairs = itertools.pairwise(self.layers)
-        return [contraction_between(self.forward, upper, lower) for upper, lower in pairs]
+        return [
+            contraction_between(self.forward, upper, lower) if way.keeps_apart else None
+            for (upper, lower), way in zip(
+                itertools.pairwise(self.layers), self.course.ways, strict=True
+            )
+        ]
 
     @cached_property
     def _ceilings(self) -> list[Tensor]:
@@ -404,7 +413,7 @@ class BranchAndBound:
         From the lowest layer up, each with the help of the one below. Nothing is known where
         intervals are not those of any part of the walks, but of single neurons.
         """
-        found = [self.start.new_full((size,), torch.inf) for size in self.shape]
+        found = [self.course.start.new_full((size,), torch.inf) for size in self.shape]
         single = any(isinstance(layer, ByNeuron) for layer in self.layers)
         if single or any(way is None for way in self._intervals):
             return found
@@ -413,6 +422,11 @@ class BranchAndBound:
             below = None if depth == len(found) - 1 else found[depth + 1]
             found[depth] = self._bounds(arrived.message, arrived.size, depth, below)
         return found
+
+
+def _part_of(message: Tensor, layer: Partition, part: int) -> Tensor:
+    """`[states, *shape]`: what of a message is at the neurons of a part."""
+    return torch.cat([layer.split(row, [part]) for row in torch.split(message, 1)])
 
 
 def _deepest(waiting: list[Waiting]) -> Waiting:
@@ -426,20 +440,20 @@ def _deepest(waiting: list[Waiting]) -> Waiting:
 # -- The greedy search.
 
 
-def greedy(forward: Pass, start: Tensor, layers: Sequence[Partition], wanted: Search) -> Found:
+def greedy(forward: Pass, course: Course, layers: Sequence[Partition], wanted: Search) -> Found:
     """For each of the k best parts of the first layer, the best of the next one jointly with it."""
     first, last, order, k = layers[0], layers[-1], wanted.order, wanted.k
-    parts = keys(first.add_up(start)[0].sum(0), order).topk(min(k, first.size)).indices.tolist()
+    table = first.add_up(course.weighed(course.start, 0)).sum((0, 1))
+    parts = keys(table, order).topk(min(k, first.size)).indices.tolist()
     found = Found(k, order)
     for part in parts:
-        chosen = [part]
-        held = first.split(start, chosen)
-        relevance = held.sum()
-        for upper, lower in itertools.pairwise(layers):
-            message = send_between(forward, held, upper.variable, lower.variable)
-            table = finite(lower.add_up(message)[0].sum(0))
-            chosen.append(int(keys(table, order).argmax()))
-            held, relevance = lower.split(message, chosen[-1:]), table[chosen[-1]]
+        chosen, relevance = [part], table[part]
+        held = _part_of(course.start, first, part)
+        for depth, (way, lower) in enumerate(zip(course.ways, layers[1:], strict=True), 1):
+            message = way.send(forward, held)
+            there = finite(lower.add_up(course.weighed(message, depth)).sum((0, 1)))
+            chosen.append(int(keys(there, order).argmax()))
+            held, relevance = _part_of(message, lower, chosen[-1]), there[chosen[-1]]
         found.best.append((float(keys(relevance, order)), tuple(chosen), float(relevance)))
     found.best.sort(key=lambda one: -one[0])
     found.evaluated = len(parts) * last.size
@@ -452,14 +466,14 @@ def greedy(forward: Pass, start: Tensor, layers: Sequence[Partition], wanted: Se
 
 def find_flows(
     forward: Pass,
-    message: Callable[[Variable], Tensor],
+    follow: Callable[[Sequence[Variable]], Course],
     parts: Sequence[Partition],
     wanted: Search,
 ) -> Flows:
     """The most relevant combinations of parts of one sample, one part of each layer.
 
     Arguments:
-        message: gives the message `[1, *shape]` at a layer.
+        follow: gives the walks that count through layers, from the output down.
         parts: of layers in any order, each on a walk with the others.
 
     Raises:
@@ -470,12 +484,13 @@ def find_flows(
     layers = in_depth([part.variable for part in parts], forward.graph)
     by_layer = {part.variable: part for part in parts}
     ordered = [by_layer[layer] for layer in layers]
-    start = layers[0].only_sample(message(layers[0]), wanted.sample)
+    course = follow(layers)
+    course = replace(course, start=layers[0].only_sample(course.start, wanted.sample))
     if wanted.method == "greedy":
-        found = greedy(forward, start, ordered, wanted)
+        found = greedy(forward, course, ordered, wanted)
     else:
-        found = BranchAndBound(forward, start, ordered, wanted).search()
-    whole = _whole(forward, start, ordered)
+        found = BranchAndBound(forward, course, ordered, wanted).search()
+    whole = _whole(forward, course, ordered)
     flows = []
     for _, chosen, relevance in found.best:
         at = dict(zip(layers, chosen, strict=True))
@@ -507,12 +522,12 @@ def in_depth(layers: Sequence[Variable], graph: Graph) -> list[Variable]:
     return ordered
 
 
-def _whole(forward: Pass, start: Tensor, layers: Sequence[Partition]) -> float:
+def _whole(forward: Pass, course: Course, layers: Sequence[Partition]) -> float:
     """The relevance of all combinations together, where parts do not overlap."""
-    message = layers[0].covered(start)
-    for upper, lower in itertools.pairwise(layers):
-        message = lower.covered(send_between(forward, message, upper.variable, lower.variable))
-    return float(message.sum())
+    message = layers[0].covered(course.start)
+    for way, lower in zip(course.ways, layers[1:], strict=True):
+        message = lower.covered(way.send(forward, message))
+    return float(course.weighed(message, -1).sum())
 
 
 def require_order(order: str) -> None:

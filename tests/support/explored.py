@@ -1,6 +1,13 @@
-"""A small network of pictures that the explorer's tests look at."""
+"""A small network of pictures that the explorer's tests look at, and how they look at a page."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -51,3 +58,62 @@ def make_opened() -> Opened:
     explainer(*inputs[0].args)  # captured before anybody waits for it
     read = lambda data, name: as_input(read_sent(data), name)  # noqa: E731
     return Opened("Net", "picture", explainer, inputs, "", NAMES, read)
+
+
+# -- a page ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def looked_at(chromium: Any, address: str, width: int = 1280) -> Iterator[Any]:
+    """A page, loaded; whatever it complains of, or asks for from elsewhere, is an error at last."""
+    context = chromium.new_context(viewport={"width": width, "height": 800})
+    found = context.new_page()
+    wrong: list[str] = []
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    asked: list[str] = []
+    found.on("request", lambda request: asked.append(request.url))
+    found.goto(address)
+    settled(found)
+    yield found
+    context.close()
+    assert [text for text in wrong if "422" not in text and "413" not in text] == []
+    elsewhere = {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:"))}
+    assert elsewhere <= {urlsplit(address).netloc, ""}
+
+
+def settled(page: Any, times: int = 1, seconds: float = 30) -> None:
+    """Wait until so many answers are whole. (Its own way to wait runs code that the page's policy
+    forbids.)"""
+    root, end = page.locator("#explorer"), time.monotonic() + seconds
+    while int(root.get_attribute("data-ready") or 0) < times:
+        assert time.monotonic() < end, root.inner_text()
+        page.wait_for_timeout(10)
+
+
+def does(page: Any, act: Any) -> None:
+    """Do something, and wait for the answer."""
+    before = int(page.locator("#explorer").get_attribute("data-ready"))
+    act()
+    settled(page, before + 1)
+
+
+def total(page: Any) -> str:
+    found: str = page.locator(".formula .value").inner_text()
+    return found
+
+
+def shown(value: Tensor) -> str:
+    """As the page writes a relevance."""
+    number = float(value)
+    return f"{number:.4f}".replace("-", "−")
+
+
+def node(page: Any, layer: str, index: int) -> Any:
+    return page.locator(f".node[data-layer='{layer}'][data-index='{index}']")
+
+
+def looks(page: Any, what: str, *arguments: Any) -> Any:
+    """What a function of `looks.js` says of a page."""
+    text = Path(__file__).with_name("looks.js").read_text()
+    return page.evaluate(f"(given) => ({text.strip().rstrip(';')}).{what}(...given)", [*arguments])

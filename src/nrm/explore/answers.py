@@ -16,7 +16,7 @@ Output = int | Sequence[int]
 """An output: a class, or one number for each axis of the outputs."""
 Mode = Literal["joint", "given"]
 
-MOST_SHOWN, MOST_LAYERS = 64, 16
+MOST_SHOWN, MOST_LAYERS = 512, 16
 """Parts of a column that are drawn, and columns."""
 
 
@@ -175,7 +175,12 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Columns:
-    """What one run forward and back gives."""
+    """What one run forward and back gives.
+
+    Attributes:
+        cautions: what there is to know of these numbers, as for `Flows` and `Found`; said of every
+            answer anew. Those of flows are what is not said of their columns.
+    """
 
     total: Number
     columns: list[Shown]
@@ -201,6 +206,7 @@ class Flows:
     notation: str
     python: str
     cost: Cost
+    cautions: list[str] = field(default_factory=list)
     kind: Literal["flows"] = "flows"
 
 
@@ -234,6 +240,7 @@ class Found:
     notation: str
     python: str
     cost: Cost
+    cautions: list[str] = field(default_factory=list)
     kind: Literal["found"] = "found"
 
 

@@ -63,6 +63,11 @@ class Session:
         self._inputs: list[Input] = list(opened.inputs)
         self._measure: tuple[int, Measure] | None = None
 
+    @property
+    def axis(self) -> int | None:
+        """Along which the places of inputs that are no pictures lie."""
+        return self._opened.axis
+
     def turn(self) -> Turn:
         """A new request, which ends the one before it."""
         with self._counting:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,16 +64,22 @@ def answer(R: Measure, request: Request, opened: Opened, check: Check) -> Iterat
         NrmError: something is asked for that is not there.
     """
     aim = target_of(request.target, request.against, R, opened)
-    asked = _Asked(R.of(aim.target), request, opened, aim, check)
+    cautions = R.forward_pass.cautions  # what is to be known of numbers is said of each answer
+    with cautions.anew() as heard:
+        asked = _Asked(R.of(aim.target), request, opened, aim, check)
     yield aim.explained(asked.R, opened)
-    found = asked.columns()
-    yield found
+    with cautions.anew(heard) as more:
+        found = asked.columns()
+    heard |= more
+    yield replace(found, cautions=list(heard.values()))
     costs = [found.cost]
     for lower, upper in zip(found.columns, found.columns[1:], strict=False):
         check()
-        flows = asked.flows(lower, upper)
+        with cautions.anew(heard) as more:
+            flows = asked.flows(lower, upper)
+        heard |= more
         costs.append(flows.cost)
-        yield flows
+        yield replace(flows, cautions=list(more.values()))
     yield Done(Cost(sum(c.milliseconds for c in costs), sum(c.passes for c in costs)))
 
 
@@ -84,10 +90,12 @@ def search(R: Measure, request: Request, opened: Opened, tell: Callable[[float],
         tell: is called after every message with the gap that is left; it may raise.
 
     Raises:
-        NrmError: something is asked for that is not there, or lies below a column.
+        NrmError: something is asked for that is not there.
     """
     aim = target_of(request.target, request.against, R, opened)
-    return _Asked(R.of(aim.target), request, opened, aim, lambda: None).search(tell)
+    with R.forward_pass.cautions.anew() as heard:
+        found = _Asked(R.of(aim.target), request, opened, aim, lambda: None).search(tell)
+    return replace(found, cautions=list(heard.values()))
 
 
 class _Asked:
@@ -146,18 +154,15 @@ class _Asked:
         place = opened.place or R.graph.inputs[0].name
         begin = time.perf_counter()
         end = R.graph.output.name
-        with warnings.catch_warnings(record=True) as met:
-            warnings.simplefilter("always")
-            layers = [place, *(layer for one in self.divided for layer in one.layers), end]
-            found = R.marginals(self.condition, layers=layers)
+        layers = [place, *(layer for one in self.divided for layer in one.layers), end]
+        found = R.marginals(self.condition, layers=layers)
         if self.selected is not None:  # all walks begin at the output
             self.known = math.fsum(found[end].double().reshape(-1).tolist())
         heat = self._heatmap(place, found[place])
         shown = [self._column(one, found) for one in self.divided]
         passes = 1 if self.selected is None else 2 * self.messages
         total = Number(self.known, self._total(), self._line())
-        cautions = list(dict.fromkeys(str(one.message) for one in met))
-        return Columns(total, shown, heat, _cost(begin, passes), cautions)
+        return Columns(total, shown, heat, _cost(begin, passes))
 
     def _total(self) -> str:
         selection = [] if self.selected is None else [self.selected.notation]
@@ -230,28 +235,26 @@ class _Asked:
         one, two = self._known(lower), self._known(upper)
         channels = one.by == two.by == By()
         a, b = [node.index for node in lower.nodes], [node.index for node in upper.nodes]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said of the columns already
-            alone = channels and self._above(upper.layer)
-            if alone and R.joint_method(lower.layer, upper.layer) == "contraction":
-                how, passes = "one contraction of all pairs", 1 + self.messages
-                more = () if self.selected is None else (self.condition,)
-                table = R.joint(lower.layer, upper.layer, *more)[0][a][:, b]
-            else:
-                b = [node.index for node in upper.nodes if node.value != 0]
-                table, passes = self._from_above(one, a, two, b)
-                how = f"a message from each of {len(b)} parts of {upper.layer}"
+        alone = channels and self._above(upper.layer)
+        if alone and R.joint_method(lower.layer, upper.layer) == "contraction":
+            how, passes = "one contraction of all pairs", 1 + self.messages
+            more = () if self.selected is None else (self.condition,)
+            table = R.joint(lower.layer, upper.layer, *more)[0][a][:, b]
+        else:
+            b = [node.index for node in upper.nodes if node.value != 0]
+            table, passes = self._from_above(one, a, two, b)
+            how = f"a message from each of {len(b)} parts of {upper.layer}"
+        largest = table.flatten().abs().topk(min(LINKS, table.numel())).indices
+        rows, places = (found.tolist() for found in torch.unravel_index(largest, table.shape))
         links = [
-            (i, j, self.divided_by(float(table[row, column])))
-            for row, i in enumerate(a)
-            for column, j in enumerate(b)
+            (a[row], b[place], value)
+            for row, place in zip(rows, places, strict=True)
+            if (value := self.divided_by(float(table[row, place]))) != 0.0
         ]
-        links = [link for link in links if link[2] != 0.0]
-        links.sort(key=lambda link: -abs(link[2]))
         return Flows(
             lower.layer,
             upper.layer,
-            links[:LINKS],
+            links,
             how,
             self.notation(f"S_{{{lower.layer}}}", f"S_{{{upper.layer}}}"),
             self.python("#, #"),
@@ -322,19 +325,17 @@ class _Asked:
         by, sides = self._sides()
         begin = time.perf_counter()
         more = () if self.selected is None else (self.condition,)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = self.R.top(
-                *(side for side, _ in sides),
-                *more,
-                k=FLOWS,
-                by=by,
-                order="absolute",
-                seconds=SECONDS,
-                progress=tell,
-            )
-            if self.given:
-                self.known = float(self.R(self.condition)[0])
+        found = self.R.top(
+            *(side for side, _ in sides),
+            *more,
+            k=FLOWS,
+            by=by,
+            order="absolute",
+            seconds=SECONDS,
+            progress=tell,
+        )
+        if self.given:
+            self.known = float(self.R(self.condition)[0])
         options = f"k={FLOWS}, by={by!r}, order='absolute', seconds={SECONDS:g}"
         sets = [] if self.selected is None else [f"nrm.Condition({self.selected.python})"]
         given = self.given and self.selected is not None

@@ -3,11 +3,13 @@
 import { make } from "./marks.js";
 import { withColumn } from "./state.js";
 
+const MOST = 512; // parts of a column
+
 // The menu.
 //   choose(state)
 export function offerColumns(opened, state, kept, choose, opens) {
-  const count = make("input", { type: "number", min: 1, max: 64, value: state.top, "aria-label": "channels of a column", change: (event) => {
-    const top = Math.min(64, Math.max(1, Math.round(Number(event.target.value)) || 12));
+  const count = make("input", { type: "number", min: 1, max: MOST, value: state.top, "aria-label": "channels of a column", change: (event) => {
+    const top = Math.min(MOST, Math.max(1, Math.round(Number(event.target.value)) || 12));
     choose({ ...state, top });
   } });
   const order = opened.columns.map((column) => column.layer);

@@ -31,6 +31,7 @@ function save(name, kind, content) {
 
 // The view as one picture: the formula, the heatmap and the columns.
 export function asSvg(page) {
+  while (page.drawn.more());
   const columns = page.parts.network.querySelector("svg").cloneNode(true);
   const heatmap = page.parts.input.querySelector("canvas.heatmap");
   const side = heatmap ? 280 : 0;

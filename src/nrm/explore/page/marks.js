@@ -3,6 +3,8 @@
 
 export const POSITIVE = "#e66101";
 export const NEGATIVE = "#2166ac";
+export const FONT = "ui-sans-serif, system-ui, 'Helvetica Neue', Arial, sans-serif";
+const PEN = document.createElement("canvas").getContext("2d");
 const SVG_SPACE = "http://www.w3.org/2000/svg";
 const PLUS = [230, 97, 1];
 const MINUS = [33, 102, 172];
@@ -65,11 +67,29 @@ export function notation(text) {
     ...pieces.map((piece, k) => (k % 2 ? make("sub", {}, piece) : piece)).filter((piece) => piece !== ""));
 }
 
+// The name of a layer, or its last parts: networks begin all of theirs alike.
+export function shortened(text, most) {
+  if (text.length <= most) return text;
+  const parts = text.split(".");
+  while (parts.length > 1 && parts.join(".").length >= most) parts.shift();
+  return `…${parts.join(".").slice(-most + 1)}`;
+}
+
+// As much of a text as has room in so many pixels.
+export function fitted(text, width, size, weight = 400) {
+  PEN.font = `${weight} ${size}px ${FONT}`;
+  const long = (part) => PEN.measureText(part).width > width;
+  if (!long(text)) return text;
+  let most = text.length - 1;
+  while (most > 1 && long(`${text.slice(0, most)}…`)) most -= 1;
+  return `${text.slice(0, most)}…`;
+}
+
 // Bytes and floats of base64.
 export function bytes(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
 export function floats(text) {
-  return new Float32Array(bytes(text).buffer);
+  return text instanceof Float32Array ? text : new Float32Array(bytes(text).buffer);
 }

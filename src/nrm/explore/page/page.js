@@ -1,6 +1,6 @@
 // The page: what is open, what is asked, the input, the network, and what a number is.
 
-import { make, notation, relevance, amount } from "./marks.js";
+import { make, notation, relevance, amount, shortened } from "./marks.js";
 import { offerColumns } from "./chooser.js";
 import { drawNetwork, named } from "./network.js";
 import { offerOutputs, outputOf } from "./outputs.js";
@@ -27,9 +27,10 @@ export async function explore(root, source, linked = true, again = null, state =
     samples: make("section", { class: "found", "aria-label": "Reference samples" }),
     found: make("section", { class: "found", "aria-label": "Most relevant flows" }),
     foot: make("footer", { "aria-live": "polite" }), note: make("p", { class: "note", role: "status" }),
+    cautions: make("section", { class: "cautions", "aria-label": "What to know of these numbers", hidden: true }),
     wait: make("div", { class: "wait", hidden: true, role: "progressbar", "aria-label": "computing" }),
   };
-  root.replaceChildren(parts.wait, make("div", { class: "sheet" }, parts.head, parts.asked, parts.note,
+  root.replaceChildren(parts.wait, make("div", { class: "sheet" }, parts.head, parts.asked, parts.cautions, parts.note,
     make("main", {}, parts.input, make("div", {}, parts.network, parts.samples, parts.found))), parts.foot);
   let opened;
   try {
@@ -155,9 +156,11 @@ class Page {
     if (part.kind === "columns") {
       this.drawAsked();
       this.drawInput();
-      this.note(part.cautions.join(" "));
+      this.drawNetwork();
+    } else if (part.kind === "flows") {
+      this.drawn.add(part); // of many channels all else stays as it is
     }
-    this.drawNetwork();
+    if (part.cautions) this.drawCautions();
     this.point(null);
   }
 
@@ -207,7 +210,8 @@ class Page {
     const exact = found.gap === 0 ? "no other is larger" : `others may be larger by ${found.gap === null ? "any amount" : relevance(found.gap)}: time was up`;
     this.parts.found.replaceChildren(
       make("h2", {}, "The most relevant flows", make("span", { class: "muted" }, ` ${exact} · ${found.cost.passes} messages, ${found.cost.milliseconds.toFixed(0)} ms`)),
-      make("table", {}, make("thead", {}, make("tr", {}, ...found.layers.map((layer) => make("th", { scope: "col" }, layer)), make("th", { scope: "col" }, "relevance"), make("th"), make("th"))), make("tbody", {}, rows)));
+      make("div", { class: "cautions", hidden: !found.cautions.length }, found.cautions.map((text) => make("p", {}, text))),
+      make("table", {}, make("thead", {}, make("tr", {}, ...found.layers.map((layer) => make("th", { scope: "col" }, layer)), make("th", { scope: "col" }, "relevance"), make("td"), make("td"))), make("tbody", {}, rows)));
     this.root.dataset.found = String(found.flows.length);
   }
 
@@ -229,6 +233,13 @@ class Page {
     const title = make("h2", {}, "In the data set ", notation(`S_{${layer}:${channel}}`), " is most relevant in");
     const figures = samples.map((one) => make("figure", {}, drawPixels(one), drawStill(one.heatmap, one), make("figcaption", {}, `${relevance(one.value)} ${one.name}`)));
     this.parts.samples.replaceChildren(...(samples.length ? [title, make("div", { class: "samples" }, figures)] : []));
+  }
+
+  // They stay as long as the numbers that they concern.
+  drawCautions() {
+    const said = [this.seen.columns, ...this.seen.flows].flatMap((part) => part.cautions);
+    this.parts.cautions.replaceChildren(...said.map((text) => make("p", {}, text)));
+    this.parts.cautions.hidden = !said.length;
   }
 
   note(text, wrong = false) {
@@ -292,7 +303,7 @@ class Page {
   chips() {
     const { state } = this;
     if (!state.sets.length) {
-      const place = { picture: "drag over the picture", words: "a word", series: "a step", graph: "a node" }[this.opened.kind];
+      const place = { picture: this.opened.cells ? "a part of the picture" : "drag over the picture", words: "a word", series: "a step", graph: "a node" }[this.opened.kind];
       return make("p", { class: "hint" }, `Click a channel, a flow, or ${place}: all numbers then are of the walks that pass there.`);
     }
     // What is drawn may be older than what is chosen: sets are told by what they are, not by place.
@@ -302,7 +313,7 @@ class Page {
       ...(k === 1 ? [joined] : k ? [make("span", { class: "muted" }, state.op === "and" ? "∧" : "∨")] : []),
       make("span", { class: set.not ? "chip not" : "chip" },
         make("button", { type: "button", "aria-pressed": set.not, "aria-label": "not", title: "not", class: "negate", click: () => change(set, { ...set, not: !set.not }) }, "¬"),
-        make("span", {}, set.patch ? `${set.layer} [${set.patch[0]}–${set.patch[1] - 1}, ${set.patch[2]}–${set.patch[3] - 1}]` : `${set.layer}: ${WORDS[set.by] ?? ""}${set.channels.join(", ")}`),
+        make("span", { title: set.layer }, set.patch ? `${shortened(set.layer, 30)} [${set.patch[0]}–${set.patch[1] - 1}, ${set.patch[2]}–${set.patch[3] - 1}]` : `${shortened(set.layer, 30)}: ${WORDS[set.by] ?? ""}${set.channels.join(", ")}`),
         make("button", { type: "button", "aria-label": "take away", title: "take away", class: "away-part", click: () => change(set, null) }, "×")),
     ]);
     const mode = (name, text) => make("label", {}, make("input", { type: "radio", name: this.name, value: name, checked: state.mode === name, change: () => this.choose({ ...this.state, mode: name }) }), text);
@@ -326,7 +337,7 @@ class Page {
     }
     const chosen = state.sets.find((set) => set.patch && set.layer === heatmap.layer)?.patch;
     const field = drawHeatmap(heatmap, input, chosen, {
-      patch: (patch) => this.choose(withPatch(this.state, heatmap.layer, patch)),
+      patch: (patch) => this.choosePatch(heatmap.layer, patch),
       pixel: (y, x, value) => this.point({ value, notation: heatmap.notation.replace(`i_{${heatmap.layer}}`, `i_{${heatmap.layer}:(${y}, ${x})}`), python: `${heatmap.python}[0, :, ${y}, ${x}].sum()` }),
       leave: () => this.point(null),
     });
@@ -335,13 +346,23 @@ class Page {
     this.parts.input.replaceChildren(title, field, drawScale(heatmap), drawn);
   }
 
+  // Of a picture whose answers were worked out before only some patches are known.
+  choosePatch(layer, patch) {
+    try {
+      this.choose(withPatch(this.state, layer, this.source.snap?.(this.state.input, patch) ?? patch));
+    } catch (error) {
+      this.drawInput();
+      this.note(error.message, true);
+    }
+  }
+
   drawNetwork() {
     if (!this.seen?.columns) return;
     const focus = this.root.contains(document.activeElement) ? keyOf(document.activeElement) : null;
     const { state } = this;
     const place = this.opened.inputs[state.input];
     for (const column of this.seen.columns.columns) if (column.axis !== null || column.by === "steps") column.marks = place.words ?? place.marks;
-    const svg = drawNetwork(this.seen, state, this.parts.network.clientWidth, {
+    this.drawn = drawNetwork(this.seen, state, this.parts.network.clientWidth, {
       node: (column, node) => this.choose(toggled(this.state, column, node.index)),
       flow: (lower, upper, link) => this.choose(withFlow(this.state, lower, link[0], upper, link[1])),
       output: (k, event) => {
@@ -350,8 +371,23 @@ class Page {
       },
       point: this.point,
     });
-    this.parts.network.replaceChildren(svg);
-    if (focus) svg.querySelector(focus)?.focus();
+    const { drawn } = this;
+    this.parts.network.replaceChildren(drawn.svg);
+    let lost = focus;
+    const refocus = () => {
+      const found = lost && drawn.svg.querySelector(lost);
+      if (!found) return;
+      lost = null;
+      found.focus();
+    };
+    const go = () => {
+      if (this.drawn !== drawn) return;
+      const others = drawn.more();
+      refocus();
+      if (others) requestAnimationFrame(go);
+    };
+    refocus();
+    requestAnimationFrame(go);
   }
 
   // -- what a number is ----------------------------------------------------------------------------
