@@ -368,6 +368,44 @@ def test_without_scikit_learn_clusters_are_refused(
         answered(fresh, opened, columns=MIXED)
 
 
+class Mixed(nn.Module):
+    """Reads a series, one step at a time, and adds up what it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.mix(x)).sum(1))
+        return found
+
+
+def test_steps_stand_in_their_order_and_channels_in_that_of_relevance() -> None:
+    x = torch.randn(1, 7, 3, generator=torch.Generator().manual_seed(1))
+    for kind, in_order in (("series", True), ("words", True), ("graph", False)):
+        opened, R = opens(Mixed().eval(), [x], kind, axis=0)
+        layers = [one.layer for one in columns_of(R.graph, opened, R)]
+        columns, _, _ = answered(R, opened, columns=layers, target=0, top=5)
+        kinds = {one.by for one in columns.columns}
+        assert kinds == {"places", "channels"}
+        for one in columns.columns:
+            sizes = [abs(node.value) for node in one.nodes]
+            indices = [node.index for node in one.nodes]
+            if in_order and one.by == "places":
+                assert indices == sorted(indices)
+            else:
+                assert sizes == sorted(sizes, reverse=True)
+            least = min(sizes)  # the five largest, whatever their order
+            values = column_values(R, one)
+            assert sum(abs(value) > least + 1e-9 for value in values) <= 5
+
+
+def column_values(R: Measure, one: answers.Shown) -> list[float]:
+    axis = 0 if one.by == "places" else None
+    return [float(R(nrm.channels(one.layer, k, axis=axis))) for k in range(one.size)]
+
+
 def test_no_flows_are_searched_through_all_hidden_states() -> None:
     walks = architectures.Walks()
     case = architectures.make("LSTM", walks)

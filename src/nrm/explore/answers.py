@@ -133,6 +133,7 @@ class Shown:
         axis, by, of: how it is divided, as in a selection.
         word: what stands before a part's number in the notation.
         total: of all parts; `None` where a walk may visit several, so that they have none.
+        nodes: the most relevant first; words and time steps as one reads them.
         each: Python for one part, whose neurons take the place of `#`.
         where: of clusters which is where: 8-bit numbers in base64, of the shape `positions`.
     """

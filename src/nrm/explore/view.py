@@ -209,6 +209,8 @@ class _Asked:
         for place in (*largest, *chosen):
             number, value = column.numbers[place], self.divided_by(float(values[place]))
             nodes.append(Node(number, value, column.part(number).python))
+        if column.by.how in ("places", "steps") and self.opened.kind in ("words", "series"):
+            nodes.sort(key=lambda node: node.index)  # as one reads them
         total = self.divided_by(math.fsum(values.tolist())) if column.is_one_layer else None
         others = len(values) - len(nodes)
         rest = 0.0

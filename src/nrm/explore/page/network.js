@@ -201,7 +201,8 @@ function drawFlows(svg, found, lower, upper, from, to, scale, on) {
 function drawLast(svg, column, places, out) {
   const sum = Math.max(1e-30, ...column.nodes.map((node) => Math.abs(node.value)));
   const path = d3.linkHorizontal();
-  for (const { node, end, y } of places.slice(0, LINKS)) {
+  const largest = [...places].sort((a, b) => Math.abs(b.node.value) - Math.abs(a.node.value));
+  for (const { node, end, y } of largest.slice(0, LINKS)) {
     if (node.value === 0) continue;
     svg.append(draw("path", {
       d: path({ source: [end, y], target: [out.x, out.y] }), fill: "none", stroke: signColour(node.value),
