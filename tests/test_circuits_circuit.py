@@ -149,6 +149,16 @@ def test_files(named, tmp_path):
             nrm.Circuit.load(tmp_path / "other.json")
 
 
+def test_the_score_of_an_edge_is_its_relevance_in_the_circuit_or_not(named):
+    circuit = named.circuit(0.5, work=5)
+    for sender in circuit.senders:
+        assert circuit.score(sender, "output") == float(named(sender, "output"))
+    with pytest.raises(QueryError, match=r"no sender 'a9\.h0'; there is: .*a1\.h1"):
+        circuit.score("a9.h0", "output")
+    with pytest.raises(QueryError, match="no receiver 'biases'; there is: output, "):
+        circuit.score("m0", "biases")
+
+
 def test_the_layout_that_evaluation_tools_read(named, tmp_path):
     circuit = named.circuit(0.8, work=20)
     circuit.save(tmp_path / "eap.json", layout="eap")

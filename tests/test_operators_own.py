@@ -10,8 +10,8 @@ from nrm.errors import CaptureError, UnsupportedOperatorError
 from nrm.operators import (
     Call,
     Contribution,
-    Identity,
     LocalLinear,
+    PassThrough,
     Setting,
     WeightedSum,
     operation,
@@ -42,7 +42,7 @@ def test_a_module_class(clean_table):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), Snake(), nn.Linear(3, 2)).double().eval()
     x = torch.randn(2, 2, dtype=torch.float64)
-    register(Identity("activation"), Snake)
+    register(PassThrough("activation"), Snake)
     R = nrm.Explainer(model)(x, target=0)
     assert [v.name for v in R.graph.variables] == ["input", "0", "1", "2"]
     torch.testing.assert_close(R.output, model(x).detach())
@@ -88,7 +88,7 @@ def test_a_module_class_with_a_contribution_rule(clean_table):
 
 
 def test_a_function(clean_table):
-    @operation(Identity("activation"))
+    @operation(PassThrough("activation"))
     def cube(x: Tensor) -> Tensor:
         return x**3
 
@@ -112,7 +112,7 @@ def test_an_operator(clean_table):
     model = nn.Sequential(nn.Linear(2, 2), _Calls(torch.lgamma)).eval()
     with pytest.raises(UnsupportedOperatorError, match="lgamma"):
         nrm.Explainer(model)(torch.randn(1, 2), target=0)
-    register(Identity("activation"), torch.ops.aten.lgamma)
+    register(PassThrough("activation"), torch.ops.aten.lgamma)
     R = nrm.Explainer(model)(torch.randn(1, 2), target=0)
     torch.testing.assert_close(R.marginal("1"), R.marginal("0"))
 
@@ -131,11 +131,11 @@ def test_modules_that_return_several_tensors_are_refused(clean_table):
             a, b = self.two(x)
             return a + b
 
-    register(Identity("activation"), Two)
+    register(PassThrough("activation"), Two)
     with pytest.raises(CaptureError, match="returns 2"):
         nrm.Explainer(Net().eval())(torch.randn(1, 2))
     with pytest.raises(TypeError, match="decorate"):
-        register(Identity("activation"), lambda x: x)
+        register(PassThrough("activation"), lambda x: x)
 
 
 class _Calls(nn.Module):
@@ -205,7 +205,7 @@ def test_a_module_of_two_inputs_and_two_layers(clean_table):
 def test_a_function_may_be_defined_again(clean_table):
     for power in (2, 3):
 
-        @operation(Identity("activation"))
+        @operation(PassThrough("activation"))
         def raised(x: Tensor) -> Tensor:
             return x**power  # noqa: B023
 
@@ -215,13 +215,13 @@ def test_a_function_may_be_defined_again(clean_table):
 def test_a_pull_that_hides_its_derivatives_is_found_out():
     """Forward messages are its transpose: they would be wrong without a word."""
     from nrm.errors import QueryError
-    from nrm.operators import Identity, Propagation, operation
+    from nrm.operators import PassThrough, Propagation, operation
 
     class Halved(Propagation):
         def pull(self, message, wanted, normalized=True):
             return [message.detach() / 2 + message / 2]
 
-    class Row(Identity):
+    class Row(PassThrough):
         def prepare(self, call, values, setting):
             output, _ = super().prepare(call, values, setting)
             return output, Halved()

@@ -18,7 +18,7 @@ from nrm.operators import (
     SQUASHED,
     Contribution,
     Function,
-    Identity,
+    PassThrough,
     Propagation,
     Routing,
     WeightedSum,
@@ -206,7 +206,7 @@ class Elsewhere(Passing):
         return masses[0].flip(-1)
 
 
-class Broken(Identity):
+class Broken(PassThrough):
     def __init__(self, propagation: type[Passing]) -> None:
         super().__init__("activation")
         self.propagation = propagation
@@ -236,12 +236,12 @@ def test_a_broken_propagation(propagation: type[Passing], law: str) -> None:
         check_operator(aten.relu, x(2, 3), row=Broken(propagation))
 
 
-class StaysZero(Identity):
+class StaysZero(PassThrough):
     def real(self, call, told):
         return told.real(call["self"])
 
 
-class Halved(Identity):
+class Halved(PassThrough):
     def frozen(self, call, values, setting):
         return fill(call, values)() / 2
 
@@ -278,30 +278,30 @@ class Squaring(WeightedSum):
 @pytest.mark.parametrize(
     ("row", "function", "args", "law"),
     [
-        (Identity("activation"), aten.softmax.int, (x(2, 3), 1), "traits"),
-        (Identity("activation", at_zero="zero"), aten.cos.default, (x(2, 3) * 0,), "telescopes"),
-        (Identity("activation", at_zero="ramp"), aten.tanh.default, (x(2, 3),), "telescopes"),
+        (PassThrough("activation"), aten.softmax.int, (x(2, 3), 1), "traits"),
+        (PassThrough("activation", at_zero="zero"), aten.cos.default, (x(2, 3) * 0,), "telescopes"),
+        (PassThrough("activation", at_zero="ramp"), aten.tanh.default, (x(2, 3),), "telescopes"),
         (Halved("activation", at_zero="zero"), aten.tanh.default, (x(2, 3),), "telescopes"),
         (
-            Identity("activation", in_place=aten.abs_.default),
+            PassThrough("activation", in_place=aten.abs_.default),
             aten.relu.default,
             (x(2, 3),),
             "traits",
         ),
         (
-            Identity("activation", function=Function(order=1)),
+            PassThrough("activation", function=Function(order=1)),
             aten.neg.default,
             (x(2, 3),),
             "traits",
         ),
         (
-            Identity("activation", function=Function(positive=True)),
+            PassThrough("activation", function=Function(positive=True)),
             aten.tanh.default,
             (x(2, 3),),
             "traits",
         ),
         (
-            Identity("activation", function=Function(same=True)),
+            PassThrough("activation", function=Function(same=True)),
             aten.tanh.default,
             (x(2, 3),),
             "traits",
@@ -333,7 +333,7 @@ def test_a_module_and_a_function_of_ones_own() -> None:
         def forward(self, given: Tensor) -> Tensor:
             return given + torch.sin(self.alpha * given) ** 2 / self.alpha
 
-    row, model = Identity("activation", at_zero="zero"), Snake()
+    row, model = PassThrough("activation", at_zero="zero"), Snake()
     with pytest.raises(nrm.NrmError, match="has no row"):
         check_operator(model, x(2, 3))
     check_operator(model, x(2, 3), row=row)
@@ -351,7 +351,7 @@ def cube(given: Tensor) -> Tensor:
 @pytest.fixture
 def bessel():
     assert operators.lookup(aten.special_i1.default) is None
-    register(Identity("activation", at_zero="zero", gate=SQUASHED), "aten.special_i1")
+    register(PassThrough("activation", at_zero="zero", gate=SQUASHED), "aten.special_i1")
     yield torch.special.i1
     unregister("aten.special_i1")
 
@@ -462,4 +462,4 @@ def test_a_row_that_names_no_argument_of_the_call() -> None:
 
 def test_a_function_that_is_not_zero_at_zero() -> None:
     with pytest.raises(AssertionError, match="at_zero='zero' is said of it, but at zero it is 1"):
-        check_operator(aten.exp, x(2, 3), row=Identity("activation", at_zero="zero"))
+        check_operator(aten.exp, x(2, 3), row=PassThrough("activation", at_zero="zero"))

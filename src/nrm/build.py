@@ -27,8 +27,7 @@ from nrm.errors import CaptureError, QueryError, UnsupportedOperatorError
 from nrm.graph import Graph, Kind, Operation, Variable, WalkSpecification
 from nrm.heads import Head, Heads, look_through
 from nrm.operators import MANY, Call, Operator, Samples, carries_none, lookup, picks
-from nrm.rules import FromUniform, Rule
-from nrm.rules import Identity as IdentityRule
+from nrm.rules import FromUniform, Identity, Rule
 from nrm.slopes import follow_weights, places, take_between, take_to_first_order
 from nrm.structure import Structure, gate_ranks, is_embedding
 
@@ -461,7 +460,7 @@ def _choose_rules(graph: Graph, rules: dict[Operation, Rule]) -> None:
                 f"the composite gives {operation.address!r} ({operation.kind}) the FromUniform "
                 "rule, which is for a softmax alone. Choose another."
             )
-        if isinstance(rule, IdentityRule) and not operation.operator.accepts_identity:
+        if isinstance(rule, Identity) and not operation.operator.accepts_identity:
             raise QueryError(
                 f"the composite gives {operation.address!r} the Identity rule, but "
                 f"{operation.kind} neurons have many parents. Choose a contribution rule."

@@ -279,8 +279,6 @@ def _summarise(report: Report) -> None:
         typer.echo(f"  {name}: {value}")
     for table in report.all_tables():
         typer.echo(f"\n{table.title}")
-        print_table(table.heads, table.shown().rows)
-        if table.note:
-            typer.echo(table.note)
+        print_table(table.shown())
     for note in report.notes:
         typer.echo(note)

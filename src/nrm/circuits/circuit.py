@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,6 +37,20 @@ _COMBINATIONS = 2**14
 
 Kept = Callable[[Tensor], float]
 """The share that a set of edges keeps: `[receivers, senders]`, boolean."""
+
+
+def place_of(name: str, names: Sequence[str], role: str) -> int:
+    """Which of the senders or receivers it is.
+
+    Arguments:
+        role: `"sender"` or `"receiver"`.
+
+    Raises:
+        QueryError: it is none.
+    """
+    if name not in names:
+        raise QueryError(f"there is no {role} {name!r}; there is: {', '.join(names[:40])}.")
+    return names.index(name)
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,9 +107,10 @@ class Circuit(Shown):
         """The relevance of an edge, in the set or not.
 
         Raises:
-            ValueError: there is no such sender or receiver.
+            QueryError: there is no such sender or receiver.
         """
-        return float(self.scores[self.receivers.index(receiver), self.senders.index(sender)])
+        row = place_of(receiver, self.receivers, "receiver")
+        return float(self.scores[row, place_of(sender, self.senders, "sender")])
 
     def table(self) -> Table:
         rows = [(a, b, f"{self.score(a, b):+.4f}") for a, b in self.edges]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nrm.circuits.circuit import Circuit, find_circuit
+from nrm.circuits.circuit import Circuit, find_circuit, place_of
 from nrm.circuits.steps import Named, Places, Steps
 from nrm.diagnostics import warn_of_variation
 from nrm.display import Shown, Table
@@ -200,8 +200,8 @@ class Edges(Shown):
         Raises:
             QueryError: there is no such sender or receiver.
         """
-        row = self._number(receiver, self.receivers, "receiver")
-        return self.relevance[:, row, self._number(sender, self.senders, "sender")]
+        row = place_of(receiver, self.receivers, "receiver")
+        return self.relevance[:, row, place_of(sender, self.senders, "sender")]
 
     def top(
         self,
@@ -273,9 +273,3 @@ class Edges(Shown):
     def _edge(self, place: int, relevance: float) -> Edge:
         row, column = divmod(place, len(self.senders))
         return Edge(self.senders[column], self.receivers[row], relevance)
-
-    @staticmethod
-    def _number(name: str, names: Sequence[str], role: str) -> int:
-        if name not in names:
-            raise QueryError(f"there is no {role} {name!r}; there is: {', '.join(names[:40])}.")
-        return names.index(name)

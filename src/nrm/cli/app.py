@@ -7,14 +7,12 @@ are imported outside of `one_line_errors`, where Ctrl-C ends the process at once
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import nrm
 from nrm.cli import explore as explorer
@@ -53,6 +51,7 @@ from nrm.cli.options import (
     named_layers,
     progress,
 )
+from nrm.display import Table
 
 app = typer.Typer(
     cls=Commands,
@@ -277,7 +276,7 @@ def listnamed_layers(
             typer.echo(report.to_json(rows), nl=False)
             return
         heads = ("layer", "kind", "module", "shape", "cut", "also called")
-        print_table(heads, listing.rows())
+        print_table(Table("", heads, listing.rows()))
 
 
 @app.command("tokens", cls=Command)
@@ -458,22 +457,18 @@ def _summarise(result: dict[str, Any], out: Path) -> None:
                 )
                 for k, flow in enumerate(entry["flows"], start=1)
             ]
-            print_table(heads, rows)
+            print_table(Table("", heads, rows))
     worst = max(entry["worst_cut_deviation"] for entry in explanations(result))
     typer.echo(f"Worst cut deviation {worst:.1e}.")
     first = next(name for name in result["pictures"] if name.endswith("overview.png"))
     typer.echo(f"Pictures and {RESULT} are in {out}; begin with {out / first}.")
 
 
-def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(table: Table) -> None:
     """On a terminal as wide as that is, elsewhere as wide as the table, so that nothing breaks."""
-    table = Table(box=None, pad_edge=False)
-    for head in heads:
-        table.add_column(Text(head), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # text as it is: names may hold brackets
+    drawn = table.rich()
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000
-        console.width = console.measure(table).maximum
-    console.print(table)
+        console.width = console.measure(drawn).maximum
+    console.print(drawn)

@@ -6,7 +6,7 @@ from nrm.operators.custom import Block, operation
 from nrm.operators.derivatives import LocalLinear, ToFirstOrder
 from nrm.operators.products import MatrixProduct, Product, Quotient
 from nrm.operators.propagation import Columns, Contribution, Propagation, Setting
-from nrm.operators.routing import Identity, Routing
+from nrm.operators.routing import PassThrough, Routing
 from nrm.operators.row import Operator
 from nrm.operators.samples import MANY, Samples
 from nrm.operators.secants import Secants
@@ -39,10 +39,10 @@ __all__ = [
     "Columns",
     "Contribution",
     "Function",
-    "Identity",
     "LocalLinear",
     "MatrixProduct",
     "Operator",
+    "PassThrough",
     "Product",
     "Propagation",
     "Quotient",

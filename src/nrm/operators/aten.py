@@ -38,8 +38,8 @@ from nrm.operators.routing import (
     Concatenation,
     Copy,
     Filling,
-    Identity,
     Overwriting,
+    PassThrough,
     Power,
     Routing,
     ScatterMaximum,
@@ -56,35 +56,36 @@ def _names(text: str) -> list[str]:
 # -- The rows. One parent for each neuron:
 
 register(
-    Identity("activation", at_zero="ramp", in_place=torch.ops.aten.relu_.default), *_names("relu")
+    PassThrough("activation", at_zero="ramp", in_place=torch.ops.aten.relu_.default),
+    *_names("relu"),
 )
-register(Identity("activation", at_zero="ramp"), *_names("leaky_relu abs absolute"))
+register(PassThrough("activation", at_zero="ramp"), *_names("leaky_relu abs absolute"))
 register(
-    Identity("activation", at_zero="zero"),
+    PassThrough("activation", at_zero="zero"),
     *_names(
         "relu6 prelu rrelu selu celu hardshrink softshrink erf special_erf sin atan arctan tan "
         "asin arcsin erfinv special_erfinv"
     ),
 )
 register(
-    Identity("activation", at_zero="zero", gate=SQUASHED),
+    PassThrough("activation", at_zero="zero", gate=SQUASHED),
     *_names("elu gelu silu mish hardswish"),
 )
 register(
-    Identity("activation", at_zero="zero", function=Function("tanh", SQUASHED, order=1)),
+    PassThrough("activation", at_zero="zero", function=Function("tanh", SQUASHED, order=1)),
     *_names("tanh"),
 )
 register(
-    Identity("activation", at_zero="zero", function=Function(order=1)),
+    PassThrough("activation", at_zero="zero", function=Function(order=1)),
     *_names("expm1 log1p sinh asinh arcsinh atanh arctanh"),
 )
 register(
-    Identity("activation", at_zero="zero", function=Function(order=1, among_positive=True)),
+    PassThrough("activation", at_zero="zero", function=Function(order=1, among_positive=True)),
     *_names("square"),
 )
-register(Identity("activation", at_zero="zero", function=ROOT), *_names("sqrt"))
+register(PassThrough("activation", at_zero="zero", function=ROOT), *_names("sqrt"))
 register(
-    Identity(
+    PassThrough(
         "activation",
         gate=GATE,
         function=Function("sigmoid", hides_sign=True, positive=True, order=1),
@@ -92,7 +93,7 @@ register(
     *_names("sigmoid special_expit"),
 )
 register(
-    Identity(
+    PassThrough(
         "activation",
         gate=GATE,
         function=Function("hardsigmoid", hides_sign=True, positive=True),
@@ -100,11 +101,11 @@ register(
     *_names("hardsigmoid"),
 )
 register(
-    Identity("activation", function=Function("log_sigmoid", hides_sign=True)),
+    PassThrough("activation", function=Function("log_sigmoid", hides_sign=True)),
     *_names("log_sigmoid"),
 )
 register(
-    Identity(
+    PassThrough(
         "activation",
         gate=SQUASHED,
         function=Function("softplus", hides_sign=True, positive=True, order=1),
@@ -112,50 +113,50 @@ register(
     *_names("softplus"),
 )
 register(
-    Identity(
+    PassThrough(
         "activation",
         gate=WEIGHTS,
         function=Function("exp", hides_sign=True, positive=True, order=1),
     ),
     *_names("exp"),
 )
-register(Identity("activation", function=Function("log", order=1)), *_names("log"))
+register(PassThrough("activation", function=Function("log", order=1)), *_names("log"))
 register(
-    Identity("activation", function=Function(order=1)),
+    PassThrough("activation", function=Function(order=1)),
     *_names("log2 log10 logit special_logit nan_to_num exp2 special_exp2"),
 )
 register(
-    Identity("activation", function=Function("clamp", order=1, keeps_positive=True)),
+    PassThrough("activation", function=Function("clamp", order=1, keeps_positive=True)),
     *_names("clamp_min"),
 )
-register(Identity("activation", function=Function("clamp", order=1)), *_names("clamp clip"))
-register(Identity("activation", function=Function(order=1)), *_names("clamp_max"))
-register(Identity("activation", gate=SQUASHED), *_names("hardtanh"))
+register(PassThrough("activation", function=Function("clamp", order=1)), *_names("clamp clip"))
+register(PassThrough("activation", function=Function(order=1)), *_names("clamp_max"))
+register(PassThrough("activation", gate=SQUASHED), *_names("hardtanh"))
 register(
-    Identity("activation"),
+    PassThrough("activation"),
     *_names("threshold cos pow.Scalar acos arccos cosh acosh arccosh erfc sinc special_sinc"),
 )
-register(Identity("activation", function=INVERSE_ROOT), *_names("rsqrt"))
-register(Identity("activation", function=INVERSE), *_names("reciprocal"))
+register(PassThrough("activation", function=INVERSE_ROOT), *_names("rsqrt"))
+register(PassThrough("activation", function=INVERSE), *_names("reciprocal"))
 register(
     Power("activation", function=Function("power", keeps_positive=True)),
     *_names("pow.Tensor_Scalar pow.Tensor_Tensor"),
 )
 register(
-    Identity("scaling", at_zero="linear", function=replace(SAME, role="dropout")),
+    PassThrough("scaling", at_zero="linear", function=replace(SAME, role="dropout")),
     *_names("dropout feature_dropout alpha_dropout feature_alpha_dropout"),
 )
 register(
-    Identity("scaling", at_zero="linear", function=SAME, looks_like="other"),
+    PassThrough("scaling", at_zero="linear", function=SAME, looks_like="other"),
     *_names("clone alias contiguous to _to_copy type_as lift_fresh_copy positive"),
 )
 register(
-    Identity("scaling", at_zero="linear", function=Function("negative", order=-1)),
+    PassThrough("scaling", at_zero="linear", function=Function("negative", order=-1)),
     *_names("neg negative"),
 )
-register(Identity("scaling", at_zero="linear"), *_names("rad2deg deg2rad"))
+register(PassThrough("scaling", at_zero="linear"), *_names("rad2deg deg2rad"))
 register(
-    Identity("scaling", at_zero="zero", function=replace(SAME, role="detach")), *_names("detach")
+    PassThrough("scaling", at_zero="zero", function=replace(SAME, role="detach")), *_names("detach")
 )
 register(RootMeanSquare("rmsnorm"), *_names("rms_norm"))
 

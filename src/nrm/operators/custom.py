@@ -69,7 +69,7 @@ def operation(row: Operator) -> Callable[[Callable[..., Any]], Callable[..., Any
         row: how relevance passes it.
 
     Example:
-        >>> @nrm.operators.operation(nrm.operators.Identity("activation"))
+        >>> @nrm.operators.operation(nrm.operators.PassThrough("activation"))
         ... def cube(x: Tensor) -> Tensor:
         ...     return x**3
     """

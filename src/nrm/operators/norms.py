@@ -21,11 +21,10 @@ from nrm.errors import UnsupportedOperatorError
 from nrm.operators.call import WEIGHTS, Call, Function, fill
 from nrm.operators.connections import OneParent
 from nrm.operators.propagation import Contribution, Ends, Propagation, Setting
-from nrm.operators.routing import Identity, Unchanged
+from nrm.operators.routing import PassThrough, Unchanged
 from nrm.operators.secants import factors, inverse_root
 from nrm.operators.sums import Elementwise, WeightedSum
-from nrm.rules import Activation, Rule, Weight
-from nrm.rules import Identity as IdentityRule
+from nrm.rules import Activation, Identity, Rule, Weight
 from nrm.tensors import aligned, per_channel, with_transpose
 
 
@@ -91,7 +90,7 @@ class Centring(WeightedSum):
     def prepare(
         self, call: Call, values: Sequence[Tensor], setting: Setting
     ) -> tuple[Tensor, Propagation]:
-        if isinstance(setting.rule, IdentityRule):
+        if isinstance(setting.rule, Identity):
             with torch.no_grad():
                 output = fill(call, values)()
             return output, Unchanged(values[0].shape, output.shape)
@@ -181,7 +180,7 @@ class Normalization(Centring):
         return not self.by_channel
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
-        return call["bias"] is not None and not isinstance(rule, IdentityRule)
+        return call["bias"] is not None and not isinstance(rule, Identity)
 
     def coefficients(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.no_grad():
@@ -194,7 +193,7 @@ class Normalization(Centring):
             return scale, -scale / grouped.shape[-1], None
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
-        if isinstance(setting.rule, IdentityRule):
+        if isinstance(setting.rule, Identity):
             return super().frozen(call, values, setting)
         x = values[0].detach()
         with torch.no_grad():
@@ -246,7 +245,7 @@ def _over_root(points: Sequence[Tensor], eps: float) -> Tensor:
     return factors(Ends((low, first), (high, last), (move, inverse_root(*squares) * grown)))
 
 
-class RootMeanSquare(Identity):
+class RootMeanSquare(PassThrough):
     """RMS norm: an identity; between two inputs, by its scale as well."""
 
     def __init__(self, kind: str) -> None:
@@ -292,11 +291,11 @@ class Softmax(Centring):
 
     passes = ("self",)
     function = Function("softmax", gate=WEIGHTS, hides_sign=True, positive=True)
-    default_rule: ClassVar[Rule | None] = IdentityRule()
+    default_rule: ClassVar[Rule | None] = Identity()
 
     def has_bias(self, call: Call, operands: Sequence[tuple[str, Node]], rule: Rule) -> bool:
         # What is beyond the expansion is no constant: only the expansion has it.
-        return not isinstance(rule, IdentityRule) and not rule.first_order
+        return not isinstance(rule, Identity) and not rule.first_order
 
     def frozen(self, call: Call, values: Sequence[Tensor], setting: Setting) -> Tensor:
         output: Tensor = fill(call, values)()  # its derivative is the Taylor expansion

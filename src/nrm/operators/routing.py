@@ -1,6 +1,6 @@
 """Operators with one parent per neuron: functions of one neuron each, and what moves neurons about.
 
-The message passes unchanged where neurons stay at their places (`Identity`), and follows the
+The message passes unchanged where neurons stay at their places (`PassThrough`), and follows the
 indices where they do not (`Routing`): with constants in the place of some neurons (`Filling`), with
 some written over others (`Overwriting`), with the largest taking all.
 """
@@ -36,7 +36,7 @@ from nrm.rules import Normalized, Rule
 from nrm.tensors import with_slope
 
 
-class Identity(Operator):
+class PassThrough(Operator):
     """Elementwise operators: activations, dropout in evaluation mode, casts.
 
     Where the operator broadcasts its operand, the message is summed over the copies.
@@ -55,7 +55,7 @@ class Identity(Operator):
         looks_like: the argument of which nothing is read but its shape and type.
 
     Example:
-        >>> gate = Identity("activation", at_zero="zero", gate=operators.SQUASHED)
+        >>> gate = PassThrough("activation", at_zero="zero", gate=operators.SQUASHED)
         >>> operators.register(gate, "mylib.my_activation")
     """
 
@@ -160,7 +160,7 @@ def where_zero_stays(call: Call, told: TellsZeros) -> Tensor:
     return torch.where(made == 0, told.real(operand).expand(told.value.shape), 1.0)
 
 
-class Power(Identity):
+class Power(PassThrough):
     """`x ** exponent`, for an exponent that is a number: among them roots and their inverses."""
 
     def function_of(self, call: Call) -> Function:
@@ -173,7 +173,7 @@ class Power(Identity):
         return Order(exponent < 0, among_positive=True)
 
 
-class Copy(Identity):
+class Copy(PassThrough):
     """`copy(self, src)`: the values of `src`, broadcast and cast to look like `self`."""
 
     passes = ("src",)

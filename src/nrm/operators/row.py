@@ -2,7 +2,7 @@
 
 A row reads a call with its arguments by name (`Call`), says which of them carry relevance and what
 kind of operator it is, and prepares a call on values for messages (`Operator.prepare`). To write
-one, start from `Identity`, `Routing`, `WeightedSum` or `LocalLinear`, and check it with
+one, start from `PassThrough`, `Routing`, `WeightedSum` or `LocalLinear`, and check it with
 `nrm.testing.check_operator`.
 """
 

@@ -153,7 +153,7 @@ def check_operator(
         UnsupportedOperatorError: there is no row, or it refuses the call.
 
     Example:
-        >>> silu = nrm.operators.Identity("activation", at_zero="zero")
+        >>> silu = nrm.operators.PassThrough("activation", at_zero="zero")
         >>> check_operator(torch.ops.aten.silu, torch.randn(2, 3), row=silu)
         >>> check_operator(MyLayer(3, 2), torch.randn(2, 3))  # a module whose class has a row
     """

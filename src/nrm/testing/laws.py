@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from nrm.operators import Call, Identity, Operator
+from nrm.operators import Call, Operator, PassThrough
 from nrm.testing.dense import STEP, at_the_same_place, differences, frozen_slopes
 from nrm.testing.prepared import CLOSE, Case, place_of
 
@@ -218,7 +218,7 @@ def _check_function(case: Case) -> None:
     function, look = case.row.function_of(case.node_call), "Look at `function` of the row."
     order = case.row.order(case.node_call, case.operands[0])
     (value, *_), result = case.values, case.output
-    if isinstance(case.row, Identity) and case.row.at_zero != "unknown":
+    if isinstance(case.row, PassThrough) and case.row.at_zero != "unknown":
         there = case.run([torch.zeros_like(value)])
         if bool((there != 0).any()):
             case.fail("traits", f"at_zero={case.row.at_zero!r} is said of it, but at zero it is "
@@ -329,5 +329,5 @@ def check_telescoping(case: Case) -> None:
         [*found, *late],
         [*expected, *late],
         "This is x_i times the derivative of frozen, and R(i|j) y_j; look at frozen, telescopes "
-        "and, of an Identity, at_zero.",
+        "and, of a PassThrough, at_zero.",
     )
