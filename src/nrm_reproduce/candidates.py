@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import InitVar, asdict, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from nrm import Explainer, Measure
 from nrm.errors import QueryError, RelevanceWarning
 from nrm.evaluation import Evaluation, Families, Interventions, evaluate, joint_contributions
 from nrm.evaluation.faithfulness import Row
-from nrm.evaluation.scores import SCORES, By, Score
+from nrm.evaluation.scores import SCORES, Score
 from nrm.evaluation.store import Store, digest
-from nrm_reproduce.comparison import BASELINES, Walks, same_sets, steps
+from nrm_reproduce.comparison import BASELINES, JointRelevance, same_sets, steps
 from nrm_reproduce.report import Request
 from nrm_reproduce.studies import Pair, Sample, Study
 
@@ -43,34 +43,18 @@ _REPEATS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class ByWalks:
-    """A score for `evaluate`: `f(x) R(S_1, S_2)` by some walks, with sets found before.
+class IfFinite:
+    """Joint relevance, or zero everywhere where it overflows: its correlation is not defined."""
 
-    Where relevances overflow it is zero everywhere, so that its correlation is not defined.
-
-    Arguments:
-        explainer: by these walks. No field: what it captures is no part of the setting that a
-            store compares.
-    """
-
-    walks: Walks
-    layers: tuple[str, ...]
-    by: By
-    explainer: InitVar[Explainer]
-
-    def __post_init__(self, explainer: Explainer) -> None:
-        object.__setattr__(self, "_explainer", explainer)
+    relevance: JointRelevance
 
     def __call__(self, families: Families, interventions: Interventions) -> Tensor:
         """`[n1, n2]`."""
-        explainer: Explainer = self._explainer  # type: ignore[attr-defined]
-        by = self.by if isinstance(self.by, str) else same_sets(self.layers, families)
         try:
-            R = explainer(*families.R.forward_pass.inputs, target=families.R.target)
-            found = Families(R, self.layers, by, families.memory).joint() * R.scale
+            found = self.relevance(families, interventions)
         except QueryError:  # not finite
             return torch.zeros(families.shape, device=families.R.scale.device)
-        return found.contiguous() if bool(found.isfinite().all()) else torch.zeros_like(found)
+        return found if bool(found.isfinite().all()) else torch.zeros_like(found)
 
 
 class Trial:
@@ -141,11 +125,12 @@ class Trial:
 
     def scores(self, pair: Pair) -> dict[str, Score]:
         """Of all walks, walks through blocks, and the baselines of the default walks."""
-        walks: dict[str, Score] = {
-            walks.key: ByWalks(walks, pair.layers, pair.by, self.explainers[walks.key])
-            for walks in self.study.walks
+        model = self.study.model
+        scores: dict[str, Score] = {
+            walks.key: IfFinite(JointRelevance(walks, model, pair.layers, pair.by, explainer))
+            for walks, explainer in zip(self.study.walks, self.explainers.values(), strict=True)
         }
-        return walks | {name: SCORES[name] for name in (BLOCKS, *BASELINES)}
+        return scores | {name: SCORES[name] for name in (BLOCKS, *BASELINES)}
 
     def inputs(self, sample: tuple[Tensor, ...]) -> list[Tensor]:
         """A sample's, where the network is."""

@@ -7,7 +7,7 @@ comparison of all of them with the same joint contributions, its rows, curves an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from typing import Any, Literal
 
 import matplotlib
@@ -101,33 +101,36 @@ class JointRelevance:
     """A score for `evaluate`: joint relevance by other walks than those of its explainer.
 
     So that all walks are compared with contributions that are computed only once.
+
+    Arguments:
+        explainer: of the model, by these walks; `None`: one is made. No field: what it captures
+            is no part of the setting that a store compares.
     """
 
     walks: Walks
     model: nn.Module
     layers: tuple[str, ...]
     by: By = "neuron"
+    explainer: InitVar[Explainer | None] = None
 
-    def __post_init__(self) -> None:
-        # No field: what is captured later is no part of the setting that a store compares.
-        object.__setattr__(self, "_explainer", self.walks.explainer(self.model))
+    def __post_init__(self, explainer: Explainer | None) -> None:
+        object.__setattr__(self, "_explainer", explainer or self.walks.explainer(self.model))
 
     def __call__(self, families: Families, interventions: Interventions) -> Tensor:
         """`[n1, n2, ...]`: `f(x) R(S_1, S_2, ...)`."""
-        explainer: Explainer = self._explainer  # type: ignore[attr-defined]
-        R = self._measure(explainer, families.R)
+        R = self._measure(families.R)
         by = self.by if isinstance(self.by, str) else same_sets(self.layers, families)
-        return (Families(R, self.layers, by).joint() * R.scale).contiguous()
+        return (Families(R, self.layers, by, families.memory).joint() * R.scale).contiguous()
 
-    def _measure(self, explainer: Explainer, R: Measure) -> Measure:
-        """The measure by these walks for the input of another."""
-        (entry,) = R.graph.inputs
-        x = R.activations(entry.name)
+    def _measure(self, R: Measure) -> Measure:
+        """The measure by these walks for the inputs of another."""
+        explainer: Explainer = self._explainer  # type: ignore[attr-defined]
+        inputs = R.forward_pass.inputs
         if self.walks.explained == "logit":
-            return explainer(x, target=R.target)
+            return explainer(*inputs, target=R.target)
         logits = R.activations(R.graph.output.name)
         chosen = logits if self.walks.explained == "logits" else logits.softmax(-1)
-        return explainer(x, output_relevance=chosen)
+        return explainer(*inputs, output_relevance=chosen)
 
 
 def same_sets(layers: Sequence[str], families: Families) -> By:

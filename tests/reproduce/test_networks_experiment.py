@@ -15,9 +15,9 @@ import nrm
 from nrm.errors import InputError, QueryError
 from nrm.evaluation import Evaluation, Families, Interventions, evaluate
 from nrm.evaluation.faithfulness import Row
-from nrm_reproduce import across_networks, candidates, studies
+from nrm_reproduce import across_networks, candidates, comparison, studies
 from nrm_reproduce.across_networks import Compared, Found
-from nrm_reproduce.candidates import BLOCKS, CONTRIBUTION, ByWalks, Trial
+from nrm_reproduce.candidates import BLOCKS, CONTRIBUTION, Trial
 from nrm_reproduce.comparison import BASELINES
 from nrm_reproduce.data import SENTENCES
 from nrm_reproduce.pretrained import Direction, cifar_picture
@@ -113,7 +113,7 @@ def test_walks_score_their_own_joint_relevance(by):
     x = trial.study.reporting[0][1]
     families = Families(trial.explainers[DEFAULTS["rectified"]](*x, target=1), LAYERS, by)
     walks = trial.study.walks[-1]
-    found = ByWalks(walks, LAYERS, by, trial.explainers[walks.key])(families, None)
+    found = trial.scores(Pair("neuron", "adjacent", LAYERS, by))[walks.key](families, None)
     own = walks.explainer(trial.study.model)(*x, target=1)
     known = own.joint(*families.sets)[0] * own.scale
     torch.testing.assert_close(found, known)
@@ -123,7 +123,7 @@ def test_what_overflows_has_no_correlation(monkeypatch):
     trial = Trial(study(), torch.device("cpu"))
     walks = trial.study.walks[-1]
     x = trial.study.reporting[0][1]
-    score = ByWalks(walks, LAYERS, "neuron", trial.explainers[walks.key])
+    score = trial.scores(trial.study.pairs[0])[walks.key]
 
     def overflows(*_, **__):
         raise QueryError("overflow")
@@ -131,7 +131,7 @@ def test_what_overflows_has_no_correlation(monkeypatch):
     explainer = trial.explainers[trial.study.default.key]
     families = Families(explainer(*x), LAYERS, "neuron")
     monkeypatch.setattr(trial.explainers[walks.key], "__call__", overflows, raising=False)
-    monkeypatch.setattr(candidates, "Families", overflows)
+    monkeypatch.setattr(comparison, "Families", overflows)
     assert not score(families, Interventions(explainer, *x, target=0)).any()
     found = evaluate(explainer, [x], LAYERS, by="neuron", methods={"other": score})
     assert found.mean("other").samples == 0
