@@ -153,7 +153,7 @@ MUTANTS = (
         "a dilated kernel is read without gaps",
         "begin = place * self.dilation[axis]",
         "begin = place",
-        ("rules_walks", "values_by_hand"),
+        ("rules_occlusion", "values_by_hand"),
     ),
     Mutant(
         "messages are handed on in memory that others see",
@@ -195,7 +195,7 @@ MUTANTS = (
         "occlusion without what is left for the bias",
         "parts[:-1] if rests else parts",
         "parts",
-        ("rules_walks",),
+        ("rules_occlusion",),
     ),
     Mutant(
         "the factor is looked for on its own side",

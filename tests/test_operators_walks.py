@@ -190,7 +190,8 @@ def test_queries_equal_the_sum_over_walks(network, walks):
 
 @pytest.mark.parametrize("network", CASES)
 def test_totals_are_one_under_occlusion_and_by_gradients(network):
-    """On every architecture: the rules of section 3.5.3, whose walks test_rules_walks follows."""
+    """On every architecture: the rules of section 3.5.3, whose walks test_rules_occlusion and
+    test_rules_gradients follow."""
     model, inputs, _ = built(network, 0)
     biases = ("drop", "input") if list(CASES).index(network) % 2 else ("input", "drop")
     for composite, bias in (
