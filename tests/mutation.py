@@ -232,7 +232,7 @@ MUTANTS = (
         "what the caller gave is written over",
         "message.clone() if id(message) in lent else message",
         "message",
-        ("engine_memory", "query_walks"),
+        ("engine_memory_of_others", "query_walks"),
     ),
     # -- sets, queries, search ---------------------------------------------------------------------
     Mutant(
@@ -337,7 +337,7 @@ MUTANTS = (
         "another strictness continues an evaluation",
         "of.strict, of.fallback",
         "of.fallback",
-        ("evaluation",),
+        ("evaluation_resumed",),
     ),
     Mutant(
         "bound methods of two objects are one setting",
@@ -362,7 +362,7 @@ MUTANTS = (
         "pairs of a matrix without its weights",
         "return passed if weight is None else passed.mul_(weight)",
         "return passed",
-        ("contraction", "joint_dense"),
+        ("contraction_between", "joint_dense"),
     ),
     Mutant(
         "tied ranks share the highest",
