@@ -33,32 +33,11 @@ import torch
 from torch import Tensor, nn
 
 import nrm
+from benchmarks.dataset import digits, squeezenet, vgg16
 from benchmarks.environment import ROOT, inside_crp, run_inside_crp
 
 KEPT = 40
 """Samples of a channel, as many as zennit-crp keeps."""
-
-
-def digits() -> nn.Module:
-    """A convolutional network for 28 x 28 pixels."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(800, 128), nn.ReLU(), nn.Linear(128, 10),
-    )  # fmt: skip
-
-
-def squeezenet() -> nn.Module:
-    """torchvision's, with 224 x 224 pixels."""
-    from nrm.torchvision_mismatch import import_torchvision
-
-    return import_torchvision().models.squeezenet1_0()  # type: ignore[no-any-return]
-
-
-def vgg16() -> nn.Module:
-    """torchvision's, with 224 x 224 pixels."""
-    from nrm.torchvision_mismatch import import_torchvision
-
-    return import_torchvision().models.vgg16()  # type: ignore[no-any-return]
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], int]] = {

@@ -80,3 +80,23 @@ def captured_once(monkeypatch: pytest.MonkeyPatch, captures: dict[Any, Any]) -> 
         return captures[key][1]
 
     monkeypatch.setattr(nrm.explainer, "capture", capture)
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line draws everything, with few pixels: those take longest."""
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pictures are empty, where a test reads what was computed: drawing takes longer."""
+    from matplotlib.figure import Figure
+
+    from nrm.cli import report
+
+    monkeypatch.setattr(report.plot, "single", lambda *_, **__: Figure())
+    monkeypatch.setattr(report.plot, "overview", lambda *_, **__: Figure())
+    monkeypatch.setattr(report.plot, "save", lambda figure, path: path.touch())

@@ -1,8 +1,7 @@
-"""The command line: what it writes, what it prints, and what it refuses."""
+"""The command line: what it writes and what it prints."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -13,129 +12,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 
-import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import save_file
-from typer.testing import CliRunner
+from support.command_line import HOME, MODEL, explain, fill, refused, run, tiny
 
 import nrm
 from nrm import io as files
-from nrm.cli import app as commands
-from nrm.cli import demo, models, report
-from nrm.cli.commands import AUTO, COMPOSITES, CommandError
-from nrm.errors import InputError
+from nrm.cli import report
+from nrm.cli.commands import AUTO, COMPOSITES
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-MODEL = f"{__name__}:tiny"
-COLOURS = ["red", "Green", "blue", "blue", "sky, heaven"]
-
-
-def tiny() -> nn.Module:
-    """A classifier of five classes for colour pictures of 28 x 28."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5),
-        )  # fmt: skip
 
 
 ready = tiny()  # `module:instance`
 
 
-class Unready(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        raise LookupError("no\nluck")
-
-
-def number() -> int:
-    return 3
-
-
-def two_outputs() -> nn.Module:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
-
-    return Two()
-
-
-def lazy() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
-
-
-def grey(image: Image.Image) -> Tensor:
-    """A transform to one channel of 28 x 28."""
-    return torch.from_numpy(np.array(image.convert("L").resize((28, 28)))).float()[None] / 255
-
-
-def grey_model() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
-
-
-def flat(image: Image.Image) -> Tensor:
-    return grey(image).flatten()
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a picture, weights and labels."""
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    torch.manual_seed(1)
-    state = {name: torch.randn_like(value) * 0.3 for name, value in tiny().state_dict().items()}
-    save_file(state, tmp_path / "weights.safetensors")
-    torch.save(state, tmp_path / "weights.pt")
-    (tmp_path / "labels.txt").write_text("\n".join(COLOURS) + "\n")
+    fill(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is drawn, with few pixels: those take longest."""
-    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are empty, where a test reads what was computed: drawing takes longer."""
-    monkeypatch.setattr(report.plot, "single", lambda *_, **__: Figure())
-    monkeypatch.setattr(report.plot, "overview", lambda *_, **__: Figure())
-    monkeypatch.setattr(report.plot, "save", lambda figure, path: path.touch())
-
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(commands.app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def explain(*more: str, image: str = "picture.png", model: str = MODEL) -> Any:
-    size = [] if "--transform" in more or "--size" in more else ["--size", "28"]
-    return run("explain", image, "--model", model, *size, "--out", "out", *more)
-
-
-def refused(result: Any, *parts: str) -> None:
-    """One line on stderr that says these things, exit code 2, nothing on stdout or on disk."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.endswith("…")]
-    notes = [line for line in lines if line.startswith("no --weights")]
-    assert len(lines) - len(notes) == 1, lines
-    assert lines[-1].startswith("error: ")
-    for part in parts:
-        assert part in lines[-1]
-    assert "Traceback" not in result.stderr
-    assert not Path("out").exists()
-    assert not list(Path().glob(".out*"))
 
 
 # -- explain -------------------------------------------------------------------------------------
@@ -241,7 +144,7 @@ def test_a_model_may_be_an_instance(here: Path, undrawn: None) -> None:
 
 def test_a_transform_of_ones_own(here: Path, coarse: None) -> None:
     result = explain(
-        "--transform", f"{__name__}:grey", "--layers", "0", "--json", model=f"{__name__}:grey_model"
+        "--transform", f"{HOME}:grey", "--layers", "0", "--json", model=f"{HOME}:grey_model"
     )
     assert result.exit_code == 0, result.output
 
@@ -400,168 +303,6 @@ def test_a_composite_of_the_models_module(
     assert json.loads(result.stdout)["composite"] == "Mine(0.5)"
 
 
-# -- what is refused -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        (b"this is text", "not a picture"),
-        (b"", "not a picture"),
-        ("truncated", "truncated"),
-    ],
-)
-def test_bad_pictures(here: Path, content: bytes | str | None, message: str) -> None:
-    if content == "truncated":
-        whole = io.BytesIO()
-        pixels = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(whole, "JPEG")
-        content = whole.getvalue()[:5000]
-    if isinstance(content, bytes):
-        Path("bad.jpg").write_bytes(content)
-    refused(explain(image="bad.jpg"), "bad.jpg", message)
-
-
-@pytest.mark.parametrize("name", ["bad.safetensors", "bad.pt", "bad.pth"])
-@pytest.mark.parametrize("content", [b"", b"no weights at all, but some more bytes", "cut"])
-def test_corrupt_weights(here: Path, name: str, content: bytes | str) -> None:
-    if isinstance(content, str):
-        whole = here / f"weights.{'safetensors' if 'safe' in name else 'pt'}"
-        content = whole.read_bytes()[:900]
-    Path(name).write_bytes(content)
-    refused(explain("--weights", name), name)
-
-
-def test_missing_weights_and_unknown_kinds(here: Path) -> None:
-    refused(explain("--weights", "none.pt"), "none.pt", "no such file")
-    Path("weights.npz").write_bytes(b"")
-    refused(explain("--weights", "weights.npz"), "expected a .safetensors, .pt, .pth, .ckpt")
-
-
-def test_weights_that_do_not_fit(here: Path) -> None:
-    state = torch.load("weights.pt")
-    state["6.weight"] = torch.zeros(7, 16)
-    state["extra"] = state.pop("0.bias")
-    torch.save(state, "other.pt")
-    refused(
-        explain("--weights", "other.pt"),
-        "missing keys: 0.bias", "unknown keys: extra", "6.weight is (7, 16) instead of (5, 16)",
-    )  # fmt: skip
-
-
-def test_pickles_are_not_run(here: Path) -> None:
-    torch.save(tiny(), "model.pt")
-    refused(explain("--weights", "model.pt"), "model.pt", "not a state dict")
-    torch.save([1, 2], "list.pt")
-    refused(explain("--weights", "list.pt"), "list.pt", "not a state dict")
-
-
-def test_weights_of_every_kind_and_as_training_scripts_save_them(here: Path, undrawn: None) -> None:
-    torch.save({"state_dict": torch.load("weights.pt"), "epoch": 3}, "checkpoint.pth")
-    found = [
-        json.loads(explain("--weights", f"{name}", "--json").stdout)
-        for name in ("weights.safetensors", "weights.pt", "checkpoint.pth")
-    ]
-    for same in (lambda one: one["weights"]["values_sha256"], lambda one: one["logit"]):
-        assert len(set(map(same, found))) == 1
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("tiny", "not of the form module:name"),
-        ("no_such_module_anywhere:tiny", "no module 'no_such_module_anywhere'"),
-        ("torch.nn.nowhere:tiny", "no module 'torch.nn.nowhere'"),
-        (f"{__name__}:tny", "nearest names: tiny"),
-        (f"{__name__}:COLOURS", "is a list"),
-        (f"{__name__}:number", "made a int"),
-        (f"{__name__}:Unready", "LookupError: no"),
-        (f"{__name__}:lazy", "no shape before its first use: 1.weight, 1.bias"),
-        (f"{__name__}:two_outputs", "choose one tensor of it with --output: 0 [1, 3, 28, 28], 1 ["),
-        (f"{__name__}:grey_model", "fails on a picture"),
-        ("broken_model:make", "broken_model cannot be imported: SyntaxError"),
-        ("needy_model:make", "needy_model cannot be imported: it needs 'no_such_thing'"),
-    ],
-)
-def test_bad_models(here: Path, model: str, message: str) -> None:
-    Path("broken_model.py").write_text("def make(:\n")
-    Path("needy_model.py").write_text("import no_such_thing\n")
-    refused(explain(model=model), message)
-
-
-def test_unknown_layers(here: Path) -> None:
-    refused(explain("--layers", "0,22"), "no layer is called '22'", "Nearest names: 2")
-    refused(explain("--layers", "0,0"), "same layer")
-
-
-@pytest.mark.parametrize(
-    ("target", "parts"),
-    [
-        ("5", ["out of range", "0 to 4"]),
-        ("-1", ["out of range"]),
-        ("blue", ["ambiguous", "blue (2)", "blue (3)"]),
-        ("gren", ["no class is called 'gren'", "Green (1)"]),
-        ("sk", ["no class is called 'sk'", "sky, heaven (4)"]),
-        ("", ["no class"]),
-    ],
-)
-def test_bad_targets(here: Path, target: str, parts: list[str]) -> None:
-    refused(explain("--target", target, "--labels", "labels.txt"), *parts)
-
-
-def test_names_need_labels(here: Path) -> None:
-    refused(explain("--target", "green"), "no names", "--labels")
-
-
-def test_bad_labels(here: Path) -> None:
-    refused(explain("--labels", "none.txt"), "none.txt", "no such file")
-    Path("few.txt").write_text("one\ntwo\n")
-    refused(explain("--labels", "few.txt"), "2 names", "5 outputs")
-    Path("empty.txt").write_text("\n")
-    refused(explain("--labels", "empty.txt"), "empty")
-    refused(explain("--labels", "picture.png"), "not a text file")
-
-
-def test_other_refusals(here: Path) -> None:
-    refused(explain("--composite", "GammaFlt"), "did you mean GammaFlat?")
-    refused(explain("--device", "nowhere"), "device 'nowhere'")
-    refused(explain("--transform", f"{__name__}:flat"), "[C, H, W]", "(784,)")
-    refused(explain("--transform", f"{__name__}:COLOURS"), "fails")
-    box = ["--composite", "EpsilonGammaBox", "--transform", f"{__name__}:grey"]
-    refused(explain(*box, model=f"{__name__}:grey_model"), "bounds")
-
-
-def test_a_folder_that_is_a_file(here: Path) -> None:
-    for out in ("picture.png", "picture.png/below"):
-        result = run("explain", "picture.png", "--model", MODEL, "--out", out)
-        assert result.exit_code == 2
-        assert "is not a folder" in result.stderr
-
-
-def test_debug_shows_the_traceback(here: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        explain("--debug", image="none.png")
-
-
-def test_interrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report.plot, "overview", interrupt)
-    result = explain()
-    assert result.exit_code == 130
-    assert "Traceback" not in result.stderr
-    assert not Path("out").exists()
-    assert not list(here.glob(".out*"))
-
-
-def test_strangers_errors_are_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "report", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        explain()
-
-
 # -- results appear complete or not at all -------------------------------------------------------
 
 
@@ -623,65 +364,7 @@ def test_a_folder_whose_parent_is_not_ours(
     ]  # fmt: skip
 
 
-# -- labels and pictures -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("wanted", "index"),
-    [("top1", 3), ("TOP1", 3), ("0", 0), ("RED", 0), (" green ", 1), ("Heaven", 4), ("sky", 4)],
-)
-def test_targets(wanted: str, index: int) -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, 9.0, 3.0])
-    assert models.find_target(wanted, COLOURS, logits) == index
-
-
-def test_wordnet_ids_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("n01440764 tench\nn01443537 goldfish\n\n")
-    assert files.read_labels(tmp_path / "classes.txt") == ["tench", "goldfish"]
-
-
-def test_imagenet_names_come_with_torchvision(torchvision_models: ModuleType) -> None:
-    names = models.known_labels(1000)
-    assert names is not None
-    assert models.find_target("tench", names, torch.zeros(1000)) == 0
-    with pytest.raises(CommandError, match="ambiguous"):
-        models.find_target("Cardigan", names, torch.zeros(1000))
-    assert models.known_labels(10) is None
-
-
-@pytest.mark.parametrize(
-    ("size", "side"),
-    [((300, 500), 224), ((641, 480), 224), ((30, 31), 224), ((1000, 257), 299)],
-)
-def test_the_imagenet_transform_is_torchvisions(
-    torchvision_models: ModuleType, size: tuple[int, int], side: int
-) -> None:
-    from torchvision import transforms
-
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    theirs = transforms.Compose(
-        [
-            transforms.Resize(side * 256 // 224),
-            transforms.CenterCrop(side),
-            transforms.ToTensor(),
-            transforms.Normalize(files.IMAGENET_MEAN, files.IMAGENET_STD),
-        ]
-    )(image)
-    ours = files.imagenet(image, side)
-    torch.testing.assert_close(ours.x[0], theirs, rtol=0, atol=1e-6)
-    assert ours.bounds is not None
-    assert bool((ours.x[0] >= ours.bounds[0]).all() & (ours.x[0] <= ours.bounds[1]).all())
-
-
-def test_pictures_of_any_mode(tmp_path: Path) -> None:
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (20, 10)).save(path)
-        assert files.read_image(path).mode == "RGB"
-
-
-# -- layers, demo and the rest -------------------------------------------------------------------
+# -- layers and the rest -------------------------------------------------------------------
 
 
 def test_layers(here: Path) -> None:
@@ -723,31 +406,6 @@ def test_layers_refuses(here: Path) -> None:
     refused(run("layers", "--model", MODEL, "--input-shape", "1,1,28,28"), "fails on inputs")
 
 
-def test_demo(here: Path, coarse: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    monkeypatch.setattr(demo, "DIGITS", demo.DIGITS[-1:])  # one as the other
-    result = run("demo", "--out", "shown", "--epochs", "1")
-    assert result.exit_code == 0, result.output
-    assert "recognises" in result.stdout
-    for digit in demo.DIGITS:
-        found = json.loads(Path(f"shown/digit_{digit}/result.json").read_text())
-        assert found["target"] == digit
-        assert found["worst_cut_deviation"] < 1e-5
-        assert len(found["flows"]) == 4
-        assert {p.name for p in Path(f"shown/digit_{digit}").iterdir()} == {
-            *found["pictures"], "result.json"
-        }  # fmt: skip
-
-
-def test_the_demo_learns_the_same_every_time() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    before = torch.get_rng_state()
-    one, two = demo.trained(1), demo.trained(1)
-    assert torch.equal(one.model.conv1.weight, two.model.conv1.weight)  # type: ignore[arg-type]
-    assert one.accuracy > 0.5
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_without_the_extras() -> None:
     code = (
         "import sys\n"
@@ -769,12 +427,6 @@ def test_without_the_extras() -> None:
         f"error: {package} is not installed: pip install 'nrm[cli]'"
         for package in ("typer", "rich", "matplotlib", "PIL", "safetensors")
     ]
-
-
-def test_the_demo_without_scikit_learn(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    refused(run("demo", "--out", "out"), "pip install 'nrm[demo]'")
 
 
 def test_models_of_torchvision_without_torchvision(

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 
 import typer.main
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
+from support.command_line import run
 
 import nrm
 from nrm import io
 from nrm.cli import app as commands
-from nrm.cli import models, report
+from nrm.cli import models
 from nrm.cli.commands import CommandError, one_line_errors
 
 SOURCES = str(Path(nrm.__file__).parents[1])
@@ -95,18 +94,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(tiny().state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are empty, where a test reads what was computed: drawing takes longer."""
-    monkeypatch.setattr(report.plot, "single", lambda *_, **__: Figure())
-    monkeypatch.setattr(report.plot, "overview", lambda *_, **__: Figure())
-    monkeypatch.setattr(report.plot, "save", lambda figure, path: path.touch())
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(commands.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def explain(*more: object, model: str = MODEL, out: str = "out") -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 
 from PIL import Image
+from support.command_line import run
 from typer.testing import CliRunner
 
 import nrm
@@ -109,10 +110,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(report.plot, name, lambda *_, **__: None)
     monkeypatch.setattr(report.plot, "save", lambda figure, path: path.write_bytes(b"drawn"))
     return tmp_path
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(commands.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def explain(model: str, *more: object) -> Any:

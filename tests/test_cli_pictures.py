@@ -15,11 +15,10 @@ from torch import Tensor, nn
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 
 from PIL import Image
-from typer.testing import CliRunner
+from support.command_line import run
 
 import nrm
 from nrm import cli, io
-from nrm.cli import app as commands
 from nrm.cli import models, pictures, report
 from nrm.cli.commands import CommandError
 
@@ -63,10 +62,6 @@ def drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("single", "overview"):
         monkeypatch.setattr(report.plot, name, lambda *_, **__: None)
     monkeypatch.setattr(report.plot, "save", lambda figure, path: path.write_bytes(b"drawn"))
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(commands.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def explain(*more: object) -> Any:

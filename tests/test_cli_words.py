@@ -7,25 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 
-from typer.testing import CliRunner
+from support.command_line import run
 
 import nrm
 from nrm import io
-from nrm.cli import app as commands
 from nrm.cli import models
 from nrm.cli.commands import CommandError
 from nrm.cli.models import find_composite
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(commands.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 @pytest.fixture

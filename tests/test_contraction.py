@@ -459,8 +459,6 @@ def test_sides_of_pairs_that_are_none_are_refused():
     ]
     torch.testing.assert_close(R.heatmaps(both), torch.stack([R.heatmap(s) for s in both]))
 
-    agree(R, "a", "c", contracts=False)  # over the branch and beside it
-
 
 @pytest.mark.parametrize("name", ["plain", "averaged", "transposed", "same, even", "pooled"])
 def test_pairs_with_factors_at_the_lower_layer(name):

@@ -144,3 +144,4 @@ def test_what_flows_past_a_skip_connection_is_left_out(rule, bias):
     agree(R, "b", "c")
     agree(R, "gate", "c")
     agree(R, ":mul", ":avg_pool2d")
+    agree(R, "a", "c", contracts=False)  # over the branch and beside it

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import oracle as o
+from support.formulas import random_set
 from support.networks import NETWORKS, make
 from torch import nn
 
@@ -289,20 +290,8 @@ def test_random_formulas_against_all_walks(network: str) -> None:
     R = nrm.Explainer(case.model, case.composite, bias="input")(*case.inputs, target=1)
     rng = np.random.default_rng(12)
     net = case.oracles[0]
-    names = [name for name in net.values if not name.endswith(".bias")]
-    atoms, picked = [], []
-    for k in range(12):
-        places = rng.choice(names, min(len(names), 1 + k % 3), replace=False)
-        united, inside = None, set()
-        for name in places:
-            shape = R.graph.variable(name).shape[1:]
-            bits = rng.random(int(np.prod(shape))) < 0.4
-            bits[rng.integers(len(bits))] = True
-            one = nrm.mask(name, torch.tensor(bits).view(shape))
-            united = one if united is None else united | one
-            inside |= {(str(name), int(i)) for i in np.flatnonzero(bits)}
-        atoms.append(united)
-        picked.append(inside)
+    sets = [random_set(rng, R, net, 1 + k % 3, 0.4) for k in range(12)]
+    atoms, picked = [united for united, _ in sets], [inside for _, inside in sets]
     for _ in range(3):
         asked = [random_formula(rng, atoms, 20) for _ in range(2)]
         found = R.relevances(*(formula for formula, _ in asked))

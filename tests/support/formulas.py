@@ -16,13 +16,15 @@ Walks = list[tuple[Any, float]]
 Holds = Callable[[Sequence[bool]], bool]
 
 
-def random_set(rng: Any, R: Any, net: Any, layers: int = 1) -> tuple[Any, set[Neuron]]:
-    """A random set over some layers: for nrm, and the neurons for the oracle."""
+def random_set(
+    rng: Any, R: Any, net: Any, layers: int = 1, share: float = 0.5
+) -> tuple[Any, set[Neuron]]:
+    """A random set over some layers, about a share of each: for nrm, and the neurons it has."""
     names = [name for name in net.values if not name.endswith(".bias")]
     united, picked = None, set()
-    for name in rng.choice(names, layers, replace=False):
+    for name in rng.choice(names, min(layers, len(names)), replace=False):
         shape = R.graph.variable(name).shape[1:]
-        bits = rng.random(int(np.prod(shape))) < 0.5
+        bits = rng.random(int(np.prod(shape))) < share
         bits[rng.integers(len(bits))] = True
         one = nrm.mask(name, torch.tensor(bits).view(shape))
         united = one if united is None else united | one

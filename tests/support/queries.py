@@ -1,4 +1,4 @@
-"""What is asked of a network, against all walks of an oracle."""
+"""What is asked of a network, at random, against all walks of an oracle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ Walks = list[tuple[frozenset[o.Neuron], float]]
 
 
 def check(found, expected, walks: Walks) -> None:
+    """Equal but for rounding, which is that of the walks added up."""
     size = max(1.0, sum(abs(r) for _, r in walks))
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10 * size, rtol=0)
 
