@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import runpy
 import shlex
 import sys
 import warnings
@@ -104,7 +103,7 @@ def written(name: str) -> set[str]:
     """The fields of a class, or columns, by their dotted name."""
     module, _, inside = name.rpartition(".")
     if module in EXAMPLES:
-        found = runpy.run_path(str(ROOT / f"{module.replace('.', '/')}.py"))[inside]
+        found = getattr(pages.example(module.removeprefix("examples.")), inside)
     else:
         found = getattr(importlib.import_module(module), inside)
     return {field.name for field in fields(found)} if is_dataclass(found) else set(found)
