@@ -159,7 +159,7 @@ MUTANTS = (
         "messages are handed on in memory that others see",
         "(self.exclusive and dense(part))",
         "dense(part)",
-        ("engine_memory",),
+        ("engine_memory_of_others",),
     ),
     Mutant(
         "a norm's centring with the other sign",
