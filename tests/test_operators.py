@@ -120,7 +120,7 @@ def test_scaling_and_broadcast_by_constants():
 def test_a_users_operator_needs_one_row():
     from nrm.errors import UnsupportedOperatorError
     from nrm.operators import register, table
-    from nrm.operators.routing import Identity
+    from nrm.operators.routing import PassThrough
 
     class Gamma(nn.Module):
         def forward(self, x):
@@ -130,7 +130,7 @@ def test_a_users_operator_needs_one_row():
     x = torch.randn(1, 2)
     with pytest.raises(UnsupportedOperatorError, match="lgamma"):
         nrm.Explainer(model)(x, target=0)
-    register(Identity("activation"), "aten.lgamma")
+    register(PassThrough("activation"), "aten.lgamma")
     try:
         R = nrm.Explainer(model)(x, target=0)
         torch.testing.assert_close(R.marginal("1"), R.marginal("0"))
