@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
+from support.blocks import CASES, IDS, MASK, Pictures, Words, case, drawn, pictures, seeded
 from torch import Tensor, nn
 
 import nrm
@@ -15,19 +15,6 @@ from nrm import rules
 from nrm.errors import NeuronSetError, QueryError, UnknownLayerError
 
 pytestmark = pytest.mark.usefixtures("captured_once")
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = make().double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def drawn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # -- walks enumerated by hand ----------------------------------------------------------------------
@@ -146,84 +133,6 @@ def test_a_block_of_one_layer_is_occlusion() -> None:
 # -- re-execution, whatever the network ------------------------------------------------------------
 
 
-class Pictures(nn.Module):
-    """A skip connection, poolings, norms; the layer `one` lies in a branch of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.one = nn.Conv2d(4, 4, 3, padding=1)
-        self.bn = nn.BatchNorm2d(4)
-        self.two = nn.Conv2d(4, 4, 1)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.stem(x))
-        return self.above(h, torch.relu(self.bn(self.one(h))))
-
-    def above(self, h: Tensor, inner: Tensor) -> Tensor:
-        """What is computed from the branch's activation, beside what bypasses it."""
-        h = nn.functional.max_pool2d(h + inner, 2)
-        h = torch.cat([h[:, :2] * torch.sigmoid(h[:, 2:]), self.two(h)[:, :2]], 1)
-        return self.head(nn.functional.adaptive_avg_pool2d(h, 1).flatten(1))
-
-
-class Words(nn.Module):
-    """Embedded tokens, attention with a mask, rows of all tokens of all samples in one axis."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(9, 6)
-        self.norm = nn.LayerNorm(6)
-        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
-        self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.above(self.words(ids), mask)
-
-    def above(self, h: Tensor, mask: Tensor) -> Tensor:
-        parts = self.qkv(self.norm(h)).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (2, 3)).transpose(1, 2) for t in parts)
-        seen = mask[:, None, None, :]
-        a = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        h = h + self.out(a.transpose(1, 2).flatten(2))
-        rows = h.reshape(-1, 6)
-        h = h + self.down(nn.functional.gelu(self.up(rows))).view(h.shape)
-        return self.head(torch.tanh(h).mean(1))
-
-
-class Steps(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(2, 3, batch_first=True)
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
-
-
-IDS, MASK = (
-    torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]),
-    torch.tensor([[True] * 4, [True] * 3 + [False]]),
-)
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, int | str]] = {
-    "channels of a branch": (Pictures, (drawn(2, 2, 6, 6),), "bn", "channel"),
-    "channels before a skip": (Pictures, (drawn(2, 2, 6, 6),), "stem", "channel"),
-    "rows of a picture": (Pictures, (drawn(2, 2, 6, 6),), "input", 1),
-    "tokens": (Words, (IDS, MASK), "words", 0),
-    "neurons in rows of all samples": (Words, (IDS, MASK), "up", "channel"),
-    "steps": (Steps, (drawn(2, 4, 2),), "input", 0),
-}
-
-
-def case(name: str) -> tuple[nn.Module, tuple[Tensor, ...], nrm.Measure, nrm.Blocks]:
-    make, inputs, layer, by = CASES[name]
-    model = seeded(make)
-    R = nrm.Explainer(model, nrm.composites.LRPZero())(*inputs, target=1)
-    return model, inputs, R, nrm.Blocks(R, layer, by=by)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_each_is_what_the_network_loses(name: str) -> None:
     """Of every sample, against `Interventions`, which run the captured graph plainly."""
@@ -331,11 +240,6 @@ def test_a_graph_of_one_sample() -> None:
 
 
 # -- what may be asked -----------------------------------------------------------------------------
-
-
-def pictures(**options: object) -> tuple[nrm.Measure, nrm.Blocks]:
-    R = nrm.Explainer(seeded(Pictures))(drawn(2, 2, 6, 6), target=1)
-    return R, nrm.Blocks(R, "stem", **options)
 
 
 def test_laws_of_formulas() -> None:
@@ -560,88 +464,7 @@ def test_a_model_that_has_changed_is_refused() -> None:
         blocks.each()
 
 
-# -- who is credited with what is gated ------------------------------------------------------------
-
-
-class Upper(nn.Module):
-    """`Pictures` above its layer `two`, beside what bypasses it."""
-
-    def __init__(self, whole: Pictures) -> None:
-        super().__init__()
-        self.whole = whole
-
-    def forward(self, two: Tensor, h: Tensor) -> Tensor:
-        h = torch.cat([h[:, :2] * torch.sigmoid(h[:, 2:]), two[:, :2]], 1)
-        return self.whole.head(nn.functional.adaptive_avg_pool2d(h, 1).flatten(1))
-
-
-def test_what_a_set_gates_is_credited_to_it() -> None:
-    """The worth of each part above, with a set and without, by a reference at that layer."""
-    model = seeded(Pictures)
-    x = drawn(2, 2, 6, 6)
-    R = nrm.Explainer(model)(x, target=1)
-    blocks = nrm.Blocks(R, "bn")
-    upper = nrm.Explainer(Upper(model).eval())
-
-    def worth(inner: Tensor) -> Tensor:
-        h = nn.functional.max_pool2d(torch.relu(model.stem(x)) + torch.relu(inner), 2).detach()
-        two = model.two(h).detach()
-        reference = {"two": torch.zeros_like(two)}
-        measure = upper(two, h, target=1, reference=reference)
-        return measure.channels("two") * measure.scale[:, None]
-
-    inner = model.bn(model.one(torch.relu(model.stem(x)))).detach()
-    whole = worth(inner)
-    found = blocks.joint("two", gating=1.0)
-    for channel in range(4):
-        removed = inner.clone()
-        removed[:, channel] = 0
-        expected = (whole - worth(removed)) / R.scale[:, None]
-        torch.testing.assert_close(found[:, channel], expected, rtol=1e-9, atol=1e-12)
-    assert float(found.abs().max()) > 1e-3
-    slopes = blocks.joint("two")
-    torch.testing.assert_close(blocks.joint("two", gating=0.25), 0.75 * slopes + 0.25 * found)
-    few = nrm.Blocks(R, "bn", memory=1)
-    torch.testing.assert_close(few.joint("two", gating=1.0), found, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("removal", ["zero", "mean"])
-def test_both_readings_divide_the_same(name: str, removal: str) -> None:
-    """Over a cut they sum to what the network loses."""
-    _, _, R, _ = case(name)
-    _, _, layer, by = CASES[name]
-    blocks = nrm.Blocks(R, layer, by=by, removal=removal)
-    above = blocks.graph.cuts[1]
-    assert above is not blocks.graph.variable(layer)
-    gated = blocks.joint(above.name, gating=1.0)
-    torch.testing.assert_close(gated.sum(-1), blocks.each(), rtol=1e-9, atol=1e-10)
-
-
-def test_gating_agrees_with_slopes_where_nothing_bends_above() -> None:
-    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
-    blocks = nrm.Blocks(nrm.Explainer(model)(drawn(2, 4), target=0), "input", by="neuron")
-    slopes = blocks.joint("1", by="neuron")
-    torch.testing.assert_close(blocks.joint("1", by="neuron", gating=1.0), slopes)
-    sets = [nrm.neurons("1", 0, 3), nrm.neurons("1", 5)]
-    both = torch.stack([slopes[..., [0, 3]].sum(-1), slopes[..., 5]], -1)
-    torch.testing.assert_close(blocks.joint(sets, gating=0.5), both)
-
-
-def test_gating_is_of_two_layers() -> None:
-    _, blocks = pictures()
-    with pytest.raises(QueryError, match="two layers alone"):
-        blocks.joint("bn", "two", gating=0.5)
-    with pytest.raises(QueryError, match="two layers alone"):
-        blocks.joint("bn", nrm.channels("two", 0), gating=0.5)
-    with pytest.raises(QueryError, match="from 0 to 1"):
-        blocks.joint("bn", gating=2)
-    with pytest.raises(QueryError, match="all that there is"):
-        blocks.joint("head", gating=1.0)
-    with pytest.raises(QueryError, match="lies below 'stem'"):
-        blocks.joint("input", gating=1.0)
-    with pytest.raises(QueryError, match="name a layer above it"):
-        blocks.joint("stem", gating=1.0)
+# -- beside interventions, and beside the measure --------------------------------------------------
 
 
 class Sized(nn.Module):

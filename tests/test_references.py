@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.blocks import seeded
 from support.matrices import Dense
 from torch import Tensor, nn
 
@@ -66,15 +67,6 @@ class Pictures(nn.Module):
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
 OTHER = torch.tensor([[1, 8, 9, 4], [5, 1, 7, 0]])
 MASK = torch.tensor([[True] * 4, [True, True, True, False]])
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = make().double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 ATTENTION, PICTURES = seeded(Attention), seeded(Pictures)
