@@ -11,6 +11,7 @@ const LINKS = 48; // between two columns, as the server sends at most
 const TOP = 58;
 const OUT = 176; // for the outputs
 const NARROWEST = 180;
+const DIGIT = 7.2;
 const LEFT = 34; // of numbers, and where the names of columns begin
 const SEVERAL = "a walk may visit several of them, so that they have no sum; each is the relevance of the walks that visit it";
 const INK = "#1d1d1f";
@@ -36,7 +37,8 @@ export function drawNetwork(seen, state, width, on) {
   });
   const flows = draw("g", { class: "flows" });
   svg.append(flows);
-  const label = columns.some((column) => column.marks?.length) ? 72 : LEFT;
+  const digits = Math.max(...columns.flatMap((column) => [`+${column.others}`, ...column.nodes.map((node) => String(node.index))]).map((text) => text.length), 1);
+  const label = columns.some((column) => column.marks?.length) ? 72 : Math.max(LEFT, 10 + DIGIT * digits);
   const block = Math.min(step * 0.56, 116) + (label - LEFT);
   const scale = { ...size, ...barScale(columns, block, label) };
   const places = columns.map((column, c) => column.nodes.map((node, k) => ({
