@@ -286,12 +286,18 @@ class Traced:
     constants: dict[Node, Tensor]
 
 
+def _hooks_of_all_modules() -> bool:
+    """Whether somebody hooked every module there is; torch before 2.7 has no word for it."""
+    held = torch.nn.modules.module
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return any(getattr(held, f"_global_{kind}") for kind in kinds)
+
+
 def trace(model: nn.Module, inputs: Sequence[Tensor]) -> Traced:
     """Run `model` on `inputs` and record every operator, with the module each ran in."""
     scopes = _Scopes(model)
     # Hooks of all modules are for the user's, of which this is none.
-    everywhere: bool = torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-    run = model.forward if everywhere else model
+    run = model.forward if _hooks_of_all_modules() else model
     with scopes, torch.no_grad():
         traced = make_fx(
             lambda *arguments: run(*arguments),
