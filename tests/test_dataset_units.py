@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.dataset import LAYERS, data, network
+from torch import nn
 
 import nrm
 from nrm import composites
 from nrm.dataset import pictures, relmax
-from nrm.errors import InputError
+from nrm.errors import InputError, TargetError
 
 
 def test_heatmaps_are_in_the_units_of_the_run(tmp_path: Path) -> None:
@@ -42,3 +44,18 @@ def test_another_explainer_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="explainer with other settings"):
             run.heatmaps(other, samples, "3", 1)
     run.heatmaps(nrm.Explainer(model, check="output"), samples, "3", 1)
+
+
+def test_batches_along_another_axis_are_refused_by_that(tmp_path: Path) -> None:
+    class Series(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # [steps, batch, features]
+            found: torch.Tensor = self.b(torch.relu(self.a(x)).sum(0))
+            return found
+
+    explainer = nrm.Explainer(Series().eval(), batch_axis=1)
+    with pytest.raises(TargetError, match="along the first axis"):
+        relmax(explainer, torch.rand(4, 5, 3), ["a"], tmp_path / "run")
