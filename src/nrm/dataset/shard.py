@@ -263,9 +263,8 @@ class Work:
         if R.target is None or R.target.dim() != 1 or len(R.target) != len(samples):
             if self.question.explainer.batch_axis not in ("auto", 0, None):
                 raise TargetError(
-                    "the samples of a data set lie along the first axis of a batch: give a model "
-                    "that takes them so (batch_first=True, or a module that moves the axes), and "
-                    "an Explainer without batch_axis."
+                    "samples of a data set lie along the first axis of a batch: give a model that "
+                    "takes them so (batch_first=True), and an Explainer without batch_axis."
                 )
             raise TargetError(
                 "a data set is explained by classes, one of each sample: the output is to be "
