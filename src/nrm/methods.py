@@ -23,7 +23,7 @@ from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.formulas import NeuronSet, every_neuron, united
 from nrm.measure import Measure
-from nrm.sets import channels, divide, mask, neurons
+from nrm.sets import channels, divide, mask_by_sample, neurons
 
 Scale = Literal["normalized", "logit", "original"]
 
@@ -500,7 +500,8 @@ def clusters(R: Measure, layer: str, k: int, seed: int = 0) -> Clusters:
     order = torch.bincount(found.long(), minlength=k).argsort(descending=True, stable=True)
     labels = order.argsort()[found.long()].view(spread.shape[:-1])
     sets = [
-        mask(layer, (labels == number).unsqueeze(axis).expand(values.shape)) for number in range(k)
+        mask_by_sample(layer, (labels == number).unsqueeze(axis).expand(values.shape))
+        for number in range(k)
     ]
     return Clusters(layer, sets, labels)
 
