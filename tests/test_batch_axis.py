@@ -1,4 +1,4 @@
-"""What is given for samples, where these do not lie along the first axis: baselines, masks, weights.
+"""What is given for samples that do not lie along the first axis: baselines, masks, weights.
 
 With as many steps as samples, shapes alone do not tell one from the other.
 """
