@@ -80,6 +80,16 @@ def test_many_heatmaps_of_a_single_model_with_a_part_in_double():
     R = nrm.Explainer(model, composites.CPLRP())(X.float(), target=0)
     sets = [nrm.neurons("a", 0), nrm.neurons("a", 1, 2), ~nrm.neurons("a", 0)]
     one_by_one = torch.stack([R.heatmap(chosen) for chosen in sets])
-    torch.testing.assert_close(R.heatmaps(sets), one_by_one, check_dtype=False)
+    torch.testing.assert_close(R.heatmaps(sets), one_by_one)
     found = torch.stack([R.of(k).heatmap() for k in range(2)])
-    torch.testing.assert_close(R.by_target(), found, check_dtype=False)
+    torch.testing.assert_close(R.by_target(), found)
+
+
+@pytest.mark.parametrize("composite", [composites.CPLRP(), composites.GammaFlat()])
+def test_one_type_by_derivatives_and_by_messages(composite):
+    """Derivatives at inputs in single precision are of that type; relevances are not."""
+    model = Mixed(lambda m, h: (h.double() @ torch.ones(4, 4).double()).float()).eval()
+    R = nrm.Explainer(model, composite)(X.float(), target=0)
+    chosen = nrm.neurons("a", 1, 2)
+    for found in (R.heatmap(), R.heatmap(chosen), R.heatmap(~chosen), R.marginal("a"), R(chosen)):
+        assert found.dtype is torch.float64

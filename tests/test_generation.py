@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -394,6 +395,10 @@ def test_in_pieces_and_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(other.relevance[2], expected)
     logits = tiny(IDS)[0, 2]
     torch.testing.assert_close(other.scale[2], logits[17] - logits[3])
+    for same in (torch.arange(1, 7), np.arange(1, 7)):
+        again = nrm.generation(explainer, IDS, 1, against=same)
+        assert again.against is not None
+        assert again.against.tolist() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

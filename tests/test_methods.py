@@ -275,6 +275,13 @@ def test_relmax_targets(explainer, images):
         methods.relmax(explainer, images, "2", k=0)
     with pytest.raises(TargetError):
         methods.relmax(explainer, images.split(3), "2", [1, 2, 0, 1])
+    labels = torch.tensor([0, 2, 1, 1, 0, 2])
+    expected = methods.relmax(explainer, images[:6], "2", labels)
+    for pairs in (images[:6].split(2), images[:6].split(6)):
+        found = methods.relmax(explainer, pairs, "2", labels.numpy())
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(QueryError, match="one for each sample"):  # each two would be the same
+        methods.relmax(explainer, images[:6].split(2), "2", (0, 2))
 
 
 def test_conditions_keep_their_order(explainer, images):

@@ -29,7 +29,7 @@ from nrm.prepare import Pass
 from nrm.query import Plan, Query, Starts
 from nrm.rules import Normalized, Original
 from nrm.search import Flows, Search, find_flows
-from nrm.sets import Stops, divide, laid_out, resolve
+from nrm.sets import Stops, divide, laid_out, resolve, with_samples_in_front
 
 
 class Answers:
@@ -183,7 +183,11 @@ def weights_on(condition: Condition, forward: Pass) -> Stops:
         variable = forward.graph.variable(layer)
         if variable in found:
             raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
-        found[variable] = laid_out(values.to(forward.output), variable, forward)
+        neurons = variable.neuron_shape(forward.shape(variable))
+        told = with_samples_in_front(
+            values, variable, neurons, f"the tensor of weights of {layer!r}"
+        )
+        found[variable] = laid_out(told.to(forward.output), variable, forward)
     return found
 
 

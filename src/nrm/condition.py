@@ -20,7 +20,7 @@ from nrm.tensors import check_dense
 Within = NeuronSet | str | None
 Weights = Mapping[str, Tensor]
 """For some layers, a weight of each of their neurons, shaped like the layer without its batch
-axis, or with it."""
+axis, or with it, there or in front."""
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -26,7 +26,7 @@ from nrm.operators import Call, Setting, fill
 from nrm.operators.propagation import Before
 from nrm.operators.secants import change, difference
 from nrm.telescope import ByDerivatives, Telescope, is_precise
-from nrm.tensors import check_dense, like, with_slope
+from nrm.tensors import check_dense, for_all_samples, like, with_slope
 
 
 class Reference:
@@ -199,10 +199,7 @@ def reference_of(call: ModelCall, given: Any, batch_axis: int | None = 0) -> lis
                 f"{x.dtype} on {x.device}."
             )
         try:
-            start = start.detach().to(x.dtype)
-            if batch_axis and start.dim() == x.dim() - 1:
-                start = start.unsqueeze(batch_axis)
-            start = start.expand(x.shape).clone()
+            start = for_all_samples(start.detach().to(x.dtype), x, batch_axis).clone()
         except RuntimeError:
             raise InputError(
                 f"the reference for {name!r} has shape {tuple(start.shape)}, the input "

@@ -34,7 +34,9 @@ class Path:
     def __init__(self, graph: Graph, rule: PathIntegrated, known: Collection[Node]) -> None:
         self.steps = rule.steps
         self._points: dict[Node, Callable[[Tensor, int], Tensor]] = {
-            variable.node: partial(rule.point, name=variable.name, start=start)
+            variable.node: partial(
+                rule.point, name=variable.name, start=start, batch_axis=variable.batch_axis
+            )
             for variable, start in _starts(graph, rule.baseline).items()
             if variable.node is not None
         }

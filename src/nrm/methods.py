@@ -23,7 +23,7 @@ from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.formulas import NeuronSet, every_neuron, united
 from nrm.measure import Measure
-from nrm.sets import channels, divide, mask, neurons
+from nrm.sets import channels, divide, mask_by_sample, neurons
 
 Scale = Literal["normalized", "logit", "original"]
 
@@ -99,6 +99,12 @@ def relmax(
     for batch in (batches,) if isinstance(batches, Tensor) else batches:
         if each is None:
             R = _explain(explainer, batch, target=target)
+            several = isinstance(target, tuple) and len(target) > 1
+            if several and R.target is not None and R.target.dim() == 1:
+                raise QueryError(
+                    f"target={target!r} may be one output, or one for each sample: give the "
+                    "outputs of all samples, over all batches, in a list or a tensor."
+                )
         else:
             samples = explainer.samples(*_arguments(batch)[0], **_arguments(batch)[1])
             R = _explain(explainer, batch, target=each[seen : seen + samples])
@@ -405,11 +411,11 @@ def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]
     return _explain(explainer, inputs, output_relevance=chosen)
 
 
-def _each(target: Target) -> Sequence[Any] | Tensor | None:
+def _each(target: Any) -> Sequence[Any] | None:
     """The targets of all samples one by one; `None`: they have one, or their own largest."""
-    if isinstance(target, list) or (isinstance(target, Tensor) and target.dim()):
+    if isinstance(target, Sequence) and not isinstance(target, tuple):
         return target
-    return None
+    return target if getattr(target, "ndim", 0) else None  # tensors and arrays
 
 
 def _input(R: Measure, at: str | None) -> str:
@@ -494,7 +500,8 @@ def clusters(R: Measure, layer: str, k: int, seed: int = 0) -> Clusters:
     order = torch.bincount(found.long(), minlength=k).argsort(descending=True, stable=True)
     labels = order.argsort()[found.long()].view(spread.shape[:-1])
     sets = [
-        mask(layer, (labels == number).unsqueeze(axis).expand(values.shape)) for number in range(k)
+        mask_by_sample(layer, (labels == number).unsqueeze(axis).expand(values.shape))
+        for number in range(k)
     ]
     return Clusters(layer, sets, labels)
 

@@ -72,9 +72,18 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
     """The neurons where a boolean mask is true.
 
     Arguments:
-        chosen: boolean, shaped like the layer without its batch axis; with a batch axis in
-            front, each sample has a set of its own.
+        chosen: boolean, shaped like the layer without its batch axis; with a batch axis, in front
+            or where the layer has it, each sample has a set of its own.
     """
+    return _mask(layer, chosen, in_front=False)
+
+
+def mask_by_sample(layer: str, chosen: Tensor) -> NeuronSet:
+    """A mask with its batch axis in front, wherever the layer has it."""
+    return _mask(layer, chosen, in_front=True)
+
+
+def _mask(layer: str, chosen: Tensor, in_front: bool) -> NeuronSet:
     if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
         what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
@@ -82,8 +91,8 @@ def mask(layer: str, chosen: Tensor) -> NeuronSet:
     chosen = chosen.detach().clone()  # callers reuse theirs
     text = f"mask({layer!r}, {int(chosen.sum())} neurons)"
     bits = np.packbits(chosen.cpu().numpy())
-    key = (tuple(chosen.shape), hashlib.sha256(bits.tobytes()).hexdigest())
-    return NeuronSet((Member(layer, _Masked(layer, chosen), text, key),))
+    key = (tuple(chosen.shape), hashlib.sha256(bits.tobytes()).hexdigest(), in_front)
+    return NeuronSet((Member(layer, _Masked(layer, chosen, in_front), text, key),))
 
 
 # Selectors are values, not functions, so that sets can be pickled and sent to other processes.
@@ -154,11 +163,20 @@ class _InPatch:
 
 @dataclass(frozen=True, eq=False)
 class _Masked:
+    """The neurons of a mask.
+
+    Attributes:
+        in_front: its samples lie there, if it has several.
+    """
+
     layer: str
     chosen: Tensor
+    in_front: bool = False
 
     def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
         chosen = self.chosen
+        if not self.in_front:
+            chosen = with_samples_in_front(chosen, variable, shape, f"the mask of {self.layer!r}")
         if chosen.shape != shape and chosen.shape[1:] != shape:
             raise NeuronSetError(
                 f"the mask has shape {tuple(chosen.shape)}, the neurons of {self.layer!r} have "
@@ -269,6 +287,33 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
         weights = mask.to(forward.output.dtype).to(forward.output.device)
         stops[variable] = None if bool(mask.all()) else weights
     return stops
+
+
+def with_samples_in_front(
+    values: Tensor, variable: Variable, neurons: torch.Size, what: str
+) -> Tensor:
+    """Values of a variable's neurons with their batch axis in front, if they have one.
+
+    Arguments:
+        values: `[*neurons]`, `[batch, *neurons]`, or shaped like the variable.
+        what: they are called in the message.
+
+    Raises:
+        NeuronSetError: there are as many samples as steps, so that it may be either.
+    """
+    axis = variable.batch_axis
+    if not axis or variable.shared != (1, 1) or values.dim() != len(neurons) + 1:
+        return values
+    moved = values.movedim(axis, 0)
+    if moved.shape[1:] != neurons or torch.equal(moved, values):
+        return values
+    if values.shape[1:] == neurons:
+        raise NeuronSetError(
+            f"{what} has shape {tuple(values.shape)}, and the layer its samples along axis {axis}: "
+            f"those of the values may lie there or in front. Ask of some of the {len(values)} "
+            "samples at a time, so that shapes tell."
+        )
+    return moved
 
 
 def laid_out(values: Tensor, variable: Variable, forward: Pass) -> Tensor:

@@ -27,7 +27,7 @@ from nrm.graph import first_tokens, tokens_of
 from nrm.measure import Measure
 from nrm.targets import Combination
 
-Other = int | Sequence[int] | Literal["next"] | None
+Other = int | Sequence[int] | Tensor | Literal["next"] | None
 """What else a step might have said: one token for all steps, one for each, or the likeliest one."""
 Words = Sequence[str] | Callable[[list[int]], str] | None
 
@@ -423,7 +423,10 @@ def _others(
             at[torch.arange(count), tokens[text]] = -torch.inf
             found[text] = at.argmax(-1)
             continue
-        each = [other] * length if isinstance(other, int) else list(other or ())
+        plain: Any = other
+        if hasattr(plain, "tolist"):  # tensors and arrays
+            plain = plain.tolist()
+        each = [plain] * length if isinstance(plain, int) else list(plain or ())
         if len(each) != length:
             raise TargetError(f"{len(each)} tokens to explain against, for {length} steps")
         outside = [k for k in each if not 0 <= k < logits.shape[-1]]

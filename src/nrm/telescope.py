@@ -388,6 +388,7 @@ class Telescope:
             is_grads_batched=not single,
         )
         arrived: Messages = {}
+        kind = next(iter(messages.values())).dtype  # an input may be of less than what reads it
         for variable, gradient in zip(ends, found, strict=True):
             if gradient is None:
                 continue
@@ -401,7 +402,7 @@ class Telescope:
             if variable in self.small and _matters(message, self.small[variable]):
                 return None  # relevance that came to a sum that counts as zero
             if variable in stops:
-                mask = stops[variable]
+                mask, message = stops[variable], message.to(kind)
                 arrived[variable] = message if mask is None else message * mask
         return arrived
 

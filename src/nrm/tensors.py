@@ -26,6 +26,21 @@ def like(value: Any, reference: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=reference.dtype, device=reference.device)
 
 
+def for_all_samples(value: Tensor, x: Tensor, batch_axis: int | None) -> Tensor:
+    """A value given for an input, as large as it; what has an axis less is one sample for all.
+
+    Arguments:
+        x: the input.
+        batch_axis: where its samples lie; `None`: all of it is one.
+
+    Raises:
+        RuntimeError: it does not broadcast.
+    """
+    if batch_axis and value.dim() == x.dim() - 1:
+        value = value.unsqueeze(batch_axis)
+    return value.expand(x.shape)
+
+
 def per_channel(value: Tensor, dim: int, axis: int = 1) -> Tensor:
     """`[channels]` with `dim` axes, broadcastable to a tensor with its channels along `axis`."""
     axis %= dim

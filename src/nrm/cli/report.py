@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nrm import __version__, plot
 from nrm.capture.digest import of_weights
+from nrm.capture.run import Interpreter, Plan
 from nrm.cli.commands import RESULT, CommandError, as_text
 from nrm.cli.models import classes_of
 from nrm.cli.weights import Read
@@ -37,6 +38,8 @@ MOST_LARGEST = 5
 SOFTMAX = "softmax of the logits"
 INPUT, HEATMAP, OVERVIEW = "input.png", "heatmap.png", "overview.png"
 _OURS = re.compile(r"(target_(\d+_)+)?(flow_\d+|heatmap|overview)\.png")
+_OF_PLACES = ("avgpool", "interpolation")
+"""Kinds of operations that make places of a map out of others."""
 _OTHERS = ("torchvision", "numpy", "PIL", "matplotlib")
 
 
@@ -267,19 +270,31 @@ def _ends(R: Measure, entry: dict[str, Any]) -> tuple[str, str]:
     Shares are those of what is normalised: red is what has its sign. That is the sign of the
     explained number, but where a bias that was left out turned it round.
     """
-    value, shared, noun = entry["logit"], entry["logit"], _noun(entry)
-    last = _made_by(R.graph.output)
-    if last is not None and last.kind == "linear" and not R.graph.bias_is_input:
-        bias = R.graph.captured.constants.get(last.call.get("bias"))
-        if bias is not None and bias.numel() == R.output.numel():
-            biases = bias.reshape(-1)
-            shared = value - float(biases[entry["target"]])
-            if "against" in entry:
-                shared += float(biases[entry["against"]])
+    value, noun = entry["logit"], _noun(entry)
+    shared = _without_last_bias(R)
+    shared = value if shared is None else shared
     if value >= 0 and shared >= 0:
         return plot.ENDS
     words = f"lowers the {noun}", f"raises the {noun}"
     return words if shared >= 0 else words[::-1]
+
+
+def _without_last_bias(R: Measure) -> float | None:
+    """The explained number of one sample without the bias of the last layer; `None` where there is
+    none that takes no relevance. Of a map, that may be pooled or made larger after it."""
+    last = _made_by(R.graph.output)
+    while last is not None and last.kind in _OF_PLACES and len(last.operands) == 1:
+        last = _made_by(last.operands[0])
+    if last is None or last.kind not in ("linear", "conv") or R.graph.bias_is_input:
+        return None
+    captured, explained = R.graph.captured, R.graph.explained
+    bias = last.call.get("bias")
+    if bias not in captured.constants:
+        return None
+    known = captured.constants | dict(zip(captured.inputs, R.forward_pass.inputs, strict=True))
+    known |= {bias: torch.zeros_like(known[bias])}
+    values = Interpreter(Plan.of(captured.graph, {explained}, known), known).compute()
+    return float((R.output_weights() * values[explained]).sum())
 
 
 def _entry(R: Measure, target: Target, flows: Flows | None, prefix: str) -> dict[str, Any]:

@@ -33,6 +33,8 @@ SCALES = (
     "Red is relevance for the explained output, blue against it (where that is negative, the other "
     "way round); each picture is on its own scale."
 )
+UNITS = "Red raises the explained output, blue lowers it; each picture is on its own scale."
+"""In its place, where relevance is in the units of that output."""
 _NAME = 22
 
 
@@ -64,7 +66,7 @@ def references(
     ]
     pictures = [seen(_picture(x)) for x in found.inputs]
     rows = sheets.references(titles, pictures, list(found.heatmaps), share)
-    notes = [SCALES]
+    notes = [UNITS if found.scale == "logit" else SCALES]
     if share is not None:
         notes.append(f"Cut to the smallest square that holds {share:.0%} of the size of relevance.")
     return sheets.grid(rows, title, notes)

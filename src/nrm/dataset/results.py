@@ -20,9 +20,10 @@ from nrm.dataset.sources import SHARD, Source, as_source
 from nrm.dataset.storage import Counts, Folder
 from nrm.display import Shown, Table
 from nrm.errors import InputError, QueryError
+from nrm.evaluation.store import digest
 from nrm.explainer import Explainer
 from nrm.formulas import NeuronSet
-from nrm.methods import crp
+from nrm.methods import Scale, crp
 from nrm.sets import channels
 
 
@@ -72,11 +73,13 @@ class Heatmaps:
         references: the samples, the largest value first.
         inputs: `[samples, *input]`.
         heatmaps: shaped alike; the relevance jointly with the part, or conditional on it.
+        scale: in which units: shares of the explained output, or its own.
     """
 
     references: list[Reference]
     inputs: Tensor
     heatmaps: Tensor
+    scale: Scale = "normalized"
 
 
 class Results(Shown):
@@ -271,45 +274,53 @@ class Results(Shown):
     ) -> Heatmaps:
         """The samples of a part with the relevance of every input element jointly with it (CRP).
 
-        Computed now, sample by sample, from the data set.
+        Computed now, sample by sample, from the data set, in the units of the run (`scale`): a
+        heatmap adds up to the relevance of the part, but for what biases take.
 
         Arguments:
             explainer: that of the run.
             data, read: as for `relmax`.
             layer, part, quantity, k, explained: as for `references`.
             concept: the part's neurons, where parts were given as sets.
-            conditional: divide by the part's own relevance (eq. 11).
+            conditional: divide by the part's own relevance (eq. 11), which leaves no units.
 
         Raises:
-            InputError: model or data are not those of the run.
+            InputError: model, explainer or data are not those of the run.
         """
         number = self.part(layer, part, quantity)
         self.require(explainer)
         source = self.source(data, read)
         neurons_of = concept or self._set_of(layer, number)
         references = self.references(layer, number, quantity, k, explained=explained)
+        scale: Scale = "normalized" if conditional else self.manifest["scale"]
         inputs, found = [], []
         for one in references:
             sample = source.sample(one.sample)
             if sample.error is not None:
                 raise InputError(f"sample {one.name} cannot be read any more: {sample.error}")
             R = explainer(*(x.unsqueeze(0) for x in sample.inputs), target=one.explained)
-            found.append(crp(R, neurons_of, conditional=conditional)[0])
+            found.append(crp(R, neurons_of, conditional=conditional, scale=scale)[0])
             inputs.append(sample.inputs[0])
         if not references:
             kept = "" if explained is None else f" among the {self.manifest['k']} that were kept"
             of = "" if explained is None else f" of class {explained}"
             raise QueryError(f"there are no samples{of} of {layer!r}, part {part!r}{kept}")
-        return Heatmaps(references, torch.stack(inputs), torch.stack(found))
+        return Heatmaps(references, torch.stack(inputs), torch.stack(found), scale)
 
     def require(self, explainer: Explainer) -> None:
-        """Refuse another model than that of the run.
+        """Refuse another model than that of the run, or one that is explained otherwise.
 
         Raises:
-            InputError: its weights are others.
+            InputError: its weights, or the explainer's settings, are others.
         """
         if of_weights(explainer.model) != self.manifest["weights"]:
             raise InputError(f"{self.path} is of a model with other weights")
+        if settings_digest(explainer) != self.manifest["explainer"]:
+            raise InputError(
+                f"{self.path} is of an explainer with other settings, whose relevances are others: "
+                f"its rules were {self.manifest['composite']}. Give the same arguments to "
+                "Explainer as for the run."
+            )
 
     def source(self, data: Any, read: Read | None = None) -> Source:
         """The data set of the run, in its shards.
@@ -383,6 +394,12 @@ class Results(Shown):
         warned = [f"{kind} in {count} batches" for kind, count in self.cautions.items()]
         notes = [f"Warnings (docs/dataset.md): {', '.join(warned)}."] if warned else []
         return Table("Relevance over a data set", (), rows, notes)
+
+
+def settings_digest(explainer: Explainer) -> str:
+    """What tells an explainer from others of the same model, the same in every process."""
+    settings = explainer.__getstate__() | {"model": None, "check": None}
+    return digest(settings)
 
 
 def open_results(path: Path | str) -> Results:

@@ -14,7 +14,7 @@ import torch
 from nrm import __version__
 from nrm.capture.digest import of_weights
 from nrm.dataset.drivers import Engine, loop, workers
-from nrm.dataset.results import Results
+from nrm.dataset.results import Results, settings_digest
 from nrm.dataset.samples import Read
 from nrm.dataset.shard import (
     Activation,
@@ -248,7 +248,6 @@ def _manifest(work: Work, shape: Shape, weights: str) -> dict[str, Any]:
     """What tells a run from others."""
     question = work.question
     model = question.explainer.model
-    settings = question.explainer.__getstate__() | {"model": None, "check": None}
     return {
         "nrm": __version__,
         "torch": str(torch.__version__),
@@ -256,7 +255,7 @@ def _manifest(work: Work, shape: Shape, weights: str) -> dict[str, Any]:
         "weights": weights,
         "graph": hashlib.sha256(shape.graph.encode()).hexdigest()[:32],
         "composite": shape.rules,
-        "explainer": hashlib.sha256(described(settings).encode()).hexdigest()[:32],
+        "explainer": settings_digest(question.explainer),
         "layers": [
             {"name": layer.name, "by": layer.by, "sets": [described(one) for _, one in layer.sets]}
             for layer in question.layers

@@ -261,6 +261,11 @@ class Work:
             target = [sample.label for sample in samples]
         R = self.question.explainer(*inputs, target=target)
         if R.target is None or R.target.dim() != 1 or len(R.target) != len(samples):
+            if self.question.explainer.batch_axis not in ("auto", 0, None):
+                raise TargetError(
+                    "samples of a data set lie along the first axis of a batch: give a model that "
+                    "takes them so (batch_first=True), and an Explainer without batch_axis."
+                )
             raise TargetError(
                 "a data set is explained by classes, one of each sample: the output is to be "
                 f"[batch, classes], not {tuple(R.output.shape)}. Choose one with "

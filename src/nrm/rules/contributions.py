@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nrm.errors import InputError
 from nrm.rules.base import Activation, Gate, Original, Rule, Term, Weight, flag, number
-from nrm.tensors import check_dense, like
+from nrm.tensors import check_dense, for_all_samples, like
 
 
 @dataclass(frozen=True)
@@ -382,20 +382,23 @@ class PathIntegrated(Rule):
     def groups(self, x: Activation, w: Weight) -> Sequence[Sequence[Term]]:
         return [[] if x.constant else [(x.value, w.value)]]
 
-    def point(self, x: Tensor, step: int, name: str, start: Baseline) -> Tensor:
+    def point(
+        self, x: Tensor, step: int, name: str, start: Baseline, batch_axis: int | None = 0
+    ) -> Tensor:
         """Where an input is after some steps.
 
         Arguments:
             x: the input itself.
             name: of the input.
-            start: its baseline.
+            start: its baseline; what has an axis less is one sample for all.
+            batch_axis: of the input.
 
         Raises:
             InputError: the baseline does not fit the input.
         """
         baseline = like(start, x)
         try:
-            baseline = baseline.expand(x.shape)
+            baseline = for_all_samples(baseline, x, batch_axis)
         except RuntimeError:
             raise InputError(
                 f"a baseline {tuple(baseline.shape)} does not broadcast to {name!r} "
