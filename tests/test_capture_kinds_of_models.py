@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from support.torch_release import newer
 from torch import nn
 
 import nrm
@@ -38,6 +39,7 @@ class Experts(nn.Module):
         return self.head(torch.relu(hidden) * chosen.values[:, None])
 
 
+@newer("has no grouped matrix product")
 def test_a_product_with_the_matrix_of_each_group_is_one_for_each_row():
     ends = torch.tensor([1, 1, 3])
     check_operator(GROUPED, torch.randn(4, 3), torch.randn(3, 3, 2), ends, carries=["input"])
@@ -174,6 +176,7 @@ def test_torchscript_is_named():
         nrm.Explainer(Around(scripted).eval())(X, target=0)
 
 
+@newer("exports no compiled modules")
 def test_compiled_modules_are_what_they_were_compiled_from():
     expected = nrm.Explainer(plain())(X, target=0).heatmap()
     model = Around(torch.compile(plain())).eval()

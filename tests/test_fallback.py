@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.torch_release import newer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +36,7 @@ def test_the_refusal_of_grid_sample_names_the_remedy():
         nrm.Explainer(Turned().double().eval())(X, target=0)
 
 
+@newer("has no second derivative of grid_sample")
 def test_the_fallback_covers_grid_sample_at_places_that_depend_on_the_input():
     """Its first order: gradient times input, of the picture that is read and of the places."""
     model = Turned().double().eval()

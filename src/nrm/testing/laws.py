@@ -97,7 +97,7 @@ def _check_memory(case: Case) -> None:
     first = [result.clone() for result in results]
     for place, result in enumerate(results):
         others = [other.clone() for other in results[place + 1 :]]
-        result.fill_(torch.nan)
+        result.detach().fill_(torch.nan)
         if not all(map(torch.equal, others, results[place + 1 :])):
             case.fail(
                 "memory",
