@@ -6,8 +6,9 @@ import { withColumn } from "./state.js";
 const MOST = 512; // parts of a column
 
 // The menu.
-//   choose(state)
-export function offerColumns(opened, state, kept, choose, opens) {
+//   isOpen: whether it is unfolded.
+//   choose(state); unfolded(whether), when somebody opens or closes it
+export function offerColumns(opened, state, isOpen, choose, unfolded) {
   const count = make("input", { type: "number", min: 1, max: MOST, value: state.top, "aria-label": "channels of a column", change: (event) => {
     const top = Math.min(MOST, Math.max(1, Math.round(Number(event.target.value)) || 12));
     choose({ ...state, top });
@@ -26,9 +27,9 @@ export function offerColumns(opened, state, kept, choose, opens) {
     const shown = within.some((one) => chosen.has(one.layer));
     return [row(column), ...(within.length ? [make("details", { class: "states", open: shown }, make("summary", { class: "muted" }, "single states"), ...within.map(row))] : [])];
   });
-  const held = make("details", { class: "chooser", open: kept }, make("summary", { class: "plain button" }, "Columns"),
+  const held = make("details", { class: "chooser", open: isOpen }, make("summary", { class: "plain button" }, "Columns"),
     make("div", { class: "menu" }, make("label", {}, "most relevant ", count), ...rows));
-  held.addEventListener("toggle", (event) => { if (event.target === held) opens(held.open); });
+  held.addEventListener("toggle", (event) => { if (event.target === held) unfolded(held.open); });
   return held;
 }
 

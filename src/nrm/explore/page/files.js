@@ -30,7 +30,7 @@ function save(name, kind, content) {
 }
 
 // The view as one picture: the formula, the heatmap and the columns.
-export function asSvg(page) {
+function asSvg(page) {
   while (page.drawn.more());
   const columns = page.parts.network.querySelector("svg").cloneNode(true);
   const heatmap = page.parts.input.querySelector("canvas.heatmap");

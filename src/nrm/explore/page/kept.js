@@ -4,7 +4,7 @@ import { explore } from "./page.js";
 import { bytes, floats } from "./marks.js";
 
 // A source that knows the answers to single clicks.
-export function askKept(kept) {
+function askKept(kept) {
   const { cells, top, first } = kept.opened;
   const more = `This file holds single channels and places, the most relevant flows of the first view${cells ? ", and the parts of a coarse grid over the picture" : ""}. For anything else start \`nrm explore\`.`;
   const keyOfPart = (part) => JSON.stringify(part.patch ? [part.layer, part.patch] : [part.layer, part.axis ?? null, part.by ?? null, part.of ?? null, part.channels]);

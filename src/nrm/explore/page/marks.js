@@ -1,8 +1,8 @@
 // Small helpers: elements, numbers, colours, and the paper's notation. Texts from elsewhere become
 // text nodes, never markup.
 
-export const POSITIVE = "#e66101";
-export const NEGATIVE = "#2166ac";
+const POSITIVE = "#e66101";
+const NEGATIVE = "#2166ac";
 export const FONT = "ui-sans-serif, system-ui, 'Helvetica Neue', Arial, sans-serif";
 const PEN = document.createElement("canvas").getContext("2d");
 const SVG_SPACE = "http://www.w3.org/2000/svg";

@@ -113,7 +113,7 @@ function drawNode(column, place, block, scale, state, on) {
   return group;
 }
 
-export function nodeNumber(column, node) {
+function nodeNumber(column, node) {
   return {
     value: node.value,
     notation: named(column.notation, column, node.index),

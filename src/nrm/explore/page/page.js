@@ -260,7 +260,7 @@ class Page {
       make("span", { class: "gap" }),
       make("button", { type: "button", class: "plain", title: "the most relevant flows through all columns", click: () => this.search() }, "Find flows"),
       ...(this.again ? [make("button", { type: "button", class: "plain", "aria-pressed": Boolean(this.second), title: "a second view beside this one", click: () => this.beside() }, "Compare")] : []),
-      offerColumns(opened, state, this.kept, (chosen) => { this.kept = true; this.choose(chosen); }, (open) => { this.kept = open; }), ...offerFiles(this),
+      offerColumns(opened, state, this.unfolded, (chosen) => { this.unfolded = true; this.choose(chosen); }, (open) => { this.unfolded = open; }), ...offerFiles(this),
       make("button", { type: "button", class: "plain undo", disabled: this.depth === 0, title: "Ctrl+Z", click: () => this.undo() }, "Undo"));
   }
 

@@ -110,7 +110,7 @@ export function drawScale(heatmap) {
   return make("div", { class: "scale" }, make("span", {}, relevance(-limit)), make("span", { class: "bar", "aria-hidden": true }), make("span", {}, `+${relevance(limit)}`));
 }
 
-export function limitOf(values) {
+function limitOf(values) {
   const sizes = Float32Array.from(values, Math.abs).sort();
   const at = 0.995 * (sizes.length - 1);
   const low = sizes[Math.floor(at)];

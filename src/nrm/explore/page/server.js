@@ -1,6 +1,6 @@
 // The server that the page came from: its address holds the token, and is the only one asked.
 
-export class Refused extends Error {}
+class Refused extends Error {}
 
 export function askServer(base = new URL(".", location.href)) {
   let session = null;

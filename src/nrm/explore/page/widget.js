@@ -2,7 +2,7 @@
 
 import { explore } from "./page.js";
 
-export function askKernel(model) {
+function askKernel(model) {
   let last = 0;
   const waiting = new Map();
   model.on("msg:custom", (message) => waiting.get(message.id)?.(message));
