@@ -324,6 +324,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"selection": {"layer": "b", "channels": [0], "by": "heads"}}, "heads of an attention"),
     ({"selection": {"layer": "b", "channels": [0], "by": "steps"}}, "no hidden states"),
     ({"selection": {"layer": "b", "channels": [0], "axis": "0"}}, "an axis is a whole number"),
+    ({"selection": {"layer": "b", "channels": [0], "by": "places"}}, "places have an axis"),
+    ({"selection": {"layer": "b", "channels": [0], "by": "heads", "axis": 0}}, "have an axis"),
 ]
 
 

@@ -57,6 +57,8 @@ class By:
     def read(cls, given: Mapping[str, Any]) -> By:
         """From JSON: `{"axis": 0}`, `{"by": "clusters", "of": 6}`, `{"by": "heads"}`, or nothing.
 
+        Places are told by their axis, and nothing else has one.
+
         Raises:
             QueryError: it is none of that.
         """
@@ -65,11 +67,12 @@ class By:
             raise QueryError(f"an axis is a whole number, not {shortly(axis)}.")
         if how is not None and how not in get_args(How):
             raise QueryError(f"a layer is divided by one of {get_args(How)}, not {shortly(how)}.")
-        if how in (None, "channels", "places"):
-            return cls() if axis is None else cls("places", axis)
-        if how != "clusters":
-            return cls(how)
-        return cls(how, of=how_many(of))
+        told: How = how or ("channels" if axis is None else "places")
+        if (told == "places") != (axis is not None):
+            raise QueryError(
+                f"places have an axis, and nothing else has: here {told}, axis {axis}."
+            )
+        return cls(told, axis, how_many(of) if told == "clusters" else None)
 
 
 def how_many(given: Any) -> int:
@@ -199,18 +202,14 @@ def _divided(R: Measure, layer: str, by: By, forward: Pass) -> Divided:
 
 
 def _head(found: Heads, layer: str, indices: Sequence[int]) -> Part:
-    along = "" if found.variable.channel_axis_of(_dims(found)) == found.axis else found.axis
+    by_default = found.variable.channel_axis_of(found.variable.neuron_sizes) == found.axis
+    axis = "" if by_default else f", axis={found.axis}"
     first, last = indices[0], indices[-1]
     numbers = ", ".join(map(str, indices))
     if len(indices) > 1 and tuple(indices) == tuple(range(first, last + 1)):
         numbers = f"*range({first}, {last + 1})"
-    axis = "" if along == "" else f", axis={along}"
     chosen = channels(layer, *indices, axis=found.axis)
     return Part(chosen, f"nrm.channels({layer!r}, {numbers}{axis})")
-
-
-def _dims(found: Heads) -> tuple[int | None, ...]:
-    return found.variable.neuron_sizes
 
 
 def heads(forward: Pass) -> dict[str, Heads]:

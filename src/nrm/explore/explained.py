@@ -85,8 +85,9 @@ class Aim:
     def _named(self, opened: Opened, index: Index) -> str:
         places = [str(index[axis]) for axis in self._places]
         name = opened.label(self._class(index))
-        return f"{name} at {places[0] if len(places) == 1 else '(' + ', '.join(places) + ')'}" if (
-            places) else name  # fmt: skip
+        if not places:
+            return name
+        return f"{name} at {places[0]}" if len(places) == 1 else f"{name} at ({', '.join(places)})"
 
 
 def target_of(chosen: Output | None, against: Output | None, R: Measure, opened: Opened) -> Aim:
@@ -107,7 +108,7 @@ def target_of(chosen: Output | None, against: Output | None, R: Measure, opened:
     if chosen is None:
         flat = int(outputs.reshape(-1).argmax())
         found = tuple(int(k) for k in torch.unravel_index(torch.tensor(flat), sizes))
-        several = [k for k, size in enumerate(sizes) if size > 1 or k == axis]
+        several = _named_axes(sizes, axis)
         chosen = [found[k] for k in several] if len(several) > 1 else (found or (0,))[axis]
     elif isinstance(chosen, list | tuple):
         chosen = _with_a_class(chosen, outputs, axis)
@@ -122,12 +123,16 @@ def target_of(chosen: Output | None, against: Output | None, R: Measure, opened:
     return Aim(contrast, line, f"{notation} − {notation_to}", outputs, axis, of, to)
 
 
+def _named_axes(sizes: Sequence[int], axis: int) -> list[int]:
+    """The axes along which an output has a number: that of the classes, and those of places."""
+    return [k for k, size in enumerate(sizes) if size > 1 or k == axis]
+
+
 def _with_a_class(chosen: Sequence[Any], outputs: Tensor, axis: int) -> Sequence[Any]:
     """The largest output of a place, where it says no class."""
-    several = [k for k, size in enumerate(outputs.shape) if size > 1 or k == axis]
-    if chosen.count(None) != 1 or len(chosen) != len(several) or chosen.index(None) != (
-        several.index(axis)
-    ):  # fmt: skip
+    several = _named_axes(outputs.shape, axis)
+    without = [k for k, one in enumerate(chosen) if one is None]
+    if len(chosen) != len(several) or without != [several.index(axis)]:
         return chosen
     given = [0 if one is None else one for one in chosen]
     index, _, _ = _index(given, outputs.shape, axis)
@@ -159,7 +164,7 @@ def _index(given: Any, sizes: Sequence[int], axis: int) -> tuple[Index, str, str
     A single number is a class, where all outputs are at one place. Axes of size one may be left
     out.
     """
-    several = [k for k, size in enumerate(sizes) if size > 1 or k == axis]
+    several = _named_axes(sizes, axis)
     numbers = given if isinstance(given, list | tuple) else [given]
     whole = all(isinstance(one, int) and not isinstance(one, bool) for one in numbers)
     if not whole:
