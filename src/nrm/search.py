@@ -39,7 +39,6 @@ from nrm.prepare import Pass
 Order = Literal["largest", "smallest", "absolute"]
 """Which flows are wanted: those with the largest, smallest or absolutely largest relevance."""
 
-
 Way = Literal["exact", "greedy"]
 """How flows are searched for."""
 

@@ -127,8 +127,10 @@ class Trial:
         """Of all walks, walks through blocks, and the baselines of the default walks."""
         model = self.study.model
         scores: dict[str, Score] = {
-            walks.key: IfFinite(JointRelevance(walks, model, pair.layers, pair.by, explainer))
-            for walks, explainer in zip(self.study.walks, self.explainers.values(), strict=True)
+            walks.key: IfFinite(
+                JointRelevance(walks, model, pair.layers, pair.by, self.explainers[walks.key])
+            )
+            for walks in self.study.walks
         }
         return scores | {name: SCORES[name] for name in (BLOCKS, *BASELINES)}
 
