@@ -163,3 +163,16 @@ def test_what_is_no_output_is_refused(
 def segments() -> tuple[Opened, Measure]:
     torch.manual_seed(0)
     return opens(Segments(False).eval(), [torch.rand(1, 1, 6, 7)], "picture")
+
+
+def test_values_beside_outputs_are_of_what_is_explained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)).eval()
+    x = torch.rand(1, 4)
+    opened, R = opens(model, [x], "series", labels=["a", "b", "c"])
+    _, _, explained = answered(R, opened)
+    logits = dict(enumerate(model[0](x)[0].tolist()))
+    assert explained.what == "logits behind softmax"
+    assert {k: value for k, _, value in explained.outputs} == pytest.approx(logits)
+    assert explained.target == max(logits, key=logits.__getitem__)
+    assert explained.scale == pytest.approx(logits[explained.target])

@@ -29,7 +29,8 @@ class Aim:
         target: as an explainer takes it.
         python: the same as Python.
         notation: in the paper's.
-        outputs: `[*neurons]`, the values of all outputs.
+        outputs: `[*neurons]`, the values of all outputs that may be explained: the logits where a
+            last softmax is looked through.
         axis: of these, that of the classes.
         of, to: the output, and the one that it is explained against, one number for each axis.
     """
@@ -101,12 +102,14 @@ def target_of(chosen: Output | None, against: Output | None, R: Measure, opened:
     Raises:
         QueryError: they are no outputs.
     """
-    variable = R.graph.output
-    outputs = variable.canonical(R.output.unsqueeze(0))[0, 0]
+    returned, outputs = (
+        R.graph.output.canonical(value.unsqueeze(0))[0, 0]
+        for value in (R.output, R.forward_pass.output)
+    )
     axis = _class_axis(R, opened, outputs.shape)
     sizes = outputs.shape
     if chosen is None:
-        flat = int(outputs.reshape(-1).argmax())
+        flat = int(returned.reshape(-1).argmax())
         found = tuple(int(k) for k in torch.unravel_index(torch.tensor(flat), sizes))
         several = _named_axes(sizes, axis)
         chosen = [found[k] for k in several] if len(several) > 1 else (found or (0,))[axis]
