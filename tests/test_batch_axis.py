@@ -75,6 +75,9 @@ def test_masks_and_weights_of_samples_in_front_or_as_the_layer_has_them(steps: i
     ):
         with pytest.raises(NeuronSetError, match="may lie there or in front"):
             refused()
+    torch.testing.assert_close(R(nrm.mask("a", chosen, in_front=False)), expected[0])
+    front = chosen.movedim(1, 0)
+    torch.testing.assert_close(R(nrm.mask("a", front, in_front=True)), expected[0])
     everything = torch.ones(3, 3, 3, dtype=torch.bool)  # alike either way
     torch.testing.assert_close(R(nrm.mask("a", everything)), torch.ones(3).double())
     found = nrm.clusters(R, "a", 2)  # whose masks say where their samples lie

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import nrm
 from nrm import RelevanceWarning, rules
+from nrm.errors import CANCELS, Cautions
 
 
 def linear(*weights: float, bias: float | None = None) -> nn.Linear:
@@ -175,3 +176,13 @@ def test_a_gradient_that_vanishes_is_said_too() -> None:
     R = nrm.Explainer(Scaled().eval(), nrm.composites.LocalLinear())(values(3, 4))
     (text,) = said(R.biases)
     assert "all vanish" in text
+
+
+def test_what_is_noted_within_what_is_noted() -> None:
+    cautions = Cautions()
+    with cautions.anew() as outer:
+        with cautions.anew() as inner:
+            cautions.vanished("here", 1.0)
+        cautions.cancels("there", 1e9, "")
+    assert (set(inner), set(outer)) == ({"vanished"}, {CANCELS})
+    cautions.vanished("here", 1.0)  # was said, in there: no warning, which would be an error

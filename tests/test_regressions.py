@@ -85,7 +85,7 @@ def test_masks_for_each_sample_where_the_batch_is_not_first(batch):
     x = torch.randn(batch, 3, 4).double()
     masks = torch.rand(batch, 3, 6) > 0.5
     R = nrm.Explainer(model)(x, target=1)
-    found = R(nrm.mask("b", masks))
+    found = R(nrm.mask("b", masks, in_front=True))  # there are as many samples as steps
     for sample in range(batch):
         alone = nrm.Explainer(model)(x[sample : sample + 1], target=1)
         expected = alone(nrm.mask("b", masks[sample]))[0]

@@ -184,9 +184,8 @@ def weights_on(condition: Condition, forward: Pass) -> Stops:
         if variable in found:
             raise QueryError(f"{layer!r} is a layer that was named before: weigh it once.")
         neurons = variable.neuron_shape(forward.shape(variable))
-        told = with_samples_in_front(
-            values, variable, neurons, f"the tensor of weights of {layer!r}"
-        )
+        what, hint = f"the tensor of weights of {layer!r}", "Weigh fewer samples at a time."
+        told = with_samples_in_front(values, variable, neurons, what, hint)
         found[variable] = laid_out(told.to(forward.output), variable, forward)
     return found
 

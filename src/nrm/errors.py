@@ -113,11 +113,13 @@ class Cautions:
         Returns:
             the texts by kind, complete once the context ends.
         """
-        before, self.said, self._heard = self.said, set(known), {}
+        before, outside = self.said, self._heard
+        heard: dict[str, str] = {}
+        self.said, self._heard = set(known), heard
         try:
-            yield self._heard
+            yield heard
         finally:
-            self.said, self._heard = self.said | before, None
+            self.said, self._heard = self.said | before, outside
 
     def vanished(self, address: str, relevance: float) -> None:
         """Relevance was split evenly, for want of any contribution, at an operation."""

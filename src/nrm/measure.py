@@ -389,8 +389,8 @@ class Measure(Explanation):
             a, b: two layers, in any order: names, or sets of neurons of one layer (clusters,
                 patches).
             more: further layers, as names or lists of sets. A single set, formula or condition
-                holds jointly with all the others; it lies above all of the layers.
-            given: as for `Condition`; it lies above all of the layers.
+                holds jointly with all the others; it lies above all of the layers, or beside.
+            given: as for `Condition`; it lies there too.
             by: what a layer given by name is divided into; its neurons in the order in which they
                 lie without the batch axis.
             method: `"contraction"`: all at once, where one convolution or linear layer lies

@@ -23,7 +23,7 @@ from nrm.explainer import Explainer
 from nrm.explanation import Target
 from nrm.formulas import NeuronSet, every_neuron, united
 from nrm.measure import Measure
-from nrm.sets import channels, divide, mask_by_sample, neurons
+from nrm.sets import channels, divide, mask, neurons
 
 Scale = Literal["normalized", "logit", "original"]
 
@@ -413,7 +413,7 @@ def _explain_outputs(explainer: Explainer, inputs: Any, outputs: tuple[int, ...]
 
 def _each(target: Any) -> Sequence[Any] | None:
     """The targets of all samples one by one; `None`: they have one, or their own largest."""
-    if isinstance(target, Sequence) and not isinstance(target, tuple):
+    if isinstance(target, Sequence) and not isinstance(target, tuple | str):
         return target
     return target if getattr(target, "ndim", 0) else None  # tensors and arrays
 
@@ -500,7 +500,7 @@ def clusters(R: Measure, layer: str, k: int, seed: int = 0) -> Clusters:
     order = torch.bincount(found.long(), minlength=k).argsort(descending=True, stable=True)
     labels = order.argsort()[found.long()].view(spread.shape[:-1])
     sets = [
-        mask_by_sample(layer, (labels == number).unsqueeze(axis).expand(values.shape))
+        mask(layer, (labels == number).unsqueeze(axis).expand(values.shape), in_front=True)
         for number in range(k)
     ]
     return Clusters(layer, sets, labels)

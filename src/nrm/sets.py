@@ -68,22 +68,15 @@ def patch(layer: str, *spatial: Index) -> NeuronSet:
     return _made("patch", layer, spatial, _InPatch(layer, _frozen(spatial)))
 
 
-def mask(layer: str, chosen: Tensor) -> NeuronSet:
+def mask(layer: str, chosen: Tensor, *, in_front: bool | None = None) -> NeuronSet:
     """The neurons where a boolean mask is true.
 
     Arguments:
         chosen: boolean, shaped like the layer without its batch axis; with a batch axis, in front
             or where the layer has it, each sample has a set of its own.
+        in_front: whether the batch axis lies in front, for layers that have it elsewhere. By
+            default shapes tell; where they do not, queries refuse the mask.
     """
-    return _mask(layer, chosen, in_front=False)
-
-
-def mask_by_sample(layer: str, chosen: Tensor) -> NeuronSet:
-    """A mask with its batch axis in front, wherever the layer has it."""
-    return _mask(layer, chosen, in_front=True)
-
-
-def _mask(layer: str, chosen: Tensor, in_front: bool) -> NeuronSet:
     if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
         what = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
         raise NeuronSetError(f"a mask is a boolean tensor, got {what}.")
@@ -166,17 +159,21 @@ class _Masked:
     """The neurons of a mask.
 
     Attributes:
-        in_front: its samples lie there, if it has several.
+        in_front: whether its samples lie there, if it has several; `None`: as shapes tell.
     """
 
     layer: str
     chosen: Tensor
-    in_front: bool = False
+    in_front: bool | None = None
 
     def __call__(self, variable: Variable, shape: torch.Size) -> Tensor:
         chosen = self.chosen
-        if not self.in_front:
-            chosen = with_samples_in_front(chosen, variable, shape, f"the mask of {self.layer!r}")
+        if self.in_front is None:
+            hint = "Say mask(..., in_front=True), or False."
+            what = f"the mask of {self.layer!r}"
+            chosen = with_samples_in_front(chosen, variable, shape, what, hint)
+        elif not self.in_front and variable.batch_axis and chosen.dim() == len(shape) + 1:
+            chosen = chosen.movedim(variable.batch_axis, 0)
         if chosen.shape != shape and chosen.shape[1:] != shape:
             raise NeuronSetError(
                 f"the mask has shape {tuple(chosen.shape)}, the neurons of {self.layer!r} have "
@@ -290,13 +287,14 @@ def resolve(chosen: NeuronSet, forward: Pass) -> Stops:
 
 
 def with_samples_in_front(
-    values: Tensor, variable: Variable, neurons: torch.Size, what: str
+    values: Tensor, variable: Variable, neurons: torch.Size, what: str, hint: str
 ) -> Tensor:
     """Values of a variable's neurons with their batch axis in front, if they have one.
 
     Arguments:
         values: `[*neurons]`, `[batch, *neurons]`, or shaped like the variable.
         what: they are called in the message.
+        hint: what to do where they may be either.
 
     Raises:
         NeuronSetError: there are as many samples as steps, so that it may be either.
@@ -310,8 +308,7 @@ def with_samples_in_front(
     if values.shape[1:] == neurons:
         raise NeuronSetError(
             f"{what} has shape {tuple(values.shape)}, and the layer its samples along axis {axis}: "
-            f"those of the values may lie there or in front. Ask of some of the {len(values)} "
-            "samples at a time, so that shapes tell."
+            f"those of the values may lie there or in front. {hint}"
         )
     return moved
 

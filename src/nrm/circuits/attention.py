@@ -22,7 +22,7 @@ from nrm.formulas import NeuronSet
 from nrm.graph import Graph, Operation, Variable
 from nrm.operators import lookup, standard
 from nrm.prepare import Pass
-from nrm.sets import mask_by_sample
+from nrm.sets import mask
 
 Role = Literal["queries", "keys", "values"]
 """What a head reads."""
@@ -414,7 +414,7 @@ def _by_heads(
         key = lies.cpu().numpy().tobytes()
         chosen.setdefault(key, ([], lies))[0].append(head)
     return [
-        Read(variable.index, tuple(readers), number, mask_by_sample(variable.name, lies))
+        Read(variable.index, tuple(readers), number, mask(variable.name, lies, in_front=True))
         for number, (readers, lies) in enumerate(chosen.values())
     ]
 

@@ -6,6 +6,7 @@ import { asRequest } from "./state.js";
 // The buttons.
 export function offerFiles(page) {
   const button = (text, act) => make("button", { type: "button", click: act }, text);
+  const drawn = (act) => (page.drawn ? act(asSvg(page)) : page.note("There is no picture yet: wait for the first answer."));
   const menu = make("details", { class: "chooser" }, make("summary", { class: "plain button" }, "Export"), make("div", { class: "menu" },
     button("Script (Python)", async () => {
       try {
@@ -14,8 +15,8 @@ export function offerFiles(page) {
         page.note(error.message, true);
       }
     }),
-    button("Picture (SVG)", () => save("explored.svg", "image/svg+xml", asSvg(page).text)),
-    button("Picture (PNG)", () => savePng(asSvg(page))),
+    button("Picture (SVG)", () => drawn((picture) => save("explored.svg", "image/svg+xml", picture.text))),
+    button("Picture (PNG)", () => drawn(savePng)),
     ...(page.linked ? [button("Copy the link", () => navigator.clipboard.writeText(location.href).then(() => page.note("The link is copied. It holds the token: who has it may use this explorer."), () => page.note(location.href)))] : [])));
   return [menu];
 }
