@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,12 @@ from torch import Tensor, nn
 pytest.importorskip("fastapi", reason="the explorer's packages are not installed")
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
-from support.browser import browser
 from support.explored import does, make_opened, node, settled, shown, total
 
 import nrm
 from nrm.explore.kept import keep
 from nrm.explore.opened import Input, Opened
 from nrm.explore.serving import running
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
 
 
 def test_a_column_of_clusters(chromium: Any) -> None:

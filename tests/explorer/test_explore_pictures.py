@@ -1,14 +1,14 @@
 """The explorer on five networks, wide and narrow: that it is right, and what it looks like.
 
-`NRM_PICTURES=docs/pictures .venv/bin/pytest tests/test_explore_pictures.py` takes the screenshots
-anew; without it they go into a folder of the test. Look at them.
+`NRM_PICTURES=docs/pictures .venv/bin/pytest tests/explorer/test_explore_pictures.py` takes the
+screenshots anew; without it they go into a folder of the test. Look at them.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ pytest.importorskip("uvicorn", reason="the explorer's packages are not installed
 pytest.importorskip("typer", reason="the command line's packages are not installed")
 
 from PIL import Image
-from support.browser import browser
 from support.explored import looks, settled
 
 import nrm
@@ -40,12 +39,6 @@ CLICKED = {
 NEEDED = {"squeezenet": "squeezenet", "molecules": "graphs"}
 """Folders of data without which a network cannot be opened."""
 WHERE: dict[str, Callable[[], Opened]] = NETWORKS | examples()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
 
 
 def opened(name: str) -> Opened:

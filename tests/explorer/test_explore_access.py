@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,42 +12,13 @@ from torch import nn
 pytest.importorskip("fastapi", reason="the explorer's packages are not installed")
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
-from support.browser import browser
-from support.explored import does, looked_at, looks, make_opened, node, settled, shown, total
+from support.explored import does, looked_at, looks, node, settled, shown, total
 
 import nrm
 from nrm.explore.answers import Request
 from nrm.explore.opened import Input, Opened
 from nrm.explore.serving import running
 from nrm.measure import Measure
-
-
-@pytest.fixture(scope="module")
-def opened() -> Opened:
-    return make_opened()
-
-
-@pytest.fixture(scope="module")
-def R(opened: Opened) -> Measure:
-    return opened.measure(opened.inputs[0])
-
-
-@pytest.fixture(scope="module")
-def address(opened: Opened) -> Iterator[str]:
-    with running(opened) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture
-def page(chromium: Any, address: str) -> Iterator[Any]:
-    with looked_at(chromium, address) as found:
-        yield found
 
 
 def words() -> Opened:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,11 @@ pytest.importorskip("fastapi", reason="the explorer's packages are not installed
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
 from PIL import Image
-from support.browser import browser
 from support.explored import (
     SIDE,
     as_input,
     does,
     looked_at,
-    make_opened,
     node,
     photograph,
     settled,
@@ -41,36 +38,6 @@ import nrm
 from nrm.explore.opened import Input, Opened, Sample
 from nrm.explore.serving import running
 from nrm.measure import Measure
-
-
-@pytest.fixture(scope="module")
-def opened() -> Opened:
-    return make_opened()
-
-
-@pytest.fixture(scope="module")
-def R(opened: Opened) -> Measure:
-    return opened.measure(opened.inputs[0])
-
-
-@pytest.fixture(scope="module")
-def address(opened: Opened) -> Iterator[str]:
-    with running(opened) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
-@pytest.fixture
-def page(chromium: Any, address: str) -> Iterator[Any]:
-    """The page, loaded; whatever it complains of fails the test."""
-    with looked_at(chromium, address) as found:
-        yield found
-
 
 # -- what a person sees ----------------------------------------------------------------------------
 

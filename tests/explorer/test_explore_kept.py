@@ -20,30 +20,13 @@ from torch import nn
 pytest.importorskip("fastapi", reason="the explorer's packages are not installed")
 pytest.importorskip("uvicorn", reason="the explorer's packages are not installed")
 
-from support.browser import browser
-from support.explored import does, looked_at, make_opened, node, shown, total
+from support.explored import does, looked_at, node, shown, total
 
 import nrm
 from nrm.explore.kept import keep
 from nrm.explore.opened import Input, Opened
 from nrm.explore.serving import running
 from nrm.measure import Measure
-
-
-@pytest.fixture(scope="module")
-def opened() -> Opened:
-    return make_opened()
-
-
-@pytest.fixture(scope="module")
-def R(opened: Opened) -> Measure:
-    return opened.measure(opened.inputs[0])
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as found:
-        yield found
 
 
 @contextmanager

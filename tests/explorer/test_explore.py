@@ -58,11 +58,6 @@ def opened() -> Opened:
 
 
 @pytest.fixture(scope="module")
-def R(opened: Opened) -> Measure:
-    return opened.measure(opened.inputs[0])
-
-
-@pytest.fixture(scope="module")
 def with_biases() -> tuple[Opened, Measure]:
     """Walks end at biases, so that not all of them cross every column."""
     found = make_opened(nrm.composites.CPLRP())
@@ -326,7 +321,7 @@ def test_columns_are_cuts_spread_over_the_depth(R: Measure, opened: Opened) -> N
 
 def test_what_the_page_of_the_docs_opens() -> None:
     """A text, whose columns are divided into its words."""
-    page = Path(__file__).parents[1] / "docs" / "explorer.md"
+    page = Path(__file__).parents[2] / "docs" / "explorer.md"
     told: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         exec(block, told)
